@@ -1,0 +1,61 @@
+"""Errors that a user can act on. Each message is one line: who, what was got, what is needed, the remedy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Something that the user can put right. Commands print its message on one line and exit with status 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration value, file or argument that cannot be honoured."""
+
+
+class RecipeError(ConfigError):
+    """A recipe document that is malformed or does not fit the model."""
+
+
+class DataError(ConfigError):
+    """Training data that is missing, empty, damaged or does not fit the model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run folder that cannot be read or written."""
+
+
+class BackendError(UserError, RuntimeError):
+    """A backend that this machine cannot run."""
+
+
+class TrainingError(RuntimeError):
+    """Training that started and could not go on. Commands exit with status 1."""
+
+
+def exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's main(argv) and turn its errors into an exit status.
+
+    Args:
+        main: the command; returns 0, or 1 for a result that is bad but not an error.
+        argv: arguments; None takes those of the process.
+
+    Returns:
+        int: main's own status; 2 for a UserError, 1 for a TrainingError (one line on stderr), 130 for Ctrl-C.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        sys.stderr.write(f"fp8train: error: {_one_line(error)}\n")
+        return 2
+    except TrainingError as error:
+        sys.stderr.write(f"fp8train: failed: {_one_line(error)}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("fp8train: interrupted\n")
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,58 @@
+"""QTensor: FP8 codes and the scales that decode them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8train.quant.formats import Block, QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QTensor:
+    """A matrix in FP8: x ~ qdata * scale_inv, one scale per block.
+
+    Args:
+        qdata: [..., M, K] float8, K-major.
+        scale_inv: [..., ceil(M/rows), ceil(K/cols)] fp32; logical shape, any strides.
+        spec: format, block and kind of scale.
+    """
+
+    qdata: Tensor
+    scale_inv: Tensor
+    spec: QuantSpec
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., M, K]."""
+        return self.qdata.shape
+
+    @property
+    def fmt(self) -> str:
+        """Name of the element format."""
+        return self.spec.format.name
+
+    @property
+    def block(self) -> Block:
+        """The block that shares a scale."""
+        return self.spec.block
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decode to `dtype` [..., M, K]; magnitudes saturate at the largest finite FP32, a NaN block is NaN."""
+        from fp8train.quant.reference import dequantize
+
+        return dequantize(self, dtype)
+
+    def transpose(self) -> QTensor:
+        """The same codes for x.T, K-major again (a byte transpose).
+
+        Raises:
+            ValueError: the block is not the same both ways round, so x.T has other codes.
+        """
+        if not self.spec.transposable:
+            raise ValueError(
+                f"QTensor.transpose: block is {self.block}; needs 'tensor' or a square block. Quantize with transpose=True instead."
+            )
+        return QTensor(self.qdata.transpose(-2, -1).contiguous(), self.scale_inv.transpose(-2, -1).contiguous(), self.spec)
