@@ -1,0 +1,184 @@
+"""From text to dataclasses: key=value arguments and mappings, with every key and type checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from fp8train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
+    """Read `key=value` arguments into a dataclass; for commands whose arguments are not a whole run configuration.
+
+    Args:
+        argv: such as ["checkpoint=DIR", "tokens=64"]; nested keys are dotted; -h or --help prints the keys and exits 0.
+        arguments: dataclass type; a field without default is required. Its docstring may hold a line `name: meaning` a field.
+
+    Raises:
+        ConfigError: no `=`, an unknown key (the nearest is named), a value of the wrong type, a required key left out.
+    """
+    if any(arg in ("-h", "--help") for arg in argv):
+        sys.stdout.write(describe(arguments))
+        raise SystemExit(0)
+    return structure(arguments, parse_assignments(argv, arguments), who="arguments")
+
+
+def parse_assignments(argv: Sequence[str], target: type) -> dict[str, Any]:
+    """`a.b=value` arguments as a nested mapping; values are YAML, text meant for a `str` field stays as typed."""
+    values: dict[str, Any] = {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            names = ", ".join(_field_names(target))
+            raise ConfigError(f"arguments: got {argument!r}; needs key=value. Keys: {names}.")
+        _set_dotted(values, key, _parse_value(text, _resolve(target, key)))
+    return values
+
+
+def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
+    """Build a dataclass (nested ones too) from a mapping, checking every key and type.
+
+    Args:
+        target: dataclass type with annotated fields; fields without default are required.
+        values: nested mapping; what is left out keeps its default.
+        who: begins the message of an error, such as a file name.
+
+    Raises:
+        ConfigError: unknown key (the nearest is named), wrong type, required key missing.
+    """
+    try:
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(target), dict(values))))
+    except ConfigKeyError as error:
+        raise _unknown_key(target, error.full_key or str(error.key), who) from error
+    except MissingMandatoryValue as error:
+        key = error.full_key or str(error.key)
+        raise ConfigError(f"{who}: {key} is not given; needs a value. Add {key}=VALUE.") from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        place = f"{who}: {key}" if key else who
+        detail = (str(error.msg or error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        want = _type_name(_resolve(target, key))
+        raise ConfigError(f"{place}: {detail}; needs {want}. Correct the value.") from error
+
+
+def describe(target: type) -> str:
+    """Help text of a dataclass: its first docstring line, then key=default and meaning of each field, nested ones too."""
+    doc = inspect.getdoc(target) or ""
+    title = [doc.splitlines()[0] if doc else target.__name__, "", "arguments (key=value):"]
+    return "\n".join(title + _describe_fields(target, "")) + "\n"
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """The choices most like `word`, ready to follow a semicolon: 'nearest: a, b' or 'choices: all of them'."""
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    return f"nearest: {', '.join(near)}" if near else f"choices: {', '.join(choices)}"
+
+
+def _describe_fields(target: type, prefix: str) -> list[str]:
+    meanings = dict(re.findall(r"^\s*(\w+): (.+)$", inspect.getdoc(target) or "", flags=re.MULTILINE))
+    hints = typing.get_type_hints(target)
+    lines = []
+    for field in dataclasses.fields(target):
+        inner = _dataclass_of(hints[field.name])
+        if inner is not None:
+            lines += _describe_fields(inner, f"{prefix}{field.name}.")
+            continue
+        lines.append(f"  {prefix + field.name + '=' + _default_text(field):38s} {meanings.get(field.name, '')}".rstrip())
+    return lines
+
+
+def _unknown_key(target: type, key: str, who: str) -> ConfigError:
+    """Unknown key: its nearest neighbours at the same level first, then the same name elsewhere, then anything like it."""
+    parent, _, name = key.rpartition(".")
+    owner = _resolve(target, parent) if parent else target
+    here = _field_names(owner) if dataclasses.is_dataclass(owner) else []
+    near = [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, here, n=2, cutoff=0.6)]
+    if not near:
+        everywhere = _dotted_keys(target)
+        same_name = [candidate for candidate in everywhere if candidate.rpartition(".")[2] == name]
+        near = same_name or difflib.get_close_matches(key, everywhere, n=3, cutoff=0.6)
+    hint = f"nearest: {', '.join(near[:3])}" if near else f"keys here: {', '.join(here)}"
+    return ConfigError(f"{who}: unknown key {key!r}; {hint}. Correct the name.")
+
+
+def _field_names(target: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(target)]
+
+
+def _dotted_keys(target: Any, prefix: str = "") -> list[str]:
+    """All keys of a tree of dataclasses, dotted."""
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(target).items():
+        keys.append(prefix + name)
+        inner = _dataclass_of(hint)
+        if inner is not None:
+            keys += _dotted_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    for candidate in (hint, *typing.get_args(hint)):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _resolve(target: Any, key: str) -> Any:
+    """The dataclass or type hint that a dotted key leads to; None where it leads nowhere."""
+    for name in key.split("."):
+        owner = _dataclass_of(target)
+        if owner is None:
+            return None
+        target = typing.get_type_hints(owner).get(name)
+    return _dataclass_of(target) or target
+
+
+def _type_name(hint: Any) -> str:
+    if hint is None or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+        return "its keys, as KEY.NAME=VALUE"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return "null" if field.default is None else str(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    return "<required>"
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"arguments: {key} and {parent} are both given; needs one of the two. Delete the other.")
+        values = inner
+    values[name] = value
+
+
+def _parse_value(text: str, hint: Any) -> Any:
+    """A value as YAML, except that text meant for a `str` stays as typed (quotes around the whole of it are dropped)."""
+    if text == "null":
+        return None
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+    wants_text = hint is str or (str in typing.get_args(hint) and typing.get_origin(hint) not in (list, dict))
+    if not text or (wants_text and not quoted):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
