@@ -1,7 +1,7 @@
-"""Where kernels/, configs/ and recipes/ lie, and how they become fp8train.kernels, fp8train.configs and fp8train.recipes.
+"""Where kernels/, configs/ and recipes/ lie, and how they become sub-packages of fp8train.
 
-In a checkout they are top-level folders; a wheel installs them inside the package. None has an __init__.py, so that `import kernels`
-from the repository root still finds the PyPI package of that name.
+In a checkout they are top-level folders; a wheel installs them inside the package. None has an __init__.py, so that
+`import kernels` from the repository root still finds the PyPI package of that name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def folder(name: str) -> Path:
 def mount() -> None:
     """Make the three folders of a checkout importable as sub-packages of fp8train; a wheel needs no help.
 
-    They are entered one by one: extending fp8train.__path__ by the repository root would also make fp8train.tests and a second
-    copy of the package, fp8train.fp8train, importable.
+    They are entered one by one: extending fp8train.__path__ by the repository root would also make fp8train.tests and a
+    second copy of the package, fp8train.fp8train, importable.
     """
     if CHECKOUT is None:
         return
