@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import sys
+import textwrap
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,7 +29,7 @@ def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
 
     Args:
         argv: such as ["checkpoint=DIR", "tokens=64"]; nested keys are dotted; -h or --help prints the keys and exits 0.
-        arguments: dataclass type; a field without default is required. Its docstring may hold a line `name: meaning` a field.
+        arguments: dataclass type; a field without default is required. The docstring below a field becomes help.
 
     Raises:
         ConfigError: no `=`, an unknown key (the nearest is named), a value of the wrong type, a required key left out.
@@ -75,7 +79,7 @@ def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
 
 
 def describe(target: type) -> str:
-    """Help text of a dataclass: its first docstring line, then key=default and meaning of each field, nested ones too."""
+    """Help text of a dataclass: its first docstring line, then key=default and meaning of each field."""
     doc = inspect.getdoc(target) or ""
     title = [doc.splitlines()[0] if doc else target.__name__, "", "arguments (key=value):"]
     return "\n".join(title + _describe_fields(target, "")) + "\n"
@@ -88,7 +92,7 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 
 
 def _describe_fields(target: type, prefix: str) -> list[str]:
-    meanings = dict(re.findall(r"^\s*(\w+): (.+)$", inspect.getdoc(target) or "", flags=re.MULTILINE))
+    meanings = _field_docs(target)
     hints = typing.get_type_hints(target)
     lines = []
     for field in dataclasses.fields(target):
@@ -96,12 +100,32 @@ def _describe_fields(target: type, prefix: str) -> list[str]:
         if inner is not None:
             lines += _describe_fields(inner, f"{prefix}{field.name}.")
             continue
-        lines.append(f"  {prefix + field.name + '=' + _default_text(field):38s} {meanings.get(field.name, '')}".rstrip())
+        assignment = f"{prefix}{field.name}={_default_text(field)}"
+        lines.append(f"  {assignment:38s} {meanings.get(field.name, '')}".rstrip())
     return lines
 
 
+def _field_docs(target: type) -> dict[str, str]:
+    """Field name -> its meaning: the string below the field, or a docstring line `name: meaning`; of base classes too."""
+    docs: dict[str, str] = {}
+    for owner in reversed([base for base in target.__mro__ if dataclasses.is_dataclass(base)]):
+        docs.update(re.findall(r"^ *(\w+): (.+)$", inspect.getdoc(owner) or "", flags=re.MULTILINE))
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        except OSError:  # no source beside the byte code: the keys are listed without their meaning
+            continue
+        for statement, below in itertools.pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                docs[ast.unparse(statement.target)] = " ".join(str(below.value.value).split())
+    return docs
+
+
 def _unknown_key(target: type, key: str, who: str) -> ConfigError:
-    """Unknown key: its nearest neighbours at the same level first, then the same name elsewhere, then anything like it."""
+    """Unknown key: names like it at the same level first, then the same name elsewhere, then anything like it."""
     parent, _, name = key.rpartition(".")
     owner = _resolve(target, parent) if parent else target
     here = _field_names(owner) if dataclasses.is_dataclass(owner) else []
@@ -130,7 +154,9 @@ def _dotted_keys(target: Any, prefix: str = "") -> list[str]:
 
 
 def _dataclass_of(hint: Any) -> type | None:
-    for candidate in (hint, *typing.get_args(hint)):
+    """The dataclass itself, or the one of `Dataclass | None`."""
+    union = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    for candidate in (hint, *union):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate
     return None
@@ -171,7 +197,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _parse_value(text: str, hint: Any) -> Any:
-    """A value as YAML, except that text meant for a `str` stays as typed (quotes around the whole of it are dropped)."""
+    """A value as YAML; text meant for a `str` stays as typed, less quotes around the whole of it."""
     if text == "null":
         return None
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"

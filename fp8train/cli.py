@@ -1,0 +1,51 @@
+"""The command `fp8train NAME ...`: finds fp8train/NAME.py and runs it. Nothing else is imported, so that --help is quick."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fp8train.errors import ConfigError
+
+COMMANDS = {
+    "train": "train a model; resumes by itself",
+    "compare": "train in BF16 and in FP8, same weights and data, and report the difference",
+    "explain": "show the precision of every GEMM of every linear, and the rule that decided it",
+    "prepare": "tokenise text into shards that training maps from disk",
+    "eval": "score a checkpoint on held-out text: nats, bits per byte, perplexity",
+    "generate": "print sample text from a checkpoint",
+    "export": "write a checkpoint as a Hugging Face folder",
+    "bench": "measure speed and memory, interleaved, with spread",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        argv: its name, then its arguments; none, -h or --help lists the commands.
+
+    Raises:
+        ConfigError: no command of that name; the nearest is named.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_usage())
+        return 0
+    name, *arguments = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"nearest: {near[0]}" if near else f"commands: {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name!r}; {hint}. `fp8train --help` describes them.")
+    return importlib.import_module(f"fp8train.{name}").main(arguments)
+
+
+def _usage() -> str:
+    lines = ["usage: fp8train COMMAND [key=value ...]", "", "commands:"]
+    lines += [f"  {name:10s} {purpose}" for name, purpose in COMMANDS.items()]
+    lines += [
+        "",
+        "`fp8train COMMAND --help` lists the keys of a command; `python -m fp8train.COMMAND` is the same command.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,118 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines otherwise, nothing on rank > 0."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, TextIO
+
+GIB = 2**30
+
+
+class Console:
+    """Lines and progress of one run.
+
+    Args:
+        total_steps: steps of the whole run.
+        enabled: false on every rank but the first: nothing is written.
+        print_every: steps between progress lines where the stream is no terminal.
+        label: precedes every line, such as "fp8 seed 1"; "" for none.
+        stream: None is standard output as it is when a line is written.
+    """
+
+    def __init__(
+        self,
+        total_steps: int = 0,
+        *,
+        enabled: bool = True,
+        print_every: int = 10,
+        label: str = "",
+        stream: TextIO | None = None,
+    ) -> None:
+        self.enabled = enabled
+        self.total_steps = total_steps
+        self.print_every = print_every
+        self._label = f"[{label}] " if label else ""
+        self._given_stream = stream
+        self._bar: Any = None
+
+    def info(self, text: str) -> None:
+        """Write text, line by line, above the progress bar if there is one."""
+        if not self.enabled:
+            return
+        text = "\n".join(self._label + line for line in text.splitlines())
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def warn(self, text: str) -> None:
+        """Write one line that begins with `warning:`."""
+        self.info(f"warning: {text}")
+
+    def step(self, row: Mapping[str, Any], eta_seconds: float | None) -> None:
+        """Show a finished step: moves the bar on a terminal; otherwise a line every print_every steps and for the last."""
+        if not self.enabled:
+            return
+        if self._stream.isatty():
+            self._move_bar(row)
+        elif row["step"] % self.print_every == 0 or row["step"] == self.total_steps:
+            self.info(progress_line(row, self.total_steps, eta_seconds))
+
+    def close(self) -> None:
+        """Finish the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @property
+    def _stream(self) -> TextIO:
+        return self._given_stream or sys.stdout
+
+    def _move_bar(self, row: Mapping[str, Any]) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total_steps, initial=row["step"] - 1, file=self._stream, unit="step", dynamic_ncols=True
+            )
+            self._bar.set_description(self._label.strip() or None)
+        self._bar.set_postfix_str(_numbers(row), refresh=False)
+        self._bar.update(row["step"] - self._bar.n)
+
+
+def progress_line(row: Mapping[str, Any], total_steps: int, eta_seconds: float | None) -> str:
+    """`step 120/5000 (2.4%) loss 3.214 lr 3.0e-04 gnorm 0.81 dt 412ms tok/s 318k mfu 44.1% mem 61.2GiB eta 0:33:10`."""
+    step = row["step"]
+    head = f"step {step}/{total_steps} ({100 * step / max(total_steps, 1):.1f}%)"
+    eta = "" if eta_seconds is None else f" eta {timedelta(seconds=round(eta_seconds))}"
+    return f"{head} {_numbers(row)}{eta}"
+
+
+def count_text(count: float) -> str:
+    """A count in three digits: 950, 31.8k, 318k, 1.25M."""
+    for unit, size in (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12)):
+        scaled = count / size
+        if scaled < 999.5 or unit == "T":
+            digits = 0 if not unit or scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+            return f"{scaled:.{digits}f}{unit}"
+    raise AssertionError("unreachable: T takes everything")
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+    loss = row["loss"]
+    parts = [
+        f"loss {loss:.3f}" if math.isfinite(loss) else "loss non-finite (skipped)",
+        f"lr {row['lr']:.1e}",
+        f"gnorm {row['grad_norm']:.2f}",
+        f"dt {row['step_seconds'] * 1000:.0f}ms",
+        f"tok/s {count_text(row['tokens_per_second'])}",
+    ]
+    if row.get("mfu") is not None:
+        parts.append(f"mfu {100 * row['mfu']:.1f}%")
+    if row.get("memory_bytes") is not None:
+        parts.append(f"mem {row['memory_bytes'] / GIB:.1f}GiB")
+    return " ".join(parts)

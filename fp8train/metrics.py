@@ -1,0 +1,233 @@
+"""Where the numbers of a run go: metrics.jsonl always, wandb and TensorBoard on request. Rank 0 only.
+
+A sink that fails is announced in one line and dropped; training goes on. wandb online first falls back to offline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = Mapping[str, Any]
+Warn = Callable[[str], None]
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_INIT_SECONDS = 15  # wandb's own default blocks for 90 s where there is a key but no network
+
+# Dense tensor-core peaks in FLOP/s (BF16, FP8) by a part of the device name, the longer name first; without sparsity.
+# FP8 is None where the chip has none. Source: NVIDIA data sheets.
+PEAK_FLOPS: dict[str, tuple[float, float | None]] = {
+    "H100 PCIe": (756e12, 1513e12),
+    "H100 NVL": (835e12, 1671e12),
+    "H200 NVL": (835e12, 1671e12),
+    "GH200": (989.4e12, 1978.9e12),
+    "H100": (989.4e12, 1978.9e12),
+    "H200": (989.4e12, 1978.9e12),
+    "B200": (2250e12, 4500e12),
+    "A100": (312e12, None),
+    "L40S": (362e12, 733e12),
+}
+
+
+def peak_flops(device_name: str, *, fp8: bool = False) -> float | None:
+    """Dense peak of a device in FLOP/s, or None where it is not known (every CPU)."""
+    for part, (bf16_peak, fp8_peak) in PEAK_FLOPS.items():
+        if part in device_name:
+            return fp8_peak if fp8 else bf16_peak
+    return None
+
+
+class Sink(Protocol):
+    """A place that takes one row at a time."""
+
+    name: str
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One strict-JSON object a line; a non-finite number becomes null and the row says `"nonfinite": true`."""
+
+    name = METRICS_FILE
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, row: Row) -> None:
+        self._file.write(to_json_line(row))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbSink:
+    """Mirror in Weights & Biases; the id is kept in the run folder, so that a resumed run goes on in the same chart."""
+
+    def __init__(self, run_dir: Path, project: str, mode: str, config: Row) -> None:
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        self.name = f"wandb ({mode})"
+        self._run = wandb.init(
+            project=project,
+            name=run_dir.name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run_dir),
+            mode=mode,
+            config=dict(config),
+            settings=wandb.Settings(init_timeout=WANDB_INIT_SECONDS, silent=True, console="off"),
+        )
+
+    def write(self, row: Row) -> None:
+        self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Event files in run_dir/tensorboard."""
+
+    name = "tensorboard"
+
+    def __init__(self, run_dir: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def write(self, row: Row) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Metrics:
+    """All sinks of a run.
+
+    Args:
+        run_dir: run folder.
+        wandb: "off", "offline" or "online".
+        wandb_project: project name there.
+        tensorboard: also write event files.
+        config: resolved configuration, shown by wandb.
+        resumed_step: step of the checkpoint that training goes on from; later rows of metrics.jsonl are removed.
+        warn: takes the one line that announces a failing sink.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wandb: str = "off",
+        wandb_project: str = "fp8train",
+        tensorboard: bool = False,
+        config: Row | None = None,
+        resumed_step: int = 0,
+        warn: Warn,
+    ) -> None:
+        self._warn = warn
+        self._sinks: list[Sink] = []
+        self._reopen_wandb: Callable[[], Sink] | None = None
+        path = run_dir / METRICS_FILE
+        truncate_metrics(path, resumed_step)
+        self._open(METRICS_FILE, lambda: JsonlSink(path))
+        if tensorboard:
+            self._open("tensorboard", lambda: TensorBoardSink(run_dir, resumed_step + 1 if resumed_step else None))
+        if wandb != "off":
+            if wandb == "online":
+                self._reopen_wandb = lambda: WandbSink(run_dir, wandb_project, "offline", config or {})
+            self._open("wandb", lambda: WandbSink(run_dir, wandb_project, wandb, config or {}))
+
+    def write(self, row: Row) -> None:
+        """Give the row to every sink; `step` is required."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(row)
+            except Exception as error:
+                self._sinks.remove(sink)
+                self._announce(sink.name, error, row)
+
+    def close(self) -> None:
+        """Close every sink; a sink that fails to close is announced."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                self._warn(f"{sink.name}: closing failed ({_reason(error)})")
+        self._sinks = []
+
+    def _open(self, name: str, build: Callable[[], Sink]) -> None:
+        try:
+            self._sinks.append(build())
+        except Exception as error:  # a sink is third-party code: whatever it raises, training goes on
+            self._announce(name, error, None)
+
+    def _announce(self, name: str, error: Exception, row: Row | None) -> None:
+        reopen, self._reopen_wandb = (
+            (self._reopen_wandb, None) if name.startswith("wandb") else (None, self._reopen_wandb)
+        )
+        if reopen is None:
+            self._warn(f"{name}: {_reason(error)}; this sink is dropped, training goes on")
+            return
+        self._warn(f"{name}: {_reason(error)}; trying wandb offline")
+        self._open("wandb (offline)", reopen)
+        if row is not None and self._sinks and self._sinks[-1].name == "wandb (offline)":
+            self._sinks[-1].write(row)
+
+
+def to_json_line(row: Row) -> str:
+    """The row as strict JSON with a line end; NaN and infinities become null, and then `"nonfinite": true` is added."""
+    clean, finite = _strict(dict(row))
+    if not finite:
+        clean["nonfinite"] = True
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the rows up to `step`, as if the run had never gone further; no file is no rows."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(to_json_line(row) for row in kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _strict(value: Any) -> tuple[Any, bool]:
+    """(value without non-finite numbers, whether there were none)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, False
+    if isinstance(value, dict):
+        items = {key: _strict(inner) for key, inner in value.items()}
+        return {key: inner for key, (inner, _) in items.items()}, all(finite for _, finite in items.values())
+    if isinstance(value, list | tuple):
+        inners = [_strict(inner) for inner in value]
+        return [inner for inner, _ in inners], all(finite for _, finite in inners)
+    return value, True
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
