@@ -1,0 +1,121 @@
+"""Rotary embedding, document mask and grouped-query attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8train.models.config import ModelConfig, RopeScaling
+from fp8train.models.norm import RMSNorm
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Rotary frequencies in radians per token, [head_dim / 2] fp32: theta^(-2i / head_dim), stretched if rope_scaling is set."""
+    assert config.head_dim is not None
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    # FP32 throughout, like the models whose weights we read: they were trained with these rounded frequencies
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    return frequencies if config.rope_scaling is None else _stretch(frequencies, config.rope_scaling)
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3 scaling of the frequencies. Source: Llama 3 (arXiv:2407.21783) and Meta's reference code."""
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (scaling.original_max_seq_len / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    between = (1 - smooth) * (frequencies / scaling.factor) + smooth * frequencies
+    stretched = torch.where(wavelengths > scaling.original_max_seq_len / scaling.low_freq_factor, frequencies / scaling.factor, between)
+    return torch.where(wavelengths < scaling.original_max_seq_len / scaling.high_freq_factor, frequencies, stretched)
+
+
+def rope_tables(config: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, [seq_len, head_dim / 2] fp32 each.
+
+    Computed in each forward rather than kept in a buffer: it is a few small operations, and a model that was laid out on the meta device
+    has nothing to restore.
+    """
+    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rope_frequencies(config, device))
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel i with channel i + head_dim / 2 (Hugging Face layout), in FP32.
+
+    Args:
+        x: [B, heads, T, head_dim].
+        cos, sin: [T, head_dim / 2] fp32.
+
+    Returns:
+        Tensor: like x.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask: 0 where a key is in the query's document and not after it, -inf elsewhere.
+
+    Additive and built once, because scaled_dot_product_attention would turn a boolean mask into this one in every layer, and save it there.
+
+    Args:
+        document_ids: [B, T] integers.
+        dtype: dtype of the queries.
+
+    Returns:
+        Tensor: [B, 1, T, T].
+    """
+    seq_len = document_ids.shape[1]
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=document_ids.device).tril()
+    mask = torch.zeros(same.shape, dtype=dtype, device=document_ids.device)
+    return mask.masked_fill(~(same & causal), -math.inf)[:, None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE; the projections are plain nn.Linear."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.head_dim = config.head_dim
+        self.groups = config.num_heads // config.num_kv_heads
+        options = {"device": device, "dtype": torch.float32}
+        self.q_proj = nn.Linear(config.hidden_size, config.q_size, bias=config.qkv_bias, **options)
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias, **options)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias, **options)
+        self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=False, **options)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [B, T, hidden].
+            cos, sin: [T, head_dim / 2] fp32.
+            mask: [B, 1, T, T] additive, causal part included; None is plain causal.
+
+        Returns:
+            Tensor: [B, T, hidden].
+        """
+        batch, seq_len, _ = x.shape
+        q = self.q_proj(x).view(batch, seq_len, -1, self.head_dim)
+        k = self.k_proj(x).view(batch, seq_len, -1, self.head_dim)
+        v = self.v_proj(x).view(batch, seq_len, -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = apply_rope(q.transpose(1, 2), cos, sin)
+        k = apply_rope(k.transpose(1, 2), cos, sin)
+        y = self._attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, seq_len, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None and q.dtype == torch.bfloat16:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.groups > 1)
+        if self.groups > 1:
+            # on CUDA only the flash kernel (16-bit, no mask) reads grouped heads; the others would fall back to materialised T x T scores
+            k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

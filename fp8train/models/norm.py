@@ -1,0 +1,33 @@
+"""Root-mean-square norm in FP32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, computed in FP32 with an FP32 weight.
+
+    The fused operation behind it saves x and one number per row for backward. A BF16 norm weight costs loss: 2.23 instead of 2.09 nats per byte
+    after 300 steps of the quickstart model (with a BF16 residual stream).
+    """
+
+    def __init__(self, size: int, eps: float, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=torch.float32))
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalise the last dimension.
+
+        Args:
+            x: [..., size], bf16 or fp32.
+            dtype: dtype of the result; None is x's own.
+        """
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return y.to(x.dtype if dtype is None else dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
