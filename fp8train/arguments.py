@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import inspect
-import itertools
 import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,7 +26,7 @@ def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
 
     Args:
         argv: such as ["checkpoint=DIR", "tokens=64"]; nested keys are dotted; -h or --help prints the keys and exits 0.
-        arguments: dataclass type; a field without default is required. The docstring below a field becomes help.
+        arguments: dataclass type; a field without default is required. Docstring lines `name: meaning` become help.
 
     Raises:
         ConfigError: no `=`, an unknown key (the nearest is named), a value of the wrong type, a required key left out.
@@ -106,21 +103,10 @@ def _describe_fields(target: type, prefix: str) -> list[str]:
 
 
 def _field_docs(target: type) -> dict[str, str]:
-    """Field name -> its meaning: the string below the field, or a docstring line `name: meaning`; of base classes too."""
+    """Field name -> its meaning, from docstring lines `name: meaning` of the class and of its bases."""
     docs: dict[str, str] = {}
     for owner in reversed([base for base in target.__mro__ if dataclasses.is_dataclass(base)]):
         docs.update(re.findall(r"^ *(\w+): (.+)$", inspect.getdoc(owner) or "", flags=re.MULTILINE))
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
-        except OSError:  # no source beside the byte code: the keys are listed without their meaning
-            continue
-        for statement, below in itertools.pairwise(body):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                docs[ast.unparse(statement.target)] = " ".join(str(below.value.value).split())
     return docs
 
 

@@ -1,4 +1,4 @@
-"""The command `fp8train NAME ...`: finds fp8train/NAME.py and runs it. Nothing else is imported, so that --help is quick."""
+"""The command `fp8train NAME ...`: finds fp8train/NAME.py and runs it; nothing else is imported: --help is quick."""
 
 from __future__ import annotations
 

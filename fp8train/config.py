@@ -1,7 +1,352 @@
-"""Run configuration: dataclasses hold types and defaults, configs/*.yaml what differs, the command line has the last word."""
+"""Run configuration: dataclasses hold types and defaults, configs/*.yaml what differs, arguments have the last word."""
 
 from __future__ import annotations
 
-from fp8train.arguments import parse_arguments
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-__all__ = ["parse_arguments"]
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fp8train._layout import folder
+from fp8train.arguments import describe, nearest, parse_arguments, parse_assignments, structure
+from fp8train.data.config import DataConfig
+from fp8train.errors import ConfigError
+from fp8train.models.config import ModelConfig
+from fp8train.optim.config import OptimConfig
+from fp8train.optim.schedule import learning_rate, warmup_steps
+
+__all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "parse_arguments"]
+
+GROUPS = ("model", "data", "optim", "parallel", "experiment")
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
+WANDB_MODES = ("off", "offline", "online")
+MICRO_BATCH_TOKENS = 16384  # derived micro-batch; a constant, so that the split does not depend on the machine
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How a run is spread over processes.
+
+    strategy: ddp (replicated parameters, gradients summed over ranks in FP32)
+    timeout_seconds: how long a rank waits for the others, at start and in every collective
+    """
+
+    strategy: str = "ddp"
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        _one_of("parallel.strategy", self.strategy, ("ddp",))
+        _at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept; one is always written at the end and at a signal.
+
+    every: steps between checkpoints; null: only at the end
+    keep_last: newest checkpoints that are kept
+    keep_every: checkpoints at multiples of this step are kept for good; null: none
+    allow_recipe_change: resume under a recipe whose hash differs from the checkpoint's
+    """
+
+    every: int | None = None
+    keep_last: int = 2
+    keep_every: int | None = None
+    allow_recipe_change: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every", self.every, 1)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _at_least("checkpoint.keep_every", self.keep_every, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation on fixed held-out windows, at the end and every so many steps.
+
+    every: steps between evaluations; null: only at the end
+    bf16: evaluate in BF16 too, whatever the recipe
+    """
+
+    every: int | None = None
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("eval.every", self.every, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """What is written where; metrics.jsonl is always written.
+
+    every: steps between rows of metrics.jsonl and the other sinks
+    print_every: steps between console lines (a terminal shows a progress bar in between)
+    skip_steps: first steps of a process left out of throughput averages
+    wandb: off, offline or online
+    wandb_project: project that the run appears under
+    tensorboard: write event files to run_dir/tensorboard
+    """
+
+    every: int = 1
+    print_every: int = 10
+    skip_steps: int = 5
+    wandb: str = "off"
+    wandb_project: str = "fp8train"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.wandb == "False":  # YAML 1.1 reads a bare `off` as false
+            self.wandb = "off"
+        _one_of("log.wandb", self.wandb, WANDB_MODES)
+        _at_least("log.every", self.every, 1)
+        _at_least("log.print_every", self.print_every, 1)
+        _at_least("log.skip_steps", self.skip_steps, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """Trace of a few steps by torch.profiler, one file a rank in run_dir/profile.
+
+    steps: first and last step of the window, such as [10,12]; null: no profile
+    """
+
+    steps: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
+            raise ConfigError(f"profile.steps: got {self.steps}; needs [FIRST,LAST] with 1 <= FIRST <= LAST.")
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """What `fp8train compare` trains side by side.
+
+    arms: recipes, the baseline first; null: bf16 and the run's recipe
+    seeds: runs of each arm, with seeds seed, seed+1, and so on
+    parallel: runs at a time
+    """
+
+    arms: list[str] | None = None
+    seeds: int = 1
+    parallel: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("compare.seeds", self.seeds, 1)
+        _at_least("compare.parallel", self.parallel, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One training run.
+
+    recipe: precision of every linear: name of a file in recipes/, or a path
+    backend: what executes FP8: auto, reference, cpu, triton, cublaslt
+    steps: optimizer steps in all
+    seed: of initial weights and data order
+    run_dir: run folder; null: runs/MODEL-RECIPE-seedN
+    resume: auto (newest checkpoint in run_dir, if any), never, or the path of a checkpoint
+    seq_len: tokens of one training sequence
+    global_batch_tokens: tokens of one optimizer step, over all ranks
+    micro_batch_samples: sequences a rank takes at once; null: as many as fit 16384 tokens and divide the batch
+    compile: torch.compile the model
+    deterministic: only deterministic algorithms (slower on a GPU)
+    activation_checkpointing: none, selective (keeps results of GEMMs and attention) or full (keeps layer inputs)
+    time_limit_seconds: save and stop after this long; null: no limit
+    """
+
+    recipe: str = "blockwise"
+    backend: str = "auto"
+    steps: int = 300
+    seed: int = 1
+    run_dir: str | None = None
+    resume: str = "auto"
+    seq_len: int = 256
+    global_batch_tokens: int = 2048
+    micro_batch_samples: int | None = None
+    compile: bool = False
+    deterministic: bool = False
+    activation_checkpointing: str = "none"
+    time_limit_seconds: float | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("activation_checkpointing", self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
+        for name in ("steps", "seq_len", "global_batch_tokens", "micro_batch_samples"):
+            _at_least(name, getattr(self, name), 1)
+        if self.time_limit_seconds is not None and not self.time_limit_seconds > 0:
+            raise ConfigError(f"time_limit_seconds: got {self.time_limit_seconds}; needs more than 0, or null.")
+
+    def check(self, world_size: int = 1) -> None:
+        """Refuse values that contradict each other.
+
+        Raises:
+            ConfigError: names both values and the nearest that would do.
+        """
+        if not self.model.has_shape:
+            raise ConfigError("model: no size is given; needs a preset such as model=quickstart, or every size.")
+        if self.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"seq_len: got {self.seq_len}, the model takes at most {self.model.max_seq_len}; needs seq_len <= "
+                f"model.max_seq_len. Lower seq_len or raise model.max_seq_len."
+            )
+        samples, rest = divmod(self.global_batch_tokens, self.seq_len)
+        if rest or samples % world_size:
+            unit = self.seq_len * world_size
+            near = max(1, round(self.global_batch_tokens / unit)) * unit
+            raise ConfigError(
+                f"global_batch_tokens: got {self.global_batch_tokens}; needs a multiple of seq_len x ranks = "
+                f"{self.seq_len} x {world_size} = {unit}. Nearest: global_batch_tokens={near}."
+            )
+        per_rank = samples // world_size
+        if self.micro_batch_samples is not None and per_rank % self.micro_batch_samples:
+            divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+            raise ConfigError(
+                f"micro_batch_samples: got {self.micro_batch_samples}; needs a divisor of the {per_rank} sequences of "
+                f"a rank ({self.global_batch_tokens} tokens / {self.seq_len} / {world_size} ranks). "
+                f"Divisors: {', '.join(map(str, divisors))}."
+            )
+        warmup = warmup_steps(self.optim, self.steps)
+        if warmup >= self.steps:
+            raise ConfigError(
+                f"optim.warmup_steps: got {warmup}; needs fewer than steps={self.steps}. "
+                f"Lower optim.warmup_steps or raise steps."
+            )
+        learning_rate(self.optim, 0, self.steps)  # refuses a decay that does not fit
+
+    @property
+    def global_batch_samples(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.global_batch_tokens // self.seq_len
+
+    def micro_batch(self, world_size: int) -> int:
+        """Sequences a rank takes at once: the given number, else the largest divisor within MICRO_BATCH_TOKENS."""
+        per_rank = self.global_batch_samples // world_size
+        limit = max(1, MICRO_BATCH_TOKENS // self.seq_len)
+        return self.micro_batch_samples or max(n for n in range(1, min(limit, per_rank) + 1) if per_rank % n == 0)
+
+
+def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
+    """Compose a run configuration from configs/ and the command line.
+
+    Group choices (model=llama_125m, experiment=quickstart) select YAML files; every other key=value is applied on top,
+    as are -h/--help (keys and choices), `--cfg job` (print the resolved configuration) and --config-dir DIR (a folder
+    with groups of the user's own); the first two print and exit with status 0.
+
+    Args:
+        overrides: command line arguments.
+        command: names the default run folder: runs/MODEL-RECIPE-seedN, for compare runs/compare-MODEL-RECIPE.
+
+    Raises:
+        ConfigError: unknown key or choice (the nearest is named), wrong type, values that contradict each other.
+    """
+    arguments, print_config, extra = _split_options(list(overrides), command)
+    folders = [folder("configs"), *extra]
+    choices = {group: sorted({p.stem for base in folders for p in (base / group).glob("*.yaml")}) for group in GROUPS}
+    if print_config == "help":
+        sys.stdout.write(_help(command, choices))
+        raise SystemExit(0)
+    selected = [argument for argument in arguments if argument.partition("=")[0] in GROUPS]
+    for argument in selected:
+        group, _, choice = argument.partition("=")
+        if choice not in (*choices[group], *(["null"] if group == "experiment" else [])):
+            raise ConfigError(f"{group}: no file {choice!r} in configs/{group}/; {nearest(choice, choices[group])}.")
+    values = OmegaConf.create(_compose(selected, folders))
+    assigned = parse_assignments([argument for argument in arguments if argument not in selected], RunConfig)
+    config = structure(RunConfig, OmegaConf.merge(values, assigned), who=command)
+    if not config.model.has_shape and config.model.init_from is not None:
+        from fp8train.models.hf import resolve_config  # reads the folder; the other runs need no safetensors here
+
+        config.model = resolve_config(config.model)
+    if config.run_dir is None:
+        config.run_dir = _default_run_dir(config, command)
+    config.check()
+    if print_config == "job":
+        sys.stdout.write(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+        raise SystemExit(0)
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values, for config.yaml and checkpoints."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def config_from_dict(values: Mapping[str, Any], *, who: str = "config.yaml") -> RunConfig:
+    """The configuration that config_to_dict described.
+
+    Raises:
+        ConfigError: a key or type that RunConfig does not have.
+    """
+    return structure(RunConfig, values, who=who)
+
+
+def _split_options(overrides: list[str], command: str) -> tuple[list[str], str | None, list[Path]]:
+    """key=value arguments, what to print instead of running ("help", "job" or None), added folders."""
+    arguments, show, extra = [], None, []
+    while overrides:
+        argument = overrides.pop(0)
+        name, _, value = argument.partition("=")
+        if argument in ("-h", "--help"):
+            show = "help"
+        elif name in ("--cfg", "-c", "--config-dir", "-cd"):
+            value = value or (overrides.pop(0) if overrides else "")
+            if name in ("--cfg", "-c"):
+                if value != "job":
+                    raise ConfigError(f"{command}: --cfg got {value!r}; needs job.")
+                show = "job"
+            elif not Path(value).is_dir():
+                raise ConfigError(f"{command}: --config-dir got {value!r}; needs an existing folder.")
+            else:
+                extra.append(Path(value).resolve())
+        elif argument.startswith("-") or "=" not in argument:
+            raise ConfigError(f"{command}: got {argument!r}; needs key=value, --cfg job, --config-dir DIR or --help.")
+        else:
+            arguments.append(argument.removeprefix("++").removeprefix("+"))
+    return arguments, show, extra
+
+
+def _compose(selected: list[str], folders: Sequence[Path]) -> dict[str, Any]:
+    groups = ["~experiment" if choice == "experiment=null" else choice for choice in selected]
+    search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in folders[1:])}]"] if folders[1:] else []
+    try:
+        with initialize_config_dir(str(folders[0]), version_base="1.3"):
+            return OmegaConf.to_container(compose("train", overrides=groups + search))  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"configs: {str(error).splitlines()[0]}. Correct the file.") from error
+
+
+def _default_run_dir(config: RunConfig, command: str) -> str:
+    stem = f"{config.model.name}-{Path(config.recipe).stem}"
+    return f"runs/compare-{stem}" if command == "compare" else f"runs/{stem}-seed{config.seed}"
+
+
+def _help(command: str, choices: Mapping[str, Sequence[str]]) -> str:
+    usage = f"usage: fp8train {command} [GROUP=CHOICE ...] [KEY=VALUE ...] [--cfg job] [--config-dir DIR]"
+    lines = [usage, "", "groups:"]
+    lines += [f"  {group:11s} {', '.join(names)}" for group, names in choices.items()]
+    return "\n".join([*lines, "", describe(RunConfig)])
+
+
+def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}: got {value!r}; {nearest(value, choices)}.")
+
+
+def _at_least(key: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ConfigError(f"{key}: got {value}; needs at least {least}.")

@@ -54,7 +54,7 @@ class Console:
         self.info(f"warning: {text}")
 
     def step(self, row: Mapping[str, Any], eta_seconds: float | None) -> None:
-        """Show a finished step: moves the bar on a terminal; otherwise a line every print_every steps and for the last."""
+        """Show a finished step: moves the bar on a terminal; otherwise a line every print_every steps and last."""
         if not self.enabled:
             return
         if self._stream.isatty():
