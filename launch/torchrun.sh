@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Trains on every GPU of this machine (one process on a CPU): ./launch/torchrun.sh experiment=llama3_8b data=tokens data.path=...
+# Several machines: set NNODES, NODE_RANK and MASTER_ADDR (and MASTER_PORT) alike on each; slurm.sbatch does.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+install_package ""
+processes=${NPROC_PER_NODE:-$("$venv_python" -c 'import torch; print(torch.cuda.device_count() or 1)')}
+rendezvous=(--standalone)
+if [[ ${NNODES:-1} -gt 1 ]]; then
+  : "${MASTER_ADDR:?set it to the address of the first machine}" "${NODE_RANK:?set it to 0 on the first machine, 1 on the next}"
+  rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+exec "$venv_python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" -m fp8train.train "$@"
