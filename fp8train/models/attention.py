@@ -13,7 +13,8 @@ from fp8train.models.norm import RMSNorm
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Rotary frequencies in radians per token, [head_dim / 2] fp32: theta^(-2i / head_dim), stretched if rope_scaling is set."""
+    """Rotary frequencies in radians per token, [head_dim / 2] fp32: theta^(-2i / head_dim), stretched if "
+    "rope_scaling is set."""
     assert config.head_dim is not None
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     # FP32 throughout, like the models whose weights we read: they were trained with these rounded frequencies
@@ -24,17 +25,21 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3 scaling of the frequencies. Source: Llama 3 (arXiv:2407.21783) and Meta's reference code."""
     wavelengths = 2 * math.pi / frequencies
-    smooth = (scaling.original_max_seq_len / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (scaling.original_max_seq_len / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     between = (1 - smooth) * (frequencies / scaling.factor) + smooth * frequencies
-    stretched = torch.where(wavelengths > scaling.original_max_seq_len / scaling.low_freq_factor, frequencies / scaling.factor, between)
+    stretched = torch.where(
+        wavelengths > scaling.original_max_seq_len / scaling.low_freq_factor, frequencies / scaling.factor, between
+    )
     return torch.where(wavelengths < scaling.original_max_seq_len / scaling.high_freq_factor, frequencies, stretched)
 
 
 def rope_tables(config: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles, [seq_len, head_dim / 2] fp32 each.
 
-    Computed in each forward rather than kept in a buffer: it is a few small operations, and a model that was laid out on the meta device
-    has nothing to restore.
+    Computed in each forward rather than kept in a buffer: it is a few small operations, and a model that was laid out
+    on the meta device has nothing to restore.
     """
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rope_frequencies(config, device))
@@ -58,7 +63,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive attention mask: 0 where a key is in the query's document and not after it, -inf elsewhere.
 
-    Additive and built once, because scaled_dot_product_attention would turn a boolean mask into this one in every layer, and save it there.
+    Additive and built once, because scaled_dot_product_attention would turn a boolean mask into this one in every
+    layer, and save it there.
 
     Args:
         document_ids: [B, T] integers.
@@ -116,6 +122,7 @@ class Attention(nn.Module):
         if mask is None and q.dtype == torch.bfloat16:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.groups > 1)
         if self.groups > 1:
-            # on CUDA only the flash kernel (16-bit, no mask) reads grouped heads; the others would fall back to materialised T x T scores
+            # on CUDA only the flash kernel (16-bit, no mask) reads grouped heads; the others would fall back to
+            # materialised T x T scores
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

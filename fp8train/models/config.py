@@ -14,8 +14,8 @@ RESIDUALS = ("float32", "bfloat16")
 class RopeScaling:
     """Llama 3 stretch of the rotary frequencies (rope_type "llama3").
 
-    Wavelengths above original_max_seq_len / low_freq_factor are divided by factor, those below original_max_seq_len / high_freq_factor
-    stay, those between are interpolated.
+    Wavelengths above original_max_seq_len / low_freq_factor are divided by factor, those below original_max_seq_len /
+    high_freq_factor stay, those between are interpolated.
     """
 
     factor: float
@@ -24,10 +24,14 @@ class RopeScaling:
     original_max_seq_len: int
 
     def __post_init__(self) -> None:
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_max_seq_len > 0):
+        if not (
+            self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_max_seq_len > 0
+        ):
             raise ConfigError(
-                f"model.rope_scaling: factor {self.factor}, low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}, "
-                f"original_max_seq_len {self.original_max_seq_len}; needs factor >= 1 and 0 < low < high. Llama 3.1 has 8, 1, 4, 8192."
+                f"model.rope_scaling: factor {self.factor}, low_freq_factor {self.low_freq_factor}, high_freq_factor "
+                f"{self.high_freq_factor}, "
+                f"original_max_seq_len {self.original_max_seq_len}; needs factor >= 1 and 0 < low < high. Llama 3.1 "
+                "has 8, 1, 4, 8192."
             )
 
 
@@ -52,10 +56,12 @@ class ModelConfig:
     qkv_bias: biases on q_proj, k_proj, v_proj (Qwen2)
     qk_norm: RMSNorm on each query and key head before RoPE (Qwen3)
     tie_embeddings: lm_head.weight is embed_tokens.weight
-    vocab_multiple: the embedding and lm_head get rows up to the next multiple of this; the loss and the logits leave the extra ones out
+    vocab_multiple: the embedding and lm_head get rows up to the next multiple of this; the loss and the logits leave
+        the extra ones out
     init_std: standard deviation of the initial weights
     init_from: Hugging Face folder to start from instead of random weights; its shape must be this one
-    activations: dtype of the linears' inputs and of attention: bfloat16 or float32; auto is float32 where the recipe is all FP32, otherwise bfloat16
+    activations: dtype of the linears' inputs and of attention: bfloat16 or float32; auto is float32 where the recipe is
+        all FP32, otherwise bfloat16
     residual: dtype of the residual stream: float32 or bfloat16
     """
 
@@ -105,19 +111,37 @@ class ModelConfig:
         _check_choice("residual", self.residual, RESIDUALS)
         if not self.has_shape:
             return
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_seq_len", "vocab_multiple"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "max_seq_len",
+            "vocab_multiple",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(
-                    f"model.{name} is {getattr(self, name)}; needs at least 1. Choose a preset (model=quickstart) or give every size."
+                    f"model.{name} is {getattr(self, name)}; needs at least 1. Choose a preset (model=quickstart) or "
+                    "give every size."
                 )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"model.num_kv_heads is {self.num_kv_heads}; needs a divisor of model.num_heads={self.num_heads}.")
+            raise ConfigError(
+                f"model.num_kv_heads is {self.num_kv_heads}; needs a divisor of model.num_heads={self.num_heads}."
+            )
         if self.head_dim is None:
             if self.hidden_size % self.num_heads:
-                raise ConfigError(f"model.hidden_size is {self.hidden_size}; needs a multiple of model.num_heads={self.num_heads}, or set model.head_dim.")
+                raise ConfigError(
+                    f"model.hidden_size is {self.hidden_size}; needs a multiple of model.num_heads={self.num_heads}, "
+                    "or set model.head_dim."
+                )
             self.head_dim = self.hidden_size // self.num_heads
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ConfigError(f"model.head_dim is {self.head_dim}; needs an even number, because RoPE rotates pairs of channels. 64 and 128 are usual.")
+            raise ConfigError(
+                f"model.head_dim is {self.head_dim}; needs an even number, because RoPE rotates pairs of channels. "
+                "64 and 128 are usual."
+            )
         for name in ("rope_theta", "rms_norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; needs a number above 0.")

@@ -33,8 +33,9 @@ def count_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Floating-point operations that one training token costs, forward and backward.
 
-    6 * N + 12 * L * Q * T: N counts the weights of the linears with lm_head (the embedding look-up and norms are free), Q = heads * head_dim.
-    Attention counts the full T x T square, as MFU figures usually do, although the causal half suffices; recomputation counts nothing.
+    6 * N + 12 * L * Q * T: N counts the weights of the linears with lm_head (the embedding look-up and norms are free),
+    Q = heads * head_dim. Attention counts the full T x T square, as MFU figures usually do, although the causal half
+    suffices; recomputation counts nothing.
 
     Args:
         seq_len: tokens in a sequence, T.

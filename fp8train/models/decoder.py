@@ -52,8 +52,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Decoder-only language model with the module names of Hugging Face's Llama, less the prefix `model.`.
 
-    Parameters are FP32. Norms, RoPE and the loss compute in FP32, linears and attention read config.activations. With activations=bfloat16
-    the linears must be converted (fp8train.convert_model): nn.Linear itself wants its input in the dtype of its weight.
+    Parameters are FP32. Norms, RoPE and the loss compute in FP32, linears and attention read config.activations. With
+    activations=bfloat16 the linears must be converted (fp8train.convert_model): nn.Linear itself wants its input in the
+    dtype of its weight.
 
     Attributes:
         keep_high_precision: modules that a recipe leaves out of FP8 unless one of its rules names them.
@@ -67,16 +68,21 @@ class Decoder(nn.Module):
         super().__init__()
         if not config.has_shape:
             raise ConfigError(
-                f"model {config.name}: no size is given; needs all of them. Choose a preset (model=quickstart), or give model=hf "
+                f"model {config.name}: no size is given; needs all of them. Choose a preset (model=quickstart), or "
+                "give model=hf "
                 "model.init_from=DIR and pass the config through fp8train.models.resolve_config."
             )
         self.config = config
         self.logits_per_chunk = LOGITS_PER_CHUNK
         self._checkpointing = "none"
-        self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size, device=device, dtype=torch.float32)
+        self.embed_tokens = nn.Embedding(
+            config.padded_vocab_size, config.hidden_size, device=device, dtype=torch.float32
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, device) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
-        self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False, device=device, dtype=torch.float32)
+        self.lm_head = nn.Linear(
+            config.hidden_size, config.padded_vocab_size, bias=False, device=device, dtype=torch.float32
+        )
         self.tie_weights()
 
     @property
@@ -106,7 +112,8 @@ class Decoder(nn.Module):
         Args:
             tokens: [B, T] int64.
             targets: [B, T] int64, the token after each position; -100 leaves a position out of the loss.
-            document_ids: [B, T] integers; a token attends only to tokens with its own id. None is plain causal attention.
+            document_ids: [B, T] integers; a token attends only to tokens with its own id. None is plain causal
+                attention.
 
         Returns:
             Tensor: [B, T, vocab_size] in config.activations; with targets the fp32 scalar sum of cross-entropies.
@@ -114,7 +121,9 @@ class Decoder(nn.Module):
         hidden = self.hidden_states(tokens, document_ids)
         if targets is None:
             return self.lm_head(hidden)[..., : self.config.vocab_size]
-        return cross_entropy_sum(hidden.flatten(0, 1), targets.flatten(), self.lm_head, self.config.vocab_size, self.logits_per_chunk)
+        return cross_entropy_sum(
+            hidden.flatten(0, 1), targets.flatten(), self.lm_head, self.config.vocab_size, self.logits_per_chunk
+        )
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """What lm_head reads: the last layer's output after the final norm, [B, T, hidden] in config.activations."""
@@ -127,7 +136,8 @@ class Decoder(nn.Module):
         return self.norm(x, activations)
 
     def extra_repr(self) -> str:
-        return f"{self.config.name}, activations={self.config.activations}, residual={self.config.residual}, checkpointing={self._checkpointing}"
+        dtypes = f"activations={self.config.activations}, residual={self.config.residual}"
+        return f"{self.config.name}, {dtypes}, checkpointing={self.checkpointing}"
 
 
 def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Decoder:
@@ -135,6 +145,7 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Deco
 
     Args:
         config: shape and dtypes.
-        device: "meta" lays out a model that this machine could not hold; to_empty(device=...) and initialize give it weights.
+        device: "meta" lays out a model that this machine could not hold; to_empty(device=...) and initialize give it
+            weights.
     """
     return Decoder(config, device)

@@ -17,9 +17,10 @@ RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 def initialize(model: Decoder, seed: int) -> None:
     """Fill every parameter: matrices from N(0, init_std^2), norms 1, biases 0.
 
-    The projections that write to the residual stream (o_proj, down_proj) get init_std / sqrt(2 * num_layers), so that the stream's variance
-    does not grow with depth. Each parameter has its own generator, seeded by its path, and is drawn on the CPU: the values do not depend on
-    the device, on the order or number of modules, on the rank, or on whether the model was laid out on the meta device before.
+    The projections that write to the residual stream (o_proj, down_proj) get init_std / sqrt(2 * num_layers), so that
+    the stream's variance does not grow with depth. Each parameter has its own generator, seeded by its path, and is
+    drawn on the CPU: the values do not depend on the device, on the order or number of modules, on the rank, or on
+    whether the model was laid out on the meta device before.
 
     Args:
         model: converted or not; on any device but meta.
@@ -34,14 +35,18 @@ def initialize(model: Decoder, seed: int) -> None:
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for path, parameter in model.named_parameters():  # a tied weight comes once, as embed_tokens.weight
         if parameter.is_meta:
-            raise ConfigError(f"initialize: {path} is on the meta device; needs memory. Call model.to_empty(device=...) first.")
+            raise ConfigError(
+                f"initialize: {path} is on the meta device; needs memory. Call model.to_empty(device=...) first."
+            )
         if path.endswith(".bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
             values = torch.empty(parameter.shape, dtype=torch.float32)
-            values.normal_(0.0, residual_std if path.endswith(RESIDUAL_OUTPUTS) else std, generator=_generator(seed, path))
+            values.normal_(
+                0.0, residual_std if path.endswith(RESIDUAL_OUTPUTS) else std, generator=_generator(seed, path)
+            )
             parameter.copy_(values)
 
 

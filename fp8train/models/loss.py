@@ -15,11 +15,13 @@ ROWS = 128
 """Chunks hold a multiple of this many tokens, so that a wgrad that scales blocks of 128 tokens sees the same blocks."""
 
 
-def cross_entropy_sum(hidden: Tensor, targets: Tensor, lm_head: nn.Module, vocab_size: int, logits_per_chunk: int = LOGITS_PER_CHUNK) -> Tensor:
+def cross_entropy_sum(
+    hidden: Tensor, targets: Tensor, lm_head: nn.Module, vocab_size: int, logits_per_chunk: int = LOGITS_PER_CHUNK
+) -> Tensor:
     """Sum over tokens of -log softmax(lm_head(hidden))[target], in FP32.
 
-    Where the logits of all tokens exceed logits_per_chunk, the tokens are taken in chunks whose logits are computed again in backward:
-    lm_head's fprop runs twice, and only the hidden states are kept.
+    Where the logits of all tokens exceed logits_per_chunk, the tokens are taken in chunks whose logits are computed
+    again in backward: lm_head's fprop runs twice, and only the hidden states are kept.
 
     Args:
         hidden: [M, hidden].

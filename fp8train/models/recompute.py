@@ -32,14 +32,16 @@ def run_layer(choice: str, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
 
     Args:
         choice: "none" keeps everything. "full" keeps the layer's input and runs the layer again in backward.
-            "selective" keeps the results of matrix multiplications and of attention and repeats the rest (norms, RoPE, SwiGLU, casts,
-            quantisation): these are nearly all of what autograd would keep and nearly none of the time.
+            "selective" keeps the results of matrix multiplications and of attention, which hold nearly all of the time,
+            and repeats the rest (norms, RoPE, SwiGLU, casts, quantisation): for Llama-3-8B in BF16 that leaves 111 of
+            193 kB a token and layer.
         layer: takes and returns tensors.
         inputs: arguments of layer.
     """
     if choice == "none" or not torch.is_grad_enabled():
         return layer(*inputs)
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a decoder layer draws no random numbers
+    # a decoder layer draws no random numbers, so there is no state to restore
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if choice == "selective":
         options["context_fn"] = _selective_contexts
     return checkpoint(layer, *inputs, **options)

@@ -1,0 +1,23 @@
+"""A Llama-style decoder, its initial weights, and Hugging Face folders in and out."""
+
+from __future__ import annotations
+
+from fp8train.models.config import ModelConfig, RopeScaling
+from fp8train.models.counting import count_parameters, flops_per_token
+from fp8train.models.decoder import Decoder, build_model
+from fp8train.models.hf import config_from_hf, load_hf, resolve_config, save_hf
+from fp8train.models.initialization import initialize
+
+__all__ = [
+    "Decoder",
+    "ModelConfig",
+    "RopeScaling",
+    "build_model",
+    "config_from_hf",
+    "count_parameters",
+    "flops_per_token",
+    "initialize",
+    "load_hf",
+    "resolve_config",
+    "save_hf",
+]

@@ -1,0 +1,294 @@
+"""Weights of a Hugging Face Llama, Qwen2 or Qwen3 folder, in and out, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fp8train.errors import CheckpointError, ConfigError
+from fp8train.models.config import ModelConfig
+from fp8train.models.decoder import Decoder, build_model
+from fp8train.models.hf_config import (
+    check_same_architecture,
+    config_from_hf,
+    config_to_hf,
+    read_config_json,
+    resolve_config,
+)
+
+__all__ = ["config_from_hf", "load_hf", "resolve_config", "save_hf"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+READABLE = ("BF16", "F16", "F32")  # names in a safetensors header; each is exact in FP32
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # parameters with a row per token id
+MAX_SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def hf_name(name: str) -> str:
+    """Name in a Hugging Face folder of our parameter `name`."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+@torch.no_grad()
+def load_hf(model: Decoder, directory: str | Path) -> None:
+    """Copy the weights of a Hugging Face folder into the model's FP32 parameters; exact.
+
+    Everything is checked before the first tensor is copied. A converted model needs fp8train.weights_changed(model)
+    afterwards.
+
+    Args:
+        model: on any device but meta; rows that pad its vocabulary become 0.
+        directory: config.json with model.safetensors, or its shards and their index.
+
+    Raises:
+        ConfigError: the folder is of another architecture than model.config.
+        CheckpointError: a file or tensor is missing, unexpected, damaged, quantised or of another shape; the message
+            names it.
+    """
+    directory = Path(directory)
+    check_same_architecture(model.config, directory)
+    parameters = {hf_name(name): (name, parameter) for name, parameter in model.named_parameters()}
+    with ExitStack() as stack:
+        files = _open_tensors(directory, stack)
+        _check_tensors(
+            model.config, {theirs: parameter for theirs, (_, parameter) in parameters.items()}, files, directory
+        )
+        for theirs, (name, parameter) in parameters.items():
+            tensor = files[theirs].get_tensor(theirs)
+            if name in VOCABULARY:
+                parameter[model.config.vocab_size :].zero_()
+                parameter[: model.config.vocab_size].copy_(tensor)
+            else:
+                parameter.copy_(tensor)
+
+
+def save_hf(
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    directory: str | Path,
+    dtype: str = "bfloat16",
+    tokenizer_dir: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers loads: config.json, safetensors (shards if large), tokenizer files.
+
+    The folder appears whole or not at all.
+
+    Args:
+        state: as Decoder.state_dict(); a tied lm_head.weight may be left out.
+        config: shape of the model.
+        directory: must not exist, or be empty.
+        dtype: "bfloat16" (rounded to nearest) or "float32".
+        tokenizer_dir: folder whose tokenizer files are copied, or a tokenizer.json; None copies none.
+        max_shard_bytes: a file ends before the tensor that would exceed this.
+
+    Raises:
+        ConfigError: another dtype; qkv_bias together with qk_norm, which no family has.
+        CheckpointError: the folder is in use, the disk full or read-only; a tensor is missing, unexpected or of another
+            shape.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; needs one of {', '.join(DTYPES)}.")
+    directory = Path(directory).absolute()
+    _check_state(state, config)
+    document = config_to_hf(config, dtype, _token_ids(tokenizer_dir))
+    tokenizer_files = _tokenizer_files(tokenizer_dir)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(
+            f"{directory}: exists and is not empty; needs a new or empty folder. Choose another, or delete it."
+        )
+    partial = directory.with_name(f".{directory.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a write that was cut off
+        partial.mkdir(parents=True)
+        _write_json(partial / "config.json", document)
+        _write_tensors(partial, state, config, DTYPES[dtype], max_shard_bytes)
+        for name, source in tokenizer_files.items():
+            shutil.copyfile(source, partial / name)
+        _sync(partial)
+        os.replace(partial, directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{directory}: cannot be written ({error}). Free space or choose another folder; nothing was left there."
+        ) from error
+
+
+def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """Open safetensors file of every tensor in the folder, by tensor name."""
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index}: holds no weight_map ({error!r}); needs the index of a sharded model. Fetch the folder again."
+            ) from error
+    else:
+        shards = ["model.safetensors"]
+    files: dict[str, Any] = {}
+    for shard in shards:
+        path = directory / shard
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: does not exist; needs the weights as safetensors. Fetch the folder again, or convert "
+                "pytorch_model.bin to safetensors."
+            )
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged or cut off ({error}). Fetch the file again.") from error
+        files.update(dict.fromkeys(file.keys(), file))
+    return files
+
+
+def _check_tensors(
+    config: ModelConfig, parameters: Mapping[str, Tensor], files: Mapping[str, Any], directory: Path
+) -> None:
+    """Raise unless the files hold exactly the parameters, in their shapes and in a readable dtype."""
+    missing = [name for name in parameters if name not in files]
+    # old folders carry the rotary frequencies, which follow from the config
+    unexpected = [name for name in files if name not in parameters and not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_embeddings and "lm_head.weight" in unexpected and not missing:
+        unexpected.remove("lm_head.weight")
+        if not torch.equal(
+            files["lm_head.weight"].get_tensor("lm_head.weight"),
+            files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight"),
+        ):
+            raise CheckpointError(
+                f"{directory}: lm_head.weight differs from the embedding although tie_word_embeddings is true. Set "
+                "it to false in config.json."
+            )
+    for what, names in (("lacks", missing), ("has, besides those expected,", unexpected)):
+        if names:
+            raise CheckpointError(
+                f"{directory}: {what} {len(names)} tensors, such as {', '.join(names[:3])}; needs exactly the "
+                "weights of its config.json. Fetch the folder again."
+            )
+    for name, parameter in parameters.items():
+        header = files[name].get_slice(name)
+        if header.get_dtype() not in READABLE:
+            raise CheckpointError(
+                f"{directory}: {name} is {header.get_dtype()}; needs one of {', '.join(READABLE)}. Take the "
+                "unquantised model."
+            )
+        wanted = _unpadded_shape(name, parameter, config)
+        if tuple(header.get_shape()) != wanted:
+            raise CheckpointError(
+                f"{directory}: {name} has shape {list(header.get_shape())}; its config.json needs {list(wanted)}. "
+                "Fetch the folder again."
+            )
+
+
+def _unpadded_shape(name: str, parameter: Tensor, config: ModelConfig) -> tuple[int, ...]:
+    if name.removeprefix("model.") in VOCABULARY:
+        return (config.vocab_size, *parameter.shape[1:])
+    return tuple(parameter.shape)
+
+
+def _check_state(state: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Raise unless the state holds exactly the parameters of a model of this config."""
+    wanted = build_model(config, "meta").state_dict()
+    optional = {"lm_head.weight"} if config.tie_embeddings else set()
+    missing = [name for name in wanted if name not in state and name not in optional]
+    unexpected = [name for name in state if name not in wanted]
+    for what, names in (("lacks", missing), ("has, besides those expected,", unexpected)):
+        if names:
+            raise CheckpointError(
+                f"weights of model {config.name}: the state {what} {len(names)} tensors, such as "
+                f"{', '.join(names[:3])}; needs Decoder.state_dict()."
+            )
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"weights of model {config.name}: {name} has shape {list(tensor.shape)}; the config needs "
+                f"{list(wanted[name].shape)}."
+            )
+
+
+def _write_tensors(
+    directory: Path, state: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    names = [name for name in state if not (config.tie_embeddings and name == "lm_head.weight")]
+    shards: list[list[str]] = [[]]
+    sizes = [0]
+    for name in names:
+        size = dtype.itemsize * state[name].numel()
+        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += size
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in shard:
+            rows = config.vocab_size if name in VOCABULARY else state[name].shape[0]
+            tensors[hf_name(name)] = state[name].detach()[:rows].to(device="cpu", dtype=dtype).contiguous()
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        _write_json(
+            directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+        )
+
+
+def _token_ids(tokenizer_dir: str | Path | None) -> dict[str, Any]:
+    """Special token ids that the tokenizer's own model folder states."""
+    if tokenizer_dir is None or not (Path(tokenizer_dir) / "config.json").is_file():
+        return {}
+    document = read_config_json(tokenizer_dir)
+    return {name: document.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _tokenizer_files(source: str | Path | None) -> dict[str, Path]:
+    """Files to copy, by the name they get."""
+    if source is None:
+        return {}
+    source = Path(source)
+    if source.is_file():
+        return {"tokenizer.json": source}
+    found = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    if not found:
+        raise CheckpointError(
+            f"{source}: holds no tokenizer; needs tokenizer.json or the files of a Hugging Face tokenizer. Correct "
+            "the path."
+        )
+    return found
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(directory: Path) -> None:
+    """Make the files of a folder, and the folder itself, durable before it is renamed into place."""
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
