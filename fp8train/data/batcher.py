@@ -1,0 +1,114 @@
+"""Batches of a step for one rank. Step s takes samples s*G .. s*G+G-1, however ranks and micro-batches share them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fp8train.data.dataset import Dataset
+from fp8train.errors import DataError
+
+MASKED_TARGET = -100  # cross-entropy leaves such targets out
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One micro-batch. tokens, targets: [b, T] int64. document_ids: [b, T] int64, or None without document mask."""
+
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+    sample_ids: list[int]
+
+
+class Batcher:
+    """Splits the samples of a step over micro-batches, then ranks, each a contiguous range.
+
+    Args:
+        dataset: where samples come from.
+        global_batch_samples: G, samples of one optimizer step over all ranks.
+        micro_batch_samples: b, samples of one forward pass on one rank.
+        rank, world_size: this process among those that share the step.
+
+    Raises:
+        DataError: G is not a multiple of b * world_size.
+    """
+
+    def __init__(
+        self, dataset: Dataset, global_batch_samples: int, micro_batch_samples: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        together = micro_batch_samples * world_size
+        if min(global_batch_samples, micro_batch_samples, world_size) < 1:
+            raise DataError(
+                f"batch: global batch {global_batch_samples}, micro-batch {micro_batch_samples}, ranks {world_size}; "
+                "each needs at least 1."
+            )
+        if global_batch_samples % together:
+            lower = global_batch_samples - global_batch_samples % together
+            near = f"{lower} or {lower + together}" if lower else f"{together}"
+            raise DataError(
+                f"batch: global batch of {global_batch_samples} samples is not divisible by {micro_batch_samples} "
+                "samples a micro-batch x "
+                f"{world_size} ranks = {together}; nearest: {near} samples ({dataset.seq_len} tokens each). Change "
+                "global_batch_tokens "
+                "or micro_batch_samples."
+            )
+        self.dataset = dataset
+        self.global_batch_samples = global_batch_samples
+        self.micro_batch_samples = micro_batch_samples
+        self.rank = rank
+        self.world_size = world_size
+        self.num_micro_batches = global_batch_samples // together
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, in order."""
+        size = self.micro_batch_samples
+        first = step * self.global_batch_samples + self.rank * size
+        return [self._batch(range(start, start + size)) for start in self._starts(first)]
+
+    def skip_to(self, step: int) -> str:
+        """Bring the dataset to a step, after a resume; says what it cost."""
+        return self.dataset.skip_to(step * self.global_batch_samples)
+
+    def stream_hash(self, step_from: int, step_to: int) -> str:
+        """Hash of the tokens of steps step_from .. step_to-1 in order: equal for any ranks and micro-batches.
+
+        Reads all samples again (a streamed source: through a stream of its own).
+        """
+        digest = hashlib.sha256()
+        dataset = self.dataset.fresh()
+        for index in range(step_from * self.global_batch_samples, step_to * self.global_batch_samples):
+            digest.update(dataset.sample(index).tokens.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def eval_batches(self, n: int | None = None) -> list[Batch]:
+        """This rank's share of the held-out windows, in micro-batches (the last may be short)."""
+        samples = self.dataset.eval_samples(n)
+        mine = range(self.rank * len(samples) // self.world_size, (self.rank + 1) * len(samples) // self.world_size)
+        size = self.micro_batch_samples
+        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [
+            self._collate([(samples[i].tokens, samples[i].document_ids) for i in chunk], list(chunk))
+            for chunk in chunks
+        ]
+
+    def _starts(self, first: int) -> range:
+        stride = self.micro_batch_samples * self.world_size
+        return range(first, first + self.num_micro_batches * stride, stride)
+
+    def _batch(self, indices: range) -> Batch:
+        samples = [self.dataset.sample(index) for index in indices]
+        return self._collate([(sample.tokens, sample.document_ids) for sample in samples], list(indices))
+
+    def _collate(self, rows: list[tuple[np.ndarray, np.ndarray]], sample_ids: list[int]) -> Batch:
+        tokens = torch.from_numpy(np.stack([row for row, _ in rows]))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if not self.dataset.document_mask:
+            return Batch(tokens=inputs, targets=targets, document_ids=None, sample_ids=sample_ids)
+        ids = torch.from_numpy(np.stack([row for _, row in rows])).long()
+        targets[ids[:, 1:] != ids[:, :-1]] = MASKED_TARGET
+        return Batch(tokens=inputs, targets=targets, document_ids=ids[:, :-1].contiguous(), sample_ids=sample_ids)

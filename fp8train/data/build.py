@@ -1,0 +1,159 @@
+"""From a DataConfig to a dataset: sources are read, tokenised, split and, for kind mix, put together."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+from pathlib import Path
+
+from fp8train.data import huggingface
+from fp8train.data.config import DataConfig, SourceConfig
+from fp8train.data.corpus import Corpus, build_corpus
+from fp8train.data.dataset import Dataset, PackedDataset, threshold_for
+from fp8train.data.mix import MixedDataset
+from fp8train.data.shards import open_shards, shard_tokenizer
+from fp8train.data.sources import plan_pieces, read_piece, source_files
+from fp8train.data.split import fixed_threshold
+from fp8train.data.stream import StreamedDataset
+from fp8train.data.tokenizers import Tokenizer, build_tokenizer
+from fp8train.errors import DataError
+
+PIECE_BYTES = 1 << 26
+
+
+def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
+    """Read what the configuration names.
+
+    Args:
+        seq_len: T, tokens of a window.
+        seed: of the order of documents and windows; the split does not depend on it.
+
+    Returns:
+        Dataset: `sample(index)` is a pure function of (seed, index); see fp8train/data/dataset.py.
+
+    Raises:
+        DataError: a path, file, line, tokenizer or size that cannot be used; the message names it.
+    """
+    if seq_len < 1:
+        raise DataError(f"seq_len: is {seq_len}; needs at least 1.")
+    entries: list[SourceConfig] = config.mix if config.kind == "mix" else [config]
+    if not entries:
+        raise DataError(
+            "data.mix: has no entries; needs at least one source. Add data.mix=[{kind: stdlib, weight: 1}]."
+        )
+    tokenizer = _tokenizer(config, entries)
+    texts = [source_files(entry) for entry in entries if entry.kind == "text"]
+    text_files = sum(map(len, texts))
+    text_bytes = sum(file.stat().st_size for files in texts for file in files)
+    corpora = [
+        None if _is_stream(entry) else read_corpus(entry, tokenizer, text_bytes, text_files) for entry in entries
+    ]
+    stored = [corpus for corpus in corpora if corpus is not None]
+    # One threshold for all sources: a text that two of them share must land on one side.
+    fixed = fixed_threshold(config.holdout_fraction)
+    threshold = max([fixed, *(threshold_for(corpus, config.holdout_fraction, seq_len) for corpus in stored)])
+    datasets = [
+        _dataset(config, entry, corpus, tokenizer, seq_len=seq_len, seed=seed + (number << 32), threshold=threshold)
+        for number, (entry, corpus) in enumerate(zip(entries, corpora, strict=True))
+    ]
+    if config.kind != "mix":
+        return datasets[0]
+    weights = [entry.weight for entry in entries]
+    return MixedDataset(
+        datasets, weights, seed=seed, eval_windows=config.eval_windows, document_mask=config.document_mask
+    )
+
+
+def read_corpus(
+    source: SourceConfig, tokenizer: Tokenizer, text_bytes: int | None = None, text_files: int = 0
+) -> Corpus:
+    """Tokenise a stored source into memory, or map its shards.
+
+    Raises:
+        DataError: nothing in it but empty documents, or as build_dataset.
+    """
+    name = (
+        source.kind if not source.paths and source.hf_name is None else f"{source.kind} {huggingface.name_of(source)}"
+    )
+    if source.kind == "tokens":
+        return open_shards(shard_folders(source), tokenizer, verify=source.verify)
+    pieces = plan_pieces(source, PIECE_BYTES, text_bytes=text_bytes, text_files=text_files)
+    corpus = build_corpus((document for piece in pieces for document in read_piece(source, piece)), tokenizer, name)
+    if len(corpus.lengths) == 0:
+        raise DataError(f"data: {name} got 0 tokens, its documents are all empty; needs text. Give other files.")
+    return corpus
+
+
+def shard_folders(source: SourceConfig) -> list[Path]:
+    """Folders of a tokens source, sorted."""
+    if not source.paths:
+        raise DataError(
+            "data.path: is not given; data=tokens needs a folder that `fp8train prepare` wrote. Add data.path=DIR."
+        )
+    folders: set[Path] = set()
+    for entry in source.paths:
+        path = Path(entry).expanduser()
+        matches = (
+            [Path(match) for match in glob.glob(str(path))] if glob.has_magic(entry) and not path.exists() else [path]
+        )
+        if not matches:
+            raise DataError(
+                f"data.path: {entry} matches no folder; needs one that `fp8train prepare` wrote. Correct the path."
+            )
+        folders.update(matches)
+    return sorted(folders)
+
+
+def _tokenizer(config: DataConfig, entries: list[SourceConfig]) -> Tokenizer:
+    if config.tokenizer == "auto":
+        for entry in entries:
+            if entry.kind == "tokens":
+                return shard_tokenizer(shard_folders(entry)[0])
+    return build_tokenizer(config.tokenizer, config.separator)
+
+
+def _is_stream(source: SourceConfig) -> bool:
+    return source.kind == "hf" and source.hf_streaming
+
+
+def _dataset(
+    config: DataConfig,
+    source: SourceConfig,
+    corpus: Corpus | None,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    seed: int,
+    threshold: int,
+) -> Dataset:
+    if corpus is not None:
+        return PackedDataset(
+            corpus,
+            seq_len=seq_len,
+            seed=seed,
+            threshold=threshold,
+            eval_windows=config.eval_windows,
+            document_mask=config.document_mask,
+        )
+    identity = [
+        source.hf_name,
+        source.hf_subset,
+        source.hf_split,
+        source.hf_revision,
+        source.paths,
+        source.text_key,
+        source.hf_shuffle_buffer,
+    ]
+    huggingface.load(source)  # a wrong name stops here, before any model is built
+    return StreamedDataset(
+        functools.partial(huggingface.stream, source),
+        name=huggingface.name_of(source),
+        identity=hashlib.sha256(repr(identity).encode()).hexdigest(),
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        seed=seed,
+        threshold=threshold,
+        eval_windows=config.eval_windows,
+        document_mask=config.document_mask,
+    )

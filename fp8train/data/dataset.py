@@ -1,0 +1,182 @@
+"""A dataset gives window `index` for any index from 0 up: for stored sources, a pure function of (seed, index)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import numpy as np
+
+from fp8train.data.corpus import Corpus
+from fp8train.data.packing import PackedDocuments, Sample, permutation
+from fp8train.data.split import held_out, sufficient_threshold
+from fp8train.data.tokenizers import Tokenizer
+from fp8train.errors import DataError
+
+DOCUMENT_ORDER = 1  # what a permutation is for; part of its key
+WINDOW_ORDER = 2
+
+
+class Dataset(Protocol):
+    """What training and evaluation ask of data.
+
+    streaming: samples must be asked for in increasing order; going back restarts the stream.
+    document_mask: attention and targets stop at document boundaries.
+    fingerprint: hash over corpus, tokenizer, split and seq_len (not the seed).
+    """
+
+    seq_len: int
+    seed: int
+    tokenizer: Tokenizer
+    streaming: bool
+    document_mask: bool
+    fingerprint: str
+
+    def sample(self, index: int) -> Sample: ...
+
+    def eval_samples(self, n: int | None = None) -> list[Sample]: ...
+
+    def skip_to(self, index: int) -> str: ...
+
+    def describe(self) -> str: ...
+
+    def largest_token(self) -> int: ...
+
+    def fresh(self) -> Dataset: ...
+
+
+class PackedDataset:
+    """Windows of a stored corpus; every epoch shuffles the documents and then the windows.
+
+    Args:
+        corpus: tokenised documents.
+        seq_len: T; a sample has T + 1 tokens.
+        seed: of the order; the split does not depend on it.
+        threshold: documents whose hash is below are held out.
+        eval_windows: what eval_samples() gives at most.
+
+    Raises:
+        DataError: less than one window to train on, or to hold out when some is to be held out.
+    """
+
+    streaming = False
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        seed: int,
+        threshold: int,
+        eval_windows: int = 64,
+        document_mask: bool = False,
+    ) -> None:
+        self.corpus = corpus
+        self.seq_len = seq_len
+        self.seed = seed
+        self.tokenizer = corpus.tokenizer
+        self.document_mask = document_mask
+        self._eval_windows = eval_windows
+        self._threshold = threshold
+        outside = held_out(corpus.hashes, threshold)
+        self._train = np.flatnonzero(~outside)
+        chosen = np.flatnonzero(outside)
+        self._eval = PackedDocuments(corpus, chosen[np.argsort(corpus.hashes[chosen], kind="stable")])
+        self._train_tokens = int(corpus.lengths[self._train].sum())
+        self.samples_per_epoch = max(0, (self._train_tokens - 1) // seq_len)
+        self._check_size()
+        self._plans: dict[int, tuple[PackedDocuments, np.ndarray]] = {}
+        key = f"{corpus.fingerprint()} threshold {threshold} seq_len {seq_len}"
+        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
+
+    def sample(self, index: int) -> Sample:
+        """Training window `index`; index // samples_per_epoch is its epoch."""
+        epoch, place = divmod(index, self.samples_per_epoch)
+        stream, windows = self._plan(epoch)
+        return stream.read(int(windows[place]) * self.seq_len, self.seq_len + 1)
+
+    def eval_samples(self, n: int | None = None) -> list[Sample]:
+        """At most n (None: data.eval_windows) windows of the held-out documents, evenly spread; the same for any seed.
+
+        Raises:
+            DataError: nothing is held out.
+        """
+        count = self._eval.windows(self.seq_len)
+        if count == 0:
+            raise DataError(
+                f"data.holdout_fraction: nothing of {self.corpus.name} is held out; evaluation needs some. Set it "
+                "above 0."
+            )
+        wanted = min(n or self._eval_windows, count)
+        return [self._eval.read(i * count // wanted * self.seq_len, self.seq_len + 1) for i in range(wanted)]
+
+    def skip_to(self, index: int) -> str:
+        """Nothing to skip: the position is computed."""
+        return f"data position: sample {index} (computed, no cost)"
+
+    def largest_token(self) -> int:
+        """Largest token id in the corpus."""
+        return self.corpus.largest_token()
+
+    def fresh(self) -> PackedDataset:
+        """A dataset that may be read at another position: this one."""
+        return self
+
+    def describe(self) -> str:
+        """One line: documents, tokens, windows, split."""
+        documents = len(self.corpus.lengths)
+        held = documents - len(self._train)
+        return (
+            f"{self.corpus.name}: {documents:,} documents, {self.corpus.tokens:,} tokens ({self.tokenizer.name}); "
+            f"{self.samples_per_epoch:,} training windows of {self.seq_len} per epoch; "
+            f"held out: {held:,} documents, {self._eval.tokens:,} tokens"
+        )
+
+    def _plan(self, epoch: int) -> tuple[PackedDocuments, np.ndarray]:
+        if epoch not in self._plans:
+            while len(self._plans) > 1:  # a batch may span two epochs
+                del self._plans[min(self._plans)]
+            order = self._train[permutation(len(self._train), self.seed, epoch, DOCUMENT_ORDER)]
+            windows = permutation(self.samples_per_epoch, self.seed, epoch, WINDOW_ORDER)
+            self._plans[epoch] = (PackedDocuments(self.corpus, order), windows)
+        return self._plans[epoch]
+
+    def _check_size(self) -> None:
+        window = self.seq_len + 1
+        holdout = self._threshold > 0
+        if self.samples_per_epoch >= 1 and (not holdout or self._eval.windows(self.seq_len) >= 1):
+            return
+        parts = "one window to train on and one, of other documents, to hold out" if holdout else "one window"
+        remedy = " or set data.holdout_fraction=0" if holdout else ""
+        raise DataError(
+            f"data: {self.corpus.name} got {self.corpus.tokens} tokens in {len(self.corpus.lengths)} documents; "
+            "needs at least "
+            f"{window * (1 + holdout)}: {parts} (seq_len {self.seq_len} + 1 tokens each). Give more text, lower "
+            f"seq_len{remedy}."
+        )
+
+
+def threshold_for(corpus: Corpus, fraction: float, seq_len: int) -> int:
+    """Hash threshold that holds out `fraction` of the documents; in tokens at least half of that, and one window."""
+    needed = max(seq_len + 1, int(corpus.tokens * fraction / 2))
+    return sufficient_threshold(corpus.hashes, corpus.lengths, fraction, needed)
+
+
+def check_vocabulary(dataset: Dataset, vocab_size: int) -> None:
+    """Refuse data with token ids that the model has no embedding for.
+
+    Raises:
+        DataError: the tokenizer, or a stored token, goes beyond vocab_size.
+    """
+    if not dataset.streaming and dataset.largest_token() >= vocab_size:
+        largest = dataset.largest_token()
+        raise DataError(
+            f"data: token id {largest} is beyond the vocabulary of the model ({vocab_size}); needs ids below it. "
+            f"Set model.vocab_size={max(dataset.tokenizer.vocab_size, largest + 1)} or take another tokenizer."
+        )
+    if dataset.tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"data.tokenizer: {dataset.tokenizer.name} has {dataset.tokenizer.vocab_size} ids; the model has "
+            f"{vocab_size}. "
+            f"Set model.vocab_size={dataset.tokenizer.vocab_size} or take another tokenizer."
+        )

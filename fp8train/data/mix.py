@@ -1,0 +1,140 @@
+"""Weighted mixing of datasets. Each block of samples holds the exact shares, in a seeded order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from fp8train.data.dataset import Dataset
+from fp8train.data.packing import Sample, permutation
+from fp8train.errors import DataError
+
+LARGEST_BLOCK = 10_000
+MIX_ORDER = 3
+
+
+class MixedDataset:
+    """Samples of several datasets in fixed proportions.
+
+    In each block of `len(pattern)` samples, source k has exactly quotas[k] of them, in an order that (seed, block)
+        gives; its samples
+    are taken one after the other. Each source has its own epochs: a small one starts again while a large one goes on.
+
+    Args:
+        datasets: with one seq_len and one tokenizer.
+        weights: shares, relative to their sum; exact where a block of at most 10,000 samples can hold them, else the
+            nearest.
+
+    Raises:
+        DataError: no sources, or a weight too small for a block.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        eval_windows: int = 64,
+        document_mask: bool = False,
+    ) -> None:
+        self._datasets = list(datasets)
+        self._weights = list(weights)
+        self._eval_windows = eval_windows
+        self._quotas = quotas(weights)
+        self.seed = seed
+        self.document_mask = document_mask
+        self.seq_len = datasets[0].seq_len
+        self.tokenizer = datasets[0].tokenizer
+        self.streaming = any(dataset.streaming for dataset in datasets)
+        self._pattern = np.repeat(np.arange(len(datasets)), self._quotas)
+        self._block: tuple[int, np.ndarray] = (-1, self._pattern)
+        parts = [f"{dataset.fingerprint} x {quota}" for dataset, quota in zip(datasets, self._quotas, strict=True)]
+        self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` of the mix."""
+        source, position = self.locate(index)
+        return self._datasets[source].sample(position)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(number of the source, index in it) of sample `index`."""
+        block, place = divmod(index, len(self._pattern))
+        order = self._order(block)
+        source = int(order[place])
+        before = int(np.count_nonzero(order[:place] == source))
+        return source, block * self._quotas[source] + before
+
+    def eval_samples(self, n: int | None = None) -> list[Sample]:
+        """About n (None: data.eval_windows) held-out windows: of each source its share, and at least one."""
+        wanted = n or self._eval_windows
+        shares = [max(1, wanted * quota // len(self._pattern)) for quota in self._quotas]
+        return [s for dataset, share in zip(self._datasets, shares, strict=True) for s in dataset.eval_samples(share)]
+
+    def skip_to(self, index: int) -> str:
+        """Bring every source to its position; says what that cost."""
+        block, place = divmod(index, len(self._pattern))
+        order = self._order(block)
+        costs = []
+        for source, dataset in enumerate(self._datasets):
+            position = block * self._quotas[source] + int(np.count_nonzero(order[:place] == source))
+            if dataset.streaming:
+                costs.append(dataset.skip_to(position))
+        return "; ".join(costs) or f"data position: sample {index} (computed, no cost)"
+
+    def largest_token(self) -> int:
+        """Largest token id in any source."""
+        return max(dataset.largest_token() for dataset in self._datasets)
+
+    def fresh(self) -> MixedDataset:
+        """The same mix with positions of its own."""
+        datasets = [dataset.fresh() for dataset in self._datasets]
+        return MixedDataset(
+            datasets, self._weights, seed=self.seed, eval_windows=self._eval_windows, document_mask=self.document_mask
+        )
+
+    def describe(self) -> str:
+        """One line: share and description of each source."""
+        total = len(self._pattern)
+        return "mix of " + " | ".join(
+            f"{quota / total:.4g} {dataset.describe()}"
+            for dataset, quota in zip(self._datasets, self._quotas, strict=True)
+        )
+
+    def _order(self, block: int) -> np.ndarray:
+        if self._block[0] != block:
+            self._block = (block, self._pattern[permutation(len(self._pattern), self.seed, block, MIX_ORDER)])
+        return self._block[1]
+
+
+def quotas(weights: Sequence[float]) -> list[int]:
+    """Samples of each source in a block: the smallest with whole shares, else LARGEST_BLOCK by largest remainders.
+
+    Raises:
+        DataError: no weights, or one that gets no sample in the largest block.
+    """
+    if not weights:
+        raise DataError(
+            "data.mix: has no entries; needs at least one source. Add data.mix=[{kind: stdlib, weight: 1}]."
+        )
+    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    for size in range(1, LARGEST_BLOCK + 1):
+        exact = shares * size
+        whole = np.rint(exact)
+        if (
+            np.abs(exact - whole).max() < 1e-6 and whole.min() >= 1
+        ):  # weights are typed with few digits; 1e-6 of a sample is noise
+            return [int(count) for count in whole]
+    exact = shares * LARGEST_BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(counts - exact, kind="stable")
+    counts[by_remainder[: LARGEST_BLOCK - int(counts.sum())]] += 1
+    if counts.min() < 1:
+        smallest = int(np.argmin(shares))
+        raise DataError(
+            f"data.mix: entry {smallest} has {shares[smallest]:.2g} of the weight; needs at least 1/{LARGEST_BLOCK}. "
+            "Raise its weight."
+        )
+    return [int(count) for count in counts]

@@ -1,0 +1,177 @@
+"""A streamed source: one seeded sequence of documents, packed as it comes; a position is reached by reading."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from fp8train.data.corpus import encode
+from fp8train.data.packing import Sample
+from fp8train.data.split import content_hash
+from fp8train.data.tokenizers import Tokenizer
+from fp8train.errors import DataError
+
+OpenStream = Callable[[int | None, int], Iterator[bytes]]
+
+
+class StreamedDataset:
+    """Windows of a stream. Every rank reads all of it and keeps its own windows: one order for any number of ranks.
+
+    Args:
+        open_stream: (seed, epoch) -> documents; seed None asks for the unshuffled order.
+        name: what the user called the source.
+        identity: what the stream is made of (dataset, revision, split), for the fingerprint.
+        threshold: documents whose hash is below are held out.
+    """
+
+    streaming = True
+
+    def __init__(
+        self,
+        open_stream: OpenStream,
+        *,
+        name: str,
+        identity: str,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        threshold: int,
+        eval_windows: int = 64,
+        document_mask: bool = False,
+    ) -> None:
+        self._open = open_stream
+        self._name = name
+        self._identity = identity
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.seed = seed
+        self.document_mask = document_mask
+        self._threshold = threshold
+        self._eval_windows = eval_windows
+        self._eval: dict[int, list[Sample]] = {}
+        key = f"{identity} tokenizer {tokenizer.hash} threshold {threshold} seq_len {seq_len}"
+        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
+        self._restart()
+
+    def sample(self, index: int) -> Sample:
+        """Window `index` of the stream; reads on to it, from the start if it lies behind."""
+        if index < self._next:
+            self._restart()
+        while self._next < index:
+            self._window()
+        return self._window()
+
+    def skip_to(self, index: int) -> str:
+        """Read on until window `index` is next; says what that cost."""
+        if index < self._next:
+            self._restart()
+        documents, tokens, started = self._documents_read, self._next, time.perf_counter()
+        while self._next < index:
+            self._window()
+        seconds = time.perf_counter() - started
+        return (
+            f"data position: sample {index} of the stream {self._name}; skipping read "
+            f"{self._documents_read - documents:,} documents "
+            f"({(self._next - tokens) * self.seq_len:,} tokens) in {seconds:.1f} s"
+        )
+
+    def eval_samples(self, n: int | None = None) -> list[Sample]:
+        """The first n (None: data.eval_windows) windows of the held-out documents in the unshuffled order.
+
+        Raises:
+            DataError: the stream ends before there is one window.
+        """
+        wanted = n or self._eval_windows
+        if wanted not in self._eval:
+            self._eval[wanted] = self._read_held_out(wanted)
+        return self._eval[wanted]
+
+    def largest_token(self) -> int:
+        """Largest id that the tokenizer can give: the stream itself is not known in advance."""
+        return self.tokenizer.vocab_size - 1
+
+    def fresh(self) -> StreamedDataset:
+        """The same stream with a position of its own."""
+        return StreamedDataset(
+            self._open,
+            name=self._name,
+            identity=self._identity,
+            tokenizer=self.tokenizer,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            threshold=self._threshold,
+            eval_windows=self._eval_windows,
+            document_mask=self.document_mask,
+        )
+
+    def describe(self) -> str:
+        """One line: source, tokenizer, window, split."""
+        share = self._threshold / 2**64
+        return f"{self._name}: stream ({self.tokenizer.name}), windows of {self.seq_len}; {share:.1%} held out"
+
+    def _restart(self) -> None:
+        self._next = 0
+        self._documents_read = 0
+        self._encoded = encode(self._training_documents(), self.tokenizer)
+        self._tokens = np.empty(0, dtype=np.int64)
+        self._ids = np.empty(0, dtype=np.int64)
+        self._number = 0
+
+    def _training_documents(self) -> Iterator[bytes]:
+        for epoch in itertools.count():
+            found = False
+            for document in self._open(self.seed, epoch):
+                self._documents_read += 1
+                if content_hash(document) >= self._threshold:
+                    found = True
+                    yield document
+            if not found:
+                raise DataError(
+                    f"data: the stream {self._name} has no document to train on; needs some. Check split and key."
+                )
+
+    def _window(self) -> Sample:
+        """The next window; its last token is the first of the one after it."""
+        tokens, ids, missing = [self._tokens], [self._ids], self.seq_len + 1 - len(self._tokens)
+        while missing > 0:
+            _, document = next(self._encoded)
+            tokens.append(document.astype(np.int64))
+            ids.append(np.full(len(document), self._number, dtype=np.int64))
+            self._number += 1
+            missing -= len(document)
+        joined, numbers = (tokens[0], ids[0]) if len(tokens) == 1 else (np.concatenate(tokens), np.concatenate(ids))
+        self._tokens, self._ids = joined[self.seq_len :], numbers[self.seq_len :]
+        self._next += 1
+        window = slice(0, self.seq_len + 1)
+        return Sample(tokens=joined[window], document_ids=(numbers[window] - numbers[0]).astype(np.int32))
+
+    def _read_held_out(self, wanted: int) -> list[Sample]:
+        chosen = (document for document in self._open(None, 0) if content_hash(document) < self._threshold)
+        tokens: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
+        needed = wanted * self.seq_len + 1
+        for number, (_, document) in enumerate(encode(chosen, self.tokenizer)):
+            tokens.append(document.astype(np.int64))
+            ids.append(np.full(len(document), number, dtype=np.int32))
+            needed -= len(document)
+            if needed <= 0:
+                break
+        got = sum(map(len, tokens))
+        if got < self.seq_len + 1:
+            raise DataError(
+                f"data: the stream {self._name} holds out {got} tokens; evaluation needs at least {self.seq_len + 1}. "
+                "Raise data.holdout_fraction or lower seq_len."
+            )
+        joined, numbers = np.concatenate(tokens), np.concatenate(ids)
+        starts = range(0, min(wanted * self.seq_len, got - self.seq_len), self.seq_len)
+        return [
+            Sample(
+                tokens=joined[start : start + self.seq_len + 1],
+                document_ids=numbers[start : start + self.seq_len + 1] - numbers[start],
+            )
+            for start in starts
+        ]
