@@ -1,0 +1,5 @@
+"""Backends: what executes quantisers and GEMMs. The choice is made here, once; nothing else asks which device this is."""
+
+from fp8train.backends.selection import BACKENDS, get_backend, select_backend
+
+__all__ = ["BACKENDS", "get_backend", "select_backend"]

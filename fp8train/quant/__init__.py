@@ -1,0 +1,1 @@
+"""FP8 numbers: formats, blocks, scales, and the reference that defines them."""

@@ -1,0 +1,55 @@
+"""Which GEMMs ran in which precision, counted by the ops themselves as they run.
+
+The ops are opaque to torch.compile, so this count is what was executed, compiled or not, recomputation included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GEMMS = ("fprop", "dgrad", "wgrad")
+NOT_COUNTED = 0  # site of a GEMM that belongs to no converted linear
+
+
+@dataclass(slots=True)
+class GemmCount:
+    """Executions of one GEMM of one linear; rows are tokens, so that FLOPs = 2 * rows * N * K."""
+
+    fp8_calls: int = 0
+    other_calls: int = 0
+    fp8_rows: int = 0
+    other_rows: int = 0
+
+
+class CoverageCounter:
+    """Counts of every (site, GEMM) since the last reset. A site is the number that a converted linear carries."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, str], GemmCount] = {}
+
+    def add(self, site: int, gemm: str, rows: int, fp8: bool) -> None:
+        """Record one execution over `rows` tokens."""
+        if site == NOT_COUNTED:
+            return
+        count = self._counts.setdefault((site, gemm), GemmCount())
+        if fp8:
+            count.fp8_calls += 1
+            count.fp8_rows += rows
+        else:
+            count.other_calls += 1
+            count.other_rows += rows
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._counts.clear()
+
+    def snapshot(self) -> dict[int, dict[str, GemmCount]]:
+        """A copy of the counts: {site: {"fprop": GemmCount, ...}}."""
+        sites: dict[int, dict[str, GemmCount]] = {}
+        for (site, gemm), count in self._counts.items():
+            copy = GemmCount(count.fp8_calls, count.other_calls, count.fp8_rows, count.other_rows)
+            sites.setdefault(site, {})[gemm] = copy
+        return sites
+
+
+COUNTS = CoverageCounter()

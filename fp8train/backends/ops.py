@@ -1,0 +1,143 @@
+"""The operators torch.ops.fp8train.*: opaque to torch.compile, one implementation for all devices that asks the named backend.
+
+Registered with torch.library.Library, which costs a third of custom_op per call. Quantisation specifications travel as their text
+("e4m3 1x128 pow2"), dtypes as torch dtypes, the backend as its name. Each GEMM op counts itself for its site (backends/coverage.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8train.backends.coverage import COUNTS
+from fp8train.backends.selection import get_backend
+from fp8train.quant.formats import QuantSpec
+from fp8train.quant.qtensor import QTensor
+
+_GEMM = "str backend, int site, str gemm"
+_OPERANDS = "Tensor a, Tensor a_scale, str a_spec, Tensor b, Tensor b_scale, str b_spec"
+_SCHEMAS = {
+    "quantize": "(Tensor x, str spec, bool transpose, str backend) -> (Tensor, Tensor)",
+    "quantize_dual": "(Tensor x, str row, str col, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "requantize": "(Tensor q, Tensor scale_inv, str spec, str to, str backend) -> (Tensor, Tensor)",
+    "dequantize": "(Tensor q, Tensor scale_inv, str spec, ScalarType dtype, str backend) -> Tensor",
+    "scaled_mm": f"({_OPERANDS}, Tensor? bias, ScalarType out_dtype, {_GEMM}) -> Tensor",
+    "scaled_mm_add_": f"(Tensor(a!) out, {_OPERANDS}, {_GEMM}) -> ()",
+    "mm": f"(Tensor a, Tensor b, Tensor? bias, ScalarType out_dtype, {_GEMM}) -> Tensor",
+    "mm_add_": f"(Tensor(a!) out, Tensor a, Tensor b, {_GEMM}) -> ()",
+}
+
+
+def quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x [M, K], or of x.T."""
+    q = get_backend(backend).quantize(x, QuantSpec.parse(spec), transpose)
+    return q.qdata, q.scale_inv
+
+
+def quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row copy of x [M, K] and transposed column copy [K, M], each with its scales."""
+    q, qt = get_backend(backend).quantize_dual(x, QuantSpec.parse(row), QuantSpec.parse(col))
+    return q.qdata, q.scale_inv, qt.qdata, qt.scale_inv
+
+
+def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -> tuple[Tensor, Tensor]:
+    """Decode x [M, K] and quantise x.T: the column copy made from the row copy."""
+    executor = get_backend(backend)
+    x = executor.dequantize(QTensor(q, scale_inv, QuantSpec.parse(spec)), torch.float32)
+    qt = executor.quantize(x, QuantSpec.parse(to), True)
+    return qt.qdata, qt.scale_inv
+
+
+def dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
+    """Decode to bf16 or fp32."""
+    return get_backend(backend).dequantize(QTensor(q, scale_inv, QuantSpec.parse(spec)), dtype)
+
+
+def scaled_mm(a, a_scale, a_spec, b, b_scale, b_spec, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+    """a [M, K] @ b [N, K].T, both FP8."""
+    COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
+    left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
+    return get_backend(backend).scaled_mm(left, right, bias, None, False, out_dtype)
+
+
+def scaled_mm_add_(out, a, a_scale, a_spec, b, b_scale, b_spec, backend, site, gemm) -> None:  # type: ignore[no-untyped-def]
+    """out [M, N] fp32 += a @ b.T, both FP8."""
+    COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
+    left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
+    get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
+
+
+def mm(a, b, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+    """a [M, K] @ b [N, K].T in high precision."""
+    COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
+    return get_backend(backend).mm(a, b, bias, None, False, out_dtype)
+
+
+def mm_add_(out, a, b, backend, site, gemm) -> None:  # type: ignore[no-untyped-def]
+    """out [M, N] fp32 += a @ b.T in high precision."""
+    COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
+    get_backend(backend).mm(a, b, None, out, True, torch.float32)
+
+
+def _rows(gemm: str, a: Tensor) -> int:
+    """Tokens that a GEMM works on: its rows, or for wgrad its contracted dimension."""
+    return a.shape[1] if gemm == "wgrad" else a.shape[0]
+
+
+def _codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    block_rows, block_cols = (rows, cols) if spec.block == "tensor" else (1, cols) if spec.block == "row" else spec.block
+    scale_shape = (_blocks(rows, block_rows), _blocks(cols, block_cols))
+    return x.new_empty((rows, cols), dtype=spec.format.dtype), x.new_empty(scale_shape, dtype=torch.float32)
+
+
+def _blocks(size: int, block: int) -> int:
+    """ceil(size / block), and 1 for a block that spans the dimension (sizes may be symbolic)."""
+    return 1 if size is block else (size + block - 1) // block
+
+
+def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
+    rows, cols = x.shape
+    return _codes_like(x, QuantSpec.parse(spec), cols if transpose else rows, rows if transpose else cols)
+
+
+def _fake_quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_fake_quantize(x, row, False, backend), *_fake_quantize(x, col, True, backend))
+
+
+def _fake_requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -> tuple[Tensor, Tensor]:
+    return _fake_quantize(q, to, True, backend)
+
+
+def _fake_dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+def _fake_scaled_mm(a, a_scale, a_spec, b, b_scale, b_spec, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _fake_mm(a, b, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _fake_in_place(*args) -> None:  # type: ignore[no-untyped-def]
+    return None
+
+
+_IMPLEMENTATIONS = {
+    "quantize": (quantize, _fake_quantize),
+    "quantize_dual": (quantize_dual, _fake_quantize_dual),
+    "requantize": (requantize, _fake_requantize),
+    "dequantize": (dequantize, _fake_dequantize),
+    "scaled_mm": (scaled_mm, _fake_scaled_mm),
+    "scaled_mm_add_": (scaled_mm_add_, _fake_in_place),
+    "mm": (mm, _fake_mm),
+    "mm_add_": (mm_add_, _fake_in_place),
+}
+
+LIBRARY = torch.library.Library("fp8train", "DEF")
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    LIBRARY.define(_name + _SCHEMAS[_name])
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"fp8train::{_name}", _fake, lib=LIBRARY)

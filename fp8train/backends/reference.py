@@ -1,0 +1,55 @@
+"""Backend `reference`: runs the definition itself, on any device. Slow; for tests and for doubt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8train.quant import reference
+from fp8train.quant.formats import LinearPrecision, QuantSpec
+from fp8train.quant.qtensor import QTensor
+
+
+class ReferenceBackend:
+    """The definition of quant/reference.py as a backend."""
+
+    name = "reference"
+    note = "the definition, FP64 partial sums; slow"
+
+    def unavailable(self, device_type: str) -> str | None:
+        """None: it runs everywhere."""
+        return None
+
+    def unsupported(self, precision: LinearPrecision) -> str | None:
+        """None: it serves every precision."""
+        return None
+
+    def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
+        """See Backend."""
+        return reference.quantize(x, spec, transpose=transpose)
+
+    def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        return self.quantize(x, row, False), self.quantize(x, col, True)
+
+    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        q = self.quantize(x, spec, False)
+        return q, q.transpose()
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
+        """See Backend."""
+        return reference.dequantize(q, dtype)
+
+    def scaled_mm(
+        self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See Backend."""
+        return reference.scaled_mm(a, b, bias=bias, out=out, accumulate=accumulate, out_dtype=out_dtype)
+
+    def mm(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See Backend; here the product is formed in FP64 and rounded to FP32 once."""
+        acc = (a.to(torch.float64) @ b.to(torch.float64).T).to(torch.float32)
+        return reference.finish(acc, bias, out, accumulate, out_dtype)

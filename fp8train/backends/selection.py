@@ -1,0 +1,84 @@
+"""Which backend runs: a named one or a clear error, or for "auto" the first that can, with the reasons of those passed over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fp8train.backends.cpu import CpuBackend
+from fp8train.backends.interface import Backend
+from fp8train.backends.reference import ReferenceBackend
+from fp8train.errors import BackendError
+from fp8train.quant.formats import LinearPrecision
+
+
+def _cpu_torch() -> Backend:
+    backend = CpuBackend(compiled=False)
+    backend.name = "cpu_torch"
+    return backend
+
+
+BACKENDS = {
+    "cpu": CpuBackend,
+    "cpu_torch": _cpu_torch,
+    "reference": ReferenceBackend,
+}
+AUTO_ORDER = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("reference",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The backend that was chosen, and why the ones before it in the order were not."""
+
+    backend: Backend
+    reason: str
+
+
+@functools.cache
+def get_backend(name: str) -> Backend:
+    """The backend of that name; one object per process.
+
+    Raises:
+        BackendError: there is none of that name.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"backend: {name!r} is not known; needs one of auto, {', '.join(BACKENDS)}.")
+    return BACKENDS[name]()
+
+
+def select_backend(name: str, device_type: str, precisions: Iterable[LinearPrecision] = ()) -> Selection:
+    """Choose the backend for a model, once.
+
+    Args:
+        name: "auto", or a backend's name.
+        device_type: where the model's parameters are, e.g. "cpu", "cuda" or "meta".
+        precisions: all that the backend must serve.
+
+    Returns:
+        Selection: the backend and one line that says why.
+
+    Raises:
+        BackendError: the named backend cannot serve, or for "auto" none can; with each reason.
+    """
+    precisions = list(precisions)
+    if name != "auto":
+        backend = get_backend(name)
+        if reason := _refusal(backend, device_type, precisions):
+            raise BackendError(f"backend: {name} cannot be used: {reason}. Use backend=auto, or another machine or recipe.")
+        return Selection(backend, f"backend {name} as asked: {backend.note}")
+    refused = []
+    for candidate in AUTO_ORDER.get(device_type, ("reference",)):
+        backend = get_backend(candidate)
+        reason = _refusal(backend, device_type, precisions)
+        if reason is None:
+            others = f" (passed over: {'; '.join(refused)})" if refused else ""
+            return Selection(backend, f"backend {candidate}: {backend.note}{others}")
+        refused.append(f"{candidate}: {reason}")
+    raise BackendError(f"backend: none can run on device {device_type!r}: {'; '.join(refused)}. Choose another recipe.")
+
+
+def _refusal(backend: Backend, device_type: str, precisions: list[LinearPrecision]) -> str | None:
+    if reason := backend.unavailable(device_type):
+        return reason
+    return next((reason for precision in precisions if (reason := backend.unsupported(precision))), None)

@@ -1,0 +1,98 @@
+"""Quantised inputs, shared by the linears that read the same tensor (q, k, v; gate, up)."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8train.nn.operands import Operand, quantized, quantized_both
+from fp8train.quant.formats import LinearPrecision, QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedInput:
+    """An input that its producer has quantised: `x` carries the gradient, row and column copies carry the numbers.
+
+    Args:
+        x: [..., K], the tensor that autograd connects; its values are not read by a GEMM whose operand is in FP8.
+        row: x as fprop's left operand [M, K].
+        col: x.T as wgrad's right operand [K, M]; None where no gradient of the weight is wanted.
+    """
+
+    x: Tensor
+    row: Operand
+    col: Operand | None
+
+
+@dataclass(frozen=True, slots=True)
+class InputNeeds:
+    """What a linear wants made of its input: fprop's operand, and wgrad's unless `col` is False."""
+
+    row: QuantSpec | None
+    col_spec: QuantSpec | None
+    col: bool
+    requant: bool
+    high: torch.dtype
+
+    @staticmethod
+    def of(precision: LinearPrecision, wgrad: bool) -> InputNeeds:
+        """The needs of a precision; `wgrad`: whether the weight's gradient will be computed."""
+        requant = precision.wgrad_source == "requant"
+        return InputNeeds(precision.fprop.left, precision.wgrad.right, wgrad, requant, precision.high)
+
+
+def quantize_input(x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
+    """(row, col) of x [M, K]. With `requant`, col is the row copy itself: backward re-blocks it."""
+    if not needs.col:
+        return quantized(x, needs.row, needs.high, False, backend), None
+    if needs.requant:
+        row = quantized(x, needs.row, needs.high, False, backend)
+        return row, row
+    if needs.row is None and needs.col_spec is None:
+        row = quantized(x, None, needs.high, False, backend)
+        return row, Operand(row.data.t())
+    return quantized_both(x, needs.row, needs.col_spec, needs.high, backend)
+
+
+class InputCache:
+    """Remembers the last input that was quantised, so that its next reader need not do it again.
+
+    One slot, shared by all linears of a model. It is emptied when the input is freed, so it never prolongs anything's life.
+    """
+
+    def __init__(self) -> None:
+        self._input: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._key: tuple[InputNeeds, str] | None = None
+        self._operands: tuple[Operand, Operand | None] | None = None
+
+    def get(self, x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
+        """Operands of x [..., K] as a matrix [M, K]; quantised on a miss. Traced by torch.compile, it always quantises: CSE merges."""
+        matrix = x.detach().reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling() or x.is_inference():
+            return quantize_input(matrix, needs, backend)
+        key = (needs, backend)
+        same = self._input is not None and self._input() is x and self._version == x._version and self._key == key
+        if not same or self._operands is None:
+            self._operands = quantize_input(matrix, needs, backend)
+            self._input, self._version, self._key = weakref.ref(x, self._forget), x._version, key
+        return self._operands
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        if self._input is dead:
+            self._input, self._operands = None, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputCache:
+        """A copy of a model starts with an empty cache, one for all its linears."""
+        memo[id(self)] = fresh = InputCache()
+        return fresh
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]

@@ -1,0 +1,268 @@
+"""Float8Linear: a linear layer whose three GEMMs each have a precision of their own.
+
+    fprop  y  = x  w^T   x  [M, K]  w  [N, K]
+    dgrad  dx = dy w     dy [M, N]  w^T [K, N]
+    wgrad  dw = dy^T x   dy^T [N, M]  x^T [K, M], FP32
+Source: DeepSeek-V3 (arXiv:2412.19437) 3.3.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8train.backends import select_backend
+from fp8train.nn.inputs import InputCache, InputNeeds, QuantizedInput
+from fp8train.nn.operands import Operand, gemm, gemm_add_, quantized, quantized_both, requantized
+from fp8train.nn.weights import BUFFERS, LocalWeight
+from fp8train.quant.formats import BLOCKWISE, LinearPrecision
+
+_SITES = itertools.count(1)  # 0 is coverage.NOT_COUNTED
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the GEMMs of one linear compute with; all that backward must know besides tensors."""
+
+    precision: LinearPrecision
+    backend: str
+    site: int
+
+
+@dataclass(slots=True)
+class InplaceGrad:
+    """A gradient sink: wgrad adds into `buffer` instead of returning the gradient through autograd. Tied weights share one.
+
+    Args:
+        buffer: [N, K] fp32, zeroed by its owner; usually the parameter's .grad.
+        notify: called after each accumulation, e.g. to start a reduction.
+    """
+
+    buffer: Tensor
+    notify: Callable[[], None] | None = None
+
+
+class _LinearFunction(torch.autograd.Function):
+    """One linear with its three GEMMs. Operands come quantised; x and weight are there for autograd's sake."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, row_scale: Tensor | None,
+        col: Tensor | None, col_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, wt: Tensor, wt_scale: Tensor | None,
+        plan: Plan, out_dtype: torch.dtype, sink: InplaceGrad | None,
+    ) -> Tensor:  # fmt: skip
+        precision = plan.precision
+        ctx.save_for_backward(col, col_scale, *((wt, wt_scale) if ctx.needs_input_grad[0] else (None, None)))
+        ctx.plan, ctx.sink = plan, sink
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        left = Operand(row, row_scale, precision.fprop.left)
+        right = Operand(w, w_scale, precision.fprop.right)
+        return gemm(left, right, bias=bias, out_dtype=out_dtype, **_common(plan, "fprop"))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        plan, precision = ctx.plan, ctx.plan.precision
+        col, col_scale, wt, wt_scale = ctx.saved_tensors
+        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+        left, left_t = _quantized_grad(dy.contiguous(), plan, need_dx, need_dw)
+        dx = dw = db = None
+        if need_dx:
+            right = Operand(wt, wt_scale, precision.dgrad.right)
+            dx = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **_common(plan, "dgrad"))
+        if need_dw:
+            dw = _weight_grad(left_t, _wgrad_operand(col, col_scale, plan), plan, ctx.sink)
+        if need_db:
+            db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw, db, *([None] * 11)
+
+
+def _common(plan: Plan, name: str) -> dict[str, Any]:
+    return {"high": plan.precision.high, "backend": plan.backend, "site": plan.site, "name": name}
+
+
+def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
+    """dy as dgrad's and wgrad's left operand; the one that is not needed is the other."""
+    precision = plan.precision
+    dgrad, wgrad, high = precision.dgrad.left, precision.wgrad.left, precision.high
+    if need_dx and need_dw:
+        return quantized_both(dy, dgrad, wgrad, high, plan.backend)
+    only = quantized(dy, dgrad if need_dx else wgrad, high, not need_dx, plan.backend)
+    return only, only
+
+
+def _wgrad_operand(col: Tensor, col_scale: Tensor | None, plan: Plan) -> Operand:
+    """x.T [K, M] as forward saved it: the column copy itself, or with source "requant" made from the row copy."""
+    precision = plan.precision
+    if precision.wgrad_source == "requant" and precision.wgrad.right is not None:
+        return requantized(Operand(col, col_scale, precision.fprop.left), precision.wgrad.right, plan.backend)
+    return Operand(col, col_scale, precision.wgrad.right)
+
+
+def _weight_grad(dy_t: Operand, x_t: Operand, plan: Plan, sink: InplaceGrad | None) -> Tensor | None:
+    """dw [N, K] in FP32, or None after adding it to the sink."""
+    common = _common(plan, "wgrad")
+    if sink is None:
+        return gemm(dy_t, x_t, bias=None, out_dtype=torch.float32, **common)
+    gemm_add_(sink.buffer, dy_t, x_t, **common)
+    if sink.notify is not None:
+        sink.notify()
+    return None
+
+
+class Float8Linear(nn.Linear):
+    """nn.Linear with a precision per GEMM; parameters, names and state dict are those of nn.Linear, with an FP32 master weight.
+
+    Takes [..., in_features] in bf16 or fp32 (or a QuantizedInput) and returns [..., out_features] in the same dtype, or in autocast's.
+    Every converted linear is of this class, those that stay in BF16 too, so that a comparison isolates FP8.
+
+    Args:
+        in_features, out_features: any sizes; short last blocks are blocks of their own.
+        bias: add an FP32 bias in the epilogue.
+        precision: what the three GEMMs compute with; the `blockwise` recipe's by default.
+        backend: "auto" or a backend's name.
+        device: where the parameters live; "meta" lays the layer out without memory.
+
+    Raises:
+        BackendError: the backend cannot run here, or cannot serve the precision.
+    """
+
+    w_qdata: Tensor
+    w_scale_inv: Tensor
+    wt_qdata: Tensor
+    wt_scale_inv: Tensor
+    w_high: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        precision: LinearPrecision = BLOCKWISE,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=torch.float32)
+        self._setup(precision, select_backend(backend, self.weight.device.type, [precision]).backend.name)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, precision: LinearPrecision, backend: str) -> Float8Linear:
+        """A Float8Linear with the very Parameter objects, training flag and hooks-free state of `linear`.
+
+        Args:
+            linear: its weight must be FP32.
+            precision: what the GEMMs compute with.
+            backend: name of a backend that serves it ("auto" is resolved by convert_model).
+
+        Raises:
+            ValueError: the weight is not FP32.
+        """
+        if linear.weight.dtype is not torch.float32:
+            raise ValueError(
+                f"Float8Linear: weight is {linear.weight.dtype}; needs torch.float32, the master that codes are made from. "
+                "Call model.float() before converting."
+            )
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.in_features, made.out_features = linear.in_features, linear.out_features
+        made.weight, made.bias = linear.weight, linear.bias
+        made.train(linear.training)
+        made._setup(precision, backend)
+        return made
+
+    def _setup(self, precision: LinearPrecision, backend: str) -> None:
+        self.backend_name = backend
+        self.site = next(_SITES)
+        self.inputs = InputCache()
+        self.provider = LocalWeight()
+        self.grad_sink: InplaceGrad | None = None
+        for name in BUFFERS:
+            self.register_buffer(name, None, persistent=False)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.set_precision(precision)
+
+    def set_precision(self, precision: LinearPrecision) -> None:
+        """Compute with another precision from now on; the weight's operands are made anew."""
+        self.precision = precision
+        self.plan = Plan(precision, self.backend_name, self.site)
+        self._clear_weight()
+        if not self.weight.is_meta:
+            self.refresh_weight()
+
+    def refresh_weight(self) -> None:
+        """Make the weight's operands from the master now."""
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            self.provider.refresh(self)
+        self._seen = (id(self.weight), self.weight._version)
+
+    def refresh_if_stale(self) -> None:
+        """As refresh_weight, where the weight was replaced or written in place since."""
+        if self._seen != (id(self.weight), self.weight._version):
+            self.refresh_weight()
+
+    def _clear_weight(self) -> None:
+        for name in BUFFERS:
+            setattr(self, name, None)
+        self._seen = (0, -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
+        """Moving or casting the module drops the operands: codes must not be cast, and are made anew on the new device."""
+        self._clear_weight()
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        """y = x w^T + bias.
+
+        Args:
+            x: [..., in_features] bf16 or fp32.
+
+        Raises:
+            ValueError: the last dimension or the dtype of x does not fit.
+        """
+        if not torch.compiler.is_compiling():
+            self.refresh_if_stale()
+        tensor = x.x if isinstance(x, QuantizedInput) else x
+        self._check_input(tensor)
+        wgrad = torch.is_grad_enabled() and self.weight.requires_grad
+        if isinstance(x, QuantizedInput):
+            row, col = x.row, x.col
+        else:
+            row, col = self.inputs.get(tensor, InputNeeds.of(self.precision, wgrad), self.backend_name)
+        w, wt = self.provider.operands(self)
+        y = _LinearFunction.apply(
+            tensor.reshape(-1, self.in_features), self.weight, self.bias, *row.tensors(),
+            *((None, None) if col is None or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
+            self.plan, _output_dtype(tensor), self.grad_sink,
+        )  # fmt: skip
+        return y.view(*tensor.shape[:-1], self.out_features)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"Float8Linear: x is {list(x.shape)}; needs [..., {self.in_features}].")
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"Float8Linear: x is {x.dtype}; needs torch.bfloat16 or torch.float32. Cast the activations before the layer."
+            )
+
+    def extra_repr(self) -> str:
+        gemms = ", ".join(f"{name}: {self.precision.describe(name)}" for name in self.precision.gemms)
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={bias}, precision={self.precision.name} ({gemms}), backend={self.backend_name}"
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    """The input's dtype, or autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(module, Float8Linear)
+    module.refresh_weight()

@@ -1,0 +1,90 @@
+"""GEMM operands: FP8 codes with scales, or a high-precision matrix, as plain tensors that torch.compile can trace.
+
+Everything here calls torch.ops.fp8train.*, so that eager and compiled runs execute the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8train.backends import ops as _ops  # noqa: F401  registers torch.ops.fp8train
+from fp8train.quant.formats import QuantSpec
+
+OPS = torch.ops.fp8train
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A K-major matrix [rows, cols] of one GEMM: FP8 if spec is set, otherwise `data` itself in bf16 or fp32."""
+
+    data: Tensor
+    scale_inv: Tensor | None = None
+    spec: QuantSpec | None = None
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """What autograd saves."""
+        return self.data, self.scale_inv
+
+
+def quantized(x: Tensor, spec: QuantSpec | None, high: torch.dtype, transpose: bool, backend: str) -> Operand:
+    """x [M, K] (or x.T if `transpose`) as an operand: rounded to `spec`, or cast to `high` where spec is None."""
+    if spec is None:
+        cast = x.to(high)
+        return Operand(cast.t() if transpose else cast)
+    data, scale_inv = OPS.quantize(x, str(spec), transpose, backend)
+    return Operand(data, scale_inv, spec)
+
+
+def quantized_both(
+    x: Tensor, row: QuantSpec | None, col: QuantSpec | None, high: torch.dtype, backend: str
+) -> tuple[Operand, Operand]:
+    """Row operand of x [M, K] and column operand of x.T [K, M], from one read of x where both are FP8."""
+    if row is None or col is None:
+        return quantized(x, row, high, False, backend), quantized(x, col, high, True, backend)
+    q, scale, qt, scale_t = OPS.quantize_dual(x, str(row), str(col), backend)
+    return Operand(q, scale, row), Operand(qt, scale_t, col)
+
+
+def requantized(row: Operand, col: QuantSpec, backend: str) -> Operand:
+    """The column operand made from the FP8 row copy: exact with pow2 scales, one more rounding with fp32 ones."""
+    data, scale_inv = OPS.requantize(row.data, row.scale_inv, str(row.spec), str(col), backend)
+    return Operand(data, scale_inv, col)
+
+
+def gemm(
+    left: Operand,
+    right: Operand,
+    *,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    high: torch.dtype,
+    backend: str,
+    site: int,
+    name: str,
+) -> Tensor:
+    """left [M, K] @ right [N, K].T in FP8 if both operands are, otherwise in `high` with FP32 sums."""
+    if left.spec is not None and right.spec is not None:
+        a, b = (left.data, left.scale_inv, str(left.spec)), (right.data, right.scale_inv, str(right.spec))
+        return OPS.scaled_mm(*a, *b, bias, out_dtype, backend, site, name)
+    return OPS.mm(widened(left, high, backend), widened(right, high, backend), bias, out_dtype, backend, site, name)
+
+
+def gemm_add_(
+    out: Tensor, left: Operand, right: Operand, *, high: torch.dtype, backend: str, site: int, name: str
+) -> None:
+    """out [M, N] fp32 += left @ right.T, accumulated by the GEMM."""
+    if left.spec is not None and right.spec is not None:
+        a, b = (left.data, left.scale_inv, str(left.spec)), (right.data, right.scale_inv, str(right.spec))
+        OPS.scaled_mm_add_(out, *a, *b, backend, site, name)
+        return
+    OPS.mm_add_(out, widened(left, high, backend), widened(right, high, backend), backend, site, name)
+
+
+def widened(operand: Operand, high: torch.dtype, backend: str) -> Tensor:
+    """The operand in high precision: an FP8 one is decoded, as a GEMM with a single FP8 operand needs it."""
+    if operand.spec is None:
+        return operand.data
+    return OPS.dequantize(operand.data, operand.scale_inv, str(operand.spec), high, backend)

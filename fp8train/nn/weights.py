@@ -1,0 +1,142 @@
+"""The weight as GEMM operands: made from the FP32 master once per optimizer step, reused by every micro-batch.
+
+Codes live in non-persistent buffers of the linear and are rewritten in place, eagerly and outside any compiled graph: after an optimizer
+step, after a state dict is loaded, after `weights_changed`, and, where eager code runs the model, after any in-place edit that autograd's
+version counter sees. An edit through `.data` is invisible to that counter: announce it with `weights_changed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from fp8train.backends import get_backend
+from fp8train.nn.operands import Operand
+from fp8train.quant.formats import LinearPrecision
+from fp8train.quant.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from fp8train.nn.linear import Float8Linear
+
+BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high")
+
+
+class LocalWeight:
+    """Provider of a weight that this process holds whole. Sharded providers have the same two methods."""
+
+    def refresh(self, linear: Float8Linear) -> None:
+        """Make the operands anew from linear.weight, into the linear's buffers."""
+        precision, weight = linear.precision, linear.weight.detach()
+        made: dict[str, Tensor | None] = dict.fromkeys(BUFFERS)
+        fprop, dgrad = _quantized_weight(weight, precision, linear.backend_name)
+        if fprop is not None:
+            made["w_qdata"], made["w_scale_inv"] = fprop.qdata, fprop.scale_inv
+        if dgrad is not None:
+            made["wt_qdata"], made["wt_scale_inv"] = dgrad.qdata, dgrad.scale_inv
+        if (fprop is None or dgrad is None) and precision.high is not torch.float32:
+            made["w_high"] = weight.to(precision.high)
+        for name, tensor in made.items():
+            _rewrite(linear, name, tensor)
+
+    def operands(self, linear: Float8Linear) -> tuple[Operand, Operand]:
+        """(w [N, K] for fprop, w.T [K, N] for dgrad)."""
+        precision = linear.precision
+        high = linear.weight.detach() if precision.high is torch.float32 else linear.w_high
+        fprop = Operand(high) if precision.fprop.right is None else None
+        dgrad = Operand(high.t()) if precision.dgrad.right is None else None
+        return (
+            fprop or Operand(linear.w_qdata, linear.w_scale_inv, precision.fprop.right),
+            dgrad or Operand(linear.wt_qdata, linear.wt_scale_inv, precision.dgrad.right),
+        )
+
+
+def _quantized_weight(
+    weight: Tensor, precision: LinearPrecision, backend_name: str
+) -> tuple[QTensor | None, QTensor | None]:
+    """Codes of w for fprop and of w.T for dgrad; None for an operand that stays in high precision."""
+    fprop, dgrad, backend = precision.fprop.right, precision.dgrad.right, get_backend(backend_name)
+    if fprop is not None and fprop == dgrad and fprop.transposable:
+        return backend.quantize_square(weight, fprop)
+    return (
+        None if fprop is None else backend.quantize(weight, fprop, False),
+        None if dgrad is None else backend.quantize(weight, dgrad, True),
+    )
+
+
+def _rewrite(linear: Float8Linear, name: str, value: Tensor | None) -> None:
+    """Set a buffer in place where it can hold the value, so that compiled graphs keep its address."""
+    held = getattr(linear, name)
+    if held is not None and value is not None and held.shape == value.shape and held.dtype == value.dtype:
+        held.copy_(value)
+    else:
+        linear.register_buffer(name, value, persistent=False)
+
+
+def converted_linears(model: nn.Module) -> list[Float8Linear]:
+    """The Float8Linear modules of a model, each once."""
+    from fp8train.nn.linear import Float8Linear
+
+    return [module for module in model.modules() if isinstance(module, Float8Linear)]
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Quantise all weights of a converted model again. Call it after writing to a weight in a way that autograd cannot see (`.data`).
+
+    Args:
+        model: a converted model; its linears may be anywhere below it.
+    """
+    for linear in converted_linears(model):
+        linear.refresh_weight()
+
+
+def install_weight_hooks(model: nn.Module) -> None:
+    """Keep the weight operands of a converted model current: after any torch optimizer's step, and before each eager forward.
+
+    The optimizer hook is torch's own registry of hooks for all optimizers; it holds the model weakly and removes itself with it.
+    Calling it twice on a model does nothing the second time.
+    """
+    if getattr(model, "_fp8train_hooks", False):
+        return
+    reference = weakref.ref(model)
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        root = reference()
+        if root is None:
+            handle.remove()
+            return
+        # by identity, not by version: fused optimizers do not move the version counter of what they write
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for linear in converted_linears(root):
+            if id(linear.weight) in stepped:
+                linear.refresh_weight()
+
+    handle = register_optimizer_step_post_hook(after_step)
+    model.register_forward_pre_hook(_refresh_stale)
+    model._fp8train_hooks = True  # type: ignore[assignment]
+
+
+def _refresh_stale(model: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for linear in converted_linears(model):
+        linear.refresh_if_stale()
+
+
+@contextlib.contextmanager
+def evaluation_precision(model: nn.Module, precision: LinearPrecision) -> Iterator[None]:
+    """Run every converted linear of `model` in one precision, e.g. quant.formats.BF16, and restore each one's own afterwards."""
+    linears = converted_linears(model)
+    own = [linear.precision for linear in linears]
+    try:
+        for linear in linears:
+            linear.set_precision(precision)
+        yield
+    finally:
+        for linear, kept in zip(linears, own, strict=True):
+            linear.set_precision(kept)
