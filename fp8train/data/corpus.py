@@ -11,7 +11,7 @@ import numpy as np
 from fp8train.data.split import content_hash
 from fp8train.data.tokenizers import Tokenizer
 
-BATCH_BYTES = 1 << 20  # text that goes to the tokenizer in one call
+BATCH_BYTES = 1 << 20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,10 +57,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def encode(documents: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
-    """(content hash, ids with the separator at the end) of each document, in order."""
+def encode(
+    documents: Iterable[bytes], tokenizer: Tokenizer, batch_bytes: int = BATCH_BYTES
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(content hash, ids with the separator at the end) of each document, in order.
+
+    Args:
+        batch_bytes: text for one call of the tokenizer, which may use several threads; 1 goes document by document.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
-    for batch in _batches(documents):
+    for batch in _batches(documents, batch_bytes):
         for document, ids in zip(batch, tokenizer.encode_documents(batch), strict=True):
             tokens = np.empty(len(ids) + 1, dtype=dtype)
             tokens[:-1] = ids
@@ -89,13 +95,13 @@ def build_corpus(documents: Iterable[bytes], tokenizer: Tokenizer, name: str) ->
     )
 
 
-def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _batches(documents: Iterable[bytes], batch_bytes: int) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     filled = 0
     for document in documents:
         batch.append(document)
         filled += len(document)
-        if filled >= BATCH_BYTES:
+        if filled >= batch_bytes:
             yield batch
             batch, filled = [], 0
     if batch:

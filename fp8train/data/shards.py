@@ -1,6 +1,6 @@
 """Token shards: a folder of tokenised documents that training maps into memory. Written by `fp8train prepare`.
 
-index.json        format, version, dtype, vocabulary, tokenizer hash, totals, list of shards; written last: it means complete
+index.json        format, version, dtype, vocabulary, tokenizer hash, totals, list of shards; written last
 shard_00000.bin   token ids, little-endian uint16 or uint32, each document ending in the separator
 shard_00000.idx   D lengths (uint32, separator included), then D hashes of the documents' text (uint64), little-endian
 shard_00000.json  tokens, documents, largest id, CRC-32 of the .idx and of every block of the .bin; written third

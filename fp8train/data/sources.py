@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,11 +140,11 @@ def stdlib_files() -> list[Path]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = []
-    for file in root.rglob("*.py"):
-        folders = file.relative_to(root).parts[:-1]
-        if STDLIB_LEFT_OUT.isdisjoint(folders):
-            content = file.read_bytes()
-            if content and _is_utf8(content):
+    for parent, folders, names in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in STDLIB_LEFT_OUT]  # prunes the walk
+        for name in names:
+            file = Path(parent, name)
+            if file.suffix == ".py" and file.is_file() and _is_utf8(file.read_bytes()):
                 files.append(file)
     if not files:
         raise DataError(
@@ -177,11 +178,11 @@ def check_utf8(content: bytes, where: str) -> None:
 
 
 def _is_utf8(content: bytes) -> bool:
+    """Whether content is UTF-8 and not empty."""
     try:
-        content.decode()
+        return bool(content.decode())
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def _group(files: Sequence[Path], sizes: Sequence[int], piece_bytes: int) -> Iterator[tuple[str, ...]]:
