@@ -1,0 +1,106 @@
+"""Imports point one way. A module imports from its own layer and those before it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.source_tree import ROOT, imports, python_files
+
+LAYERS = (
+    {"errors", "_layout", "units", "arguments"},
+    {"quant"},
+    {"backends"},
+    {"nn"},
+    {"recipe_document", "recipe"},
+    {"conversion_report", "convert", "functional"},
+    {"models", "data", "optim", "distributed"},
+    {"config"},
+    {"metrics", "checkpoint", "run_record", "console", "stopping"},
+    {"training_step", "evaluation", "assembly", "trainer"},
+    {"verdict", "coverage_summary", "charts", "page", "report_results", "report_setup", "report"},
+    {"train", "compare", "explain", "prepare", "eval", "generate", "export", "bench"},
+    {"cli"},
+    {"__main__"},
+)
+PLAIN_PYTORCH = {"models", "data", "optim", "distributed"}
+
+SOURCES = [path for path in python_files("fp8train") if path != Path("fp8train/__init__.py")]
+
+
+def part_of(path: Path) -> str:
+    """fp8train/nn/linear.py -> "nn", fp8train/recipe.py -> "recipe"."""
+    return path.parts[1].removesuffix(".py")
+
+
+PLAIN_SOURCES = [path for path in SOURCES if part_of(path) in PLAIN_PYTORCH]
+RANK = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+
+
+def imported_parts(path: Path) -> set[str]:
+    names = (name.split(".") for name in imports(path))
+    return {name[1] for name in names if name[0] == "fp8train" and len(name) > 1 and name[1] != "kernels"}
+
+
+def test_every_module_has_a_layer() -> None:
+    there = {part_of(path) for path in SOURCES}
+    assert there == set(RANK), "give a module its layer, or take it out, in LAYERS of this file"
+
+
+def test_imports_come_from_the_same_layer_or_those_before_it() -> None:
+    upward = [
+        f"{path} imports {part}"
+        for path in SOURCES
+        for part in sorted(imported_parts(path))
+        if RANK.get(part, 0) > RANK.get(part_of(path), len(LAYERS))
+    ]
+    assert not upward
+
+
+def test_models_data_optim_and_distributed_are_plain_pytorch() -> None:
+    """They see the foundations, themselves, and of one another only the config dataclasses."""
+    foreign = []
+    for path in PLAIN_SOURCES:
+        for name in imports(path):
+            package, *rest = name.split(".")
+            own = package != "fp8train" or rest[0] in LAYERS[0] | {part_of(path)}
+            if not own and not (rest[0] in PLAIN_PYTORCH and rest[1:2] == ["config"]):
+                foreign.append(f"{path} imports {name}")
+    assert not foreign
+
+
+def test_models_data_optim_and_distributed_do_not_know_of_fp8() -> None:
+    words = re.compile(r"(?i)\bfp8(?!train)\w*|float8\w*|e4m3|e5m2")
+    found = {str(path): words.findall((ROOT / path).read_text()) for path in PLAIN_SOURCES}
+    assert not {path: words for path, words in found.items() if words}, "precision is the business of nn/ and convert"
+
+
+def test_only_backends_reach_the_kernels_and_vendor_libraries() -> None:
+    reserved = re.compile(r"(fp8train\.kernels|triton|transformer_engine|deep_gemm)(\.|$)")
+    reached = [f"{path} imports {name}" for path in SOURCES for name in imports(path) if reserved.match(name)]
+    assert not [line for line in reached if not line.startswith("fp8train/backends/")]
+
+
+def test_kernels_import_torch_triton_and_math_only() -> None:
+    allowed = {"torch", "triton", "math", "__future__"}
+    used = [f"{path} imports {name}" for path in python_files("kernels") for name in imports(path)]
+    assert not [line for line in used if line.split()[-1].split(".")[0] not in allowed]
+
+
+def test_nothing_imports_a_package_called_kernels() -> None:
+    """Ours are fp8train.kernels. Strings that other processes run, as in test_packaging.py, are no imports of ours."""
+    everything = python_files("fp8train", "kernels", "tests")
+    assert not [path for path in everything if any(name.split(".")[0] == "kernels" for name in imports(path))]
+
+
+def test_folders_beside_the_package_are_no_packages() -> None:
+    for name in ("kernels", "configs", "recipes"):
+        assert not (ROOT / name / "__init__.py").exists(), (
+            f"{name}/__init__.py would shadow another package of that name"
+        )
+
+
+def test_layering_sees_an_import_inside_a_function(tmp_path: Path) -> None:
+    source = tmp_path / "inner.py"
+    source.write_text("def f():\n    from fp8train.trainer import Trainer\n    return Trainer\n")
+    assert imports(source) == {"fp8train.trainer.Trainer"}

@@ -1,0 +1,111 @@
+"""What a reader of the repository relies on: a short top level, short files, a README that is true of both."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from tests.source_tree import ROOT, files, imports, python_files, syntax
+
+TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "fp8train", "configs", "kernels", "recipes", "tests", "launch"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+TEXT = {".py", ".md", ".toml", ".yaml", ".txt", ".sh", ".sbatch", ".cpp", ""}
+# written in two halves, so that this file does not hold what it looks for
+PACKAGE_HOSTS = ("py" + "pi.org", "python" + "hosted.org", "download.py" + "torch.org", "conda" + ".anaconda.org")
+
+
+def test_top_level_holds_only_what_the_layout_names() -> None:
+    found = {path.parts[0] for path in files()}
+    assert {name for name in found if not name.startswith(".")} <= TOP_LEVEL
+    assert found >= TOP_LEVEL
+
+
+def test_files_and_functions_are_short() -> None:
+    long = []
+    for path in python_files("fp8train", "kernels"):
+        spans = {str(path): len((ROOT / path).read_text().splitlines()) - MAX_FILE_LINES}
+        for node in ast.walk(syntax(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                spans[f"{path}:{node.lineno} {node.name}"] = lines - MAX_FUNCTION_LINES
+        long += [f"{name} is {excess} lines too long" for name, excess in spans.items() if excess > 0]
+    assert not long
+
+
+def test_text_is_ascii_and_names_no_package_index() -> None:
+    for path in files():
+        if path.suffix in TEXT:
+            text = (ROOT / path).read_bytes()
+            assert text.isascii(), f"{path} holds bytes that are not ASCII"
+            assert not [host for host in PACKAGE_HOSTS if host.encode() in text], f"{path} names a package index"
+
+
+def test_environment_is_read_only_for_the_rendezvous() -> None:
+    readers = {"os.environ", "os.getenv", "os.environb"}
+    for path in python_files("fp8train", "kernels"):
+        used = {ast.unparse(node) for node in ast.walk(syntax(path)) if isinstance(node, ast.Attribute)} | imports(path)
+        assert not used & readers or path.parts[1] == "distributed", f"{path} reads the environment"
+
+
+def test_no_module_is_named_for_nothing_in_particular() -> None:
+    vague = re.compile(r"(utils?|helpers?|common|misc|.*_(legacy|v\d+))\.py")
+    assert not [path for path in python_files("fp8train", "kernels", "tests") if vague.fullmatch(path.name)]
+
+
+def readme_tree() -> dict[str, set[str]]:
+    """Folder -> names, from README's file tree: `folder/  what it is: name, name`, continued on indented lines."""
+    text = (ROOT / "README.md").read_text()
+    section = re.search(r"^## File tree\n+```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert section, "README.md has no '## File tree' with a code block"
+    tree, line = {}, ""
+    for raw in [*section[1].splitlines(), "end/"]:
+        if raw.startswith(" "):
+            line += raw
+            continue
+        if line:
+            folder, _, rest = line.partition("/ ")
+            tree[folder] = {name.strip() for name in rest.partition(":")[2].split(",") if name.strip()}
+        line = raw
+    return tree
+
+
+def source_folders() -> dict[str, set[str]]:
+    """Folder -> names of its modules and documents, for the folders whose files README lists."""
+    found: dict[str, set[str]] = {}
+    for path in files():
+        if path.parts[0] in TOP_LEVEL - {"tests"} and len(path.parts) > 1:
+            names = found.setdefault(str(path.parent), set())
+            if path.name not in {"__init__.py", "py.typed", "README.md"}:
+                names.add(path.stem if path.suffix in {".py", ".yaml"} else path.name)
+    return found
+
+
+def test_readme_file_tree_equals_the_files() -> None:
+    tree = readme_tree()
+    assert "tests" in tree
+    want = source_folders()
+    got = {folder: names for folder, names in tree.items() if folder != "tests"}
+    assert got.keys() == want.keys(), f"folders: missing {want.keys() - got.keys()}, extra {got.keys() - want.keys()}"
+    for folder, names in want.items():
+        assert got[folder] == names, f"{folder}/: missing {names - got[folder]}, extra {got[folder] - names}"
+
+
+def test_readme_links_and_commands_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text()
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
+    targets += re.findall(r"\./(launch/\w+\.\w+)", text)
+    assert targets
+    assert not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_readme_lists_every_recipe() -> None:
+    text = (ROOT / "README.md").read_text()
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert recipes == set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+
+
+def test_ci_runs_the_test_script_and_nothing_else() -> None:
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    commands = [line for line in lines if line and not line.startswith(("#", "set -"))]
+    assert commands == ['exec "$(dirname "${BASH_SOURCE[0]}")/../launch/test.sh"']
