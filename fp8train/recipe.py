@@ -38,8 +38,8 @@ class Rule:
 
     Args:
         number: place in the recipe, from 1.
-        selector: a glob on the whole module path ("*" spans dots too), "re:" and a regular expression for the whole path,
-            or "layers first:N" / "layers last:N".
+        selector: a glob on the whole module path ("*" spans dots too), "re:" and a regular expression for all of it, or
+            "layers first:N" / "layers last:N".
         use: name of a precision.
         optional: the rule may match nothing.
         regex: the selector compiled; None for layers.
@@ -209,8 +209,8 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     """Load and check a recipe.
 
     Args:
-        source: name of a shipped recipe ("blockwise"), path of a YAML file (a Path, or text with a separator or the ending
-            .yaml or .yml), or the document as a mapping.
+        source: name of a shipped recipe ("blockwise"), path of a YAML file (a Path, or text with a separator or ending
+            in .yaml or .yml), or the document as a mapping.
 
     Raises:
         RecipeError: there is no such recipe, or the document is not a recipe; the message says where and the remedy.

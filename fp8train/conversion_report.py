@@ -1,0 +1,275 @@
+"""What a conversion decided for every linear, and what ran: rows, table, coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
+from fp8train.quant.formats import LinearPrecision
+from fp8train.units import bytes_text
+
+AS_IS = "as is"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionRow:
+    """One linear of a converted model.
+
+    Args:
+        fqn: module path, the first where the module is reachable by several.
+        shape: of the weight, [N, K].
+        has_bias: whether a bias goes with it.
+        numbers: its precision; None where the module is a subclass of nn.Linear that was left as it is.
+        backend: what executes its GEMMs; "torch" where it was left as it is.
+        rule: the rule that decided, e.g. "3: *layers.*".
+        reason: why it has this precision, in words.
+        site: its number in the run-time counts; 0 where nothing is counted.
+        other_names: further module paths of the same module.
+    """
+
+    fqn: str
+    shape: tuple[int, int]
+    has_bias: bool
+    numbers: LinearPrecision | None
+    backend: str
+    rule: str
+    reason: str
+    site: int
+    other_names: tuple[str, ...] = ()
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.shape[1]
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision in the recipe."""
+        return AS_IS if self.numbers is None else self.numbers.name
+
+    @property
+    def fprop(self) -> str:
+        """Operands of fprop in words, e.g. "e4m3 1x128 pow2 * e4m3 128x128 pow2"."""
+        return self.operands("fprop")
+
+    @property
+    def dgrad(self) -> str:
+        """Operands of dgrad in words."""
+        return self.operands("dgrad")
+
+    @property
+    def wgrad(self) -> str:
+        """Operands of wgrad in words."""
+        return self.operands("wgrad")
+
+    def operands(self, gemm: str) -> str:
+        """Operands of one GEMM in words."""
+        return AS_IS if self.numbers is None else self.numbers.describe(gemm)
+
+    def planned(self, gemm: str) -> str:
+        """What one GEMM multiplies in: "fp8", "bf16" or "fp32"; "as is" where the module was left alone."""
+        if self.numbers is None:
+            return AS_IS
+        if self.numbers.gemms[gemm].fp8:
+            return "fp8"
+        return "fp32" if self.numbers.high is torch.float32 else "bf16"
+
+    @property
+    def master_bytes(self) -> int:
+        """FP32 weight and bias."""
+        N, K = self.shape
+        return 4 * (N * K + (N if self.has_bias else 0))
+
+    @property
+    def code_bytes(self) -> int:
+        """Copies of the weight that the GEMMs read: one byte an element in FP8, two in BF16; FP32 reads the master."""
+        return self._copies()[0]
+
+    @property
+    def scale_bytes(self) -> int:
+        """FP32 scales of the FP8 copies."""
+        return self._copies()[1]
+
+    def _copies(self) -> tuple[int, int]:
+        """(bytes of elements, bytes of scales) of the weight copies for fprop [N, K] and dgrad [K, N]."""
+        if self.numbers is None:
+            return 0, 0
+        N, K = self.shape
+        elements = scales = 0
+        high_copy = False
+        for spec, rows, cols in ((self.numbers.fprop.right, N, K), (self.numbers.dgrad.right, K, N)):
+            if spec is None:
+                high_copy = self.numbers.high is not torch.float32
+                continue
+            scale_rows, scale_cols = spec.scale_shape(rows, cols)
+            elements += N * K
+            scales += 4 * scale_rows * scale_cols
+        return elements + (2 * N * K if high_copy else 0), scales
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain values."""
+        return {
+            "fqn": self.fqn,
+            "shape": list(self.shape),
+            "precision": self.precision,
+            **{gemm: self.operands(gemm) for gemm in GEMMS},
+            "backend": self.backend,
+            "rule": self.rule,
+            "reason": self.reason,
+            "site": self.site,
+            "other_names": list(self.other_names),
+            "bytes": {"master": self.master_bytes, "codes": self.code_bytes, "scales": self.scale_bytes},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport:
+    """What convert_model did.
+
+    Args:
+        recipe: name of the recipe.
+        recipe_hash: its hash.
+        backend: name of the backend.
+        backend_reason: one line: why this one, and why not the others.
+        rows: one for each linear, in the order of the model.
+        others: (module path, class) of modules with matrices that are no nn.Linear: recipes do not reach them.
+    """
+
+    recipe: str
+    recipe_hash: str
+    backend: str
+    backend_reason: str
+    rows: tuple[ConversionRow, ...]
+    others: tuple[tuple[str, str], ...] = ()
+
+    def planned_fp8_share(self) -> float:
+        """Share of the linears' FLOPs that are planned in FP8, if every linear sees the same number of rows."""
+        flops = {True: 0, False: 0}
+        for row in self.rows:
+            for gemm in GEMMS:
+                flops[row.planned(gemm) == "fp8"] += 2 * row.out_features * row.in_features
+        return flops[True] / max(sum(flops.values()), 1)
+
+    def table(self, *, every: bool = False) -> str:
+        """A line for each linear, or (default) each group that differs in indices only: layers.{0..31}.mlp.up_proj."""
+        groups = [(row.fqn, 1, row) for row in self.rows] if every else collapse(self.rows)
+        lines = [[_HEADER[key] for key in _HEADER]]
+        for label, count, row in groups:
+            N, K = row.shape
+            lines.append(
+                [
+                    label,
+                    str(count),
+                    f"[{N}, {K}]",
+                    row.precision,
+                    *(row.planned(gemm) for gemm in GEMMS),
+                    row.rule,
+                    row.backend,
+                    *(bytes_text(count * size) for size in (row.master_bytes, row.code_bytes, row.scale_bytes)),
+                ]
+            )
+        return align(lines, right=("count", "master", "copies", "scales"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return {
+            "recipe": self.recipe,
+            "recipe_hash": self.recipe_hash,
+            "backend": self.backend,
+            "backend_reason": self.backend_reason,
+            "planned_fp8_share": self.planned_fp8_share(),
+            "linears": [row.to_dict() for row in self.rows],
+            "not_linears": [{"fqn": fqn, "class": kind} for fqn, kind in self.others],
+        }
+
+    def coverage(self) -> dict[str, Any]:
+        """What the GEMMs ran in since the counts were last reset, as the ops counted; FLOPs = 2 * rows * N * K."""
+        counts = COUNTS.snapshot()
+        fp8_flops = other_flops = 0
+        linears = []
+        for row in self.rows:
+            gemms = {}
+            for gemm in GEMMS:
+                count = counts.get(row.site, {}).get(gemm, GemmCount())
+                fp8_flops += 2 * count.fp8_rows * row.out_features * row.in_features
+                other_flops += 2 * count.other_rows * row.out_features * row.in_features
+                gemms[gemm] = {
+                    "planned": row.planned(gemm),
+                    "fp8_calls": count.fp8_calls,
+                    "other_calls": count.other_calls,
+                    "fp8_rows": count.fp8_rows,
+                    "other_rows": count.other_rows,
+                }
+            keys = {"fqn": row.fqn, "shape": list(row.shape), "precision": row.precision}
+            linears.append({**keys, "rule": row.rule, "reason": row.reason, "gemms": gemms})
+        return {
+            "backend": self.backend,
+            "recipe": self.recipe,
+            "fp8_flops_share": fp8_flops / max(fp8_flops + other_flops, 1),
+            "linears": linears,
+        }
+
+
+_HEADER = {
+    name: name
+    for name in (
+        "module", "count", "weight", "precision", *GEMMS, "rule", "backend", "master", "copies", "scales",
+    )
+}  # fmt: skip
+
+
+def collapse(rows: Iterable[ConversionRow]) -> list[tuple[str, int, ConversionRow]]:
+    """Join rows that differ only in indices of their path and in site: (label, number of linears, first row)."""
+    groups: list[tuple[tuple[str, ...], int, ConversionRow]] = [(tuple(row.fqn.split(".")), 1, row) for row in rows]
+    for place in reversed(range(max((len(words) for words, _, _ in groups), default=0))):
+        joined: dict[Hashable, list[tuple[tuple[str, ...], int, ConversionRow]]] = {}
+        for words, count, row in groups:
+            index = words[place] if place < len(words) else ""
+            pattern = (*words[:place], "#", *words[place + 1 :]) if index.isdigit() else words
+            alike = (row.shape, row.has_bias, row.numbers, row.backend, row.rule, row.other_names)
+            joined.setdefault((pattern, alike), []).append((words, count, row))
+        groups = [_join(members, place) for members in joined.values()]
+    return [(".".join(words), count, row) for words, count, row in groups]
+
+
+def _join(
+    members: Sequence[tuple[tuple[str, ...], int, ConversionRow]], place: int
+) -> tuple[tuple[str, ...], int, ConversionRow]:
+    words, count, row = members[0]
+    if len(members) == 1:
+        return words, count, row
+    indices = index_ranges(int(words[place]) for words, _, _ in members)
+    return (*words[:place], indices, *words[place + 1 :]), sum(count for _, count, _ in members), row
+
+
+def index_ranges(indices: Iterable[int]) -> str:
+    """Indices in short: "{0..31}", "{0,1,5..7}"."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    parts = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
+    return "{" + ",".join(parts) + "}"
+
+
+def align(lines: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """Lines of cells as columns two spaces apart; columns whose header is in `right` align to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    to_right = [name in right for name in lines[0]]
+
+    def text(line: Sequence[str]) -> str:
+        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, to_right, strict=True))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(text(line) for line in lines)

@@ -1,0 +1,238 @@
+"""Give every nn.Linear of a model the precision that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8train.backends import select_backend
+from fp8train.backends.coverage import NOT_COUNTED
+from fp8train.backends.selection import Selection
+from fp8train.conversion_report import ConversionReport, ConversionRow
+from fp8train.errors import ConfigError, RecipeError
+from fp8train.nn.inputs import InputCache
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.weights import install_weight_hooks
+from fp8train.quant.formats import BF16, FP32, LinearPrecision
+from fp8train.recipe import Assignment, Recipe, load_recipe
+
+_PLAIN_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta")))
+_HOOKS = tuple(sorted(name for name in _PLAIN_ATTRIBUTES if name.endswith("_hooks")))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """A linear of the model: the paths that lead to it, and the (parent, name) slots that hold it."""
+
+    module: nn.Linear
+    paths: list[str] = field(default_factory=list)
+    slots: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+
+def convert_model(
+    model: nn.Module,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    backend: str = "auto",
+    device_type: str | None = None,
+) -> ConversionReport:
+    """Give every nn.Linear of a model the precision that a recipe names, in place.
+
+    Each nn.Linear is replaced by a Float8Linear, also where it is to run in BF16 or FP32, so that two recipes differ in
+    nothing but the GEMMs. Parameter objects, state-dict names, tied weights and shared modules stay as they are; works
+    on the meta device. Everything is checked before anything is changed. Convert before wrapping in DDP or FSDP and
+    before hooks are registered on linears. A second conversion changes precisions and replaces no module.
+
+    A model class may declare `keep_high_precision`, a tuple of globs on module paths relative to it; such a linear
+    stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear may have a
+    forward of its own: it is left as it is where its rule says bf16 or fp32, and refused where the rule says otherwise.
+
+    Args:
+        model: any module that contains nn.Linear modules with FP32 weights.
+        recipe: a Recipe, or what load_recipe takes.
+        backend: "auto", or a backend's name.
+        device_type: where the model will run; None takes the device of its parameters.
+
+    Returns:
+        ConversionReport: one row for each linear.
+
+    Raises:
+        RecipeError: the recipe does not fit the model; the message names the rule or the module.
+        ConfigError: a linear cannot be replaced without loss; the message says why.
+        BackendError: the backend cannot run here, or cannot serve a precision of the recipe.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    linears = _find_linears(model)
+    shapes = {path: (found.module.out_features, found.module.in_features) for found in linears for path in found.paths}
+    assigned = recipe.resolve(shapes, _kept(model, shapes))
+    for found in linears:
+        _check(found, assigned, recipe.source)
+    swappable = [found for found in linears if _swappable(found.module)]
+    precisions = [assigned[found.paths[0]].precision for found in swappable]
+    selection = select_backend(backend, device_type or _device_type(model), dict.fromkeys(precisions))
+    _swap(swappable, precisions, selection.backend.name)
+    install_weight_hooks(model)
+    return ConversionReport(
+        recipe=recipe.name,
+        recipe_hash=recipe.hash,
+        backend=selection.backend.name,
+        backend_reason=selection.reason,
+        rows=tuple(_row(found, assigned[found.paths[0]], selection) for found in linears),
+        others=tuple(_others(model)),
+    )
+
+
+def _find_linears(model: nn.Module) -> list[_Found]:
+    """Every nn.Linear of the model once, subclasses too, in the order of its modules."""
+    kind = type(model).__name__
+    if isinstance(model, nn.Linear):
+        raise ConfigError(
+            f"convert_model: the model itself is a {kind}; needs a module that contains it, since linears are replaced in "
+            "their parent. Pass nn.Sequential(linear)."
+        )
+    found: dict[int, _Found] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            found.setdefault(id(module), _Found(module=module)).paths.append(path)
+    if not found:
+        raise ConfigError(f"convert_model: {kind} has no nn.Linear; needs at least one. Pass a module that has.")
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if id(child) in found:
+                found[id(child)].slots.append((parent, name))
+    return list(found.values())
+
+
+def _kept(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
+    """Path of each linear that a model class keeps in high precision -> what declares it."""
+    kept: dict[str, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        patterns = getattr(type(module), "keep_high_precision", ())
+        keeper = f"{type(module).__name__}.keep_high_precision"
+        if not isinstance(patterns, Sequence) or isinstance(patterns, str):
+            raise ConfigError(f"{keeper} is {patterns!r}; needs a tuple of globs. Write ('lm_head',).")
+        start = f"{prefix}." if prefix else ""
+        for pattern in patterns:
+            kept.update({p: keeper for p in paths if p.startswith(start) and fnmatchcase(p[len(start) :], pattern)})
+    return kept
+
+
+def _swappable(module: nn.Module) -> bool:
+    """Whether the module computes what nn.Linear computes: a subclass may not."""
+    return type(module) in (nn.Linear, Float8Linear)
+
+
+def _check(found: _Found, assigned: Mapping[str, Assignment], source: str) -> None:
+    """Refuse a linear that cannot have the precision assigned to it."""
+    module, fqn = found.module, found.paths[0]
+    chosen = assigned[fqn]
+    for other in found.paths[1:]:
+        theirs = assigned[other]
+        if theirs.precision != chosen.precision:
+            raise RecipeError(
+                f"{source}: {fqn!r} and {other!r} are one module; rule {chosen.rule!r} gives {chosen.precision.name} "
+                f"and rule {theirs.rule!r} gives {theirs.precision.name}; needs one precision. Let one rule cover both."
+            )
+    if not _swappable(module):
+        if chosen.precision not in (BF16, FP32):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise RecipeError(
+                f"{source}: {fqn!r} is a {kind}, a subclass of nn.Linear whose forward may be its own; "
+                f"{chosen.precision.name} needs an nn.Linear. Put {{match: '{fqn}', use: bf16}} before rule "
+                f"{chosen.rule!r} to leave it as it is, or make it an nn.Linear."
+            )
+        return
+    for name, parameter in (("weight", module.weight), ("bias", module.bias)):
+        if parameter is not None and parameter.dtype is not torch.float32:
+            raise ConfigError(
+                f"convert_model: {fqn}.{name} is {parameter.dtype}; needs torch.float32, the master that the GEMMs' "
+                "copies are made from. Call model.float() first, or load with dtype=torch.float32."
+            )
+    if type(module) is nn.Linear:
+        _check_replaceable(module, fqn)
+
+
+def _check_replaceable(module: nn.Linear, fqn: str) -> None:
+    """Refuse an nn.Linear that carries something which a replacement would lose."""
+    carried = [name.strip("_").replace("_", " ") for name in _HOOKS if getattr(module, name)]
+    carried += [f"parameter {name!r}" for name in module._parameters if name not in ("weight", "bias")]
+    carried += [f"buffer {name!r}" for name in module._buffers] + [f"module {name!r}" for name in module._modules]
+    carried += ["a forward of its own"] if "forward" in vars(module) else []
+    if carried:
+        raise ConfigError(
+            f"convert_model: {fqn!r} carries {', '.join(carried)}; needs a bare nn.Linear, since its replacement would "
+            "lose that. Convert first and add it afterwards."
+        )
+
+
+def _device_type(model: nn.Module) -> str:
+    """Where the parameters are; "meta" if all of them are there."""
+    types = sorted({parameter.device.type for parameter in model.parameters()} - {"meta"})
+    if len(types) > 1:
+        raise ConfigError(f"convert_model: parameters are on {' and '.join(types)}; needs one device. Move the model.")
+    return types[0] if types else "meta"
+
+
+def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], backend: str) -> None:
+    """Put a Float8Linear in every slot of every nn.Linear; change the precision of those that are one already."""
+    converted = [found.module for found in linears if isinstance(found.module, Float8Linear)]
+    inputs = converted[0].inputs if converted else InputCache()
+    replacements = [
+        found.module if isinstance(found.module, Float8Linear) else _replacement(found, precision, backend)
+        for found, precision in zip(linears, precisions, strict=True)
+    ]
+    # nothing of the model has been written to up to here, and nothing below refuses
+    for found, linear, precision in zip(linears, replacements, precisions, strict=True):
+        linear.inputs = inputs
+        for parent, name in found.slots if linear is not found.module else ():
+            setattr(parent, name, linear)
+        if (linear.precision, linear.backend_name) != (precision, backend):
+            linear.backend_name = backend
+            linear.set_precision(precision)
+
+
+def _replacement(found: _Found, precision: LinearPrecision, backend: str) -> Float8Linear:
+    """A Float8Linear with the parameters of an nn.Linear and the attributes that others have set on it."""
+    linear = Float8Linear.from_linear(found.module, precision, backend)
+    for name in vars(found.module).keys() - _PLAIN_ATTRIBUTES:  # e.g. transformers marks what it has initialised
+        if hasattr(linear, name):
+            raise ConfigError(
+                f"convert_model: {found.paths[0]!r} has an attribute {name!r} of its own; needs a name that Float8Linear "
+                "does not use. Rename it."
+            )
+        setattr(linear, name, getattr(found.module, name))
+    return linear
+
+
+def _row(found: _Found, chosen: Assignment, selection: Selection) -> ConversionRow:
+    fqn, *other_names = found.paths
+    parent, name = found.slots[0]
+    linear = getattr(parent, name)  # what is in the model after the conversion
+    numbers: LinearPrecision | None = None
+    reason, backend, site = f"{chosen.reason}; a {type(linear).__name__} is left as it is", "torch", NOT_COUNTED
+    if _swappable(linear):
+        numbers, reason, backend, site = chosen.precision, chosen.reason, selection.backend.name, linear.site
+    return ConversionRow(
+        fqn=fqn,
+        shape=(linear.out_features, linear.in_features),
+        has_bias=linear.bias is not None,
+        numbers=numbers,
+        backend=backend,
+        rule=chosen.rule,
+        reason=reason,
+        site=site,
+        other_names=tuple(other_names),
+    )
+
+
+def _others(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Modules that own matrices and are neither linears nor embeddings: recipes do not reach them."""
+    for fqn, module in model.named_modules():
+        matrices = any(parameter is not None and parameter.dim() >= 2 for parameter in module._parameters.values())
+        if matrices and not isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
+            yield fqn or "(the model)", type(module).__name__
