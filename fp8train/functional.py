@@ -13,7 +13,13 @@ from fp8train.quant.reference import check_quantize_input, check_scaled_mm
 
 @torch.no_grad()
 def quantize(
-    x: Tensor, *, block: Block = (1, 128), fmt: str = "e4m3", scale: ScaleKind = "pow2", transpose: bool = False, backend: str = "auto"
+    x: Tensor,
+    *,
+    block: Block = (1, 128),
+    fmt: str = "e4m3",
+    scale: ScaleKind = "pow2",
+    transpose: bool = False,
+    backend: str = "auto",
 ) -> QTensor:
     """Round a matrix to FP8 with one scale per block.
 

@@ -1,4 +1,4 @@
-"""Backends: what executes quantisers and GEMMs. The choice is made here, once; nothing else asks which device this is."""
+"""Backends execute quantisers and GEMMs. The choice is made here, once; nothing else asks for the device."""
 
 from fp8train.backends.selection import BACKENDS, get_backend, select_backend
 

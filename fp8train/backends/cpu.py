@@ -1,8 +1,9 @@
 """Backend `cpu`: the reference's codes, fast.
 
-Quantisers and decoder are C++ (cpu_kernels.cpp) where a compiler is at hand, torch otherwise; the codes are the same. GEMMs: with pow2
-scales a decoded FP8 value is exactly a BF16 number, so one matmul with BF16 products and FP32 sums of the decoded operands is exact up to
-the order of the sums. With fp32 scales, codes are multiplied block by block of K and promoted, as on the GPU.
+Quantisers and decoder are C++ (cpu_kernels.cpp) where a compiler is at hand, torch otherwise; the codes are the same.
+GEMMs: with pow2 scales a decoded FP8 value is exactly a BF16 number, so one matmul with BF16 products and FP32 sums of
+the decoded operands is exact up to the order of the sums. With fp32 scales, codes are multiplied block by block of K
+and promoted, as on the GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from fp8train.quant.qtensor import QTensor
 from fp8train.quant.scaling import amax_bits, scale_inv_from_amax
 
 TILE = 128  # tile of cpu_kernels.cpp
-# with scales in this range the smallest decoded value is 2^-50 * 2^-16 (E5M2), so that even a product of two, 2^-132 ... 2^132, is off only
-# where its terms are 2^-100 of the largest; outside it, codes are multiplied block by block
+# with scales in this range the smallest decoded value is 2^-50 * 2^-16 (E5M2), so that even a product of two, 2^-132
+# ... 2^132, is off only where its terms are 2^-100 of the largest; outside it, codes are multiplied block by block
 SCALE_RANGE = (2.0**-50, 2.0**50)
 
 
@@ -61,9 +62,10 @@ class CpuBackend:
             return QTensor(q, scale, spec)
         if spec.transposable and block <= TILE:
             x = _rows_dense(x)
-            q, scale = _empty(spec, (rows, cols), x.device)
-            self._square(x, spec, block, q, scale, None, None)
-            return QTensor(q, scale, spec).transpose() if transpose else QTensor(q, scale, spec)
+            qdata, scale_inv = _empty(spec, (rows, cols), x.device)
+            self._square(x, spec, block, qdata, scale_inv, None, None)
+            made = QTensor(qdata, scale_inv, spec)
+            return made.transpose() if transpose else made
         return _quantize_torch(x, spec, transpose)
 
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
@@ -147,11 +149,20 @@ class CpuBackend:
         block, bf16 = q.spec.block_shape(rows, cols), dtype is torch.bfloat16
         pointer = scale.data_ptr() if scaled else None
         threads = torch.get_num_threads()
-        self._lib.fp8_decode(qdata.data_ptr(), pointer, rows, cols, *block, _kind(q.spec)[0], bf16, out.data_ptr(), threads)
+        self._lib.fp8_decode(
+            qdata.data_ptr(), pointer, rows, cols, *block, _kind(q.spec)[0], bf16, out.data_ptr(), threads
+        )
         return out
 
     def _square(
-        self, x: Tensor, spec: QuantSpec, block: int, q: Tensor, scale: Tensor, qt: Tensor | None, scale_t: Tensor | None
+        self,
+        x: Tensor,
+        spec: QuantSpec,
+        block: int,
+        q: Tensor,
+        scale: Tensor,
+        qt: Tensor | None,
+        scale_t: Tensor | None,
     ) -> None:
         assert self._lib is not None
         outputs = [None if tensor is None else tensor.data_ptr() for tensor in (q, scale, qt, scale_t)]
@@ -160,13 +171,13 @@ class CpuBackend:
 
 @contextlib.contextmanager
 def _fp32_matmul(precision: str) -> Iterator[None]:
-    """FP32 matmuls form products of "bf16" operands (exact for values that are BF16 numbers), or of FP32 ones ("ieee")."""
-    previous = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = precision
+    """FP32 matmuls form products of "bf16" operands (exact for BF16 numbers), or of FP32 ones ("ieee")."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    previous, settings.fp32_precision = settings.fp32_precision, precision
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = previous
+        settings.fp32_precision = previous
 
 
 def _exact_in_bf16(q: QTensor) -> bool:
@@ -206,7 +217,7 @@ def _empty(spec: QuantSpec, shape: tuple[int, int], device: torch.device) -> tup
 
 
 def _quantize_torch(x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
-    """The reference's codes with fewer passes: |x / scale_inv| <= max (1 + 2^-22), which every torch rounds to max, so no clamp."""
+    """The reference's codes with fewer passes: |x / scale_inv| <= max (1 + 2^-22) rounds to max in every torch."""
     blocks, sizes = reference.to_blocks(x.T if transpose else x, spec)
     scale_inv = scale_inv_from_amax(_amax_bits(blocks), spec.format, spec.scale)
     scaled = blocks.to(torch.float32) * (torch.ones_like(scale_inv) / scale_inv)
@@ -218,7 +229,7 @@ def _quantize_torch(x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
 
 
 def _amax_bits(blocks: Tensor) -> Tensor:
-    """As scaling.amax_bits, without widening bf16 first. As integers: torch's bf16 amax loses a NaN in some layouts (2.13)."""
+    """As scaling.amax_bits without widening bf16. As integers: torch 2.13's bf16 amax loses a NaN in some layouts."""
     if blocks.dtype is torch.float32:
         return amax_bits(blocks, dim=(-3, -1), keepdim=True)
     bits = torch.amax(blocks.view(torch.int16) & 0x7FFF, dim=(-3, -1), keepdim=True)
@@ -244,5 +255,7 @@ def _codes_to_bf16(q: QTensor) -> Tensor:
         return codes.to(torch.int16).bitwise_left_shift_(8).view(torch.float16).to(torch.bfloat16)
     if codes.numel() and int((codes & 0x7F).max()) == q.spec.format.nan_code:
         return q.qdata.to(torch.bfloat16)
-    bits = codes.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(-30721)  # sign, then exponent and mantissa: the value times 2^-120
+    bits = (
+        codes.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(-30721)
+    )  # sign, then exponent and mantissa: the value times 2^-120
     return bits.view(torch.bfloat16).mul_(2.0**120)

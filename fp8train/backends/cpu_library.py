@@ -1,7 +1,8 @@
 """Builds cpu_kernels.cpp once per machine with the C++ compiler at hand, and loads it.
 
-The library is kept under the user's cache folder, named by a hash of source, compiler, flags and processor. Without a compiler, or where
-the build fails, the CPU backend computes the same codes in torch, more slowly; the reason is kept for the run to report.
+The library is kept under the user's cache folder, named by a hash of source, compiler, flags and processor. Without a
+compiler, or where the build fails, the CPU backend computes the same codes in torch, more slowly; the reason is kept
+for the run to report.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def load() -> CpuLibrary:
     if compiler is None:
         return CpuLibrary(None, f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
     try:
-        path = _cache_folder() / f"cpu_kernels_{_fingerprint(compiler)}.so"
-        if not path.is_file():
-            _build(compiler, path)
-        functions = ctypes.CDLL(str(path))
+        library = _cache_folder() / f"cpu_kernels_{_fingerprint(compiler)}.so"
+        if not library.is_file():
+            _build(compiler, library)
+        functions = ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         return CpuLibrary(None, f"{compiler} could not build {SOURCE.name}: {_first_line(error.stderr)}")
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -64,7 +65,7 @@ def load() -> CpuLibrary:
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compile to a temporary file and rename it, so that two processes that start together cannot see half a library."""
+    """Compile to a temporary file and rename it, so that another process cannot see half a library."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), *LINK]
@@ -83,7 +84,9 @@ def _cache_folder() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=BUILD_SECONDS).stdout
+    version = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
+    ).stdout
     parts = [SOURCE.read_text(), compiler, version, " ".join(FLAGS + LINK), platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -1,10 +1,14 @@
-"""The operators torch.ops.fp8train.*: opaque to torch.compile, one implementation for all devices that asks the named backend.
+"""The operators torch.ops.fp8train.*: opaque to torch.compile, one implementation that asks the named backend.
 
-Registered with torch.library.Library, which costs a third of custom_op per call. Quantisation specifications travel as their text
-("e4m3 1x128 pow2"), dtypes as torch dtypes, the backend as its name. Each GEMM op counts itself for its site (backends/coverage.py).
+Registered with torch.library.Library, which costs a third of custom_op per call. Quantisation specifications travel as
+their text ("e4m3 1x128 pow2"), dtypes as torch dtypes, the backend as its name. Each GEMM op counts itself for its site
+(backends/coverage.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,27 +57,34 @@ def dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, back
     return get_backend(backend).dequantize(QTensor(q, scale_inv, QuantSpec.parse(spec)), dtype)
 
 
-def scaled_mm(a, a_scale, a_spec, b, b_scale, b_spec, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+def scaled_mm(
+    a: Tensor, a_scale: Tensor, a_spec: str, b: Tensor, b_scale: Tensor, b_spec: str,
+    bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str,
+) -> Tensor:  # fmt: skip
     """a [M, K] @ b [N, K].T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
     left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
     return get_backend(backend).scaled_mm(left, right, bias, None, False, out_dtype)
 
 
-def scaled_mm_add_(out, a, a_scale, a_spec, b, b_scale, b_spec, backend, site, gemm) -> None:  # type: ignore[no-untyped-def]
+def scaled_mm_add_(
+    out: Tensor,
+    a: Tensor, a_scale: Tensor, a_spec: str, b: Tensor, b_scale: Tensor, b_spec: str,
+    backend: str, site: int, gemm: str,
+) -> None:  # fmt: skip
     """out [M, N] fp32 += a @ b.T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
     left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
     get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
 
 
-def mm(a, b, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+def mm(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str) -> Tensor:
     """a [M, K] @ b [N, K].T in high precision."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
     return get_backend(backend).mm(a, b, bias, None, False, out_dtype)
 
 
-def mm_add_(out, a, b, backend, site, gemm) -> None:  # type: ignore[no-untyped-def]
+def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: str) -> None:
     """out [M, N] fp32 += a @ b.T in high precision."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
     get_backend(backend).mm(a, b, None, out, True, torch.float32)
@@ -85,14 +96,16 @@ def _rows(gemm: str, a: Tensor) -> int:
 
 
 def _codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    block_rows, block_cols = (rows, cols) if spec.block == "tensor" else (1, cols) if spec.block == "row" else spec.block
-    scale_shape = (_blocks(rows, block_rows), _blocks(cols, block_cols))
+    if isinstance(spec.block, str):
+        scale_shape = (_span(rows) if spec.block == "tensor" else rows, _span(cols))
+    else:
+        scale_shape = (-(-rows // spec.block[0]), -(-cols // spec.block[1]))
     return x.new_empty((rows, cols), dtype=spec.format.dtype), x.new_empty(scale_shape, dtype=torch.float32)
 
 
-def _blocks(size: int, block: int) -> int:
-    """ceil(size / block), and 1 for a block that spans the dimension (sizes may be symbolic)."""
-    return 1 if size is block else (size + block - 1) // block
+def _span(size: int) -> int:
+    """Number of blocks that span a whole dimension: none for an empty one. A symbolic size is never 0 or 1."""
+    return min(size, 1) if isinstance(size, int) else 1
 
 
 def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -112,19 +125,24 @@ def _fake_dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype
     return q.new_empty(q.shape, dtype=dtype)
 
 
-def _fake_scaled_mm(a, a_scale, a_spec, b, b_scale, b_spec, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+def _fake_scaled_mm(
+    a: Tensor, a_scale: Tensor, a_spec: str, b: Tensor, b_scale: Tensor, b_spec: str,
+    bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str,
+) -> Tensor:  # fmt: skip
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _fake_mm(a, b, bias, out_dtype, backend, site, gemm) -> Tensor:  # type: ignore[no-untyped-def]
+def _fake_mm(
+    a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str
+) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _fake_in_place(*args) -> None:  # type: ignore[no-untyped-def]
+def _fake_in_place(*args: Any) -> None:
     return None
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize": (quantize, _fake_quantize),
     "quantize_dual": (quantize_dual, _fake_quantize_dual),
     "requantize": (requantize, _fake_requantize),

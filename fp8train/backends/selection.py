@@ -1,4 +1,4 @@
-"""Which backend runs: a named one or a clear error, or for "auto" the first that can, with the reasons of those passed over."""
+"""Which backend runs: a named one or a clear error; for "auto" the first that can, and why others were passed over."""
 
 from __future__ import annotations
 
@@ -65,9 +65,11 @@ def select_backend(name: str, device_type: str, precisions: Iterable[LinearPreci
     if name != "auto":
         backend = get_backend(name)
         if reason := _refusal(backend, device_type, precisions):
-            raise BackendError(f"backend: {name} cannot be used: {reason}. Use backend=auto, or another machine or recipe.")
+            raise BackendError(
+                f"backend: {name} cannot be used: {reason}. Use backend=auto, or another machine or recipe."
+            )
         return Selection(backend, f"backend {name} as asked: {backend.note}")
-    refused = []
+    refused: list[str] = []
     for candidate in AUTO_ORDER.get(device_type, ("reference",)):
         backend = get_backend(candidate)
         reason = _refusal(backend, device_type, precisions)

@@ -61,7 +61,8 @@ def quantize_input(x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand,
 class InputCache:
     """Remembers the last input that was quantised, so that its next reader need not do it again.
 
-    One slot, shared by all linears of a model. It is emptied when the input is freed, so it never prolongs anything's life.
+    One slot, shared by all linears of a model. It is emptied when the input is freed, so it never prolongs anything's
+    life.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class InputCache:
         self._operands: tuple[Operand, Operand | None] | None = None
 
     def get(self, x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
-        """Operands of x [..., K] as a matrix [M, K]; quantised on a miss. Traced by torch.compile, it always quantises: CSE merges."""
+        """Operands of x [..., K] as a matrix [M, K]; quantised on a miss. Under torch.compile always: CSE merges."""
         matrix = x.detach().reshape(-1, x.shape[-1])
         if torch.compiler.is_compiling() or x.is_inference():
             return quantize_input(matrix, needs, backend)

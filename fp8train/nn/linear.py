@@ -36,7 +36,7 @@ class Plan:
 
 @dataclass(slots=True)
 class InplaceGrad:
-    """A gradient sink: wgrad adds into `buffer` instead of returning the gradient through autograd. Tied weights share one.
+    """A gradient sink: wgrad adds into `buffer` and returns no gradient to autograd. Tied weights share one.
 
     Args:
         buffer: [N, K] fp32, zeroed by its owner; usually the parameter's .grad.
@@ -53,7 +53,8 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, row_scale: Tensor | None,
-        col: Tensor | None, col_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, wt: Tensor, wt_scale: Tensor | None,
+        col: Tensor | None, col_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, wt: Tensor, wt_scale: Tensor |
+            None,
         plan: Plan, out_dtype: torch.dtype, sink: InplaceGrad | None,
     ) -> Tensor:  # fmt: skip
         precision = plan.precision
@@ -115,10 +116,11 @@ def _weight_grad(dy_t: Operand, x_t: Operand, plan: Plan, sink: InplaceGrad | No
 
 
 class Float8Linear(nn.Linear):
-    """nn.Linear with a precision per GEMM; parameters, names and state dict are those of nn.Linear, with an FP32 master weight.
+    """nn.Linear with a precision per GEMM; parameters, names and state dict are nn.Linear's, the weight an FP32 master.
 
-    Takes [..., in_features] in bf16 or fp32 (or a QuantizedInput) and returns [..., out_features] in the same dtype, or in autocast's.
-    Every converted linear is of this class, those that stay in BF16 too, so that a comparison isolates FP8.
+    Takes [..., in_features] in bf16 or fp32 (or a QuantizedInput) and returns [..., out_features] in the same dtype, or
+    in autocast's. Every converted linear is of this class, those that stay in BF16 too, so that a comparison isolates
+    FP8.
 
     Args:
         in_features, out_features: any sizes; short last blocks are blocks of their own.
@@ -164,7 +166,7 @@ class Float8Linear(nn.Linear):
         """
         if linear.weight.dtype is not torch.float32:
             raise ValueError(
-                f"Float8Linear: weight is {linear.weight.dtype}; needs torch.float32, the master that codes are made from. "
+                f"Float8Linear: weight is {linear.weight.dtype}; needs torch.float32, the master of the codes. "
                 "Call model.float() before converting."
             )
         made = cls.__new__(cls)
@@ -213,9 +215,9 @@ class Float8Linear(nn.Linear):
         self._seen = (0, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
-        """Moving or casting the module drops the operands: codes must not be cast, and are made anew on the new device."""
+        """Moving or casting drops the operands: codes must not be cast, and are made anew on the new device."""
         self._clear_weight()
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         """y = x w^T + bias.
@@ -248,13 +250,13 @@ class Float8Linear(nn.Linear):
             raise ValueError(f"Float8Linear: x is {list(x.shape)}; needs [..., {self.in_features}].")
         if x.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
-                f"Float8Linear: x is {x.dtype}; needs torch.bfloat16 or torch.float32. Cast the activations before the layer."
+                f"Float8Linear: x is {x.dtype}; needs torch.bfloat16 or torch.float32. Cast it before the layer."
             )
 
     def extra_repr(self) -> str:
         gemms = ", ".join(f"{name}: {self.precision.describe(name)}" for name in self.precision.gemms)
-        bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, bias={bias}, precision={self.precision.name} ({gemms}), backend={self.backend_name}"
+        shape = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, precision={self.precision.name} ({gemms}), backend={self.backend_name}"
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:

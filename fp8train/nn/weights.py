@@ -1,8 +1,9 @@
 """The weight as GEMM operands: made from the FP32 master once per optimizer step, reused by every micro-batch.
 
-Codes live in non-persistent buffers of the linear and are rewritten in place, eagerly and outside any compiled graph: after an optimizer
-step, after a state dict is loaded, after `weights_changed`, and, where eager code runs the model, after any in-place edit that autograd's
-version counter sees. An edit through `.data` is invisible to that counter: announce it with `weights_changed`.
+Codes live in non-persistent buffers of the linear and are rewritten in place, eagerly and outside any compiled graph:
+after an optimizer step, after a state dict is loaded, after `weights_changed`, and, where eager code runs the model,
+after any in-place edit that autograd's version counter sees. An edit through `.data` is invisible to that counter:
+announce it with `weights_changed`.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def converted_linears(model: nn.Module) -> list[Float8Linear]:
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Quantise all weights of a converted model again. Call it after writing to a weight in a way that autograd cannot see (`.data`).
+    """Quantise all weights of a converted model again, after a write that autograd cannot see (through `.data`).
 
     Args:
         model: a converted model; its linears may be anywhere below it.
@@ -96,10 +97,10 @@ def weights_changed(model: nn.Module) -> None:
 
 
 def install_weight_hooks(model: nn.Module) -> None:
-    """Keep the weight operands of a converted model current: after any torch optimizer's step, and before each eager forward.
+    """Keep the weight operands of a converted model current: after an optimizer's step, before an eager forward.
 
-    The optimizer hook is torch's own registry of hooks for all optimizers; it holds the model weakly and removes itself with it.
-    Calling it twice on a model does nothing the second time.
+    The optimizer hook is torch's own registry of hooks for all optimizers; it holds the model weakly and removes itself
+    with it. Calling it twice on a model does nothing the second time.
     """
     if getattr(model, "_fp8train_hooks", False):
         return
@@ -130,7 +131,7 @@ def _refresh_stale(model: nn.Module, args: Any) -> None:
 
 @contextlib.contextmanager
 def evaluation_precision(model: nn.Module, precision: LinearPrecision) -> Iterator[None]:
-    """Run every converted linear of `model` in one precision, e.g. quant.formats.BF16, and restore each one's own afterwards."""
+    """Run every converted linear of `model` in one precision, e.g. BF16, and restore each one's own afterwards."""
     linears = converted_linears(model)
     own = [linear.precision for linear in linears]
     try:

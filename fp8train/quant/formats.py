@@ -61,10 +61,9 @@ class QuantSpec:
     scale: ScaleKind = "pow2"
 
     def __post_init__(self) -> None:
-        if self.block not in ("tensor", "row"):
-            rows, cols = self.block
-            if int(rows) < 1 or int(cols) < 1:
-                raise ValueError(f"QuantSpec: block is {self.block}; needs 'tensor', 'row' or two positive sizes.")
+        named = isinstance(self.block, str)
+        if self.block not in ("tensor", "row") and (named or min(map(int, self.block)) < 1):
+            raise ValueError(f"QuantSpec: block is {self.block!r}; needs 'tensor', 'row' or two positive sizes.")
         if self.scale not in ("pow2", "fp32"):
             raise ValueError(f"QuantSpec: scale is {self.scale!r}; needs 'pow2' or 'fp32'.")
 
@@ -83,11 +82,9 @@ class QuantSpec:
 
     def block_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Block size for a matrix [rows, cols]; sizes are at least 1, so that an empty matrix has a block too."""
-        if self.block == "tensor":
-            return max(rows, 1), max(cols, 1)
-        if self.block == "row":
-            return 1, max(cols, 1)
-        return int(self.block[0]), int(self.block[1])
+        if isinstance(self.block, str):
+            return max(rows, 1) if self.block == "tensor" else 1, max(cols, 1)
+        return self.block
 
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of scale_inv for a matrix [rows, cols]: (ceil(rows/block_rows), ceil(cols/block_cols))."""
@@ -109,7 +106,9 @@ def _parse(text: str, scale: str) -> QuantSpec:
         raise ValueError(f"operand {text!r} has format {words[0]!r}; needs one of {', '.join(FORMATS)}.")
     size = _BLOCK_PATTERN.fullmatch(words[1])
     if size is None and words[1] not in ("tensor", "row"):
-        raise ValueError(f"operand {text!r} has block {words[1]!r}; needs 'tensor', 'row' or ROWSxCOLS such as '1x128'.")
+        raise ValueError(
+            f"operand {text!r} has block {words[1]!r}; needs 'tensor', 'row' or ROWSxCOLS such as '1x128'."
+        )
     block: Block = words[1] if size is None else (int(size[1]), int(size[2]))
     kind = words[2] if len(words) == 3 else scale
     if kind not in ("pow2", "fp32"):
@@ -119,7 +118,7 @@ def _parse(text: str, scale: str) -> QuantSpec:
 
 @dataclass(frozen=True, slots=True)
 class GemmPrecision:
-    """Operands of one NT GEMM, left @ right.T: fprop x, w; dgrad dy, w; wgrad dy, x. None leaves an operand in high precision."""
+    """Operands of one NT GEMM, left @ right.T: fprop x, w; dgrad dy, w; wgrad dy, x. None: high precision."""
 
     left: QuantSpec | None = None
     right: QuantSpec | None = None
@@ -137,7 +136,8 @@ class LinearPrecision:
     Args:
         name: its name in the recipe, e.g. "fp8".
         fprop, dgrad, wgrad: operands of the three GEMMs.
-        wgrad_source: "dual" makes wgrad's copy of x from the high-precision x; "requant" re-blocks the FP8 copy that fprop read.
+        wgrad_source: "dual" makes wgrad's copy of x from the high-precision x; "requant" re-blocks the FP8 copy that
+            fprop read.
         high: dtype of operands that are left out, torch.bfloat16 or torch.float32.
     """
 
@@ -151,7 +151,7 @@ class LinearPrecision:
     def __post_init__(self) -> None:
         if self.wgrad_source == "requant" and (self.wgrad.right is None or self.fprop.left is None):
             raise ValueError(
-                f"precision {self.name!r}: wgrad source is 'requant'; needs x in FP8 in both fprop and wgrad. Use 'dual'."
+                f"precision {self.name!r}: wgrad source 'requant' needs x in FP8 in both fprop and wgrad. Use 'dual'."
             )
 
     @property

@@ -53,6 +53,9 @@ class QTensor:
         """
         if not self.spec.transposable:
             raise ValueError(
-                f"QTensor.transpose: block is {self.block}; needs 'tensor' or a square block. Quantize with transpose=True instead."
+                f"QTensor.transpose: block is {self.block}; needs 'tensor' or a square block. "
+                "Quantize with transpose=True instead."
             )
-        return QTensor(self.qdata.transpose(-2, -1).contiguous(), self.scale_inv.transpose(-2, -1).contiguous(), self.spec)
+        return QTensor(
+            self.qdata.transpose(-2, -1).contiguous(), self.scale_inv.transpose(-2, -1).contiguous(), self.spec
+        )

@@ -1,4 +1,4 @@
-"""The definition of quantize, dequantize and scaled_mm, in plain torch. Slow on purpose: every other backend is tested against it."""
+"""The definition of quantize, dequantize and scaled_mm, in plain torch: what every backend is tested against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fp8train.quant.scaling import amax_bits, scale_inv_from_amax
 def quantize(x: Tensor, spec: QuantSpec, *, transpose: bool = False) -> QTensor:
     """Round x to FP8 with one scale per block.
 
-    scale_inv = amax(block) / spec.format.max, rounded up to 2^k if spec.scale is pow2; qdata = cast_rne(x * (1 / scale_inv)), saturating.
+    scale_inv = amax(block) / spec.format.max, rounded up to 2^k if spec.scale is pow2; qdata = cast_rne(x * (1 /
+    scale_inv)), saturating.
 
     Args:
         x: [..., M, K] bf16 or fp32; any sizes >= 0 (the last block of a row or column may be short).
@@ -144,15 +145,21 @@ def check_scaled_mm(
 ) -> tuple[int, int, int]:
     """M, N, K of a GEMM, or a ValueError that says what does not fit."""
     if qa.qdata.dim() != 2 or qb.qdata.dim() != 2 or qa.shape[1] != qb.shape[1]:
-        raise ValueError(f"scaled_mm: operands are {list(qa.shape)} and {list(qb.shape)}; needs [M, K] and [N, K] with the same K.")
+        raise ValueError(
+            f"scaled_mm: operands are {list(qa.shape)} and {list(qb.shape)}; needs [M, K] and [N, K] with the same K."
+        )
     M, K = qa.shape
     N = qb.shape[0]
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"scaled_mm: bias is {list(bias.shape)}; needs [{N}].")
     if out is not None and (out.shape != (M, N) or out.dtype not in (torch.bfloat16, torch.float32)):
-        raise ValueError(f"scaled_mm: out is {list(out.shape)} {out.dtype}; needs [{M}, {N}] in torch.bfloat16 or torch.float32.")
+        raise ValueError(
+            f"scaled_mm: out is {list(out.shape)} {out.dtype}; needs [{M}, {N}] in torch.bfloat16 or torch.float32."
+        )
     if accumulate and (out is None or out.dtype is not torch.float32):
-        raise ValueError("scaled_mm: accumulate needs an out in torch.float32 to add to. Pass out=, or accumulate=False.")
+        raise ValueError(
+            "scaled_mm: accumulate needs an out in torch.float32 to add to. Pass out=, or accumulate=False."
+        )
     return M, N, K
 
 
@@ -162,7 +169,10 @@ def to_blocks(x: Tensor, spec: QuantSpec) -> tuple[Tensor, tuple[int, int]]:
     block_rows, block_cols = spec.block_shape(rows, cols)
     row_blocks, col_blocks = spec.scale_shape(rows, cols)
     pad = (0, col_blocks * block_cols - cols, 0, row_blocks * block_rows - rows)
-    return (F.pad(x, pad) if any(pad) else x).reshape(*x.shape[:-2], row_blocks, block_rows, col_blocks, block_cols), (rows, cols)
+    return (F.pad(x, pad) if any(pad) else x).reshape(*x.shape[:-2], row_blocks, block_rows, col_blocks, block_cols), (
+        rows,
+        cols,
+    )
 
 
 def from_blocks(blocks: Tensor, sizes: tuple[int, int]) -> Tensor:

@@ -22,7 +22,7 @@ def amax_bits(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> T
 
 
 def scale_inv_from_amax(bits: Tensor, fmt: Format, kind: ScaleKind) -> Tensor:
-    """scale_inv = amax / fmt.max, rounded up to 2^k if kind is "pow2"; at least 2^-126; 1 for amax = 0; NaN for a NaN or Inf.
+    """scale_inv = amax / fmt.max, rounded up to 2^k for "pow2"; at least 2^-126; 1 for amax 0; NaN for a NaN or Inf.
 
     Args:
         bits: int32, bit patterns of the blocks' amax (>= 0).
