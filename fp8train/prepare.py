@@ -32,6 +32,9 @@ from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import DataError, UserError, exit_code
 
 Report = Callable[[str], None]
+DECIDING_KEYS = {
+    "kind", "path", "text_key", "document_bytes", "hf_name", "hf_subset", "hf_split", "hf_revision", "hf_streaming",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,8 +107,8 @@ def main(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     index = prepare(config, report=lambda line: print(line, flush=True))
     print(
-        f"prepared {config.out}: {index['documents']:,} documents, {index['tokens']:,} tokens in {len(index['shards'])} shards, "
-        f"vocabulary {index['vocab_size']:,}, {time.perf_counter() - started:.1f} s"
+        f"prepared {config.out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
+        f"{len(index['shards'])} shards, vocabulary {index['vocab_size']:,}, {time.perf_counter() - started:.1f} s"
     )
     print(f"train on it with: data=tokens data.path={config.out} model.vocab_size={index['vocab_size']}")
     return 0
@@ -132,18 +135,8 @@ def _plan(config: PrepareConfig, pieces: Sequence[Piece], tokenizer: Tokenizer) 
     """What decides the bytes of the shards; a second call must agree with it."""
     names = sorted({file for piece in pieces for file in piece.files})
     stats = {name: Path(name).stat() for name in names}
-    unimportant = (
-        "weight",
-        "holdout_fraction",
-        "eval_windows",
-        "document_mask",
-        "mix",
-        "tokenizer",
-        "separator",
-        "verify",
-    )
     return {
-        "source": {key: value for key, value in asdict(config.data).items() if key in decides},
+        "source": {key: value for key, value in asdict(config.data).items() if key in DECIDING_KEYS},
         "files": [[str(Path(name).resolve()), stats[name].st_size, stats[name].st_mtime_ns] for name in names],
         "pieces": [[piece.start, piece.stop, len(piece.files), piece.document_bytes] for piece in pieces],
         "shard_bytes": config.shard_bytes,
