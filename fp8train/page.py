@@ -1,0 +1,193 @@
+"""The page around a report: one HTML file with its style inside, which asks the network for nothing and needs no
+script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from collections.abc import Sequence
+
+# Two inks, one grid, one colour per arm; each arm colour has at least 4.5:1 on its paper, and hue and lightness both
+# differ
+# between neighbours, so that they stay apart for colour-blind readers and in grey.
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --panel: #f6f7f9; --ink: #16191d; --muted: #5a6472; --grid: #e3e6ea; --line: #d3d8de;
+  --alert: #a8320a; --alert-panel: #fdf1ec;
+  --series-0: #5f6b7a; --series-1: #0b5fc0; --series-2: #b3500b; --series-3: #0d746c; --series-4: #96357d;
+    --series-5: #6d5d00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #121518; --panel: #1a1e23; --ink: #e8ebef; --muted: #9ba6b3; --grid: #272d34; --line: #363d46;
+    --alert: #ff9c73; --alert-panel: #2b1c16;
+    --series-0: #a9b4c2; --series-1: #5eabff; --series-2: #f2a154; --series-3: #52c9ba; --series-4: #e38fcd;
+      --series-5: #d8c34a;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 -apple-system, BlinkMacSystemFont, "Segoe UI", Inter, Roboto, "Helvetica Neue", "Noto Sans",
+    "Liberation Sans", Arial, sans-serif;
+  font-variant-numeric: tabular-nums; text-rendering: optimizeLegibility;
+}
+main, header, footer { max-width: 984px; margin: 0 auto; padding: 0 32px; }
+header { padding-top: 56px; }
+h1 { font-size: 30px; line-height: 1.25; font-weight: 650; letter-spacing: -0.012em; margin: 14px 0 12px;
+  text-wrap: balance; }
+h2 { font-size: 21px; line-height: 1.3; font-weight: 650; letter-spacing: -0.006em; margin: 0 0 6px; }
+h3 { font-size: 16px; font-weight: 650; margin: 32px 0 6px; }
+p { margin: 0 0 12px; max-width: 74ch; }
+a { color: inherit; text-decoration-color: var(--muted); text-underline-offset: 3px; }
+a:hover { text-decoration-color: currentColor; }
+section { padding: 40px 0 4px; margin-top: 32px; border-top: 1px solid var(--line); }
+.eyebrow { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; color: var(--muted); font-size: 14px; }
+.status { border: 1px solid currentColor; border-radius: 999px; padding: 1px 11px; color: var(--ink);
+  font-weight: 600; font-size: 13px; }
+.lead, .note { color: var(--muted); }
+.lead { font-size: 17px; }
+.alert { border-left: 3px solid var(--alert); background: var(--alert-panel); color: var(--ink); padding: 10px 16px;
+  margin: 16px 0; max-width: none; }
+nav { margin: 28px 0 0; font-size: 14px; color: var(--muted); display: flex; flex-wrap: wrap; gap: 4px 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); gap: 1px; margin: 28px 0 0;
+  padding: 0;
+  background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.tiles div { background: var(--paper); padding: 16px 18px 14px; }
+.tiles dt { color: var(--muted); font-size: 13px; line-height: 1.35; }
+.tiles dd { margin: 4px 0 0; }
+.tiles .value { font-size: 27px; line-height: 1.25; font-weight: 600; letter-spacing: -0.015em; white-space: nowrap; }
+.tiles .detail { color: var(--muted); font-size: 13px; line-height: 1.4; }
+figure { margin: 20px 0 28px; }
+figcaption { color: var(--muted); font-size: 14px; line-height: 1.5; max-width: 82ch; margin-top: 8px; }
+figcaption strong, caption strong { color: var(--ink); font-weight: 600; }
+.scroll { overflow-x: auto; }
+.scroll:focus-visible { outline: 2px solid var(--series-1); outline-offset: 2px; }
+svg.chart { display: block; width: 100%; height: auto; min-width: 660px; font-family: inherit; overflow: visible; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; margin: 20px 0 28px; }
+caption { text-align: left; color: var(--muted); padding-bottom: 8px; line-height: 1.5; }
+th, td { text-align: left; vertical-align: baseline; padding: 7px 20px 7px 0; border-bottom: 1px solid var(--grid); }
+th:last-child, td:last-child { padding-right: 0; }
+thead th { color: var(--muted); font-weight: 500; font-size: 13px; vertical-align: bottom;
+  border-bottom-color: var(--line); }
+tbody th { font-weight: 500; }
+td.number, tbody th.number { white-space: nowrap; }
+.number { text-align: right; }
+.key { white-space: nowrap; }
+.swatch { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
+code, pre { font-family: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "Liberation Mono", monospace;
+  font-size: 0.92em; }
+td code { overflow-wrap: anywhere; }
+th code { white-space: nowrap; }
+pre { background: var(--panel); border-radius: 8px; padding: 14px 18px; overflow-x: auto; font-size: 13px;
+  line-height: 1.5; max-height: 480px; }
+details { margin: 4px 0 14px; }
+summary { cursor: pointer; font-size: 15px; padding: 4px 0; }
+summary:focus-visible { outline: 2px solid var(--series-1); outline-offset: 2px; }
+.failing { color: var(--alert); font-weight: 600; }
+.method dt { font-weight: 600; margin-top: 14px; }
+.method dd { margin: 2px 0 0; max-width: 78ch; color: var(--muted); }
+footer { color: var(--muted); font-size: 13px; padding-top: 28px; padding-bottom: 64px; overflow-wrap: anywhere; }
+@media (max-width: 620px) { main, header, footer { padding-left: 18px; padding-right: 18px; }
+header { padding-top: 32px; } h1 { font-size: 24px; } }
+@media print { section { break-inside: avoid-page; } pre { max-height: none; white-space: pre-wrap; }
+nav { display: none; } }
+""" + "".join(f".series-{index} {{ background: var(--series-{index}); }}\n" for index in range(6))  # fmt: skip
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Column:
+    """A column of a table: its heading, and whether it holds numbers (right-aligned)."""
+
+    heading: str
+    number: bool = False
+
+
+def page(*, title: str, header: str, body: str, footer: str) -> str:
+    """A whole HTML document; `title` is plain text, the rest is HTML. Its policy forbids requests and scripts."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<header>\n{header}\n</header>\n<main>\n{body}\n</main>\n<footer>\n{footer}\n</footer>\n</body>\n</html>\n"
+    )
+
+
+def section(identifier: str, heading: str, *parts: str) -> str:
+    """A section with a heading that the navigation can link to."""
+    content = "\n".join(part for part in parts if part)
+    title = f'<h2 id="{identifier}-heading">{html.escape(heading)}</h2>'
+    return f'<section id="{identifier}" aria-labelledby="{identifier}-heading">\n{title}\n{content}\n</section>'
+
+
+def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls by itself on a narrow screen; the first cell names its row. Caption and cells are HTML."""
+    head = "".join(f'<th scope="col"{_align(column)}>{html.escape(column.heading)}</th>' for column in columns)
+    lines = []
+    for row in rows:
+        first, *rest = row
+        cells = "".join(f"<td{_align(column)}>{cell}</td>" for column, cell in zip(columns[1:], rest, strict=True))
+        lines.append(f'<tr><th scope="row"{_align(columns[0])}>{first}</th>{cells}</tr>')
+    name = html.escape(re.sub(r"<[^>]*>", "", caption), quote=True)
+    content = "\n".join(lines)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>\n<caption>{caption}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{content}\n</tbody>\n</table></div>"
+    )
+
+
+def figure(svg: str, caption: str) -> str:
+    """A chart with its caption (HTML)."""
+    return f'<figure>\n<div class="scroll">{svg}</div>\n<figcaption>{caption}</figcaption>\n</figure>'
+
+
+def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
+    """Key figures: (name, value, detail), plain text."""
+    cells = (
+        f'<div><dt>{html.escape(name)}</dt><dd class="value">{typeset(value)}</dd>'
+        f'<dd class="detail">{typeset(detail)}</dd></div>'
+        for name, value, detail in entries
+    )
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def details(summary: str, content: str) -> str:
+    """Content (HTML) that opens on request; `summary` is plain text."""
+    return f"<details><summary>{html.escape(summary)}</summary>\n{content}\n</details>"
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text; `kind` is a class of the style: lead, note, alert."""
+    opening = f'<p class="{kind}">' if kind else "<p>"
+    return f"{opening}{typeset(text)}</p>"
+
+
+def code(text: str) -> str:
+    """A name or path, as typed."""
+    return f"<code>{html.escape(text)}</code>"
+
+
+def listing(text: str) -> str:
+    """A file, as it is."""
+    return f'<pre tabindex="0"><code>{html.escape(text.rstrip())}</code></pre>'
+
+
+def typeset(text: str) -> str:
+    """Plain text as HTML: true minus and multiplication signs, and no line break between a number and its unit."""
+    text = html.escape(text, quote=False)
+    text = re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
+    text = re.sub(r"(?<![\w.])-(?=$|\))", "\u2013", text)
+    text = re.sub(r"(\d)x(?!\w)", "\\1\u00d7", text)
+    text = re.sub(r"(\d) (?=%)", "\\1\u202f", text)
+    return re.sub(r"(\d) (?=(?:[KMGT]iB|[kMGTPEZ]?FLOP|[KMBT]|s|min|h|d)(?!\w))", "\\1\u00a0", text)
+
+
+def _align(column: Column) -> str:
+    return ' class="number"' if column.number else ""

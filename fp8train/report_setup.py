@@ -1,0 +1,213 @@
+"""Sections of the report about how the arms ran: FP8 coverage, configuration, environment, method. As HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from fp8train import page
+from fp8train.charts import Bars, bar_chart
+from fp8train.coverage_summary import (
+    GEMMS,
+    GemmShare,
+    LinearGroup,
+    exceptions,
+    gemm_shares,
+    group_linears,
+    layer_numbers,
+)
+from fp8train.page import Column, code, typeset
+from fp8train.run_record import Arms, first_run
+from fp8train.units import count_text, flops_text, percent_text
+
+COVERAGE_NOTE = (
+    "Counted while training, over all linears. Attention, norms, embedding lookup and loss are no linears and stay "
+    "out of FP8."
+)
+
+
+def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
+    parts = []
+    for slot, (arm, runs) in enumerate(arms.items()):
+        coverage = next(iter(runs.values())).coverage
+        label = verdict["arms"][arm]["label"]
+        shares, groups = gemm_shares(coverage), group_linears(coverage)
+        total, fp8 = sum(share.flops for share in shares), sum(share.fp8_flops for share in shares)
+        if not fp8:
+            parts.append(
+                page.paragraph(
+                    f"{label}: no GEMM ran in FP8." if groups else f"{label}: the run counted no GEMMs.", "note"
+                )
+            )
+            continue
+        if broken := [group for group in groups if group.broken]:
+            names = ", ".join(f"{group.pattern} ({', '.join(group.broken)})" for group in broken)
+            parts.append(
+                page.paragraph(f"{label}: these GEMMs were planned in FP8 and also ran outside it: {names}.", "alert")
+            )
+        words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of {flops_text(total)} ran in FP8"
+        chart = bar_chart(
+            [_share_bar(share, slot) for share in shares],
+            name=f"coverage-{slot}",
+            title=words + ": " + ", ".join(_share_words(share) for share in shares),
+            total=1.0,
+        )
+        parts += [page.figure(chart, f"<strong>{typeset(words)}.</strong> {COVERAGE_NOTE}")]
+        parts += [_coverage_table(label, groups, total), _linears_table(label, groups)]
+    return parts
+
+
+def _linears_table(label: str, groups: Sequence[LinearGroup]) -> str:
+    """Every linear in a row of its own, on request."""
+    columns = [Column(heading=name) for name in ("Module", *GEMMS, "N x K", "Rule", "Reason")]
+    rows = [
+        [code(fqn), *_outcome(group), typeset(_shape(group)), code(group.rule), typeset(group.reason)]
+        for group in groups
+        for fqn in group.fqns
+    ]
+    table = page.table(f"Linears of {html.escape(label)}.", columns, rows)
+    return page.details(f"All {count_text(len(rows))} linears of {label}", table)
+
+
+def _coverage_table(label: str, groups: Sequence[LinearGroup], total: float) -> str:
+    outside = sum(not all(group.fp8.values()) for group in groups)
+    columns = [
+        Column(heading="Linears"),
+        Column(heading="Count", number=True),
+        Column(heading="N x K", number=True),
+        *(Column(heading=gemm) for gemm in GEMMS),
+    ]
+    columns += [Column(heading="Share of FLOPs", number=True), Column(heading="Why")]
+    rows = []
+    for group in [*exceptions(groups), *(group for group in groups if all(group.fp8.values()))]:
+        layers = layer_numbers(group.fqns).replace("-", "\u2013") if len(group.fqns) > 1 else ""
+        name = code(group.pattern) + (f'<br><span class="note">layers {typeset(layers)}</span>' if layers else "")
+        share = typeset(percent_text(100 * group.flops / total, digits=1))
+        rows.append(
+            [
+                name,
+                count_text(len(group.fqns)),
+                typeset(_shape(group)),
+                *_outcome(group),
+                share,
+                typeset(group.reason or f"rule {group.rule}"),
+            ]
+        )
+    first = f"; the {'one' if outside == 1 else count_text(outside)} with a GEMM outside FP8 first" if outside else ""
+    return page.table(
+        f"<strong>Where FP8 ran</strong>, {html.escape(label)}: linears of one kind in one row{first}.", columns, rows
+    )
+
+
+def configuration_section(arms: Arms) -> list[str]:
+    flat = {arm: dict(_flatten(next(iter(runs.values())).config)) for arm, runs in arms.items()}
+    keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
+    differing = [
+        key for key in keys if key != "run_dir" and len({str(entries.get(key)) for entries in flat.values()}) > 1
+    ]
+    columns = [Column(heading="Key"), *(Column(heading=arm) for arm in arms)]
+    parts = [
+        page.table(
+            "<strong>What differs between the arms.</strong> Everything else is the same.",
+            columns,
+            [[code(key), *(code(_plain(entries.get(key))) for entries in flat.values())] for key in differing],
+        )
+    ]
+    first = first_run(arms)
+    parts.append(
+        page.details(
+            "Whole configuration of the first arm", page.listing(yaml.safe_dump(first.config, sort_keys=False))
+        )
+    )
+    for arm, runs in arms.items():
+        if recipe := next(iter(runs.values())).recipe:
+            parts.append(page.details(f"Recipe of {arm}", page.listing(recipe)))
+    return parts
+
+
+def environment_section(arms: Arms) -> list[str]:
+    flat = {arm: dict(_flatten(next(iter(runs.values())).environment)) for arm, runs in arms.items()}
+    keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
+    rows = []
+    for key in keys:
+        values = {arm: _plain(entries.get(key)) for arm, entries in flat.items()}
+        text = "<br>".join(f"{html.escape(arm)}: {code(value)}" for arm, value in values.items())
+        if len(set(values.values())) == 1:
+            text = code(values[next(iter(values))])
+        rows.append([code(key), text])
+    if not rows:
+        return [page.paragraph("The runs did not record their environment.", "note")]
+    return [
+        page.table(
+            "<strong>Machine and software</strong> that the arms ran on.",
+            [Column(heading="What"), Column(heading="Value")],
+            rows,
+        )
+    ]
+
+
+def method() -> str:
+    entries = {
+        "What the arms share": "initial weights, the stream of training tokens and its order, the held-out "
+        "windows, the optimizer and its schedule. Hashes of them were compared.",
+        "Held-out loss": "mean cross-entropy over fixed windows that training never sees, in nats per token; in "
+        "the arm's own precision, and with BF16 arithmetic on the same weights.",
+        "Relative loss error": "(loss of the arm - loss of the baseline) / loss of the baseline. EMA 0.9: both "
+        "losses are smoothed over logged steps by e = 0.9 e + 0.1 loss, starting at the first loss, as in "
+        "DeepSeek-V3 (arXiv:2412.19437). Largest: the largest magnitude over all steps.",
+        "Indicative": "one pair of runs. Two BF16 runs that differ only in rounding noise drift apart as well; "
+        "without further seeds a gap of that size cannot be told from chance, whichever sign it has.",
+        "Tokens per second": "median over logged steps after the warm-up (the first 5 %, at least one step and at "
+        "most 20).",
+        "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the "
+        "operations themselves while training.",
+        "Thinned curves": "a curve with more points than pixels keeps the first, lowest, highest and last point "
+        "of each pixel column, so that no extreme is lost.",
+    }  # fmt: skip
+    return (
+        '<dl class="method">'
+        + "".join(f"<dt>{html.escape(name)}</dt><dd>{typeset(text)}</dd>" for name, text in entries.items())
+        + "</dl>"
+    )
+
+
+def _share_bar(share: GemmShare, slot: int) -> Bars:
+    fp8 = share.fp8_flops / share.flops if share.flops else 0.0
+    rest = percent_text(100 * (1 - fp8), digits=1).replace(" ", "\u202f")
+    return Bars(
+        label=share.gemm,
+        parts=[
+            (fp8, slot, f"FP8 {percent_text(100 * fp8, digits=1)}".replace(" %", "\u202f%")),
+            (1 - fp8, None, f"other {rest}" if fp8 < 0.9995 else ""),
+        ],
+    )
+
+
+def _share_words(share: GemmShare) -> str:
+    return f"{share.gemm} {percent_text(100 * share.fp8_flops / share.flops if share.flops else 0.0, digits=1)}"
+
+
+def _outcome(group: LinearGroup) -> list[str]:
+    return [
+        f'<span class="failing">{typeset(text)}, planned FP8</span>' if gemm in group.broken else typeset(text)
+        for gemm, text in group.ran.items()
+    ]
+
+
+def _shape(group: LinearGroup) -> str:
+    return " \u00d7 ".join(count_text(size) for size in group.shape)
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,171 @@
+"""What a run left in its folder, read back: metrics, result, configuration, environment, coverage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import yaml
+
+from fp8train.errors import DataError
+
+TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
+EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
+
+
+Arms: TypeAlias = "Mapping[str, Mapping[int, RunRecord]]"  # arm -> seed -> run; the baseline comes first
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Table:
+    """Rows of metrics.jsonl as columns: `steps` int64 [rows], ascending and unique; `columns` name -> float64
+    [rows], NaN where absent or not finite.
+    """
+
+    steps: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def last(self, name: str) -> float | None:
+        """The value of the last row; None where it is absent or not finite."""
+        return finite(self.columns[name][-1]) if len(self) else None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RunRecord:
+    """One run folder.
+
+    path: the folder. train, evals: rows of metrics.jsonl. result: result.json, facts that hold for the whole run.
+    config, environment, coverage, recipe: the files of those names; recipe is text. missing ones are empty.
+    """
+
+    path: Path
+    train: Table
+    evals: Table
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    coverage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: str = ""
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        DataError: no such folder, no metrics, or a damaged file (the message names file and line).
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise DataError(f"compare: {path} is not a folder; needs a run folder. Give the run_dir of a finished run.")
+    train, evals = read_metrics(path / "metrics.jsonl")
+    recipe = path / "recipe.yaml"
+    return RunRecord(
+        path=path,
+        train=train,
+        evals=evals,
+        result=_read_mapping(path / "result.json"),
+        config=_read_mapping(path / "config.yaml"),
+        environment=_read_mapping(path / "environment.json"),
+        coverage=_read_mapping(path / "coverage.json"),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+    )
+
+
+def first_run(arms: Arms) -> RunRecord:
+    """The first seed of the first arm."""
+    return next(iter(next(iter(arms.values())).values()))
+
+
+def read_metrics(path: Path) -> tuple[Table, Table]:
+    """Read metrics.jsonl into training rows and evaluation rows.
+
+    A step that was logged twice (a resumed run repeats those after its checkpoint) counts once, as logged last.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is not one strict-JSON object with an integer step.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"compare: {path} does not exist; needs the metrics of a run. Give the run_dir of a run that trained."
+        )
+    train: dict[int, list[float]] = {}
+    evals: dict[int, list[float]] = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            row = _parse_line(line, path, number)
+            if "loss" in row:
+                train[row["step"]] = [_number(row, key, path, number) for key in TRAIN_KEYS]
+            if "eval_loss" in row:
+                evals[row["step"]] = [_number(row, key, path, number) for key in EVAL_KEYS]
+    if not train:
+        raise DataError(f"{path}: has no training step; needs at least one row with a loss. Let the run train first.")
+    return _table(train, TRAIN_KEYS), _table(evals, EVAL_KEYS)
+
+
+def finite(value: Any) -> float | None:
+    """The number as a float; None where there is none or it is not finite."""
+    return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = DECODER.decode(line.decode())
+    except ValueError as error:  # also bytes that are not UTF-8
+        detail = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise _damaged(path, number, detail) from error
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise _damaged(path, number, "not an object with an integer step")
+    return row
+
+
+def _number(row: Mapping[str, Any], key: str, path: Path, number: int) -> float:
+    value = row.get(key)
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise _damaged(path, number, f"{key} is {value!r}")
+    return float(value)
+
+
+def _damaged(path: Path, number: int, detail: str) -> DataError:
+    return DataError(
+        f"{path}:{number}: damaged line ({detail}); needs one JSON object with an integer step and finite "
+        "numbers. Delete the line or repeat the run."
+    )
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would build one for every line
+
+
+def _table(rows: Mapping[int, list[float]], keys: tuple[str, ...]) -> Table:
+    steps = np.array(sorted(rows), dtype=np.int64)
+    values = np.array([rows[step] for step in steps.tolist()], dtype=np.float64).reshape(len(steps), len(keys))
+    return Table(steps=steps, columns={key: values[:, index] for index, key in enumerate(keys)})
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({' '.join(str(error).split())}); needs {path.suffix[1:].upper()}. Repeat the run."
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}; needs a mapping. Repeat the run.")
+    return content

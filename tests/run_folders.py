@@ -1,0 +1,148 @@
+"""Synthetic run folders: the files that a finished run leaves, with known numbers in them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+FACTS = {
+    "model_hash": "m" * 16,
+    "tokenizer_hash": "t" * 16,
+    "data_hash": "d" * 16,
+    "stream_hash": "s" * 16,
+    "eval_hash": "e" * 16,
+    "init_hash": "i" * 16,
+}
+TOKENS_PER_STEP = 4096
+LINEARS = {
+    "self_attn.q_proj": (256, 256),
+    "self_attn.k_proj": (128, 256),
+    "self_attn.v_proj": (128, 256),
+    "self_attn.o_proj": (256, 256),
+    "mlp.gate_proj": (704, 256),
+    "mlp.up_proj": (704, 256),
+    "mlp.down_proj": (256, 704),
+}
+
+
+def write_run(
+    folder: Path,
+    *,
+    recipe: str = "bf16",
+    losses: np.ndarray | None = None,
+    eval_loss: float = 2.25,
+    tokens_per_second: float = 40_000.0,
+    memory_bytes: float = 1.4e9,
+    coverage: Mapping[str, Any] | None = None,
+    seed: int = 1,
+    **facts: Any,
+) -> Path:
+    """Write a finished run of len(losses) steps (default 40); `facts` go into result.json over FACTS."""
+    folder.mkdir(parents=True)
+    losses = 2.2 + 3.3 * np.exp(-np.arange(40) / 12) if losses is None else losses
+    noise = np.random.default_rng(seed)
+    rows = []
+    for step, loss in enumerate(losses.tolist(), start=1):
+        speed = tokens_per_second * (0.4 if step == 1 else 1 + 0.02 * noise.standard_normal())
+        good = math.isfinite(loss)
+        row = {"step": step, "loss": loss if good else None, "lr": 1e-3, "grad_norm": 1.0 if good else None}
+        row |= {
+            "tokens_seen": step * TOKENS_PER_STEP,
+            "tokens_per_second": speed,
+            "step_seconds": TOKENS_PER_STEP / speed,
+        }
+        rows.append(row if good else row | {"nonfinite": True})
+        if step in (len(losses) // 2, len(losses)):
+            value = eval_loss + (0.3 if step < len(losses) else 0.0)
+            bits = {"bits_per_byte": value / math.log(2), "bits_per_byte_bf16": (value - 0.001) / math.log(2)}
+            rows.append({"step": step, "eval_loss": value, "eval_loss_bf16": value - 0.001, **bits})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = {
+        "finished": True,
+        "steps": len(losses),
+        "tokens_seen": len(losses) * TOKENS_PER_STEP,
+        "parameters": 3_468_544,
+        "device": "cpu",
+    }
+    result |= {
+        "train_seconds": len(losses) * TOKENS_PER_STEP / tokens_per_second,
+        "peak_memory_bytes": memory_bytes,
+        **FACTS,
+        **facts,
+    }
+    config = {
+        "recipe": recipe,
+        "steps": len(losses),
+        "seed": seed,
+        "run_dir": str(folder),
+        "model": {"name": "quickstart"},
+        "optim": {"lr": 1e-3},
+    }
+    environment = {
+        "date": "2025-11-20",
+        "python": "3.12.3",
+        "torch": "2.13.0",
+        "device": {"name": "CPU, 2 cores", "memory_bytes": 25_769_803_776},
+    }
+    coverage = make_coverage(recipe) if coverage is None else coverage
+    for name, content in (("result", result), ("environment", environment), ("coverage", coverage)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(f"version: 1\nrules:\n  - {{match: '*', use: {recipe}}}\n", encoding="utf-8")
+    return folder
+
+
+def make_coverage(recipe: str, *, layers: int = 4, rows: int = 1000) -> dict[str, Any]:
+    """Coverage of a small decoder: all FP8 but lm_head, or all BF16 for recipe bf16; the last layer's down_proj has
+    its wgrad in BF16.
+    """
+    linears = []
+    for layer in range(layers):
+        for name, shape in LINEARS.items():
+            odd = layer == layers - 1 and name == "mlp.down_proj"
+            planned = {
+                gemm: "bf16" if recipe == "bf16" or (odd and gemm == "wgrad") else "fp8"
+                for gemm in ("fprop", "dgrad", "wgrad")
+            }
+            reason = "BF16 weight gradient of the last layer" if odd and recipe != "bf16" else ""
+            linears.append(_linear(f"layers.{layer}.{name}", shape, planned, rows, rule="*layers.*", reason=reason))
+    planned = dict.fromkeys(("fprop", "dgrad", "wgrad"), "bf16")
+    linears.append(
+        _linear("lm_head", (256, 256), planned, rows, rule="*lm_head", reason="kept in high precision by the model")
+    )
+    fp8 = sum(_flops(linear, "fp8_rows") for linear in linears)
+    total = fp8 + sum(_flops(linear, "other_rows") for linear in linears)
+    return {"backend": "cpu", "recipe": recipe, "fp8_flops_share": fp8 / total, "linears": linears}
+
+
+def _linear(
+    fqn: str, shape: tuple[int, int], planned: Mapping[str, str], rows: int, *, rule: str, reason: str
+) -> dict[str, Any]:
+    gemms = {}
+    for gemm, plan in planned.items():
+        fp8, other = (rows, 0) if plan == "fp8" else (0, rows)
+        gemms[gemm] = {
+            "planned": plan,
+            "fp8_calls": fp8 // 100,
+            "other_calls": other // 100,
+            "fp8_rows": fp8,
+            "other_rows": other,
+        }
+    return {
+        "fqn": fqn,
+        "shape": list(shape),
+        "precision": max(planned.values()),
+        "rule": rule,
+        "reason": reason,
+        "gemms": gemms,
+    }
+
+
+def _flops(linear: Mapping[str, Any], key: str) -> float:
+    return sum(2.0 * count[key] * linear["shape"][0] * linear["shape"][1] for count in linear["gemms"].values())
