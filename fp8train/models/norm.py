@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, computed in FP32 with an FP32 weight.
 
-    The fused operation behind it saves x and one number per row for backward. A BF16 norm weight costs loss: 2.23
-    instead of 2.09 nats per byte after 300 steps of the quickstart model (with a BF16 residual stream).
+    A BF16 weight here costs loss: together with a BF16 residual stream 2.23 instead of 2.09 nats per byte after 300
+    steps of the quickstart model.
     """
 
     def __init__(self, size: int, eps: float, *, device: torch.device | str | None = None) -> None:
