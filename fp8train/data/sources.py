@@ -231,7 +231,7 @@ def _jsonl_documents(file: Path, key: str, start: int, stop: int | None) -> Iter
 
 def _text_of_line(line: bytes, file: Path, offset: int, key: str) -> bytes:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"data.path: {file} is not UTF-8 at byte {offset + error.start}; needs UTF-8 JSON lines. Convert it with "
