@@ -92,7 +92,7 @@ def _find_linears(model: nn.Module) -> list[_Found]:
     kind = type(model).__name__
     if isinstance(model, nn.Linear):
         raise ConfigError(
-            f"convert_model: the model itself is a {kind}; needs a module that contains it, since linears are replaced in "
+            f"convert_model: the model itself is a {kind}; needs one that contains it, since linears are replaced in "
             "their parent. Pass nn.Sequential(linear)."
         )
     found: dict[int, _Found] = {}
@@ -202,8 +202,8 @@ def _replacement(found: _Found, precision: LinearPrecision, backend: str) -> Flo
     for name in vars(found.module).keys() - _PLAIN_ATTRIBUTES:  # e.g. transformers marks what it has initialised
         if hasattr(linear, name):
             raise ConfigError(
-                f"convert_model: {found.paths[0]!r} has an attribute {name!r} of its own; needs a name that Float8Linear "
-                "does not use. Rename it."
+                f"convert_model: {found.paths[0]!r} has an attribute {name!r} of its own; needs a name that is free in "
+                "Float8Linear. Rename it."
             )
         setattr(linear, name, getattr(found.module, name))
     return linear

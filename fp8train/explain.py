@@ -1,0 +1,180 @@
+"""fp8train explain: what a recipe does to a model, linear by linear, before anything is trained.
+
+The model is laid out on the meta device, so that a laptop can explain a recipe for a model that it could not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fp8train.backends.coverage import GEMMS
+from fp8train.config import load_config
+from fp8train.conversion_report import ConversionReport, align
+from fp8train.convert import convert_model
+from fp8train.errors import ConfigError, exit_code
+from fp8train.models import build_model
+from fp8train.quant.formats import LinearPrecision
+from fp8train.recipe import OPERANDS, Recipe, load_recipe
+from fp8train.units import bytes_text, percent_text, short_count_text
+
+USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [backend=NAME] [KEY=VALUE ...] [--all] [--json]
+
+Prints, for every linear of the model: shape, precision of each GEMM, the rule that decided, backend and bytes.
+
+  model=NAME   a preset of configs/model/ (default: quickstart); every key of a training run may follow
+  hf=DIR       the model that config.json of a Hugging Face folder describes (needs transformers)
+  --all        one line for each linear; without it, linears that differ only in their indices share one
+  --json       the same as JSON, one entry for each linear
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What the arguments ask for."""
+
+    overrides: list[str]
+    hf: Path | None
+    every: bool
+    as_json: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; argv as in USAGE.
+
+    Raises:
+        ConfigError: an argument, the recipe or the model does not fit; see load_config, load_recipe, convert_model.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(USAGE)
+        return 0
+    request = _parse(arguments)
+    config = load_config(request.overrides, "explain")
+    recipe = load_recipe(config.recipe)
+    name, model = (
+        (config.model.name, build_model(config.model, "meta")) if request.hf is None else hf_layout(request.hf)
+    )
+    report = convert_model(model, recipe, config.backend)
+    if request.as_json:
+        sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
+    else:
+        sys.stdout.write(explanation(name, model, recipe, report, every=request.every) + "\n")
+    return 0
+
+
+def explanation(name: str, model: nn.Module, recipe: Recipe, report: ConversionReport, *, every: bool = False) -> str:
+    """The plan as text: what was asked for, the precisions in use, one line per linear or group of them, the totals."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    used = dict.fromkeys(row.numbers for row in report.rows if row.numbers is not None)
+    parts = [
+        f"model {name}: {short_count_text(parameters)} parameters, {len(report.rows)} linears\n"
+        f"recipe {recipe.name}: hash {recipe.hash[:12]}, AdamW moments {recipe.moments}\n"
+        f"{report.backend_reason}",
+        _precision_table(list(used)),
+        report.table(every=every),
+        *_remarks(report),
+        _totals(report),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _parse(arguments: Sequence[str]) -> _Request:
+    flags = {argument for argument in arguments if argument in ("--all", "--json")}
+    rest = [argument for argument in arguments if argument not in flags]
+    folders = [argument.removeprefix("hf=") for argument in rest if argument.startswith("hf=")]
+    overrides = [argument for argument in rest if not argument.startswith("hf=")]
+    if len(folders) > 1:
+        raise ConfigError(f"explain: hf is given {len(folders)} times; needs one folder. Keep one.")
+    clash = [argument for argument in overrides if argument.startswith("model")] if folders else []
+    if clash:
+        raise ConfigError(f"explain: {clash[0]!r} and hf={folders[0]} both name a model; needs one. Drop one of them.")
+    hf = Path(folders[0]) if folders else None
+    return _Request(overrides=overrides, hf=hf, every="--all" in flags, as_json="--json" in flags)
+
+
+def hf_layout(folder: Path) -> tuple[str, nn.Module]:
+    """(name, causal language model on the meta device with FP32 parameters) from the config.json of a folder.
+
+    Raises:
+        ConfigError: there is no config.json, transformers does not know it, or transformers is not installed.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"explain: {folder} has no config.json; needs a Hugging Face model folder. Correct hf=DIR.")
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError(
+            "explain: hf=DIR needs transformers, which is not installed. pip install 'fp8train[hf]'."
+        ) from error
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"explain: {folder / 'config.json'}: {reason}; needs a causal language model.") from error
+    return folder.resolve().name, model
+
+
+def _precision_table(precisions: Sequence[LinearPrecision]) -> str:
+    """The operands of each GEMM of the precisions in use."""
+    lines = [["precision", *GEMMS]]
+    for precision in precisions:
+        cells = [_operands(precision, gemm) for gemm in GEMMS]
+        if precision.wgrad.right is not None:
+            cells[-1] += f", x {precision.wgrad_source}"
+        lines.append([precision.name, *cells])
+    return align(lines)
+
+
+def _operands(precision: LinearPrecision, gemm: str) -> str:
+    """One GEMM as the recipe words it: "x e4m3 1x128 pow2, w e4m3 128x128 pow2", or "bf16"."""
+    operands = precision.gemms[gemm]
+    if operands.left is None and operands.right is None:
+        return precision.describe(gemm)
+    high = "fp32" if precision.high is torch.float32 else "bf16"
+    left, right = OPERANDS[gemm]
+    return f"{left} {operands.left or high}, {right} {operands.right or high}"
+
+
+def _remarks(report: ConversionReport) -> list[str]:
+    """Why linears stay out of FP8, and what the recipe does not reach."""
+    reasons = Counter(row.reason for row in report.rows if row.numbers is None or not row.numbers.any_fp8)
+    lines = []
+    if any(row.numbers is not None and row.numbers.any_fp8 for row in report.rows) and reasons:
+        lines = [
+            "not in FP8:",
+            *(f"  {count} linear{'s' if count > 1 else ''}: {why}" for why, count in reasons.items()),
+        ]
+    if report.others:
+        kinds = Counter(kind for _, kind in report.others)
+        first = {kind: fqn for fqn, kind in reversed(report.others)}
+        lines.append("not linears, out of the recipe's reach (their own matrices stay as they are):")
+        lines += [f"  {count} {kind}, e.g. {first[kind]}" for kind, count in kinds.items()]
+    shared = [row for row in report.rows if row.other_names]
+    lines += [f"one module: {row.fqn} = {' = '.join(row.other_names)}" for row in shared]
+    return ["\n".join(lines)] if lines else []
+
+
+def _totals(report: ConversionReport) -> str:
+    master = sum(row.master_bytes for row in report.rows)
+    copies = sum(row.code_bytes for row in report.rows)
+    scales = sum(row.scale_bytes for row in report.rows)
+    share = percent_text(100 * report.planned_fp8_share(), digits=1)
+    return (
+        f"planned in FP8: {share} of the linears' FLOPs, if each sees every token\n"
+        f"bytes of linears: {bytes_text(master)} FP32 master, {bytes_text(copies)} copies that the GEMMs read, "
+        f"{bytes_text(scales)} scales"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

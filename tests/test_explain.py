@@ -1,0 +1,134 @@
+"""fp8train explain: the plan that it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fp8train.errors import exit_code
+from fp8train.explain import main
+
+EIGHT_B = ["model=llama3_8b", "recipe=blockwise"]
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert exit_code(main, list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    return captured.err
+
+
+def test_eight_billion_parameters_fit_on_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, *EIGHT_B)
+    assert "8.03 B parameters, 225 linears" in text
+    assert len(text.splitlines()) < 30
+    line = next(line for line in text.splitlines() if line.startswith("layers.{0..31}.mlp.gate_proj"))
+    cells = [" ".join(cell.split()) for cell in line.split("  ") if cell.strip()]
+    # bytes of 32 weights [14336, 4096]: 4 an element in the master, 1 + 1 in the codes for fprop and dgrad, and 2 * 4 a block
+    sizes = ["7.00 GiB", "3.50 GiB", "896 KiB"]
+    assert cells[1:] == ["32", "[14336, 4096]", "fp8", "fp8", "fp8", "fp8", "3: *layers.*", "cpu", *sizes]
+    assert "x e4m3 1x128 pow2, w e4m3 128x128 pow2" in text
+    assert "1 linear: rule 1 '*lm_head' says bf16" in text
+    assert "planned in FP8: 93.0 % of the linears' FLOPs" in text
+
+
+def test_all_prints_every_linear(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, *EIGHT_B, "--all")
+    assert sum(line.startswith("layers.") for line in text.splitlines()) == 224
+    assert "layers.31.mlp.down_proj" in text
+
+
+def test_json_holds_the_same_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(run(capsys, *EIGHT_B, "--json"))
+    assert document["model"] == "llama3_8b" and len(document["linears"]) == 225
+    assert document["planned_fp8_share"] == pytest.approx(0.930, abs=5e-4)
+    assert document["linears"][-1]["bytes"] == {"master": 4 * 128256 * 4096, "codes": 2 * 128256 * 4096, "scales": 0}
+
+
+def test_quickstart_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys).startswith("model quickstart")
+
+
+def test_moments_of_the_recipe_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "recipe=deepseek_v3")
+    assert "AdamW moments bf16" in text and "x requant" in text
+
+
+def test_hugging_face_folder(capsys: pytest.CaptureFixture[str], hf_folder: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    text = run(capsys, f"hf={hf_folder}", "recipe=deepseek_v3")
+    line = next(line for line in text.splitlines() if line.startswith("model.layers.{0..2}.self_attn.o_proj"))
+    assert "fp8_pow2_x" in line and "[32, 32]" in line
+
+
+def test_modules_out_of_reach_are_named(capsys: pytest.CaptureFixture[str], hf_folder: Path) -> None:
+    """Hugging Face keeps the experts of a mixture in one parameter, which no nn.Linear rule can reach."""
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    config = json.loads((hf_folder / "config.json").read_text())
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    (hf_folder / "config.json").write_text(json.dumps(config))
+    text = run(capsys, f"hf={hf_folder}")
+    assert "out of the recipe's reach" in text and "MixtralExperts, e.g. model.layers.0.mlp.experts" in text
+
+
+def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "--help")
+    assert "hf=DIR" in text and "--all" in text and "--json" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["recipe=blokwise"], "Did you mean 'blockwise'", id="recipe"),
+        pytest.param(["model=llama9"], "llama", id="model"),
+        pytest.param(["recip=blockwise"], "recipe", id="key"),
+        pytest.param(["backend=abacus"], "'abacus' is not known", id="backend"),
+        pytest.param(["hf=/nowhere"], "has no config.json", id="no folder"),
+        pytest.param(["hf=a", "hf=b"], "hf is given 2 times", id="two folders"),
+        pytest.param(["hf=a", "model=quickstart"], "both name a model", id="folder and preset"),
+        pytest.param(["--al"], "--al", id="flag"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in refusal(capsys, *arguments)
+
+
+def test_folder_of_another_kind_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    assert "needs a causal language model" in refusal(capsys, f"hf={tmp_path}")
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in refusal(capsys, f"hf={tmp_path}")
+
+
+def test_recipe_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("version: 1\nrules:\n  - {match: '*q_prj', use: bf16}\n  - {match: '*', use: bf16}\n")
+    error = refusal(capsys, f"recipe={path}")
+    assert "mine.yaml: rule 1 '*q_prj' matches none" in error and "q_proj" in error
