@@ -16,11 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fp8train._layout import folder
 from fp8train.arguments import describe, nearest, parse_arguments, parse_assignments, structure
-from fp8train.data.config import DataConfig
+from fp8train.data import DataConfig
 from fp8train.errors import ConfigError
-from fp8train.models.config import ModelConfig
-from fp8train.optim.config import OptimConfig
-from fp8train.optim.schedule import learning_rate, warmup_steps
+from fp8train.models import ModelConfig, resolve_config
+from fp8train.optim import OptimConfig, learning_rate, warmup_steps
 
 __all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "parse_arguments"]
 
@@ -268,10 +267,7 @@ def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
     values = OmegaConf.create(_compose(selected, folders))
     assigned = parse_assignments([argument for argument in arguments if argument not in selected], RunConfig)
     config = structure(RunConfig, OmegaConf.merge(values, assigned), who=command)
-    if not config.model.has_shape and config.model.init_from is not None:
-        from fp8train.models.hf import resolve_config  # reads the folder; the other runs need no safetensors here
-
-        config.model = resolve_config(config.model)
+    config.model = resolve_config(config.model)
     if config.run_dir is None:
         config.run_dir = _default_run_dir(config, command)
     config.check()

@@ -92,8 +92,8 @@ def progress_line(row: Mapping[str, Any], total_steps: int, eta_seconds: float |
     return f"{head} {_numbers(row)}{eta}"
 
 
-def count_text(count: float) -> str:
-    """A count in three digits: 950, 31.8k, 318k, 1.25M."""
+def rate_text(count: float) -> str:
+    """A rate in three digits: 950, 31.8k, 318k, 1.25M."""
     for unit, size in (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12)):
         scaled = count / size
         if scaled < 999.5 or unit == "T":
@@ -109,7 +109,7 @@ def _numbers(row: Mapping[str, Any]) -> str:
         f"lr {row['lr']:.1e}",
         f"gnorm {row['grad_norm']:.2f}",
         f"dt {row['step_seconds'] * 1000:.0f}ms",
-        f"tok/s {count_text(row['tokens_per_second'])}",
+        f"tok/s {rate_text(row['tokens_per_second'])}",
     ]
     if row.get("mfu") is not None:
         parts.append(f"mfu {100 * row['mfu']:.1f}%")

@@ -1,0 +1,130 @@
+"""From a run configuration to a model in its precision, with its first weights; and what its GEMMs ran in."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8train.backends.coverage import COUNTS, GEMMS
+from fp8train.config import RunConfig
+from fp8train.conversion_report import ConversionReport
+from fp8train.convert import convert_model
+from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf
+from fp8train.quant.formats import BF16
+from fp8train.recipe import Recipe, load_recipe
+
+COUNTED = ("fp8_calls", "other_calls", "fp8_rows", "other_rows")
+
+
+@dataclass(kw_only=True, slots=True)
+class Assembly:
+    """A converted model on its device, the recipe, and what the conversion decided."""
+
+    model: Decoder
+    recipe: Recipe
+    report: ConversionReport
+
+    @property
+    def all_bf16(self) -> bool:
+        """Whether every linear runs in BF16 as it is."""
+        return all(row.numbers == BF16 for row in self.report.rows)
+
+
+def assemble(config: RunConfig, device: torch.device, *, first_weights: bool = True) -> Assembly:
+    """Build, fill and convert the model of a run.
+
+    Args:
+        config: model, recipe, backend, seed, activation_checkpointing and compile are read.
+        device: where the model is to be; it is laid out there, never anywhere else first.
+        first_weights: fill it from model.init_from, or else from the seed; False leaves that to a checkpoint.
+
+    Raises:
+        RecipeError: no such recipe, or it does not fit the model.
+        BackendError: the backend cannot run here.
+        CheckpointError: model.init_from cannot be read.
+    """
+    recipe = load_recipe(config.recipe)
+    model = build_model(resolve_activations(config.model, recipe), device="meta").to_empty(device=device)
+    if first_weights and config.model.init_from is not None:
+        load_hf(model, config.model.init_from)
+    else:
+        initialize(model, config.seed)
+    report = convert_model(model, recipe, backend=config.backend, device_type=device.type)
+    model.checkpointing = config.activation_checkpointing
+    if config.compile:
+        model.compile()
+    return Assembly(model=model, recipe=recipe, report=report)
+
+
+def resolve_activations(model: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The configuration with activations=auto replaced: float32 where every rule says fp32, else bfloat16."""
+    if model.activations != "auto":
+        return model
+    all_fp32 = all(rule.use == "fp32" for rule in recipe.rules)
+    return dataclasses.replace(model, activations="float32" if all_fp32 else "bfloat16")
+
+
+def parameter_hash(model: nn.Module) -> str:
+    """SHA-256 over name, shape and bits of every parameter, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_hash(model: ModelConfig) -> str:
+    """SHA-256 over what fixes the function that is trained: all but names and the dtype of activations."""
+    fields = dataclasses.asdict(model)
+    for name in ("name", "init_from", "activations"):
+        del fields[name]
+    return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()
+
+
+class CoverageLog:
+    """What the GEMMs of training ran in, counted at run time; evaluation is left out.
+
+    Args:
+        report: of the conversion; its coverage() reads the counts since they were last reset.
+    """
+
+    def __init__(self, report: ConversionReport) -> None:
+        self._report = report
+        self._total: dict[str, Any] | None = None
+        COUNTS.reset()
+
+    def pause(self) -> None:
+        """Take the counts so far; what follows does not count until `resume`."""
+        part = self._report.coverage()
+        self._total = part if self._total is None else add_coverage(self._total, part)
+
+    def resume(self) -> None:
+        """Count again."""
+        COUNTS.reset()
+
+    def total(self) -> dict[str, Any]:
+        """The content of coverage.json; call it between `pause` and `resume`."""
+        assert self._total is not None, "pause() first"
+        return self._total
+
+
+def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Sum of two coverages of one model, as ConversionReport.coverage() gives them."""
+    linears = []
+    flops = {"fp8_rows": 0, "other_rows": 0}
+    for first, second in zip(left["linears"], right["linears"], strict=True):
+        gemms = {}
+        for gemm in GEMMS:
+            one, two = first["gemms"][gemm], second["gemms"][gemm]
+            gemms[gemm] = one | {key: one[key] + two[key] for key in COUNTED}
+            N, K = first["shape"]
+            for key in flops:
+                flops[key] += 2 * gemms[gemm][key] * N * K
+        linears.append(first | {"gemms": gemms})
+    share = flops["fp8_rows"] / max(sum(flops.values()), 1)
+    return left | {"fp8_flops_share": share, "linears": linears}

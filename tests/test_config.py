@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from fp8train.arguments import describe, parse_arguments
+from fp8train.config import config_from_dict, config_to_dict, load_config
+from fp8train.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class Inner:
+    """Inner.
+
+    rate: how fast
+    """
+
+    rate: float = 0.5
+
+
+@dataclass(kw_only=True, slots=True)
+class Arguments:
+    """Arguments of a command.
+
+    folder: where it is
+    """
+
+    folder: str
+    count: int = 4
+    names: list[str] = field(default_factory=list)
+    note: str | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+class TestParseArguments:
+    def test_values_get_the_type_of_their_field(self):
+        given = parse_arguments(["folder=3", "count=7", "names=[a,b]", "note=x: y", "inner.rate=1e-3"], Arguments)
+        assert given == Arguments(folder="3", count=7, names=["a", "b"], note="x: y", inner=Inner(rate=1e-3))
+
+    def test_text_keeps_its_equals_signs_and_commas(self):
+        assert parse_arguments(["folder=/a=b,c d"], Arguments).folder == "/a=b,c d"
+
+    def test_null_is_none(self):
+        assert parse_arguments(["folder=x", "note=null"], Arguments).note is None
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            pytest.param(["fodler=x"], "unknown key 'fodler'; nearest: folder", id="typo"),
+            pytest.param(["folder=x", "inner.rat=1"], "unknown key 'inner.rat'; nearest: inner.rate", id="typo below"),
+            pytest.param(
+                ["folder=x", "rate=1"], "unknown key 'rate'; nearest: inner.rate", id="right name, wrong level"
+            ),
+            pytest.param(["folder=x", "count=many"], "count: .*'many'.*; needs int", id="wrong type"),
+            pytest.param(["folder=x", "count=1.5"], "count: .*needs int", id="fraction for an integer"),
+            pytest.param(["count=1"], "folder is not given.*folder=VALUE", id="required"),
+            pytest.param(["folder"], "got 'folder'; needs key=value", id="no equals sign"),
+        ],
+    )
+    def test_mistake_is_one_line_that_names_the_remedy(self, argv: list[str], message: str):
+        with pytest.raises(ConfigError, match=message) as caught:
+            parse_arguments(argv, Arguments)
+        assert "\n" not in str(caught.value)
+
+    def test_help_lists_every_key_with_its_meaning(self, capsys: pytest.CaptureFixture[str]):
+        with pytest.raises(SystemExit) as caught:
+            parse_arguments(["--help"], Arguments)
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert text == describe(Arguments)
+        assert "folder=<required>" in text and "where it is" in text and "inner.rate=0.5" in text and "how fast" in text
+
+
+class TestLoadConfig:
+    def test_default_is_the_quickstart(self):
+        assert load_config(["run_dir=x"]) == load_config(["experiment=quickstart", "run_dir=x"])
+
+    def test_arguments_beat_experiment_beats_group(self):
+        config = load_config(["experiment=quickstart", "optim.lr=0.5", "model.num_layers=2"])
+        assert (config.optim.lr, config.model.num_layers, config.steps) == (0.5, 2, 300)
+        assert load_config(["experiment=null"]).optim.lr != load_config([]).optim.lr
+
+    def test_run_dir_is_a_function_of_the_configuration(self):
+        assert load_config(["seed=7", "recipe=bf16"]).run_dir == "runs/quickstart-bf16-seed7"
+        assert load_config([], "compare").run_dir == "runs/compare-quickstart-blockwise"
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            pytest.param(["stepz=3"], "unknown key 'stepz'; nearest: steps", id="key"),
+            pytest.param(["optim.warmup_step=3"], "nearest: optim.warmup_steps", id="key of a section"),
+            pytest.param(["lr=3"], "unknown key 'lr'; nearest: optim.lr", id="key at the wrong level"),
+            pytest.param(["modle=quickstart"], "nearest: model", id="group"),
+            pytest.param(
+                ["model=quikstart"], "no file 'quikstart' in configs/model/; nearest: quickstart", id="choice"
+            ),
+            pytest.param(["experiment=zzz"], "experiment: no file 'zzz'.*choices: .*llama3_8b", id="experiment"),
+            pytest.param(["steps=many"], "steps: .*'many'.*needs int", id="type"),
+            pytest.param(["model.hidden_size=wide"], "model.hidden_size: .*needs int", id="type in a section"),
+            pytest.param(["steps=0"], "steps: got 0; needs at least 1", id="range"),
+            pytest.param(["run"], "got 'run'; needs key=value", id="no equals sign"),
+            pytest.param(["--multirun"], "got '--multirun'; needs key=value", id="unknown option"),
+            pytest.param(["--config-dir=/nonexistent"], "--config-dir got '/nonexistent'", id="no such folder"),
+            pytest.param(["log.wandb=onlin"], "log.wandb: got 'onlin'; nearest: online", id="one of"),
+            pytest.param(["profile.steps=[3,1]"], "profile.steps: got \\[3, 1\\]", id="profile window"),
+        ],
+    )
+    def test_mistake_is_one_line_that_names_the_nearest(self, overrides: list[str], message: str):
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_config(overrides)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            pytest.param(["global_batch_tokens=1000"], "multiple of seq_len x ranks = 256 x 1.*=1024", id="batch"),
+            pytest.param(["micro_batch_samples=3"], "divisor of the 8 sequences.*1, 2, 4, 8", id="micro-batch"),
+            pytest.param(["seq_len=512"], "seq_len: got 512, the model takes at most 256", id="seq_len"),
+            pytest.param(["optim.warmup_steps=300"], "got 300; needs fewer than steps=300", id="warmup"),
+            pytest.param(
+                ["optim=adamw_wsd", "optim.warmup_steps=200", "optim.decay_steps=200"], "both to fit", id="decay"
+            ),
+        ],
+    )
+    def test_values_that_contradict_each_other_are_refused(self, overrides: list[str], message: str):
+        with pytest.raises(ConfigError, match=message):
+            load_config(overrides)
+
+    def test_batch_must_divide_over_the_ranks(self):
+        config = load_config(["global_batch_tokens=768"])
+        config.check(world_size=3)
+        with pytest.raises(ConfigError, match="256 x 2 = 512. Nearest: global_batch_tokens=1024"):
+            config.check(world_size=2)
+
+    @pytest.mark.parametrize("experiment", ["quickstart", "llama_125m", "llama3_1b", "llama3_8b", "qwen25_1_5b"])
+    def test_shipped_experiment_is_consistent_on_one_and_eight_ranks(self, experiment: str):
+        config = load_config([f"experiment={experiment}"])
+        for world_size in (1, 8):
+            config.check(world_size)
+            assert config.global_batch_samples % (config.micro_batch(world_size) * world_size) == 0
+
+    def test_micro_batch_is_the_largest_divisor_within_the_limit(self):
+        config = load_config(["global_batch_tokens=51200"])  # 200 sequences; 64 of 256 tokens fit 16384
+        assert config.micro_batch(1) == 50
+        assert config.micro_batch(2) == 50
+        assert load_config(["global_batch_tokens=51200", "micro_batch_samples=4"]).micro_batch(1) == 4
+
+    def test_resolved_configuration_survives_yaml(self):
+        config = load_config(["experiment=quickstart", "data.path=[a,b]", "profile.steps=[3,5]", "log.wandb=off"])
+        assert config_from_dict(yaml.safe_load(yaml.safe_dump(config_to_dict(config)))) == config
+
+    def test_saved_configuration_with_an_unknown_key_is_refused(self):
+        values = config_to_dict(load_config([]))
+        values["optim"]["momentum"] = 0.9
+        with pytest.raises(ConfigError, match="config.yaml: unknown key 'optim.momentum'"):
+            config_from_dict(values)
+
+    def test_cfg_job_prints_what_would_run(self, capsys: pytest.CaptureFixture[str]):
+        with pytest.raises(SystemExit) as caught:
+            load_config(["seed=5", "--cfg", "job"])
+        assert caught.value.code == 0
+        assert config_from_dict(yaml.safe_load(capsys.readouterr().out)) == load_config(["seed=5"])
+
+    def test_help_names_groups_choices_and_keys(self, capsys: pytest.CaptureFixture[str]):
+        with pytest.raises(SystemExit):
+            load_config(["--help"])
+        text = capsys.readouterr().out
+        assert "llama3_8b" in text and "checkpoint.keep_last=2" in text and "newest checkpoints" in text
+
+    def test_folder_of_the_users_own_adds_choices(self, tmp_path):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", **SHAPE}))
+        assert load_config([f"--config-dir={tmp_path}", "model=mine"]).model.name == "mine"
+
+
+SHAPE = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "max_seq_len": 256,
+}

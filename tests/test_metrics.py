@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from fp8train.console import rate_text, progress_line
+from fp8train.metrics import Metrics, peak_flops, read_metrics, to_json_line, truncate_metrics
+
+
+def open_metrics(folder: Path, warnings: list[str], **options) -> Metrics:
+    return Metrics(folder, warn=warnings.append, **options)
+
+
+class TestJsonLines:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "-inf"])
+    def test_non_finite_number_is_null_and_the_row_says_so(self, value: float):
+        row = json.loads(
+            to_json_line({"step": 1, "loss": value, "inner": {"list": [1.0, value]}}), parse_constant=pytest.fail
+        )
+        assert row == {"step": 1, "loss": None, "inner": {"list": [1.0, None]}, "nonfinite": True}
+
+    def test_finite_row_does_not_mention_it(self):
+        assert json.loads(to_json_line({"step": 1, "loss": 2.5})) == {"step": 1, "loss": 2.5}
+
+    def test_row_is_on_disk_as_soon_as_it_is_written(self, tmp_path: Path):
+        metrics = open_metrics(tmp_path, [])
+        metrics.write({"step": 1, "loss": 2.0})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+        metrics.close()
+
+    def test_resumed_run_drops_the_rows_after_its_checkpoint(self, tmp_path: Path):
+        first = open_metrics(tmp_path, [])
+        for step in range(1, 6):
+            first.write({"step": step, "loss": float(step)})
+        first.write({"step": 5, "eval_loss": 1.0})
+        first.close()
+        second = open_metrics(tmp_path, [], resumed_step=3)
+        second.write({"step": 4, "loss": 40.0})
+        second.close()
+        assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
+            (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0),
+        ]  # fmt: skip
+
+    def test_line_cut_short_by_a_crash_is_dropped(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+        truncate_metrics(path, 10)
+        assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+class TestFailingSinks:
+    def test_missing_wandb_is_one_warning_and_rows_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings, wandb="offline")
+        metrics.write({"step": 1, "loss": 2.0})
+        metrics.close()
+        assert len(warnings) == 1 and "dropped" in warnings[0]
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+    def test_wandb_that_cannot_go_online_is_tried_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        fake = FakeWandb(refuses=("online",))
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings, wandb="online")
+        metrics.write({"step": 1, "loss": 2.0})
+        metrics.close()
+        assert fake.modes == ["online", "offline"]
+        assert fake.rows == [({"loss": 2.0}, 1)]
+        assert len(warnings) == 1 and "trying wandb offline" in warnings[0]
+
+    def test_wandb_that_fails_twice_is_dropped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refuses=("online", "offline")))
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings, wandb="online")
+        metrics.write({"step": 1, "loss": 2.0})
+        metrics.close()
+        assert len(warnings) == 2 and "dropped" in warnings[1]
+
+    def test_sink_that_breaks_in_the_middle_is_announced_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        fake = FakeWandb(breaks_at=2)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings, wandb="offline")
+        for step in range(1, 5):
+            metrics.write({"step": step, "loss": 2.0})
+        metrics.close()
+        assert len(warnings) == 1
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+
+    def test_full_disk_under_metrics_jsonl_does_not_raise(self, tmp_path: Path):
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings)
+        metrics._sinks[0]._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+        metrics.write({"step": 1, "loss": 2.0})
+        assert len(warnings) == 1 and "No space left" in warnings[0]
+
+
+class TestWandb:
+    def test_resumed_run_keeps_its_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        fake = FakeWandb()
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        for resumed in (0, 3):
+            open_metrics(tmp_path, [], wandb="offline", resumed_step=resumed).close()
+        assert len(fake.ids) == 2 and fake.ids[0] == fake.ids[1]
+
+
+def test_tensorboard_writes_event_files(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    warnings: list[str] = []
+    metrics = open_metrics(tmp_path, warnings, tensorboard=True)
+    metrics.write({"step": 1, "loss": 2.0, "skipped": True})
+    metrics.close()
+    assert not warnings
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+class TestConsole:
+    def test_progress_line_has_the_agreed_form(self):
+        row = {
+            "step": 120, "loss": 3.2141, "lr": 3e-4, "grad_norm": 0.81, "step_seconds": 0.412,
+            "tokens_per_second": 318_000.0, "mfu": 0.441, "memory_bytes": 61.2 * 2**30,
+        }  # fmt: skip
+        assert progress_line(row, 5000, 1990.0) == (
+            "step 120/5000 (2.4%) loss 3.214 lr 3.0e-04 gnorm 0.81 dt 412ms tok/s 318k mfu 44.1% mem 61.2GiB "
+            "eta 0:33:10"
+        )
+
+    @pytest.mark.parametrize(
+        ("count", "text"),
+        [(950, "950"), (999.7, "1.00k"), (3180, "3.18k"), (31_800, "31.8k"), (318_000, "318k"), (1.25e6, "1.25M")],
+        ids=str,
+    )
+    def test_counts_have_three_digits(self, count: float, text: str):
+        assert rate_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        pytest.param("NVIDIA H100 80GB HBM3", 989.4e12, id="H100 SXM"),
+        pytest.param("NVIDIA H100 PCIe", 756e12, id="H100 PCIe"),
+        pytest.param("NVIDIA H200", 989.4e12, id="H200"),
+        pytest.param("cpu", None, id="CPU"),
+    ],
+)
+def test_peak_is_known_for_the_exact_board_or_not_at_all(name: str, bf16: float | None):
+    assert peak_flops(name) == bf16
+
+
+class FakeWandb(ModuleType):
+    """What WandbSink uses of wandb."""
+
+    Settings = SimpleNamespace
+
+    def __init__(self, refuses: tuple[str, ...] = (), breaks_at: int | None = None) -> None:
+        super().__init__("wandb")
+        self.refuses, self.breaks_at = refuses, breaks_at
+        self.modes: list[str] = []
+        self.ids: list[str] = []
+        self.rows: list[tuple[dict, int]] = []
+
+    def init(self, *, mode: str, id: str, **_options) -> SimpleNamespace:
+        self.modes.append(mode)
+        self.ids.append(id)
+        if mode in self.refuses:
+            raise RuntimeError(f"no {mode}")
+        return SimpleNamespace(log=self.log, finish=lambda: None)
+
+    def log(self, row: dict, step: int) -> None:
+        if step == self.breaks_at:
+            raise RuntimeError("broken pipe")
+        self.rows.append((row, step))
