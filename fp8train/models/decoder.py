@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
-        options = {"bias": False, "device": device, "dtype": torch.float32}
+        options: dict[str, Any] = {"bias": False, "device": device, "dtype": torch.float32}
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, **options)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, **options)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, **options)

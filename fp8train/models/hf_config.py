@@ -11,7 +11,7 @@ from typing import Any
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.models.config import ModelConfig, RopeScaling
 
-ARCHITECTURES = (
+ARCHITECTURE = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -19,8 +19,13 @@ ARCHITECTURES = (
     "num_heads",
     "num_kv_heads",
     "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
+    "qkv_bias",
+    "qk_norm",
+    "tie_embeddings",
 )
-ARCHITECTURES += ("rope_theta", "rope_scaling", "rms_norm_eps", "qkv_bias", "qk_norm", "tie_embeddings")
 """Fields of ModelConfig that a folder fixes: with another value its weights would mean another function."""
 
 
@@ -109,7 +114,7 @@ def config_from_hf(directory: str | Path) -> ModelConfig:
 def check_same_architecture(config: ModelConfig, directory: str | Path) -> None:
     """Raise ConfigError unless the weights of a Hugging Face folder mean the same function in a model of `config`."""
     found = config_from_hf(directory)
-    for field in ARCHITECTURES:
+    for field in ARCHITECTURE:
         ours, theirs = getattr(config, field), getattr(found, field)
         if ours != theirs:
             raise ConfigError(
@@ -132,13 +137,13 @@ def resolve_config(config: ModelConfig) -> ModelConfig:
         return config
     found = config_from_hf(config.init_from)
     defaults = ModelConfig()
-    for field in ARCHITECTURES:
+    for field in ARCHITECTURE:
         ours, theirs = getattr(config, field), getattr(found, field)
         if ours not in (getattr(defaults, field), theirs):
             raise ConfigError(
                 f"model.{field} is {ours}; the folder {config.init_from} has {theirs}. Leave model.{field} out."
             )
-    shape = {field: getattr(found, field) for field in ARCHITECTURES}
+    shape = {field: getattr(found, field) for field in ARCHITECTURE}
     return dataclasses.replace(config, **shape, name=found.name, max_seq_len=config.max_seq_len or found.max_seq_len)
 
 

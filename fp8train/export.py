@@ -1,0 +1,60 @@
+"""`fp8train export`: write a checkpoint as a Hugging Face folder that transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8train.arguments import nearest, parse_arguments
+from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.errors import ConfigError, exit_code
+from fp8train.generate import trained_tokenizer
+from fp8train.models import count_parameters, save_hf
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportArguments:
+    """Write a checkpoint as a Hugging Face folder: config.json, safetensors and the tokenizer's files.
+
+    checkpoint: run folder (its newest checkpoint) or one checkpoint
+    out: folder to write; new or empty
+    dtype: bfloat16 (rounded to nearest) or float32 (the master weights)
+    tokenizer: tokenizer.json or folder to copy; null: that of the training; none: no tokenizer
+    """
+
+    checkpoint: str
+    out: str
+    dtype: str = "bfloat16"
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: got {self.dtype!r}; {nearest(self.dtype, DTYPES)}.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns 0."""
+    arguments = parse_arguments(argv, ExportArguments)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    model = checkpoint.config.model
+    tokenizer = None if arguments.tokenizer == "none" else _tokenizer_path(checkpoint, arguments.tokenizer)
+    save_hf(checkpoint.load_model_state(), model, arguments.out, arguments.dtype, tokenizer)
+    parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
+    copied = "with its tokenizer" if tokenizer else "without tokenizer files"
+    what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
+    sys.stdout.write(f"{arguments.out}: {what}\n")
+    return 0
+
+
+def _tokenizer_path(checkpoint: Checkpoint, name: str | None) -> Path | None:
+    """Where the files of the run's tokenizer lie; None for bytes, which has none."""
+    return trained_tokenizer(checkpoint.config.data, name).path
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,191 @@
+"""`fp8train generate`: print sample text from a checkpoint, in the precision it was trained in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8train.arguments import parse_arguments
+from fp8train.assembly import resolve_activations
+from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.convert import convert_model
+from fp8train.data.build import shard_folders
+from fp8train.data.config import DataConfig
+from fp8train.data.shards import shard_tokenizer
+from fp8train.data.tokenizers import Tokenizer, build_tokenizer
+from fp8train.distributed import init
+from fp8train.errors import CheckpointError, ConfigError, exit_code
+from fp8train.models import Decoder, build_model
+from fp8train.recipe import load_recipe
+
+INCOMPLETE = "\ufffd"  # stands for a character of which some bytes are still to come
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateArguments:
+    """Print sample text from a checkpoint.
+
+    checkpoint: run folder (its newest checkpoint) or one checkpoint
+    prompt: text to continue; without one the model begins a document
+    max_new_tokens: stop after this many, or where the model ends the document
+    temperature: 0 takes the likeliest token every time; 1 samples from the model's own distribution
+    top_k: sample among this many likeliest tokens; null: among all
+    seed: of the sampling
+    backend: what executes FP8: auto or a name
+    device: cpu or cuda; null: the GPU where there is one
+    tokenizer: bytes, a tokenizer.json or a tokenizer folder; null: that of the training
+    """
+
+    checkpoint: str
+    prompt: str = ""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    seed: int = 1
+    backend: str = "auto"
+    device: str | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: got {self.max_new_tokens}; needs at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature: got {self.temperature}; needs 0 or more. 0 takes the likeliest token.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k: got {self.top_k}; needs at least 1, or null for all tokens.")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"device: got {self.device!r}; needs cpu, cuda or null.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device: got cuda, but this machine has no CUDA GPU. Leave device out.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns 0."""
+    arguments = parse_arguments(argv, GenerateArguments)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    tokenizer = trained_tokenizer(checkpoint.config.data, arguments.tokenizer)
+    vocab_size = checkpoint.config.model.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"tokenizer: {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}; needs the tokenizer "
+            "of the training. Correct tokenizer=."
+        )
+    model = restore_model(checkpoint, init(device_type=arguments.device).device, arguments.backend)
+    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.separator]
+    ids = generate(
+        model,
+        prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        end=tokenizer.separator,
+    )
+    sys.stdout.write(arguments.prompt)
+    for piece in decode_pieces(ids, tokenizer):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def trained_tokenizer(data: DataConfig, name: str | None = None) -> Tokenizer:
+    """The tokenizer of a run: `name` if given, else what its data configuration says (token shards carry their own)."""
+    if name is not None:
+        return build_tokenizer(name)
+    if data.tokenizer == "auto":
+        for source in data.mix or [data]:
+            if source.kind == "tokens":
+                return shard_tokenizer(shard_folders(source)[0])
+    return build_tokenizer(data.tokenizer, data.separator)
+
+
+def restore_model(checkpoint: Checkpoint, device: torch.device, backend: str) -> Decoder:
+    """The model of a checkpoint, converted by the checkpoint's own recipe, on `device`."""
+    recipe = load_recipe(checkpoint.recipe_document)
+    model = build_model(resolve_activations(checkpoint.config.model, recipe), "meta")
+    _assign(model, checkpoint.load_model_state())
+    model.to(device).eval()
+    convert_model(model, recipe, backend=backend, device_type=device.type)
+    return model
+
+
+def _assign(model: Decoder, state: Mapping[str, Tensor]) -> None:
+    """Make the tensors the model's parameters, without a copy."""
+    state = dict(state)
+    if model.config.tie_embeddings and "embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"checkpoint: its weights do not fit its config ({error}). Take another checkpoint."
+        ) from error
+    model.tie_weights()
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    seed: int = 1,
+    end: int | None = None,
+) -> Iterator[int]:
+    """Sample token ids one at a time.
+
+    Each token runs the model over the whole context, the last max_seq_len tokens: the computation of training, also
+    under a recipe that scales a tensor as a whole, for which a cache of keys and values would be another function.
+
+    Args:
+        model: a Decoder in eval mode.
+        prompt: at least one token id.
+        temperature: the logits are divided by it; 0 takes the largest.
+        top_k: only the k largest logits take part; None all.
+        seed: of the draws, which are made on the CPU.
+        end: token that ends the text and is not yielded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        context = torch.tensor([ids[-model.config.max_seq_len :]], device=device)
+        logits = model(context)[0, -1].float().cpu()
+        token = _draw(logits, temperature, top_k, generator)
+        if token == end:
+            return
+        yield token
+        ids.append(token)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k is not None and top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def decode_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text of ids as it becomes complete: a character is held back until its last byte is there."""
+    seen: list[int] = []
+    shown = text = ""
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith(INCOMPLETE):
+            yield text[len(shown) :]
+            shown = text
+    yield text[len(shown) :]
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
