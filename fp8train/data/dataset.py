@@ -146,13 +146,13 @@ class PackedDataset:
         holdout = self._threshold > 0
         if self.samples_per_epoch >= 1 and (not holdout or self._eval.windows(self.seq_len) >= 1):
             return
+        distinct = len(np.unique(self.corpus.hashes))
         parts = "one window to train on and one, of other documents, to hold out" if holdout else "one window"
         remedy = " or set data.holdout_fraction=0" if holdout else ""
         raise DataError(
-            f"data: {self.corpus.name} got {self.corpus.tokens} tokens in {len(self.corpus.lengths)} documents; "
-            "needs at least "
-            f"{window * (1 + holdout)}: {parts} (seq_len {self.seq_len} + 1 tokens each). Give more text, lower "
-            f"seq_len{remedy}."
+            f"data: {self.corpus.name} got {self.corpus.tokens} tokens in {len(self.corpus.lengths)} documents, "
+            f"{distinct} of them distinct; needs at least {window * (1 + holdout)}: {parts} "
+            f"(seq_len {self.seq_len} + 1 tokens each). Give more text, lower seq_len{remedy}."
         )
 
 

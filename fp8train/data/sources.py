@@ -21,6 +21,7 @@ STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages
 FEW_FILES = 32  # fewer text files than this are cut, so that some text can be held out
 FEWEST_PIECES = 64  # of a corpus of few files: 5 % of them is 3
 LARGEST_CUT_BYTES = 65536
+SMALLEST_CUT_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +159,8 @@ def cut_size(total_bytes: int, files: int) -> int | None:
     """Size at which text files are cut: None for many files, else a power of two that gives at least FEWEST_PIECES."""
     if files >= FEW_FILES:
         return None
-    return min(LARGEST_CUT_BYTES, 1 << max(0, (total_bytes // FEWEST_PIECES).bit_length() - 1))
+    even = max(SMALLEST_CUT_BYTES, total_bytes // FEWEST_PIECES)
+    return min(LARGEST_CUT_BYTES, 1 << (even.bit_length() - 1))
 
 
 def check_utf8(content: bytes, where: str) -> None:
