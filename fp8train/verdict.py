@@ -94,18 +94,19 @@ def relative_loss_error(baseline: Table, other: Table) -> dict[str, Any]:
 def heldout_gap(
     baseline: Table, other: Table, column: str = "eval_loss", bytes_column: str = "bits_per_byte"
 ) -> dict[str, Any]:
-    """Gap of the held-out loss at the last step that both evaluated: nats (other - baseline), percent of the
-    baseline, bits per byte.
+    """Gap of the held-out loss at the last step that both evaluated: nats (other - baseline), percent of the baseline,
+    bits per byte. None where a loss was not finite there.
     """
-    steps, base, new = paired(baseline, other, column)
+    steps, left, right = np.intersect1d(baseline.steps, other.steps, assume_unique=True, return_indices=True)
     if not len(steps):
         return {"step": None, "nats": None, "percent": None, "bits_per_byte": None}
-    _, base_bits, new_bits = paired(baseline, other, bytes_column)
+    base, new = baseline.columns[column][left[-1]], other.columns[column][right[-1]]
+    bits = other.columns[bytes_column][right[-1]] - baseline.columns[bytes_column][left[-1]]
     return {
         "step": int(steps[-1]),
-        "nats": finite(new[-1] - base[-1]),
-        "percent": finite(100 * (new[-1] - base[-1]) / base[-1]),
-        "bits_per_byte": finite(new_bits[-1] - base_bits[-1]) if len(base_bits) else None,
+        "nats": finite(new - base),
+        "percent": finite(100 * (new - base) / base),
+        "bits_per_byte": finite(bits),
     }
 
 
@@ -240,16 +241,17 @@ def sentence(verdict: Mapping[str, Any], arm: str) -> str:
     """One comparison in one sentence, for the console and the top of the report."""
     comparison = verdict["comparisons"][arm]
     label, base_label = verdict["arms"][arm]["label"], verdict["arms"][comparison["against"]]["label"]
-    loss, base_loss = (_mean(verdict["arms"][name]["runs"])["eval_loss"] for name in (arm, comparison["against"]))
-    gap = comparison["mean"]["heldout_gap"]["percent"]
-    where = "held-out loss"
-    if gap is None:
-        loss, base_loss = (
-            _mean(verdict["arms"][name]["runs"])["train_loss_ema"] for name in (arm, comparison["against"])
-        )
+    new, base = (_mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
+    evaluated = all(pair["heldout_gap"]["step"] is not None for pair in comparison["seeds"])
+    if evaluated:
+        gap, where = comparison["mean"]["heldout_gap"]["percent"], "held-out loss"
+        loss, base_loss = new["eval_loss"], base["eval_loss"]
+    else:
         gap, where = comparison["mean"]["relative_loss_error"]["ema_final_percent"], "smoothed training loss"
+        ended = new["train_loss"] is not None and base["train_loss"] is not None  # the average passes over NaN
+        loss, base_loss = (new["train_loss_ema"], base["train_loss_ema"]) if ended else (None, None)
     if gap is None or loss is None or base_loss is None:
-        return f"{label} cannot be held against {base_label}: the losses are not finite."
+        return f"{label} cannot be held against {base_label}: a loss is not finite at the end."
     losses = f"{loss_text(loss)} against {loss_text(base_loss)} nats per token"
     text = f"{label} ended {_above(gap)} {base_label} in {where} ({losses})"
     speed, memory = comparison["mean"]["tokens_per_second_ratio"], comparison["mean"]["peak_memory_ratio"]

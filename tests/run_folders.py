@@ -46,10 +46,10 @@ def write_run(
     """Write a finished run of len(losses) steps (default 40); `facts` go into result.json over FACTS."""
     folder.mkdir(parents=True)
     losses = 2.2 + 3.3 * np.exp(-np.arange(40) / 12) if losses is None else losses
-    noise = np.random.default_rng(seed)
+    speeds = tokens_per_second * (1 + 0.02 * np.random.default_rng(seed).standard_normal(len(losses)))
+    speeds[0] *= 0.4
     rows = []
-    for step, loss in enumerate(losses.tolist(), start=1):
-        speed = tokens_per_second * (0.4 if step == 1 else 1 + 0.02 * noise.standard_normal())
+    for step, (loss, speed) in enumerate(zip(losses.tolist(), speeds.tolist(), strict=True), start=1):
         good = math.isfinite(loss)
         row = {"step": step, "loss": loss if good else None, "lr": 1e-3, "grad_norm": 1.0 if good else None}
         row |= {
@@ -60,6 +60,9 @@ def write_run(
         rows.append(row if good else row | {"nonfinite": True})
         if step in (len(losses) // 2, len(losses)):
             value = eval_loss + (0.3 if step < len(losses) else 0.0)
+            if math.isnan(value):
+                rows.append({"step": step, "eval_loss": None, "eval_loss_bf16": None, "nonfinite": True})
+                continue
             bits = {"bits_per_byte": value / math.log(2), "bits_per_byte_bf16": (value - 0.001) / math.log(2)}
             rows.append({"step": step, "eval_loss": value, "eval_loss_bf16": value - 0.001, **bits})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

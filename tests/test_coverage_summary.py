@@ -1,0 +1,57 @@
+"""Coverage in few words: shares by hand, groups, exceptions first."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp8train.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
+from tests.run_folders import LINEARS, make_coverage
+
+PER_LAYER = sum(N * K for N, K in LINEARS.values())
+HEAD = 256 * 256
+DOWN = LINEARS["mlp.down_proj"][0] * LINEARS["mlp.down_proj"][1]
+
+
+def test_share_of_each_gemm_is_that_of_its_flops() -> None:
+    shares = {share.gemm: share for share in gemm_shares(make_coverage("blockwise", layers=4, rows=10))}
+    total = 4 * PER_LAYER + HEAD
+    assert shares["fprop"].flops == shares["wgrad"].flops == 2 * 10 * total
+    assert shares["fprop"].fp8_flops == 2 * 10 * (total - HEAD)
+    assert shares["wgrad"].fp8_flops == 2 * 10 * (total - HEAD - DOWN)
+
+
+def test_linears_of_one_kind_are_one_group_and_the_odd_one_is_its_own() -> None:
+    groups = group_linears(make_coverage("blockwise", layers=4))
+    by_pattern = {group.pattern: group for group in groups}
+    assert len(groups) == len(LINEARS) + 2
+    assert len(by_pattern["layers.*.mlp.down_proj"].fqns) == 3
+    assert by_pattern["layers.3.mlp.down_proj"].ran == {"fprop": "FP8", "dgrad": "FP8", "wgrad": "BF16"}
+    assert sum(group.flops for group in groups) == 3 * 2 * 1000 * (4 * PER_LAYER + HEAD)
+
+
+def test_exceptions_are_those_outside_fp8_the_largest_first() -> None:
+    assert [group.pattern for group in exceptions(group_linears(make_coverage("blockwise")))] == [
+        "layers.3.mlp.down_proj",
+        "lm_head",
+    ]
+
+
+def test_gemm_planned_in_fp8_that_ran_outside_it_is_broken() -> None:
+    coverage = make_coverage("blockwise", layers=1)
+    coverage["linears"][0]["gemms"]["dgrad"] |= {"fp8_rows": 750, "other_rows": 250}
+    group = group_linears(coverage)[0]
+    assert group.broken == ["dgrad"] and group.ran["dgrad"] == "FP8 75.0 %" and not group.fp8["dgrad"]
+
+
+@pytest.mark.parametrize(
+    ("fqns", "wanted"),
+    [
+        (["layers.0.q", "layers.1.q", "layers.3.q"], "0-1, 3"),
+        (["model.layers.7.q"], "7"),
+        (["lm_head"], ""),
+        (["layers.0.experts.1.w", "layers.0.experts.2.w"], ""),
+    ],
+    ids=["ranges", "one", "none", "two numbers"],
+)
+def test_layer_numbers(fqns: list[str], wanted: str) -> None:
+    assert layer_numbers(fqns) == wanted

@@ -1,0 +1,217 @@
+"""The report: one file that asks for nothing, with every number in an accessible table."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fp8train.page import STYLE, typeset
+from fp8train.report import build_report, write_report
+from fp8train.run_record import Arms, read_run
+from fp8train.verdict import make_verdict
+from tests.run_folders import make_coverage, write_run
+
+VOID = {"meta", "link", "br", "use", "path"}
+
+
+class Outline(HTMLParser):
+    """Elements of a page, with their attributes, and the text of each kind."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.unbalanced: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.texts.setdefault(tag, []).append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        if not self._open or self._open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self._open):
+            self.texts[tag][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def arms_of(tmp_path: Path, **changes: Any) -> Arms:
+    options = {"recipe": "blockwise", "eval_loss": 2.2731, "tokens_per_second": 28_400.0, "memory_bytes": 1.16e9}
+    bf16 = write_run(tmp_path / "bf16" / "seed_1", eval_loss=2.2704)
+    fp8 = write_run(tmp_path / "blockwise" / "seed_1", **(options | changes))
+    return {"bf16": {1: read_run(bf16)}, "blockwise": {1: read_run(fp8)}}
+
+
+def report_of(arms: Arms) -> str:
+    return build_report(make_verdict(arms, baseline="bf16"), arms)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report_of(arms_of(tmp_path_factory.mktemp("arms")))
+
+
+@pytest.fixture(scope="module")
+def outline(report: str) -> Outline:
+    return Outline(report)
+
+
+def test_page_asks_the_network_for_nothing(report: str, outline: Outline) -> None:
+    assert not re.findall(r"(?:https?:)?//[\w.]+", report.replace("data:,", ""))
+    assert not [tag for tag, _ in outline.elements if tag in {"script", "img", "iframe", "object", "embed"}]
+    links = [attributes.get("href") or "" for _, attributes in outline.elements if "href" in attributes]
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert "@import" not in report and "url(" not in STYLE
+    policy = outline.all("meta")[1]["content"] or ""
+    assert policy.startswith("default-src 'none'")
+
+
+def test_page_is_well_formed_and_ids_are_unique(outline: Outline) -> None:
+    assert not outline.unbalanced
+    ids = Counter(attributes["id"] for _, attributes in outline.elements if "id" in attributes)
+    assert [name for name, count in ids.items() if count > 1] == []
+    wanted = {(attributes["href"] or "")[1:] for attributes in outline.all("a")}
+    assert wanted <= set(ids), "the navigation leads to sections that are there"
+
+
+def test_verdict_in_one_sentence_is_the_heading(outline: Outline) -> None:
+    (heading,) = outline.texts["h1"]
+    assert heading.startswith("FP8 blockwise ended 0.12\u202f% above BF16 in held-out loss (2.2731 against 2.2704")
+    assert "Indicative" in outline.texts["span"]
+
+
+def test_every_table_has_a_caption_and_headers(outline: Outline) -> None:
+    tables = len(outline.all("table"))
+    assert tables >= 7
+    assert len(outline.all("caption")) == tables and all(text.strip() for text in outline.texts["caption"])
+    assert {attributes.get("scope") for attributes in outline.all("th")} == {"col", "row"}
+
+
+def test_every_chart_has_a_text_alternative_and_a_caption(outline: Outline) -> None:
+    charts = outline.all("svg")
+    assert len(charts) == 5 == len(outline.all("figure")) == len(outline.all("figcaption"))
+    assert all(chart["role"] == "img" and len(chart["aria-label"] or "") > 20 for chart in charts)
+
+
+def test_numbers_of_the_charts_are_in_tables(outline: Outline) -> None:
+    cells = {text.strip() for text in outline.texts["td"]}
+    assert {"2.2704", "2.2731", "+0.0027", "+0.12\u202f%", "1.08\u00a0GiB", "0.83\u00d7", "FP8", "BF16"} <= cells
+
+
+def test_reader_learns_what_differs_where_fp8_ran_and_on_what(report: str) -> None:
+    for text in ("lm_head", "kept in high precision by the model", "layers.*.self_attn.q_proj", "layers 0\u20133"):
+        assert text in report, text
+    assert "What differs between the arms" in report and "2.13.0" in report and "match: " in report
+    assert "optim:" in report, "the whole configuration"
+
+
+def test_both_colour_schemes_define_the_same_variables() -> None:
+    light, dark = STYLE.split("@media (prefers-color-scheme: dark)")
+    names = re.findall(r"(--[\w-]+):", light)
+    assert sorted(names) == sorted(re.findall(r"(--[\w-]+):", dark.split("* {")[0]))
+    assert set(re.findall(r"var\((--[\w-]+)\)", STYLE)) <= set(names)
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two #rrggbb colours. Source: WCAG 2.2, relative luminance."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_arm_colours_can_be_read_on_the_paper(scheme: str) -> None:
+    block = STYLE.split("@media (prefers-color-scheme: dark)")[scheme == "dark"]
+    colors = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", block))
+    for name in ("--ink", "--muted", "--alert", *(f"--series-{slot}" for slot in range(6))):
+        assert contrast(colors[name], colors["--paper"]) >= 4.5, name  # WCAG 2.2 AA for text
+
+
+def test_gemm_planned_in_fp8_that_ran_outside_it_raises_an_alert(tmp_path: Path) -> None:
+    coverage = make_coverage("blockwise")
+    coverage["linears"][0]["gemms"]["dgrad"] |= {"fp8_rows": 0, "other_rows": 1000}
+    text = report_of(arms_of(tmp_path, coverage=coverage))
+    assert "planned in FP8 and also ran outside it: layers.0.self_attn.q_proj (dgrad)" in text
+    assert "not FP8, planned FP8" in text
+
+
+def test_steps_without_a_finite_loss_raise_an_alert(tmp_path: Path) -> None:
+    losses = np.linspace(5, 2, 40)
+    losses[10:13] = np.nan
+    assert "the loss was not finite at 3 logged steps" in report_of(arms_of(tmp_path, losses=losses))
+
+
+def test_diverged_arm_still_gets_a_report(tmp_path: Path) -> None:
+    outline = Outline(report_of(arms_of(tmp_path, losses=np.full(40, np.nan), eval_loss=np.nan)))
+    assert "cannot be held against" in outline.texts["h1"][0] and len(outline.all("svg")) == 5
+
+
+def test_names_of_the_user_are_escaped(tmp_path: Path) -> None:
+    coverage = make_coverage("blockwise")
+    coverage["linears"][-1] |= {"fqn": "<script>alert(1)</script>", "reason": "a & b"}
+    text = report_of(arms_of(tmp_path, coverage=coverage))
+    assert "<script" not in text and "&lt;script&gt;" in text and "a &amp; b" in text
+
+
+def test_many_seeds_have_a_row_each(tmp_path: Path) -> None:
+    arms: dict[str, dict[int, Any]] = {"bf16": {}, "blockwise": {}}
+    for seed in (1, 2, 3):
+        for arm in arms:
+            folder = tmp_path / arm / f"seed_{seed}"
+            arms[arm][seed] = read_run(write_run(folder, recipe=arm, seed=seed, init_hash=f"seed {seed}"))
+    outline = Outline(report_of(arms))
+    assert not outline.unbalanced and outline.texts["th"].count("Seed") == 4
+    assert sum(text.strip() == "3" for text in outline.texts["td"]) >= 4
+
+
+def test_report_of_100k_steps_is_small_and_quick(tmp_path: Path) -> None:
+    losses = 2.2 + 3.3 * np.exp(-np.arange(100_000) / 9000) + np.random.default_rng(0).normal(0, 0.05, 100_000)
+    base = write_run(tmp_path / "bf16", losses=losses)
+    other = write_run(tmp_path / "blockwise", recipe="blockwise")
+    shutil.copy(base / "metrics.jsonl", other)
+    (other / "result.json").write_text((base / "result.json").read_text())
+    begin = time.process_time()  # not wall time: the machine may be busy with other tests
+    arms: Arms = {"bf16": {1: read_run(base)}, "blockwise": {1: read_run(other)}}
+    write_report(tmp_path / "report.html", make_verdict(arms, baseline="bf16"), arms)
+    assert time.process_time() - begin < 20
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("plain", "wanted"),
+    [
+        ("-0.12 %", "\u22120.12\u202f%"),
+        ("0.83x", "0.83\u00d7"),
+        ("1.08 GiB", "1.08\u00a0GiB"),
+        ("e4m3 1x128", "e4m3 1x128"),
+        ("layer-2", "layer-2"),
+        ("a < b", "a &lt; b"),
+        ("-", "\u2013"),
+    ],
+)
+def test_typesetting(plain: str, wanted: str) -> None:
+    assert typeset(plain) == wanted

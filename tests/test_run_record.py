@@ -1,0 +1,80 @@
+"""Reading a run folder back: what is damaged is named by file and line, what is there is read exactly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fp8train.errors import DataError
+from fp8train.run_record import read_metrics, read_run
+from tests.run_folders import write_run
+
+ROW = '{"step": 1, "loss": 2.5}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 2, "loss":', '{"step": 2, "loss": NaN}', "[1, 2]", '{"loss": 2.5}', '{"step": 2, "loss": "low"}', ""],
+    ids=["cut", "nan", "no object", "no step", "text for a number", "empty"],
+)
+def test_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{ROW}\n{line}\n{ROW}\n")
+    with pytest.raises(DataError, match=rf"{path}:2: damaged line"):
+        read_metrics(path)
+
+
+def test_bytes_that_are_not_utf8_are_a_damaged_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(ROW.encode() + b'\n{"step": 2, "loss": 2.0, "note": "\xff"}\n')
+    with pytest.raises(DataError, match=":2: damaged line"):
+        read_metrics(path)
+
+
+def test_step_logged_twice_counts_once_as_logged_last(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 2, "loss": 2.4}\n')
+    train, _ = read_metrics(path)
+    assert train.steps.tolist() == [1, 2]
+    assert train.columns["loss"].tolist() == [3.0, 2.4]
+
+
+def test_null_is_not_a_number_and_last_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null, "nonfinite": true}\n')
+    train, evals = read_metrics(path)
+    assert math.isnan(train.columns["loss"][1]) and train.last("loss") is None
+    assert len(evals) == 0 and evals.last("eval_loss") is None
+
+
+def test_training_and_evaluation_rows_are_told_apart(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", losses=np.full(10, 2.0), eval_loss=1.5))
+    assert len(run.train) == 10
+    assert run.evals.steps.tolist() == [5, 10]
+    assert run.evals.last("eval_loss") == 1.5
+    assert run.result["finished"] and run.config["recipe"] == "bf16" and run.coverage["linears"] and run.recipe
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl does not exist"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "has no training step"),
+        (lambda run: (run / "coverage.json").write_text('{"linears"'), "coverage.json: cannot be read"),
+        (lambda run: (run / "config.yaml").write_text("- 1"), "config.yaml: holds a list"),
+    ],
+    ids=["no metrics", "empty metrics", "damaged coverage", "foreign config"],
+)
+def test_damaged_folder_is_refused(tmp_path: Path, spoil: object, message: str) -> None:
+    run = write_run(tmp_path / "run")
+    spoil(run)  # type: ignore[operator]
+    with pytest.raises(DataError, match=message):
+        read_run(run)
+
+
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
+        read_run(tmp_path / "nothing")

@@ -1,0 +1,192 @@
+"""The verdict: numbers worked out by hand, refusals of what cannot be compared, and never more than one seed can
+say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fp8train.errors import ConfigError
+from fp8train.run_record import Arms, RunRecord, Table, read_run
+from fp8train.verdict import (
+    SHARED_FACTS,
+    check_comparable,
+    ema,
+    heldout_gap,
+    make_verdict,
+    measures,
+    relative_loss_error,
+    sentence,
+    steady,
+)
+from tests.run_folders import FACTS, write_run
+
+STEPS = 40
+LOSSES = 2.2 + 3.3 * np.exp(-np.arange(STEPS) / 12)
+
+
+def table(steps: list[int], **columns: list[float]) -> Table:
+    return Table(steps=np.array(steps), columns={name: np.array(values) for name, values in columns.items()})
+
+
+def pair(tmp_path: Path, **changes: Any) -> Arms:
+    """A BF16 run and a blockwise run that is 1 % above it at every step, and 0.01 nats above it held out."""
+    options = {"recipe": "blockwise", "losses": LOSSES * 1.01, "eval_loss": 2.26, "tokens_per_second": 30_000.0}
+    bf16 = write_run(tmp_path / "bf16", losses=LOSSES, eval_loss=2.25)
+    fp8 = write_run(tmp_path / "fp8", **(options | {"memory_bytes": 1.05e9} | changes))
+    return {"bf16": {1: read_run(bf16)}, "blockwise": {1: read_run(fp8)}}
+
+
+def test_ema_by_hand_and_over_a_gap() -> None:
+    values = np.array([1.0, 2.0, math.nan, 3.0])
+    assert ema(values).tolist() == pytest.approx([1.0, 1.1, 1.1, 1.29])
+    assert math.isnan(ema(np.array([math.nan, 1.0]))[0])
+
+
+def test_relative_loss_error_by_hand() -> None:
+    base = table([1, 2, 3], loss=[4.0, 2.0, 2.0])
+    other = table([1, 2, 3], loss=[4.0, 2.2, 1.9])
+    smooth_base, smooth_other = [4.0, 3.8, 3.62], [4.0, 3.82, 3.628]
+    error = relative_loss_error(base, other)
+    assert error["final_percent"] == pytest.approx(-5.0)
+    assert error["ema_final_percent"] == pytest.approx(100 * (smooth_other[2] / smooth_base[2] - 1))
+    assert error["ema_max_percent"] == pytest.approx(100 * (smooth_other[1] / smooth_base[1] - 1))
+    assert (error["ema_max_step"], error["steps"]) == (2, 3)
+
+
+def test_largest_error_is_a_magnitude() -> None:
+    error = relative_loss_error(table([1, 2], loss=[2.0, 2.0]), table([1, 2], loss=[1.0, 2.0]))
+    assert error["ema_max_percent"] == pytest.approx(50.0) and error["ema_final_percent"] < 0
+
+
+def test_only_steps_that_both_logged_are_paired() -> None:
+    error = relative_loss_error(table([1, 2, 3], loss=[2.0, math.nan, 2.0]), table([1, 2, 4], loss=[2.0, 9.0, 9.0]))
+    assert error["steps"] == 1 and error["final_percent"] == 0.0
+
+
+def test_heldout_gap_is_that_of_the_last_common_evaluation() -> None:
+    base = table([10, 20], eval_loss=[3.0, 2.0], bits_per_byte=[4.0, 3.0])
+    other = table([10, 20, 30], eval_loss=[3.0, 2.1, 1.0], bits_per_byte=[4.0, 3.2, 1.0])
+    gap = heldout_gap(base, other)
+    assert gap == {
+        "step": 20,
+        "nats": pytest.approx(0.1),
+        "percent": pytest.approx(5.0),
+        "bits_per_byte": pytest.approx(0.2),
+    }
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(2, 2), (4, 3), (40, 38), (1000, 980)])
+def test_warm_up_is_left_out_of_the_speed(rows: int, kept: int) -> None:
+    values = list(np.arange(rows, dtype=float))
+    assert steady(table(list(range(rows)), tokens_per_second=values), "tokens_per_second").tolist() == values[-kept:]
+
+
+def test_verdict_of_a_known_pair(tmp_path: Path) -> None:
+    verdict = make_verdict(pair(tmp_path), baseline="bf16")
+    comparison = verdict["comparisons"]["blockwise"]
+    assert comparison["mean"] == {key: value for key, value in comparison["mean"].items() if value is not None}
+    error, gap = comparison["mean"]["relative_loss_error"], comparison["mean"]["heldout_gap"]
+    assert (error["final_percent"], error["ema_final_percent"], error["ema_max_percent"]) == pytest.approx((1, 1, 1))
+    assert gap["nats"] == pytest.approx(0.01) and gap["percent"] == pytest.approx(100 * 0.01 / 2.25)
+    assert gap["bits_per_byte"] == pytest.approx(0.01 / math.log(2))
+    assert comparison["mean"]["tokens_per_second_ratio"] == pytest.approx(0.75, rel=0.02)  # 2 % noise on each step
+    assert comparison["mean"]["peak_memory_ratio"] == pytest.approx(0.75)
+    run = verdict["arms"]["blockwise"]["runs"][0]
+    assert (run["eval_loss"], run["eval_loss_bf16"], run["steps"]) == (2.26, pytest.approx(2.259), STEPS)
+    assert run["train_loss"] == pytest.approx(LOSSES[-1] * 1.01) and run["peak_memory_bytes"] == 1.05e9
+    assert 0.9 < run["fp8_flops_share"] < 1 and verdict["arms"]["bf16"]["runs"][0]["fp8_flops_share"] == 0
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.5, -0.5], ids=["none", "worse", "better"])
+def test_one_seed_is_indicative_and_never_more(tmp_path: Path, gap: float) -> None:
+    verdict = make_verdict(pair(tmp_path, losses=LOSSES, eval_loss=2.25 + gap), baseline="bf16")
+    assert verdict["status"] == "indicative" and "one seed" in verdict["reason"]
+
+
+def test_sentence_says_gap_losses_speed_and_memory(tmp_path: Path) -> None:
+    text = make_verdict(pair(tmp_path), baseline="bf16")["sentence"]
+    assert text.startswith(
+        "FP8 blockwise ended 0.44 % above BF16 in held-out loss (2.2600 against 2.2500 nats per token), at 0.7"
+    )
+    assert text.endswith("x its tokens per second and 0.75x its peak memory.")
+
+
+@pytest.mark.parametrize(
+    ("eval_loss", "words"),
+    [(2.24, "0.44 % below BF16"), (2.25, "level with BF16")],
+    ids=["better", "equal"],
+)
+def test_sentence_gives_the_direction(tmp_path: Path, eval_loss: float, words: str) -> None:
+    assert words in make_verdict(pair(tmp_path, eval_loss=eval_loss), baseline="bf16")["sentence"]
+
+
+def test_diverged_arm_is_said_and_stays_strict_json(tmp_path: Path) -> None:
+    losses = LOSSES.copy()
+    losses[3:] = np.nan
+    verdict = make_verdict(pair(tmp_path, losses=losses, eval_loss=math.nan), baseline="bf16")
+    json.dumps(verdict, allow_nan=False)
+    run = verdict["arms"]["blockwise"]["runs"][0]
+    assert run["nonfinite_losses"] == STEPS - 3 and run["train_loss"] is None and run["eval_loss"] is None
+    assert verdict["comparisons"]["blockwise"]["mean"]["heldout_gap"]["nats"] is None
+    assert verdict["sentence"] == "FP8 blockwise cannot be held against BF16: a loss is not finite at the end."
+
+
+def test_arm_that_never_had_a_finite_loss_cannot_be_held_against_the_other(tmp_path: Path) -> None:
+    arms = pair(tmp_path, losses=np.full(STEPS, np.nan), eval_loss=math.nan)
+    verdict = make_verdict(arms, baseline="bf16")
+    assert verdict["sentence"] == "FP8 blockwise cannot be held against BF16: a loss is not finite at the end."
+
+
+def test_without_evaluation_the_training_loss_is_compared(tmp_path: Path) -> None:
+    arms = pair(tmp_path)
+    for runs in arms.values():
+        runs[1].evals = Table(
+            steps=np.array([], dtype=int), columns={key: np.array([]) for key in runs[1].evals.columns}
+        )
+    assert "1.00 % above BF16 in smoothed training loss" in make_verdict(arms, baseline="bf16")["sentence"]
+
+
+@pytest.mark.parametrize("fact", SHARED_FACTS)
+def test_runs_that_differ_in_a_shared_fact_are_refused(tmp_path: Path, fact: str) -> None:
+    other = 999 if fact == "tokens_seen" else "x" * 16
+    with pytest.raises(ConfigError, match=f"compare: {SHARED_FACTS[fact]} differs: bf16 has .*, blockwise has"):
+        make_verdict(pair(tmp_path, **{fact: other}), baseline="bf16")
+
+
+def test_run_that_does_not_say_a_shared_fact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not say its initial weights"):
+        make_verdict(pair(tmp_path, init_hash=None), baseline="bf16")
+
+
+def test_comparable_runs_give_their_shared_facts(tmp_path: Path) -> None:
+    runs: dict[str, RunRecord] = {arm: seeds[1] for arm, seeds in pair(tmp_path).items()}
+    assert check_comparable(runs) == {**FACTS, "tokens_seen": STEPS * 4096}
+
+
+def test_several_seeds_are_averaged_and_claim_nothing(tmp_path: Path) -> None:
+    arms: dict[str, dict[int, RunRecord]] = {"bf16": {}, "blockwise": {}}
+    for seed, gap in ((1, 0.01), (2, -0.03)):
+        for arm, loss in (("bf16", 2.25), ("blockwise", 2.25 + gap)):
+            folder = write_run(tmp_path / arm / str(seed), recipe=arm, eval_loss=loss, init_hash=f"seed {seed}")
+            arms[arm][seed] = read_run(folder)
+    verdict = make_verdict(arms, baseline="bf16")
+    comparison = verdict["comparisons"]["blockwise"]
+    assert [pair["heldout_gap"]["nats"] for pair in comparison["seeds"]] == pytest.approx([0.01, -0.03])
+    assert comparison["mean"]["heldout_gap"]["nats"] == pytest.approx(-0.01)
+    assert verdict["status"] == "indicative" and "no equivalence test" in verdict["reason"]
+    assert "(2.2400 against 2.2500" in sentence(verdict, "blockwise")
+
+
+def test_measures_of_a_run_without_result_or_coverage_are_none(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for name in ("result.json", "coverage.json"):
+        (folder / name).unlink()
+    run = measures(read_run(folder))
+    assert run["peak_memory_bytes"] is None and run["fp8_flops_share"] is None and run["eval_loss"] == 2.25
