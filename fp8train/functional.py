@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp8train.backends import ops as _ops  # noqa: F401  registers torch.ops.fp8train
 from fp8train.backends import select_backend
+from fp8train.backends.coverage import NOT_COUNTED
 from fp8train.quant.formats import FORMATS, Block, QuantSpec, ScaleKind
 from fp8train.quant.qtensor import QTensor
-from fp8train.quant.reference import check_quantize_input, check_scaled_mm
+from fp8train.quant.reference import check_quantize_input, check_scaled_mm, finish
 
 
 @torch.no_grad()
@@ -45,7 +47,10 @@ def quantize(
     if fmt not in FORMATS:
         raise ValueError(f"quantize: fmt is {fmt!r}; needs one of {', '.join(FORMATS)}.")
     spec = QuantSpec(FORMATS[fmt], block, scale)
-    return select_backend(backend, x.device.type).backend.quantize(x, spec, transpose)
+    # through the operators, so that meta tensors and torch.compile are served too
+    chosen = select_backend(backend, x.device.type).backend.name
+    qdata, scale_inv = torch.ops.fp8train.quantize(x, str(spec), transpose, chosen)
+    return QTensor(qdata, scale_inv, spec)
 
 
 @torch.no_grad()
@@ -76,5 +81,9 @@ def scaled_mm(
     Raises:
         ValueError: shapes, bias, out or accumulate do not fit.
     """
-    check_scaled_mm(qa, qb, bias, out, accumulate)
-    return select_backend(backend, qa.qdata.device.type).backend.scaled_mm(qa, qb, bias, out, accumulate, out_dtype)
+    check_scaled_mm(qa, qb, bias, out, accumulate, out_dtype)
+    chosen = select_backend(backend, qa.qdata.device.type).backend.name
+    left, right = (qa.qdata, qa.scale_inv, str(qa.spec)), (qb.qdata, qb.scale_inv, str(qb.spec))
+    made = out_dtype if out is None else torch.float32
+    y = torch.ops.fp8train.scaled_mm(*left, *right, bias, made, chosen, NOT_COUNTED, "scaled_mm")
+    return y if out is None else finish(y, None, out, accumulate, out_dtype)

@@ -86,8 +86,8 @@ class CpuBackend:
         """See Backend."""
         block = spec.block_shape(*x.shape)[0]
         if self._lib is None or spec.block == "tensor" or block > TILE:
-            q = self.quantize(x, spec, False)
-            return q, q.transpose()
+            made = self.quantize(x, spec, False)
+            return made, made.transpose()
         x = _rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(spec, (rows, cols), x.device)

@@ -17,6 +17,7 @@ from fp8train.backends.coverage import COUNTS
 from fp8train.backends.selection import get_backend
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
+from fp8train.quant.reference import check_quantize_input
 
 _GEMM = "str backend, int site, str gemm"
 _OPERANDS = "Tensor a, Tensor a_scale, str a_spec, Tensor b, Tensor b_scale, str b_spec"
@@ -34,12 +35,14 @@ _SCHEMAS = {
 
 def quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of x [M, K], or of x.T."""
+    check_quantize_input(x)
     q = get_backend(backend).quantize(x, QuantSpec.parse(spec), transpose)
     return q.qdata, q.scale_inv
 
 
 def quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row copy of x [M, K] and transposed column copy [K, M], each with its scales."""
+    check_quantize_input(x)
     q, qt = get_backend(backend).quantize_dual(x, QuantSpec.parse(row), QuantSpec.parse(col))
     return q.qdata, q.scale_inv, qt.qdata, qt.scale_inv
 

@@ -9,23 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.nn.operands import Operand, quantized, quantized_both
+from fp8train.nn.operands import Operand, as_matrix, quantized, quantized_both
 from fp8train.quant.formats import LinearPrecision, QuantSpec
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedInput:
-    """An input that its producer has quantised: `x` carries the gradient, row and column copies carry the numbers.
-
-    Args:
-        x: [..., K], the tensor that autograd connects; its values are not read by a GEMM whose operand is in FP8.
-        row: x as fprop's left operand [M, K].
-        col: x.T as wgrad's right operand [K, M]; None where no gradient of the weight is wanted.
-    """
-
-    x: Tensor
-    row: Operand
-    col: Operand | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +28,38 @@ class InputNeeds:
         """The needs of a precision; `wgrad`: whether the weight's gradient will be computed."""
         requant = precision.wgrad_source == "requant"
         return InputNeeds(precision.fprop.left, precision.wgrad.right, wgrad, requant, precision.high)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedInput:
+    """An input that its producer has quantised: `x` carries the gradient, row and column copies carry the numbers.
+
+    Args:
+        x: [..., K], the tensor that autograd connects; its values are not read by a GEMM whose operand is in FP8.
+        row: x as fprop's left operand [M, K].
+        col: x.T as wgrad's right operand [K, M]; None where no gradient of the weight is wanted.
+    """
+
+    x: Tensor
+    row: Operand
+    col: Operand | None
+
+    def operands(self, needs: InputNeeds) -> tuple[Operand, Operand | None]:
+        """Row and column operand for a linear with those needs.
+
+        Raises:
+            ValueError: a copy is missing or was made for another precision.
+        """
+        specs: dict[str, tuple[Operand | None, QuantSpec | None]] = {"row": (self.row, needs.row)}
+        if needs.col:
+            specs["col"] = (self.col, needs.row if needs.requant else needs.col_spec)
+        for name, (operand, wanted) in specs.items():
+            if operand is None or operand.spec != wanted:
+                got = "None" if operand is None else str(operand.spec or "high precision")
+                raise ValueError(
+                    f"QuantizedInput: {name} is {got}; needs {wanted or 'high precision'}. Quantise for this linear."
+                )
+        return self.row, self.col if needs.col else None
 
 
 def quantize_input(x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
@@ -73,7 +90,7 @@ class InputCache:
 
     def get(self, x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
         """Operands of x [..., K] as a matrix [M, K]; quantised on a miss. Under torch.compile always: CSE merges."""
-        matrix = x.detach().reshape(-1, x.shape[-1])
+        matrix = as_matrix(x.detach())
         if torch.compiler.is_compiling() or x.is_inference():
             return quantize_input(matrix, needs, backend)
         key = (needs, backend)
@@ -83,9 +100,13 @@ class InputCache:
             self._input, self._version, self._key = weakref.ref(x, self._forget), x._version, key
         return self._operands
 
+    def clear(self) -> None:
+        """Forget the input, because something that no version counter sees may have written to it."""
+        self._input, self._operands = None, None
+
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
         if self._input is dead:
-            self._input, self._operands = None, None
+            self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputCache:
         """A copy of a model starts with an empty cache, one for all its linears."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fp8train.backends import select_backend
 from fp8train.nn.inputs import InputCache, InputNeeds, QuantizedInput
-from fp8train.nn.operands import Operand, gemm, gemm_add_, quantized, quantized_both, requantized
-from fp8train.nn.weights import BUFFERS, LocalWeight
+from fp8train.nn.operands import Operand, as_matrix, gemm, gemm_add_, quantized, quantized_both, requantized
+from fp8train.nn.weights import BUFFERS, LocalWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
 
 _SITES = itertools.count(1)  # 0 is coverage.NOT_COUNTED
@@ -138,6 +138,7 @@ class Float8Linear(nn.Linear):
     wt_qdata: Tensor
     wt_scale_inv: Tensor
     w_high: Tensor
+    _seen: tuple[Tensor | None, int]  # the weight that the operands were made from, and its version
 
     def __init__(
         self,
@@ -187,37 +188,58 @@ class Float8Linear(nn.Linear):
             self.register_buffer(name, None, persistent=False)
         self.register_load_state_dict_post_hook(_after_load)
         self.set_precision(precision)
+        keep_current(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or an unpickled linear, counts for itself and follows its own optimizer."""
+        super().__setstate__(state)
+        self.site = next(_SITES)
+        self.plan = Plan(self.precision, self.backend_name, self.site)
+        keep_current(self)
 
     def set_precision(self, precision: LinearPrecision) -> None:
         """Compute with another precision from now on; the weight's operands are made anew."""
         self.precision = precision
         self.plan = Plan(precision, self.backend_name, self.site)
         self._clear_weight()
-        if not self.weight.is_meta:
-            self.refresh_weight()
+        self.refresh_weight()
 
     def refresh_weight(self) -> None:
-        """Make the weight's operands from the master now."""
+        """Make the weight's operands from the master now.
+
+        Raises:
+            ValueError: the weight is not FP32.
+        """
         if self.weight.is_meta:
             return
-        with torch.no_grad():
+        if self.weight.dtype is not torch.float32:
+            raise ValueError(
+                f"Float8Linear: weight is {self.weight.dtype}; needs torch.float32, the master of its codes. "
+                "Cast the activations instead of the model, or call model.float()."
+            )
+        # not as inference tensors, even if an evaluation asks first: training will save them for backward
+        with torch.inference_mode(False), torch.no_grad():
             self.provider.refresh(self)
-        self._seen = (id(self.weight), self.weight._version)
+        self._seen = (self.weight, _version(self.weight))
 
     def refresh_if_stale(self) -> None:
         """As refresh_weight, where the weight was replaced or written in place since."""
-        if self._seen != (id(self.weight), self.weight._version):
+        weight, version = self._seen
+        if weight is not self.weight or version != _version(self.weight):
             self.refresh_weight()
 
     def _clear_weight(self) -> None:
         for name in BUFFERS:
             setattr(self, name, None)
-        self._seen = (0, -1)
+        self._seen = (None, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
         """Moving or casting drops the operands: codes must not be cast, and are made anew on the new device."""
         self._clear_weight()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.weight.dtype is torch.float32:  # here and not at the next forward, which may be a compiled one
+            self.refresh_weight()
+        return self
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         """y = x w^T + bias.
@@ -226,32 +248,35 @@ class Float8Linear(nn.Linear):
             x: [..., in_features] bf16 or fp32.
 
         Raises:
-            ValueError: the last dimension or the dtype of x does not fit.
+            ValueError: the last dimension, the dtype or the ready-made codes of x do not fit; autocast is on in FP16.
         """
         if not torch.compiler.is_compiling():
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
         self._check_input(tensor)
         wgrad = torch.is_grad_enabled() and self.weight.requires_grad
+        needs = InputNeeds.of(self.precision, wgrad)
         if isinstance(x, QuantizedInput):
-            row, col = x.row, x.col
+            row, col = x.operands(needs)
         else:
-            row, col = self.inputs.get(tensor, InputNeeds.of(self.precision, wgrad), self.backend_name)
+            row, col = self.inputs.get(tensor, needs, self.backend_name)
         w, wt = self.provider.operands(self)
         y = _LinearFunction.apply(
-            tensor.reshape(-1, self.in_features), self.weight, self.bias, *row.tensors(),
+            as_matrix(tensor), self.weight, self.bias, *row.tensors(),
             *((None, None) if col is None or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
             self.plan, _output_dtype(tensor), self.grad_sink,
         )  # fmt: skip
         return y.view(*tensor.shape[:-1], self.out_features)
 
     def _check_input(self, x: Tensor) -> None:
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"Float8Linear: x is {list(x.shape)}; needs [..., {self.in_features}].")
         if x.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
                 f"Float8Linear: x is {x.dtype}; needs torch.bfloat16 or torch.float32. Cast it before the layer."
             )
+        if _output_dtype(x) is torch.float16:
+            raise ValueError("Float8Linear: autocast is on in torch.float16; needs torch.bfloat16. Change its dtype.")
 
     def extra_repr(self) -> str:
         gemms = ", ".join(f"{name}: {self.precision.describe(name)}" for name in self.precision.gemms)
@@ -263,6 +288,11 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     """The input's dtype, or autocast's where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _version(weight: Tensor) -> int:
+    """The weight's version counter; an inference tensor has none, so edits of one must be announced."""
+    return -1 if weight.is_inference() else weight._version
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:

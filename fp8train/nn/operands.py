@@ -29,6 +29,11 @@ class Operand:
         return self.data, self.scale_inv
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]; any size may be 0."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
 def quantized(x: Tensor, spec: QuantSpec | None, high: torch.dtype, transpose: bool, backend: str) -> Operand:
     """x [M, K] (or x.T if `transpose`) as an operand: rounded to `spec`, or cast to `high` where spec is None."""
     if spec is None:

@@ -28,6 +28,26 @@ if TYPE_CHECKING:
 BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high")
 
 
+_LIVE: weakref.WeakSet[Float8Linear] = weakref.WeakSet()  # every linear of the process: made, copied or unpickled
+
+
+def keep_current(linear: Float8Linear) -> None:
+    """From now on an optimizer step that writes the linear's weight makes its operands anew."""
+    _LIVE.add(linear)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # by identity, not by version: fused optimizers do not move the version counter of what they write
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for linear in _LIVE:
+        linear.inputs.clear()  # an input may itself be a parameter that was stepped
+        if id(linear.weight) in stepped:
+            linear.refresh_weight()
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
 class LocalWeight:
     """Provider of a weight that this process holds whole. Sharded providers have the same two methods."""
 
@@ -97,29 +117,14 @@ def weights_changed(model: nn.Module) -> None:
 
 
 def install_weight_hooks(model: nn.Module) -> None:
-    """Keep the weight operands of a converted model current: after an optimizer's step, before an eager forward.
+    """Before each eager forward of `model`, make the operands anew of weights that were replaced or written in place.
 
-    The optimizer hook is torch's own registry of hooks for all optimizers; it holds the model weakly and removes itself
-    with it. Calling it twice on a model does nothing the second time.
+    A linear does that for itself too; the hook on the root is for models whose parts are compiled one by one. Steps of
+    an optimizer need no hook on the model. Calling it twice on a model does nothing the second time.
     """
-    if getattr(model, "_fp8train_hooks", False):
-        return
-    reference = weakref.ref(model)
-
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        root = reference()
-        if root is None:
-            handle.remove()
-            return
-        # by identity, not by version: fused optimizers do not move the version counter of what they write
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for linear in converted_linears(root):
-            if id(linear.weight) in stepped:
-                linear.refresh_weight()
-
-    handle = register_optimizer_step_post_hook(after_step)
-    model.register_forward_pre_hook(_refresh_stale)
-    model._fp8train_hooks = True  # type: ignore[assignment]
+    if not getattr(model, "_fp8train_hooks", False):
+        model.register_forward_pre_hook(_refresh_stale)
+        model._fp8train_hooks = True  # type: ignore[assignment]
 
 
 def _refresh_stale(model: nn.Module, args: Any) -> None:

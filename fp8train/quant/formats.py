@@ -61,8 +61,11 @@ class QuantSpec:
     scale: ScaleKind = "pow2"
 
     def __post_init__(self) -> None:
-        named = isinstance(self.block, str)
-        if self.block not in ("tensor", "row") and (named or min(map(int, self.block)) < 1):
+        if isinstance(self.block, list):
+            object.__setattr__(self, "block", tuple(self.block))
+        sizes = self.block if isinstance(self.block, tuple) else ()
+        positive = len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
+        if self.block not in ("tensor", "row") and not positive:
             raise ValueError(f"QuantSpec: block is {self.block!r}; needs 'tensor', 'row' or two positive sizes.")
         if self.scale not in ("pow2", "fp32"):
             raise ValueError(f"QuantSpec: scale is {self.scale!r}; needs 'pow2' or 'fp32'.")

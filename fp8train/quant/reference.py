@@ -102,7 +102,7 @@ def scaled_mm(
     Raises:
         ValueError: shapes, bias or out do not fit.
     """
-    M, N, K = check_scaled_mm(qa, qb, bias, out, accumulate)
+    M, N, K = check_scaled_mm(qa, qb, bias, out, accumulate, out_dtype)
     left, right = qa.qdata.to(torch.float64), qb.qdata.to(torch.float64)
     scale_a, scale_b = expand_scale(qa), expand_scale(qb)
     acc = torch.zeros(M, N, dtype=torch.float32, device=left.device)
@@ -141,15 +141,24 @@ def check_quantize_input(x: Tensor) -> None:
 
 
 def check_scaled_mm(
-    qa: QTensor, qb: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool
+    qa: QTensor, qb: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
 ) -> tuple[int, int, int]:
     """M, N, K of a GEMM, or a ValueError that says what does not fit."""
     if qa.qdata.dim() != 2 or qb.qdata.dim() != 2 or qa.shape[1] != qb.shape[1]:
         raise ValueError(
             f"scaled_mm: operands are {list(qa.shape)} and {list(qb.shape)}; needs [M, K] and [N, K] with the same K."
         )
+    for q in (qa, qb):
+        needed = q.spec.scale_shape(*q.shape)
+        if tuple(q.scale_inv.shape) != needed:
+            raise ValueError(
+                f"scaled_mm: scale_inv is {list(q.scale_inv.shape)}; needs {list(needed)} for codes {list(q.shape)} in "
+                f"blocks {q.block}."
+            )
     M, K = qa.shape
     N = qb.shape[0]
+    if out_dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"scaled_mm: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32.")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"scaled_mm: bias is {list(bias.shape)}; needs [{N}].")
     if out is not None and (out.shape != (M, N) or out.dtype not in (torch.bfloat16, torch.float32)):
