@@ -46,18 +46,16 @@ def rope_tables(config: ModelConfig, seq_len: int, device: torch.device) -> tupl
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Rotate channel i with channel i + head_dim / 2 (Hugging Face layout), in FP32.
 
     Args:
         x: [B, heads, T, head_dim].
         cos, sin: [T, head_dim / 2] fp32.
-
-    Returns:
-        Tensor: like x.
+        dtype: of the result.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
 
 
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,6 +85,7 @@ class Attention(nn.Module):
         super().__init__()
         assert config.head_dim is not None
         self.head_dim = config.head_dim
+        self.dtype = config.attention_dtype
         self.groups = config.num_heads // config.num_kv_heads
         options = {"device": device, "dtype": torch.float32}
         self.q_proj = nn.Linear(config.hidden_size, config.q_size, bias=config.qkv_bias, **options)
@@ -113,9 +112,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, seq_len, -1, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q.transpose(1, 2), cos, sin)
-        k = apply_rope(k.transpose(1, 2), cos, sin)
-        y = self._attend(q, k, v, mask)
+        q = apply_rope(q.transpose(1, 2), cos, sin, self.dtype)
+        k = apply_rope(k.transpose(1, 2), cos, sin, self.dtype)
+        y = self._attend(q, k, v.to(self.dtype), mask).to(x.dtype)
         return self.o_proj(y.transpose(1, 2).reshape(batch, seq_len, -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

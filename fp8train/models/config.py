@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fp8train.errors import ConfigError
 
 ACTIVATIONS = ("auto", "bfloat16", "float32")
 RESIDUALS = ("float32", "bfloat16")
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +65,7 @@ class ModelConfig:
     init_from: Hugging Face folder to start from instead of random weights; its shape must be this one
     activations: dtype of the linears' inputs and of attention: bfloat16 or float32; auto is float32 where the recipe is
         all FP32, otherwise bfloat16
+    attention: dtype of queries, keys and values: bfloat16, float32, or auto for that of activations
     residual: dtype of the residual stream: float32 or bfloat16
     """
 
@@ -84,12 +88,28 @@ class ModelConfig:
     init_std: float = 0.02
     init_from: str | None = None
     activations: str = "auto"
+    attention: str = "auto"
     residual: str = "float32"
 
     @property
     def has_shape(self) -> bool:
         """False while no size is given: a default config, or one whose shape is still to be read from init_from."""
         return any((self.vocab_size, self.hidden_size, self.intermediate_size, self.num_layers, self.num_heads))
+
+    @property
+    def activations_dtype(self) -> torch.dtype:
+        """Dtype of the linears' inputs."""
+        return DTYPES[self.activations]
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """Dtype of queries, keys and values."""
+        return self.activations_dtype if self.attention == "auto" else DTYPES[self.attention]
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream."""
+        return DTYPES[self.residual]
 
     @property
     def padded_vocab_size(self) -> int:
@@ -108,6 +128,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choice("activations", self.activations, ACTIVATIONS)
+        _check_choice("attention", self.attention, ACTIVATIONS)
         _check_choice("residual", self.residual, RESIDUALS)
         if not self.has_shape:
             return

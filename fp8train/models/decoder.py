@@ -16,8 +16,6 @@ from fp8train.models.loss import LOGITS_PER_CHUNK, cross_entropy_sum
 from fp8train.models.norm import RMSNorm
 from fp8train.models.recompute import CHOICES, run_layer
 
-DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -38,7 +36,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.activations = DTYPES[config.activations]
+        self.activations = config.activations_dtype
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
         self.self_attn = Attention(config, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
@@ -128,13 +126,12 @@ class Decoder(nn.Module):
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """What lm_head reads: the last layer's output after the final norm, [B, T, hidden] in config.activations."""
-        activations = DTYPES[self.config.activations]
         cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device)
-        mask = None if document_ids is None else document_mask(document_ids, activations)
-        x = self.embed_tokens(tokens).to(DTYPES[self.config.residual])
+        mask = None if document_ids is None else document_mask(document_ids, self.config.attention_dtype)
+        x = self.embed_tokens(tokens).to(self.config.residual_dtype)
         for layer in self.layers:
             x = run_layer(self._checkpointing, layer, x, cos, sin, mask)
-        return self.norm(x, activations)
+        return self.norm(x, self.config.activations_dtype)
 
     def extra_repr(self) -> str:
         dtypes = f"activations={self.config.activations}, residual={self.config.residual}"

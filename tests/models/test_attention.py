@@ -29,13 +29,17 @@ def test_rope_multiplies_complex_pairs_by_unit_phases():
     pairs = torch.complex(x[..., :8].double(), x[..., 8:].double()) * torch.polar(torch.ones_like(phases), phases)
     exact = torch.cat((pairs.real, pairs.imag), dim=-1)
     # the angle of position 50 is rounded at 50 * 2^-24, a few roundings of the products on top; |x| < 5
-    assert (apply_rope(x, cos, sin).double() - exact).abs().max() < 5 * (50 + 4) * 2**-24
+    assert (apply_rope(x, cos, sin, torch.float32).double() - exact).abs().max() < 5 * (50 + 4) * 2**-24
 
 
 def test_rope_makes_scores_depend_on_distance_alone():
     q, k = randn(1, 1, 1, 16, seed=1).expand(1, 1, 40, 16), randn(1, 1, 1, 16, seed=2).expand(1, 1, 40, 16)
     cos, sin = rope_tables(CONFIG, 40, CPU)
-    scores = (apply_rope(q, cos, sin) @ apply_rope(k, cos, sin).transpose(-1, -2))[0, 0]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        return apply_rope(x, cos, sin, torch.float32)
+
+    scores = (rotate(q) @ rotate(k).transpose(-1, -2))[0, 0]
     for distance in (0, 1, 7):
         diagonal = scores.diagonal(-distance)
         assert (diagonal - diagonal[0]).abs().max() < 1e-4  # |q||k| about 16, angles off by at most 40 * 2^-24
@@ -45,7 +49,9 @@ def test_rope_in_bf16_rounds_only_its_result():
     x = randn(1, 2, 30, 16).to(torch.bfloat16)
     cos, sin = rope_tables(CONFIG, 30, CPU)
     assert cos.dtype == torch.float32
-    assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).to(torch.bfloat16))
+    assert torch.equal(apply_rope(x, cos, sin, torch.float32), apply_rope(x.float(), cos, sin, torch.float32))
+    rotated = apply_rope(x.float(), cos, sin, torch.float32).to(torch.bfloat16)
+    assert torch.equal(apply_rope(x, cos, sin, torch.bfloat16), rotated)
 
 
 def test_llama3_scaling_keeps_short_and_divides_long_wavelengths():
@@ -70,7 +76,7 @@ def slow_attention(layer: Attention, x: torch.Tensor, allowed: torch.Tensor) -> 
     heads = []
     for head in range(4):
         group = head // 2
-        qh, kh = apply_rope(q[:, :, head], cos, sin), apply_rope(k[:, :, group], cos, sin)
+        qh, kh = (apply_rope(x, cos, sin, torch.float32) for x in (q[:, :, head], k[:, :, group]))
         scores = (qh @ kh.transpose(1, 2) / math.sqrt(16)).masked_fill(~allowed, -math.inf)
         heads.append(scores.softmax(-1) @ v[:, :, group])
     return layer.o_proj(torch.cat(heads, dim=-1))

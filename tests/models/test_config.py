@@ -64,6 +64,7 @@ def test_padded_vocabulary_is_the_next_multiple():
         ({"head_dim": 63}, "head_dim is 63; needs an even number"),
         ({"vocab_size": 0}, "vocab_size is 0; needs at least 1"),
         ({"activations": "float16"}, "activations is 'float16'; needs one of auto, bfloat16, float32"),
+        ({"attention": "fp8"}, "attention is 'fp8'; needs one of auto, bfloat16, float32"),
         ({"residual": "auto"}, "residual is 'auto'; needs one of float32, bfloat16"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"rope_scaling": {"factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0, "original_max_seq_len": 1}},

@@ -117,6 +117,23 @@ def test_tied_weight_is_one_parameter_after_to_empty_and_copies():
     assert len(list(model.parameters())) == len(list(make().parameters())) - 1
 
 
+@pytest.mark.parametrize("attention", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+def test_attention_computes_in_its_own_dtype(attention, masked, monkeypatch):
+    model = make("bf16", activations="bfloat16", attention=attention)
+    plain = torch.nn.functional.scaled_dot_product_attention
+    seen = []
+
+    def watched(*operands, **options):
+        seen.append({tensor.dtype for tensor in (*operands, options.get("attn_mask")) if tensor is not None})
+        return plain(*operands, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    documents = torch.arange(12)[None] // 5 if masked else None
+    model(tokens(1, 12), tokens(1, 12), documents).backward()
+    assert seen == 2 * [{torch.float32 if attention == "float32" else torch.bfloat16}]
+
+
 class MatrixMultiplications(TorchDispatchMode):
     """Counts operations that multiply matrices, and attention."""
 
@@ -155,8 +172,8 @@ def test_unknown_checkpointing_is_refused():
         make().checkpointing = "some"
 
 
-@pytest.mark.parametrize("choice", ["none", "selective"])
-def test_whole_model_is_one_graph(choice):
+def test_whole_model_is_one_graph():
+    """With documents, selective checkpointing and a loss in chunks: each is a way to break the graph."""
     model = make("blockwise", activations="bfloat16", num_layers=1)
     ids, targets = tokens(4, 64), tokens(4, 64, seed=1)
     documents = torch.arange(64)[None].expand(4, 64) // 10
@@ -164,7 +181,7 @@ def test_whole_model_is_one_graph(choice):
     wanted.backward()
     gradient = model.layers[0].mlp.up_proj.weight.grad.clone()
     model.zero_grad()
-    model.checkpointing = choice
+    model.checkpointing = "selective"
     model.logits_per_chunk = 1  # two chunks of 128 tokens
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(ids, targets, documents)
