@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.source_tree import ROOT, files, imports, python_files, syntax
 
@@ -54,18 +61,20 @@ def test_no_module_is_named_for_nothing_in_particular() -> None:
 
 
 def readme_tree() -> dict[str, set[str]]:
-    """Folder -> names, from README's file tree: `folder/  what it is: name, name`, continued on indented lines."""
+    """Folder -> names, from README's file tree: `folder/  what: name, name`, on one or more lines a folder."""
     text = (ROOT / "README.md").read_text()
     section = re.search(r"^## File tree\n+```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert section, "README.md has no '## File tree' with a code block"
-    tree, line = {}, ""
+    tree: dict[str, set[str]] = {}
+    line = ""
     for raw in [*section[1].splitlines(), "end/"]:
         if raw.startswith(" "):
             line += raw
             continue
         if line:
             folder, _, rest = line.partition("/ ")
-            tree[folder] = {name.strip() for name in rest.partition(":")[2].split(",") if name.strip()}
+            names = {name.strip() for name in rest.partition(":")[2].split(",") if name.strip()}
+            tree[folder] = tree.get(folder, set()) | names
         line = raw
     return tree
 
@@ -97,6 +106,37 @@ def test_readme_links_and_commands_lead_somewhere() -> None:
     targets += re.findall(r"\./(launch/\w+\.\w+)", text)
     assert targets
     assert not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_readme_is_finished() -> None:
+    assert not re.findall(r"TO BE FILLED|TODO|FIXME|XXX", (ROOT / "README.md").read_text())
+
+
+def test_readme_example_converts_and_trains_a_model() -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    torch.manual_seed(0)
+    model = _Bigrams()
+    tokens = torch.randint(64, (2, 32))
+    before = model.layers[0].weight.detach().clone()
+    names = {"model": model, "tokens": tokens, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "README.md", "exec"), names)
+    assert "fp8" in printed.getvalue()
+    assert not torch.equal(model.layers[0].weight, before)
+
+
+class _Bigrams(nn.Module):
+    """The smallest model that README's example fits: called as a Hugging Face language model is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(64, 128)
+        self.layers = nn.ModuleList([nn.Linear(128, 128)])
+        self.lm_head = nn.Linear(128, 64, bias=False)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = self.lm_head(self.layers[0](self.embed_tokens(tokens)))
+        return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
 
 def test_readme_lists_every_recipe() -> None:
