@@ -23,6 +23,7 @@ from fp8train.page import Column, code, typeset
 from fp8train.run_record import Arms, first_run
 from fp8train.units import count_text, flops_text, percent_text
 
+OWN_KEYS = ("run_dir", "time_limit_seconds")  # every arm has its own, and the numbers do not depend on them
 COVERAGE_NOTE = (
     "Counted while training, over all linears. Attention, norms, embedding lookup and loss are no linears and stay "
     "out of FP8."
@@ -106,7 +107,7 @@ def configuration_section(arms: Arms) -> list[str]:
     flat = {arm: dict(_flatten(next(iter(runs.values())).config)) for arm, runs in arms.items()}
     keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
     differing = [
-        key for key in keys if key != "run_dir" and len({str(entries.get(key)) for entries in flat.values()}) > 1
+        key for key in keys if key not in OWN_KEYS and len({str(entries.get(key)) for entries in flat.values()}) > 1
     ]
     columns = [Column(heading="Key"), *(Column(heading=arm) for arm in arms)]
     parts = [

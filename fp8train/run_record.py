@@ -15,6 +15,7 @@ import yaml
 from fp8train.errors import DataError
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
+NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
 
 
@@ -96,15 +97,17 @@ def read_metrics(path: Path) -> tuple[Table, Table]:
         raise DataError(
             f"compare: {path} does not exist; needs the metrics of a run. Give the run_dir of a run that trained."
         )
-    train: dict[int, list[float]] = {}
-    evals: dict[int, list[float]] = {}
+    train: dict[int, list[Any]] = {}
+    evals: dict[int, list[Any]] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             row = _parse_line(line, path, number)
-            if "loss" in row:
-                train[row["step"]] = [_number(row, key, path, number) for key in TRAIN_KEYS]
-            if "eval_loss" in row:
-                evals[row["step"]] = [_number(row, key, path, number) for key in EVAL_KEYS]
+            for rows, keys in ((train, TRAIN_KEYS), (evals, EVAL_KEYS)):
+                if keys[0] in row:
+                    values = rows[row["step"]] = [row.get(key) for key in keys]
+                    if not NUMBERS.issuperset(map(type, values)):
+                        odd = next(key for key in keys if type(row.get(key)) not in NUMBERS)
+                        raise _damaged(path, number, f"{odd} is {row[odd]!r}")
     if not train:
         raise DataError(f"{path}: has no training step; needs at least one row with a loss. Let the run train first.")
     return _table(train, TRAIN_KEYS), _table(evals, EVAL_KEYS)
@@ -126,15 +129,6 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return row
 
 
-def _number(row: Mapping[str, Any], key: str, path: Path, number: int) -> float:
-    value = row.get(key)
-    if value is None:
-        return math.nan
-    if type(value) not in (int, float):
-        raise _damaged(path, number, f"{key} is {value!r}")
-    return float(value)
-
-
 def _damaged(path: Path, number: int, detail: str) -> DataError:
     return DataError(
         f"{path}:{number}: damaged line ({detail}); needs one JSON object with an integer step and finite "
@@ -149,9 +143,10 @@ def _refuse_constant(name: str) -> float:
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would build one for every line
 
 
-def _table(rows: Mapping[int, list[float]], keys: tuple[str, ...]) -> Table:
+def _table(rows: Mapping[int, list[Any]], keys: tuple[str, ...]) -> Table:
     steps = np.array(sorted(rows), dtype=np.int64)
-    values = np.array([rows[step] for step in steps.tolist()], dtype=np.float64).reshape(len(steps), len(keys))
+    values = np.array([rows[step] for step in steps.tolist()], dtype=np.float64)  # None becomes NaN
+    values = values.reshape(len(steps), len(keys))
     return Table(steps=steps, columns={key: values[:, index] for index, key in enumerate(keys)})
 
 

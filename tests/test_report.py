@@ -188,6 +188,7 @@ def test_many_seeds_have_a_row_each(tmp_path: Path) -> None:
     assert sum(text.strip() == "3" for text in outline.texts["td"]) >= 4
 
 
+@pytest.mark.slow
 def test_report_of_100k_steps_is_small_and_quick(tmp_path: Path) -> None:
     losses = 2.2 + 3.3 * np.exp(-np.arange(100_000) / 9000) + np.random.default_rng(0).normal(0, 0.05, 100_000)
     base = write_run(tmp_path / "bf16", losses=losses)

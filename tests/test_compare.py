@@ -1,0 +1,308 @@
+"""The command compare: what is trained, what is refused, what is printed and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from fp8train.compare import FolderArguments, compare_folders, main, plan_arms, train_and_compare, wandb_row
+from fp8train.config import RunConfig, config_to_dict, load_config
+from fp8train.distributed import World
+from fp8train.errors import ConfigError, DataError, RecipeError, UserError, exit_code
+from fp8train.run_folder import RunResult
+from tests.run_folders import write_run
+
+TINY = [
+    "model.hidden_size=64",
+    "model.intermediate_size=96",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "seq_len=64",
+    "global_batch_tokens=256",
+    "data.eval_windows=4",
+]
+
+
+def configuration(run_dir: Path, *overrides: str) -> RunConfig:
+    return load_config([*TINY, "steps=40", f"run_dir={run_dir}", *overrides], "compare")
+
+
+class FakeTrainer:
+    """Writes the run folder of a finished run instead of training; stops before run number `stop_at`."""
+
+    def __init__(self, *, stop_at: int | None = None, **facts: Any) -> None:
+        self.trained: list[str] = []
+        self.stop_at = stop_at
+        self.facts = facts
+
+    def __call__(self, config: RunConfig, label: str) -> RunResult:
+        folder = Path(str(config.run_dir))
+        self.trained.append(f"{label}: {folder.parent.name}/{folder.name}")
+        finished = len(self.trained) != self.stop_at
+        if not folder.exists():
+            facts = {"init_hash": f"seed {config.seed}"} | (self.facts if config.recipe != "bf16" else {})
+            write_run(folder, recipe=config.recipe, seed=config.seed, **facts)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+        content = json.loads((folder / "result.json").read_text()) | {"finished": finished}
+        known = {field.name: content.get(field.name) for field in dataclasses.fields(RunResult)}
+        return RunResult(**known)
+
+
+def compare(config: RunConfig, trainer: FakeTrainer) -> int:
+    return train_and_compare(config, plan_arms(config), World(), trainer)
+
+
+def test_default_arms_are_bf16_and_the_recipe_each_in_its_own_run_folder(tmp_path: Path) -> None:
+    plan = plan_arms(configuration(tmp_path / "out", "seed=7"))
+    assert [(run.arm, run.config.recipe, run.config.seed, run.config.resume) for run in plan] == [
+        ("bf16", "bf16", 7, "auto"),
+        ("blockwise", "blockwise", 7, "auto"),
+    ]
+    assert [run.config.run_dir for run in plan] == [
+        str(tmp_path / "out" / "arms" / arm / "seed_7") for arm in ("bf16", "blockwise")
+    ]
+    first, second = (config_to_dict(run.config) for run in plan)
+    assert {key for key in first if first[key] != second[key]} == {"recipe", "run_dir"}
+
+
+def test_seeds_run_as_pairs(tmp_path: Path) -> None:
+    plan = plan_arms(configuration(tmp_path, "seed=3", "compare.seeds=2", "compare.arms=[bf16,blockwise,rowwise]"))
+    assert [run.label for run in plan] == [
+        f"{arm} seed {seed}" for seed in (3, 4) for arm in ("bf16", "blockwise", "rowwise")
+    ]
+
+
+def test_recipe_of_a_file_is_an_arm_named_after_the_file(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("version: 1\nrules:\n  - {match: '*', use: fp32}\n")
+    assert [run.arm for run in plan_arms(configuration(tmp_path / "out", f"recipe={recipe}"))] == ["bf16", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["recipe=bf16"], ConfigError, "recipe bf16 is the same as the arm bf16; needs arms that differ"),
+        (["compare.arms=[bf16]", "recipe=bf16"], ConfigError, "needs at least two recipes"),
+        (["compare.arms=[bf16,rowwise]"], ConfigError, "recipe is blockwise, but compare.arms are bf16, rowwise"),
+        (["compare.arms=[bf16,blockwise,blockwise]"], ConfigError, "blockwise is the same as the arm blockwise"),
+        (["recipe=blokwise"], RecipeError, "blockwise"),
+        (["compare.parallel=2"], ConfigError, "one after the other"),
+        (["resume=elsewhere/step_1"], ConfigError, "needs auto or never"),
+    ],
+    ids=["the baseline again", "one arm", "recipe not among arms", "arm twice", "typo", "parallel", "resume"],
+)
+def test_plan_that_cannot_be_honoured_is_refused_before_anything_is_written(
+    tmp_path: Path, overrides: Sequence[str], error: type[UserError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        plan_arms(configuration(tmp_path / "out", *overrides))
+    assert not (tmp_path / "out").exists()
+
+
+def test_same_recipe_under_another_file_name_is_refused(tmp_path: Path) -> None:
+    copied = tmp_path / "copied.yaml"
+    copied.write_text("version: 1\nrules:\n  - {match: '*', use: bf16}\n")
+    with pytest.raises(ConfigError, match="is the same as the arm"):
+        plan_arms(configuration(tmp_path / "out", f"compare.arms=[bf16,{copied}]", f"recipe={copied}"))
+
+
+def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="is the folder of a run"):
+        plan_arms(configuration(run))
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        plan_arms(configuration(file))
+    compared = tmp_path / "compared"
+    (compared / "arms").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="resume=never; needs an empty one"):
+        plan_arms(configuration(compared, "resume=never"))
+
+
+def test_comparison_writes_verdict_and_report_and_ends_with_its_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    trainer = FakeTrainer(eval_loss=2.2527, tokens_per_second=30_000.0)
+    assert compare(configuration(out), trainer) == 0
+    assert trainer.trained == ["bf16: bf16/seed_1", "blockwise: blockwise/seed_1"]
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert verdict["status"] == "indicative" and verdict["seeds"] == [1]
+    assert verdict["comparisons"]["blockwise"]["seeds"][0]["heldout_gap"]["nats"] == pytest.approx(0.0027)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"report: {out / 'report.html'}"
+    assert Path(lines[-1].removeprefix("report: ")).read_text().startswith("<!DOCTYPE html>")
+
+
+def test_summary_names_losses_gemms_reasons_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"eval_loss": 2.2527, "tokens_per_second": 30_000.0, "memory_bytes": 1.05e9}
+    compare(configuration(tmp_path / "out"), FakeTrainer(**facts))
+    text = capsys.readouterr().out
+    for wanted in (
+        r"BF16\s+FP8 blockwise",
+        r"held-out loss, nats/token\s+2.2500\s+2.2527",
+        r"gap\s+\+0.0027 \(\+0.12 %\)",
+        r"relative loss error, max\s+0.00 % at step 1",
+        r"FLOPs of linears in FP8\s+0.0 %\s+95.8 %",
+        r"tokens per second\s+[\d,]+\s+[\d,]+ \(0.7\dx\)",
+        r"training time\s+4.1 s\s+5.5 s",
+        r"peak memory\s+1.30 GiB\s+1001 MiB \(0.75x\)",
+        r"FP8 blockwise: in FP8 ran fprop 97.8 %, dgrad 97.8 %, wgrad 91.8 %",
+        r"not in FP8: lm_head, fprop, dgrad, wgrad: kept in high precision by the model",
+        r"not in FP8: layers.3.mlp.down_proj, wgrad: BF16 weight gradient",
+        r"FP8 blockwise ended 0.12 % above BF16 in held-out loss",
+        r"Indicative: one seed",
+        rf"run folder: {tmp_path / 'out'}",
+    ):
+        assert any(re.search(wanted, line) for line in text.splitlines()), wanted
+
+
+def test_stopped_comparison_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert compare(configuration(out), FakeTrainer(stop_at=2)) == 0
+    assert not (out / "verdict.json").exists() and "stopped in run 2 of 2" in capsys.readouterr().out
+    assert compare(configuration(out, "log.print_every=5"), FakeTrainer()) == 0
+    assert (out / "verdict.json").exists()
+
+
+def test_begun_arms_of_another_configuration_are_not_mixed_in(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare(configuration(out), FakeTrainer(stop_at=2))
+    with pytest.raises(ConfigError, match=r"bf16/seed_1 was begun with optim.lr=.*, this comparison has optim.lr=0.5"):
+        compare(configuration(out, "optim.lr=0.5"), FakeTrainer())
+
+
+@pytest.mark.parametrize(
+    ("fact", "words"), [("init_hash", "initial weights"), ("stream_hash", "token stream")], ids=["init", "stream"]
+)
+def test_arms_with_another_start_are_refused(tmp_path: Path, fact: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"{words} of .*blockwise/seed_1 .* are not those of .*bf16/seed_1"):
+        compare(configuration(tmp_path / "out"), FakeTrainer(**{fact: "other"}))
+    assert not (tmp_path / "out" / "verdict.json").exists()
+
+
+def test_time_limit_is_of_the_whole_comparison(tmp_path: Path) -> None:
+    limits = []
+
+    def train(config: RunConfig, label: str) -> RunResult:
+        limits.append(config.time_limit_seconds)
+        return FakeTrainer()(config, label)
+
+    config = configuration(tmp_path / "out", "time_limit_seconds=100")
+    train_and_compare(config, plan_arms(config), World(), train)
+    assert 0 < limits[1] < limits[0] <= 100
+
+
+def test_wandb_gets_the_numbers_of_the_verdict(tmp_path: Path) -> None:
+    compare(configuration(tmp_path), FakeTrainer(eval_loss=2.2527))
+    row = wandb_row(json.loads((tmp_path / "verdict.json").read_text()))
+    assert row["step"] == 40 and row["compare/status"] == "indicative"
+    assert row["compare/blockwise/heldout_gap.nats"] == pytest.approx(0.0027)
+    assert row["compare/blockwise/relative_loss_error.ema_max_percent"] == 0.0
+
+
+def test_folders_that_are_there_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bf16 = write_run(tmp_path / "a", recipe="bf16")
+    fp8 = write_run(tmp_path / "b", recipe="blockwise", eval_loss=2.2727)
+    out = tmp_path / "out"
+    assert main([f"runs=[{bf16},{fp8}]", f"run_dir={out}"]) == 0
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert list(verdict["arms"]) == ["bf16", "blockwise"] and verdict["arms"]["blockwise"]["runs"][0]["run_dir"] == str(
+        fp8
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+
+
+def test_two_runs_of_one_recipe_are_told_apart(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / name, recipe="blockwise")) for name in "abc"]
+    compare_folders(FolderArguments(runs=runs, run_dir=str(tmp_path / "out")))
+    assert list(json.loads((tmp_path / "out" / "verdict.json").read_text())["arms"]) == [
+        "blockwise",
+        "blockwise_2",
+        "blockwise_3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stream_hash": "x"}, "data order differs"),
+        ({"losses": np.full(50, 2.0)}, "token count differs: bf16 has 163,840, blockwise has 204,800"),
+        ({"tokenizer_hash": "x"}, "tokenizer differs"),
+        ({"eval_hash": "x"}, "eval set differs"),
+        ({"model_hash": "x"}, "model differs"),
+    ],
+    ids=["data order", "token count", "tokenizer", "eval set", "model"],
+)
+def test_folders_that_cannot_be_compared_are_refused_with_the_reason(
+    tmp_path: Path, change: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise", **change)
+    assert exit_code(main, [f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]) == 2
+    message = capsys.readouterr().err
+    assert reason in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["runs=[a]", "run_dir=out"], ConfigError, "needs at least two"),
+        (["runs=[a,./a]", "run_dir=out"], ConfigError, "names a folder twice"),
+        (["runs=[a,b]", "run_dir=out"], DataError, "b is not a folder"),
+        (["runs=[a,b]"], ConfigError, "run_dir"),
+        (["runs=[a,b]", "run_dir=out", "steps=3"], ConfigError, "steps"),
+        (["runs=[a,b]", "run_dir=a"], ConfigError, "is the folder of a run"),
+    ],
+    ids=["one", "twice", "missing", "no run_dir", "foreign key", "over a run"],
+)
+def test_bad_arguments_for_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: type[UserError], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a")
+    with pytest.raises(error, match=message):
+        main(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_metrics_are_named_by_file_and_line(tmp_path: Path) -> None:
+    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
+    with (fp8 / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    with pytest.raises(DataError, match=r"b/metrics.jsonl:43: damaged line"):
+        compare_folders(FolderArguments(runs=[str(bf16), str(fp8)], run_dir=str(tmp_path / "out")))
+
+
+def test_real_arms_share_weights_and_tokens_and_a_second_call_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [*TINY, "steps=4", "optim.warmup_steps=1", f"run_dir={out}"]
+    assert main(arguments) == 0
+    verdict = json.loads((out / "verdict.json").read_text())
+    bf16, fp8 = (verdict["arms"][arm]["runs"][0] for arm in ("bf16", "blockwise"))
+    assert bf16["fp8_flops_share"] == 0 and fp8["fp8_flops_share"] > 0.5
+    assert bf16["train_loss"] != fp8["train_loss"], "the arms differ in their arithmetic"
+    first = [
+        json.loads((out / "arms" / arm / "seed_1" / "metrics.jsonl").open().readline())["loss"]
+        for arm in verdict["arms"]
+    ]
+    assert first[0] == pytest.approx(
+        first[1], rel=0.02
+    )  # same weights and tokens; E4M3 GEMMs are good to a few percent
+    before = {path: path.read_bytes() for path in out.rglob("metrics.jsonl")}
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert {path: path.read_bytes() for path in out.rglob("metrics.jsonl")} == before
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
