@@ -1,0 +1,325 @@
+"""Checkpoints: everything that a run needs to go on bit for bit, and nothing in FP8.
+
+checkpoints/step_%08d/ holds model.safetensors (FP32 master weights by state-dict name, tied ones once),
+optimizer.safetensors (moments as KEY/PARAMETER), state.json (TrainingState) and COMPLETE (sizes and checksums).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8train.checkpoint_files import (
+    Marker,
+    clear_temporary,
+    new_folder,
+    read_json,
+    read_marker,
+    read_tensors,
+    remove_folder,
+    verify,
+)
+from fp8train.config import RunConfig, config_from_dict
+from fp8train.distributed import unwrap
+from fp8train.errors import CheckpointError
+from fp8train.random_state import restore_random_state
+
+FOLDER = "checkpoints"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+STEP_NAME = re.compile(r"step_\d{8,}")
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingState:
+    """What a checkpoint holds beside tensors; plain values that JSON can carry.
+
+    config: resolved configuration, as config_to_dict gives it.
+    recipe_document, recipe_text, recipe_hash: the recipe as parsed, as written, and the hash of its meaning.
+    progress: counters of the trainer, such as steps skipped; the learning rate is a function of the step.
+    data_position: where the data stream stands.
+    random_states: random_state() of every rank, in rank order; empty leaves the generators alone at a resume.
+    versions: of the software that wrote the checkpoint.
+    """
+
+    config: dict[str, Any]
+    recipe_document: dict[str, Any]
+    recipe_text: str
+    recipe_hash: str
+    progress: dict[str, Any] = field(default_factory=dict)
+    data_position: dict[str, Any] = field(default_factory=dict)
+    random_states: list[dict[str, str]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=_versions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was found whole.
+
+    path: its folder. step: optimizer steps that it has behind it. state: what it holds beside tensors.
+    skipped: one line for each newer checkpoint of the run that is damaged; for the user to see.
+    """
+
+    path: Path
+    step: int
+    state: TrainingState
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> RunConfig:
+        """Configuration of the run that wrote it.
+
+        Raises:
+            ConfigError: it has a key that this version does not know.
+        """
+        return config_from_dict(self.state.config, who=str(self.path / STATE_FILE))
+
+    @property
+    def recipe_document(self) -> dict[str, Any]:
+        """The recipe as parsed, for load_recipe."""
+        return self.state.recipe_document
+
+    @property
+    def recipe_hash(self) -> str:
+        """Hash of the recipe's meaning."""
+        return self.state.recipe_hash
+
+    def check_recipe(self, recipe_hash: str, *, allow_change: bool) -> None:
+        """Refuse to go on under a recipe that means something else.
+
+        Raises:
+            CheckpointError: the hashes differ and allow_change is false.
+        """
+        if recipe_hash != self.recipe_hash and not allow_change:
+            raise CheckpointError(
+                f"resume: {self.path} was trained under recipe {self.recipe_hash}, this run has {recipe_hash}; needs "
+                "the same recipe. Take that recipe, or set checkpoint.allow_recipe_change=true."
+            )
+
+    def load_model_state(self) -> dict[str, Tensor]:
+        """Weights by state-dict name, on the CPU, tied ones under each of their names; private memory maps of the file.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        tensors, metadata = read_tensors(self.path / MODEL_FILE)
+        return tensors | {name: tensors[first] for name, first in json.loads(metadata["tied"]).items()}
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, rank: int = 0) -> None:
+        """Put weights, moments and this rank's random generators back as they were. Hyper-parameters stay as they are.
+
+        Args:
+            model: with or without wrap_ddp's wrapper; load_state_dict's hooks run, so that FP8 codes are refreshed.
+            optimizer: over parameters of model; None leaves moments and generators alone.
+            rank: whose generators; a rank that the saved run did not have keeps its own.
+
+        Raises:
+            CheckpointError: a name or shape differs, or a file is damaged.
+        """
+        model = unwrap(model)
+        state = self.load_model_state()
+        self._check_fit("model", _shapes(state), _shapes(model.state_dict()))
+        model.load_state_dict(state)
+        if optimizer is None:
+            return
+        self._restore_optimizer(model, optimizer)
+        if rank < len(self.state.random_states):
+            restore_random_state(self.state.random_states[rank])
+
+    def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        tensors, metadata = read_tensors(self.path / OPTIMIZER_FILE)
+        names = _optimizer_names(model, optimizer)
+        own = {name: list(p.shape) for name, p in names.items()}
+        self._check_fit("optimizer", json.loads(metadata["parameters"]), own)
+        indices = {name: index for index, name in enumerate(names)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            key, _, parameter = name.partition("/")
+            state.setdefault(indices[parameter], {})[key] = tensor.clone()  # the optimizer must not write to a file map
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _check_fit(self, what: str, saved: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> None:
+        """Raise unless both have the same names with the same shapes."""
+        problems = [
+            *(f"{name} is missing" for name in own if name not in saved),
+            *(f"{name} is unknown to the {what}" for name in saved if name not in own),
+            *(f"{n} has shape {saved[n]}, the {what} {own[n]}" for n in own if n in saved and saved[n] != own[n]),
+        ]
+        if problems:
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise CheckpointError(
+                f"{self.path}: does not fit the {what}: {problems[0]}{more}; needs the model that it was saved from. "
+                "Take the checkpoint's own configuration or another checkpoint."
+            )
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    *,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+) -> Path:
+    """Write checkpoints/step_%08d of a run folder, then remove checkpoints that need not be kept. On one rank only.
+
+    Args:
+        model: its state dict is saved, on whatever device; wrap_ddp's wrapper is taken off.
+        keep_last: number of the newest checkpoints to keep, this one included; None keeps all.
+        keep_every: checkpoints at multiples of this step are kept besides.
+
+    Returns:
+        Path: the folder.
+
+    Raises:
+        CheckpointError: disk full or folder not writable; nothing half-written is left and earlier checkpoints stay.
+    """
+    folder = Path(run_dir) / FOLDER
+    target = folder / f"step_{step:08d}"
+    model = unwrap(model)
+    weights, tied = _untie(model.state_dict())
+    names = _optimizer_names(model, optimizer)
+    moments = {f"{key}/{name}": value for name, p in names.items() for key, value in optimizer.state[p].items()}
+    assert all(isinstance(value, Tensor) for value in moments.values()), "optimizer state that is not a tensor"
+    parameters = {name: list(p.shape) for name, p in names.items()}
+    sequence = 1 + max((marker.sequence for marker in _survey(folder)[0].values()), default=0)
+    with new_folder(target, step, sequence) as writer:
+        writer.write_tensors(MODEL_FILE, weights, {"format": "pt", "tied": json.dumps(tied)})
+        writer.write_tensors(OPTIMIZER_FILE, moments, {"format": "pt", "parameters": json.dumps(parameters)})
+        writer.write_json(STATE_FILE, asdict(state))
+    try:
+        clear_temporary(folder)
+        for path in _superfluous(_survey(folder)[0], keep_last, keep_every):
+            remove_folder(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {error.filename}: cannot be removed: {error.strerror}; needs a writable run_dir. "
+            f"{target} is whole."
+        ) from error
+    return target
+
+
+def open_checkpoint(path: str | Path, *, check_content: bool = True) -> Checkpoint:
+    """Open a checkpoint folder, or the newest whole checkpoint of a run folder.
+
+    Args:
+        check_content: compare every byte with its checksum; False is for a rank after rank 0 has done so.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or not fp8train's; for a run folder, all of them are damaged.
+    """
+    path = Path(path)
+    if (path / FOLDER).is_dir():
+        found = _newest(path, check_content)
+        if found is not None:
+            return found
+    if not path.is_dir():
+        raise CheckpointError(
+            f"checkpoint {path}: is not a folder; needs a checkpoint or a run folder. Correct the path."
+        )
+    return _open(path, read_marker(path), check_content)
+
+
+def find_resume(run_dir: str | Path, mode: str) -> Checkpoint | None:
+    """The checkpoint to go on from, checked byte for byte; None to start from the beginning.
+
+    Args:
+        mode: "auto" takes the newest whole one of run_dir, if it has any checkpoint; "never" takes none; anything else
+            is the path of a checkpoint or run folder.
+
+    Raises:
+        CheckpointError: the named one is no good, or run_dir has checkpoints and all of them are damaged.
+    """
+    if mode == "never":
+        return None
+    return _newest(Path(run_dir), check_content=True) if mode == "auto" else open_checkpoint(mode)
+
+
+def _newest(run_dir: Path, check_content: bool) -> Checkpoint | None:
+    """Newest whole checkpoint of a run folder; None if there is not even a damaged one."""
+    markers, problems = _survey(run_dir / FOLDER)
+    # newest is what was saved last: after going back to an earlier step, the later steps belong to another past
+    for path in sorted(markers, key=lambda path: markers[path].sequence, reverse=True):
+        try:
+            found = _open(path, markers[path], check_content)
+        except CheckpointError as error:
+            problems[path] = str(error)
+            continue
+        newer = [path for path in problems if path in markers or path.name > found.path.name]
+        skipped = tuple(f"skipped a damaged checkpoint: {problems[path]}" for path in newer)
+        return Checkpoint(path=found.path, step=found.step, state=found.state, skipped=skipped)
+    if problems:
+        raise CheckpointError(
+            f"{run_dir}: none of its {len(problems)} checkpoints is whole; needs one. {' '.join(problems.values())} "
+            "Start again in another run_dir."
+        )
+    return None
+
+
+def _open(path: Path, marker: Marker, check_content: bool) -> Checkpoint:
+    if check_content:
+        verify(path, marker)
+    content = read_json(path / STATE_FILE)
+    names = {f.name for f in fields(TrainingState)}
+    if not isinstance(content, dict) or set(content) != names:
+        raise CheckpointError(
+            f"{path / STATE_FILE}: does not have the keys {', '.join(sorted(names))}. Take another one."
+        )
+    return Checkpoint(path=path, step=marker.step, state=TrainingState(**content))
+
+
+def _survey(folder: Path) -> tuple[dict[Path, Marker], dict[Path, str]]:
+    """Markers of the checkpoints in a folder, and what is wrong with those that have no good one."""
+    markers: dict[Path, Marker] = {}
+    problems: dict[Path, str] = {}
+    for path in sorted(folder.glob("step_*")) if folder.is_dir() else ():
+        if path.is_dir() and STEP_NAME.fullmatch(path.name):
+            try:
+                markers[path] = read_marker(path)
+            except CheckpointError as error:
+                problems[path] = str(error)
+    return markers, problems
+
+
+def _superfluous(markers: Mapping[Path, Marker], keep_last: int | None, keep_every: int | None) -> Iterable[Path]:
+    if keep_last is None:
+        return []
+    order = sorted(markers, key=lambda path: markers[path].sequence)
+    return [path for path in order[:-keep_last] if not keep_every or markers[path].step % keep_every]
+
+
+def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, and the further names of tied ones -> the name that is saved."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if first.setdefault(identity, name) != name:
+                tied[name] = first[identity]
+    return {name: tensor for name, tensor in state.items() if name not in tied}, tied
+
+
+def _optimizer_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Name -> parameter of an optimizer, in its order."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -1,0 +1,114 @@
+"""One live run in one folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fp8train.errors import CheckpointError
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def lock_run_folder(run_dir: str | Path) -> Iterator[None]:
+    """Hold a run folder, made if need be, for this process. On rank 0 only.
+
+    The lock is the kernel's (flock), so that it ends with the process, however that ends. On a file system without
+    flock the process id and host in the file decide. The file is removed at the end.
+
+    Raises:
+        CheckpointError: a live run holds the folder, or it cannot be written to.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / LOCK_FILE
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"run_dir: {run_dir} cannot be written to: {error.strerror or error}; needs a writable folder. "
+            "Give another run_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    """Open and lock the file; its descriptor."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor, path)
+            # a run that has just ended may have removed the file between our open and our lock
+            if _is_at(descriptor, path):
+                holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, holder, 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Take the lock or raise CheckpointError."""
+    holder = _holder(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(path, holder) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        if holder and not _is_dead(holder):
+            raise _in_use(path, holder) from error
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    """Who wrote the file; empty if nobody has, or not to its end."""
+    try:
+        content = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether a holder is known to be gone; one on another host is taken to live."""
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _in_use(path: Path, holder: dict[str, Any]) -> CheckpointError:
+    who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= set(holder) else "another process"
+    return CheckpointError(
+        f"run_dir: {path.parent} is in use by {who}; needs a folder of its own. Give another run_dir or wait for "
+        f"that run; if it is gone, delete {path}."
+    )
