@@ -41,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0."""
     arguments = parse_arguments(argv, ExportArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)
+    for line in checkpoint.skipped:
+        sys.stderr.write(f"{line}\n")
     model = checkpoint.config.model
     tokenizer = None if arguments.tokenizer == "none" else _tokenizer_path(checkpoint, arguments.tokenizer)
     save_hf(checkpoint.load_model_state(), model, arguments.out, arguments.dtype, tokenizer)

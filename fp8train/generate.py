@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0."""
     arguments = parse_arguments(argv, GenerateArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)
+    for line in checkpoint.skipped:
+        sys.stderr.write(f"{line}\n")
     tokenizer = trained_tokenizer(checkpoint.config.data, arguments.tokenizer)
     vocab_size = checkpoint.config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
@@ -108,24 +110,16 @@ def restore_model(checkpoint: Checkpoint, device: torch.device, backend: str) ->
     """The model of a checkpoint, converted by the checkpoint's own recipe, on `device`."""
     recipe = load_recipe(checkpoint.recipe_document)
     model = build_model(resolve_activations(checkpoint.config.model, recipe), "meta")
-    _assign(model, checkpoint.load_model_state())
+    try:
+        model.load_state_dict(checkpoint.load_model_state(), assign=True)  # no second copy of the weights
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its weights do not fit its configuration ({error}). Take another checkpoint."
+        ) from error
+    model.tie_weights()
     model.to(device).eval()
     convert_model(model, recipe, backend=backend, device_type=device.type)
     return model
-
-
-def _assign(model: Decoder, state: Mapping[str, Tensor]) -> None:
-    """Make the tensors the model's parameters, without a copy."""
-    state = dict(state)
-    if model.config.tie_embeddings and "embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"checkpoint: its weights do not fit its config ({error}). Take another checkpoint."
-        ) from error
-    model.tie_weights()
 
 
 @torch.no_grad()

@@ -12,25 +12,18 @@ from safetensors.torch import load_file
 from fp8train import export as command
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.models import build_model
-from tests.test_generate import MODEL, checkpoint
+from tests.test_generate import MODEL, save_run
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    saved = checkpoint()
-    monkeypatch.setattr(command, "open_checkpoint", lambda path: saved)
-    return saved
-
-
-def test_transformers_computes_our_logits_from_the_export(saved, tmp_path, capsys):
+def test_transformers_computes_our_logits_from_the_export(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    out = tmp_path / "hf"
-    assert command.main(["checkpoint=RUN", f"out={out}", "dtype=float32"]) == 0
+    trained, out = save_run(tmp_path / "run"), tmp_path / "hf"
+    assert command.main([f"checkpoint={tmp_path / 'run'}", f"out={out}", "dtype=float32"]) == 0
     # 2 x 257 x 128 embedding and head; 128x128 q, o, 64x128 k, v, 3 x 128x128 MLP, 3 norms of 128
     assert "tiny of step 7, 164,480 parameters in float32, without tokenizer files" in capsys.readouterr().out
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     ours = build_model(dataclasses.replace(MODEL, activations="float32"))
-    ours.load_state_dict(saved.load_model_state())
+    ours.load_state_dict(trained.state_dict())
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         difference = ours(tokens) - theirs(tokens).logits
@@ -38,35 +31,37 @@ def test_transformers_computes_our_logits_from_the_export(saved, tmp_path, capsy
         assert difference.norm() <= 10 * 11.3 * 2**-24 * ours(tokens).norm()
 
 
-def test_bfloat16_is_the_master_rounded_to_nearest(saved, tmp_path):
-    command.main(["checkpoint=RUN", f"out={tmp_path / 'hf'}"])
+def test_bfloat16_is_the_master_rounded_to_nearest(tmp_path):
+    trained = save_run(tmp_path / "run")
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'hf'}"])
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    for name, master in saved.load_model_state().items():
+    for name, master in trained.state_dict().items():
         written = tensors[name if name == "lm_head.weight" else f"model.{name}"]
         assert torch.equal(written, master[: written.shape[0]].to(torch.bfloat16)), name
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_tokenizer_of_the_run_goes_along(saved, tmp_path):
+def test_tokenizer_of_the_run_goes_along(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     file = tmp_path / "tokenizer.json"
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
     words.save(str(file))
-    saved.config.data.tokenizer = str(file)
-    command.main(["checkpoint=RUN", f"out={tmp_path / 'with'}"])
+    save_run(tmp_path / "run", tokenizer=str(file))
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'with'}"])
     assert (tmp_path / "with" / "tokenizer.json").read_bytes() == file.read_bytes()
-    command.main(["checkpoint=RUN", f"out={tmp_path / 'without'}", "tokenizer=none"])
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'without'}", "tokenizer=none"])
     assert not (tmp_path / "without" / "tokenizer.json").exists()
 
 
-def test_what_cannot_be_written_is_refused(saved, tmp_path):
+def test_what_cannot_be_written_is_refused(tmp_path):
+    save_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="dtype: got 'fp16'"):
-        command.main(["checkpoint=RUN", f"out={tmp_path / 'hf'}", "dtype=fp16"])
+        command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'hf'}", "dtype=fp16"])
     with pytest.raises(ConfigError, match="out is not given"):
-        command.main(["checkpoint=RUN"])
+        command.main([f"checkpoint={tmp_path / 'run'}"])
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="not empty"):
-        command.main(["checkpoint=RUN", f"out={tmp_path}"])
+        command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path}"])
     with pytest.raises(CheckpointError, match="cannot be written"):
-        command.main(["checkpoint=RUN", f"out={tmp_path / 'file' / 'hf'}"])
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'file' / 'hf'}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]

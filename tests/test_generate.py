@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 
 from fp8train import generate as command
 from fp8train.arguments import parse_arguments
-from fp8train.config import RunConfig
+from fp8train.checkpoint import TrainingState, open_checkpoint, save_checkpoint
+from fp8train.config import RunConfig, config_to_dict
 from fp8train.data.config import DataConfig
 from fp8train.data.tokenizers import build_tokenizer
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.models import ModelConfig, build_model, initialize
+from fp8train.models import Decoder, ModelConfig, build_model, initialize
 from fp8train.recipe import load_recipe
 
 MODEL = ModelConfig(
@@ -23,70 +25,74 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def checkpoint(recipe: str = "blockwise", model: ModelConfig = MODEL, **data) -> SimpleNamespace:
-    """What open_checkpoint returns, without a folder."""
+def save_run(folder: Path, recipe: str = "blockwise", model: ModelConfig = MODEL, **data) -> Decoder:
+    """A run folder with one checkpoint of a random model."""
     trained = build_model(model)
     initialize(trained, seed=1)
-    return SimpleNamespace(
-        config=RunConfig(model=model, data=DataConfig(**data), recipe="unused"),
-        recipe_document=load_recipe(recipe).document,
-        load_model_state=trained.state_dict,
-        step=7,
+    document = load_recipe(recipe)
+    state = TrainingState(
+        config=config_to_dict(RunConfig(model=model, data=DataConfig(**data), recipe="not read")),
+        recipe_document=document.document,
+        recipe_text=document.text,
+        recipe_hash=document.hash,
     )
+    save_checkpoint(folder, 7, trained, torch.optim.AdamW(trained.parameters()), state)
+    return trained
 
 
 @pytest.fixture
-def opened(monkeypatch):
-    monkeypatch.setattr(command, "open_checkpoint", lambda path: checkpoint())
+def run(tmp_path, capsys):
+    """Runs the command on a checkpoint and returns what it printed."""
+    save_run(tmp_path)
+
+    def run(*arguments: str) -> str:
+        assert command.main([f"checkpoint={tmp_path}", "device=cpu", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
-def run(capsys, *arguments: str) -> str:
-    assert command.main(["checkpoint=RUN", "device=cpu", *arguments]) == 0
-    return capsys.readouterr().out
-
-
-def test_same_seed_prints_the_same_text_and_another_seed_another(opened, capsys):
-    first = run(capsys, "prompt=def f", "max_new_tokens=12", "temperature=1", "seed=3")
+def test_same_seed_prints_the_same_text_and_another_seed_another(run):
+    first = run("prompt=def f", "max_new_tokens=12", "temperature=1", "seed=3")
     assert first.startswith("def f") and first.endswith("\n") and len(first) > 8
-    assert run(capsys, "prompt=def f", "max_new_tokens=12", "temperature=1", "seed=3") == first
-    assert run(capsys, "prompt=def f", "max_new_tokens=12", "temperature=1", "seed=4") != first
+    assert run("prompt=def f", "max_new_tokens=12", "temperature=1", "seed=3") == first
+    assert run("prompt=def f", "max_new_tokens=12", "temperature=1", "seed=4") != first
 
 
-def test_temperature_zero_and_top_one_take_the_likeliest_token(opened, capsys):
-    likeliest = run(capsys, "prompt=ab", "max_new_tokens=10", "temperature=0")
-    assert run(capsys, "prompt=ab", "max_new_tokens=10", "top_k=1", "temperature=5", "seed=9") == likeliest
+def test_temperature_zero_and_top_one_take_the_likeliest_token(run):
+    likeliest = run("prompt=ab", "max_new_tokens=10", "temperature=0")
+    assert run("prompt=ab", "max_new_tokens=10", "top_k=1", "temperature=5", "seed=9") == likeliest
 
 
-def test_text_may_outgrow_the_context_and_start_from_nothing(opened, capsys):
-    assert len(run(capsys, "max_new_tokens=40", "temperature=1")) > 1
-    assert len(run(capsys, f"prompt={'x' * 60}", "max_new_tokens=2")) > 60
+def test_text_may_outgrow_the_context_and_start_from_nothing(run):
+    assert len(run("max_new_tokens=40", "temperature=1")) > 1
+    assert len(run(f"prompt={'x' * 60}", "max_new_tokens=2")) > 60
 
 
 @pytest.mark.parametrize(("recipe", "precision"), [("bf16", "bf16"), ("blockwise", "fp8"), ("fp32", "fp32")])
-def test_model_is_restored_in_the_precision_of_its_run(recipe, precision):
-    saved = checkpoint(recipe)
-    model = command.restore_model(saved, torch.device("cpu"), "cpu")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_model_is_restored_in_the_precision_of_its_run(recipe, precision, tied, tmp_path):
+    trained = save_run(tmp_path, recipe, dataclasses.replace(MODEL, tie_embeddings=tied))
+    model = command.restore_model(open_checkpoint(tmp_path), torch.device("cpu"), "cpu")
     assert model.layers[0].mlp.up_proj.precision.name == precision
     assert model(torch.tensor([[1]])).dtype == (torch.float32 if recipe == "fp32" else torch.bfloat16)
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved.load_model_state().items())
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tied
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_tied_weights_may_be_stored_once():
-    saved = checkpoint(model=dataclasses.replace(MODEL, tie_embeddings=True))
-    state = dict(saved.load_model_state())
-    del state["lm_head.weight"]
-    saved.load_model_state = lambda: state
-    model = command.restore_model(saved, torch.device("cpu"), "cpu")
-    assert model.lm_head.weight is model.embed_tokens.weight
+def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path):
+    save_run(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    checkpoint.state.config["model"]["num_layers"] = 2
+    with pytest.raises(CheckpointError, match=r"layers\.1\."):
+        command.restore_model(checkpoint, torch.device("cpu"), "cpu")
 
 
-def test_weights_that_do_not_fit_are_refused():
-    saved = checkpoint()
-    state = dict(saved.load_model_state())
-    del state["norm.weight"]
-    saved.load_model_state = lambda: state
-    with pytest.raises(CheckpointError, match="norm.weight"):
-        command.restore_model(saved, torch.device("cpu"), "cpu")
+def test_tokenizer_that_the_model_does_not_know_is_refused(tmp_path):
+    save_run(tmp_path, model=dataclasses.replace(MODEL, vocab_size=200))
+    with pytest.raises(ConfigError, match="bytes has 257 ids, the model 200"):
+        command.main([f"checkpoint={tmp_path}"])
 
 
 class Fixed(torch.nn.Module):
