@@ -54,10 +54,9 @@ section { padding: 40px 0 4px; margin-top: 32px; border-top: 1px solid var(--lin
 .alert { border-left: 3px solid var(--alert); background: var(--alert-panel); color: var(--ink); padding: 10px 16px;
   margin: 16px 0; max-width: none; }
 nav { margin: 28px 0 0; font-size: 14px; color: var(--muted); display: flex; flex-wrap: wrap; gap: 4px 20px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); gap: 1px; margin: 28px 0 0;
-  padding: 0;
-  background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.tiles div { background: var(--paper); padding: 16px 18px 14px; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1px; margin: 28px 0 0; padding: 0; background: var(--line);
+  border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.tiles div { flex: 1 1 156px; background: var(--paper); padding: 16px 18px 14px; }
 .tiles dt { color: var(--muted); font-size: 13px; line-height: 1.35; }
 .tiles dd { margin: 4px 0 0; }
 .tiles .value { font-size: 27px; line-height: 1.25; font-weight: 600; letter-spacing: -0.015em; white-space: nowrap; }
@@ -74,15 +73,14 @@ th, td { text-align: left; vertical-align: baseline; padding: 7px 20px 7px 0; bo
 th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--muted); font-weight: 500; font-size: 13px; vertical-align: bottom;
   border-bottom-color: var(--line); }
-tbody th { font-weight: 500; }
-td.number, tbody th.number { white-space: nowrap; }
+tbody th { font-weight: 500; width: 1%; white-space: nowrap; }
+td.number { white-space: nowrap; }
 .number { text-align: right; }
 .key { white-space: nowrap; }
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
 code, pre { font-family: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "Liberation Mono", monospace;
   font-size: 0.92em; }
 td code { overflow-wrap: anywhere; }
-th code { white-space: nowrap; }
 pre { background: var(--panel); border-radius: 8px; padding: 14px 18px; overflow-x: auto; font-size: 13px;
   line-height: 1.5; max-height: 480px; }
 details { margin: 4px 0 14px; }
@@ -145,7 +143,7 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]
 
 def figure(svg: str, caption: str) -> str:
     """A chart with its caption (HTML)."""
-    return f'<figure>\n<div class="scroll">{svg}</div>\n<figcaption>{caption}</figcaption>\n</figure>'
+    return f'<figure>\n<div class="scroll" tabindex="0">{svg}</div>\n<figcaption>{caption}</figcaption>\n</figure>'
 
 
 def tiles(entries: Sequence[tuple[str, str, str]]) -> str:

@@ -21,7 +21,7 @@ from fp8train.coverage_summary import (
 )
 from fp8train.page import Column, code, typeset
 from fp8train.run_record import Arms, first_run
-from fp8train.units import count_text, flops_text, percent_text
+from fp8train.units import bytes_text, count_text, flops_text, percent_text
 
 OWN_KEYS = ("run_dir", "time_limit_seconds")  # every arm has its own, and the numbers do not depend on them
 COVERAGE_NOTE = (
@@ -134,7 +134,7 @@ def environment_section(arms: Arms) -> list[str]:
     keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
     rows = []
     for key in keys:
-        values = {arm: _plain(entries.get(key)) for arm, entries in flat.items()}
+        values = {arm: _plain(entries.get(key), key) for arm, entries in flat.items()}
         text = "<br>".join(f"{html.escape(arm)}: {code(value)}" for arm, value in values.items())
         if len(set(values.values())) == 1:
             text = code(values[next(iter(values))])
@@ -152,22 +152,21 @@ def environment_section(arms: Arms) -> list[str]:
 
 def method() -> str:
     entries = {
-        "What the arms share": "initial weights, the stream of training tokens and its order, the held-out "
-        "windows, the optimizer and its schedule. Hashes of them were compared.",
-        "Held-out loss": "mean cross-entropy over fixed windows that training never sees, in nats per token; in "
-        "the arm's own precision, and with BF16 arithmetic on the same weights.",
-        "Relative loss error": "(loss of the arm - loss of the baseline) / loss of the baseline. EMA 0.9: both "
-        "losses are smoothed over logged steps by e = 0.9 e + 0.1 loss, starting at the first loss, as in "
-        "DeepSeek-V3 (arXiv:2412.19437). Largest: the largest magnitude over all steps.",
-        "Indicative": "one pair of runs. Two BF16 runs that differ only in rounding noise drift apart as well; "
-        "without further seeds a gap of that size cannot be told from chance, whichever sign it has.",
-        "Tokens per second": "median over logged steps after the warm-up (the first 5 %, at least one step and at "
-        "most 20).",
-        "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the "
-        "operations themselves while training.",
-        "Thinned curves": "a curve with more points than pixels keeps the first, lowest, highest and last point "
-        "of each pixel column, so that no extreme is lost.",
-    }  # fmt: skip
+        "What the arms share": "Initial weights, the training tokens and their order, and the held-out windows: their "
+        "hashes were compared. What differs is listed under Configuration.",
+        "Held-out loss": "Mean cross-entropy over fixed windows that training never sees, in nats per token; in the "
+        "arm's own precision, and with BF16 arithmetic on the same weights.",
+        "Relative loss error": "(loss of the arm - loss of the baseline) / loss of the baseline. EMA 0.9: both losses "
+        "are smoothed over logged steps by e = 0.9 e + 0.1 loss, starting at the first loss; DeepSeek-V3 "
+        "(arXiv:2412.19437) smooths alike. Largest: the largest magnitude over all steps.",
+        "Indicative": "One pair of runs. Two BF16 runs that differ only in rounding noise drift apart as well; without "
+        "further seeds a gap of that size cannot be told from chance, whichever sign it has.",
+        "Tokens per second": "Median over logged steps after the warm-up (the first 5 %, at least one and at most 20).",
+        "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the operations "
+        "themselves while training.",
+        "Thinned curves": "A curve with more points than pixels keeps the first, lowest, highest and last point of "
+        "each pixel column, so that no extreme is lost.",
+    }
     return (
         '<dl class="method">'
         + "".join(f"<dt>{html.escape(name)}</dt><dd>{typeset(text)}</dd>" for name, text in entries.items())
@@ -210,5 +209,9 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, key: str = "") -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return bytes_text(value)
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return "null" if value is None else str(value)

@@ -19,7 +19,7 @@ SMOOTHING = (
 )
 WARMUP_FRACTION = 0.05
 MAX_WARMUP_ROWS = 20
-ONE_SEED = "one seed: the spread between seeds is unknown, so the gap cannot be told from chance"
+ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot be told from chance"
 NO_TEST = "no equivalence test across seeds was made"
 
 # Facts that two runs must share for their difference to be about precision alone: key of result.json -> words for it.

@@ -161,7 +161,7 @@ def test_summary_names_losses_gemms_reasons_time_and_memory(tmp_path: Path, caps
         r"not in FP8: lm_head, fprop, dgrad, wgrad: kept in high precision by the model",
         r"not in FP8: layers.3.mlp.down_proj, wgrad: BF16 weight gradient",
         r"FP8 blockwise ended 0.12 % above BF16 in held-out loss",
-        r"Indicative: one seed",
+        r"Indicative: with one seed",
         rf"run folder: {tmp_path / 'out'}",
     ):
         assert any(re.search(wanted, line) for line in text.splitlines()), wanted
