@@ -35,12 +35,15 @@ class Assembly:
         return all(row.numbers == BF16 for row in self.report.rows)
 
 
-def assemble(config: RunConfig, device: torch.device, *, first_weights: bool = True) -> Assembly:
+def assemble(
+    config: RunConfig, device: torch.device, *, recipe: Recipe | None = None, first_weights: bool = True
+) -> Assembly:
     """Build, fill and convert the model of a run.
 
     Args:
         config: model, recipe, backend, seed, activation_checkpointing and compile are read.
         device: where the model is to be; it is laid out there, never anywhere else first.
+        recipe: None loads config.recipe.
         first_weights: fill it from model.init_from, or else from the seed; False leaves that to a checkpoint.
 
     Raises:
@@ -48,11 +51,11 @@ def assemble(config: RunConfig, device: torch.device, *, first_weights: bool = T
         BackendError: the backend cannot run here.
         CheckpointError: model.init_from cannot be read.
     """
-    recipe = load_recipe(config.recipe)
+    recipe = load_recipe(config.recipe) if recipe is None else recipe
     model = build_model(resolve_activations(config.model, recipe), device="meta").to_empty(device=device)
     if first_weights and config.model.init_from is not None:
         load_hf(model, config.model.init_from)
-    else:
+    elif first_weights:
         initialize(model, config.seed)
     report = convert_model(model, recipe, backend=config.backend, device_type=device.type)
     model.checkpointing = config.activation_checkpointing
@@ -84,6 +87,20 @@ def model_hash(model: ModelConfig) -> str:
     for name in ("name", "init_from", "activations"):
         del fields[name]
     return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()
+
+
+def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that training holds from step to step, by kind."""
+    weights = [parameter for parameter in assembly.model.parameters() if parameter.requires_grad]
+    moments = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    return {
+        "weights": sum(parameter.numel() * parameter.element_size() for parameter in assembly.model.parameters()),
+        "gradients": sum(parameter.numel() * parameter.element_size() for parameter in weights),
+        "moments": sum(moment.numel() * moment.element_size() for moment in moments),
+        "weight_copies": sum(row.code_bytes + row.scale_bytes for row in assembly.report.rows),
+    }
 
 
 class CoverageLog:

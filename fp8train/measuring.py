@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import resource
 import statistics
@@ -89,6 +91,8 @@ class StreamHash:
 
 def _reset_peak_rss() -> None:
     """Set the kernel's high-water mark of this process to what it uses at present, where the kernel lets us."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier run in this process has freed would count as ours
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # not Linux, or a sandbox: the peak then counts from the start of the process

@@ -1,0 +1,149 @@
+"""Score a checkpoint on held-out text, in its own precision and in BF16: `fp8train eval checkpoint=DIR`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp8train._layout import folder
+from fp8train.arguments import describe, nearest, parse_arguments, parse_assignments, structure
+from fp8train.assembly import assemble
+from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.config import RunConfig, config_to_dict
+from fp8train.data import Batcher, build_dataset, check_vocabulary
+from fp8train.distributed import World, init, rank_exit_code
+from fp8train.errors import ConfigError
+from fp8train.evaluation import EvalSet, evaluate
+from fp8train.generate import trained_tokenizer
+from fp8train.metrics import to_json_line
+from fp8train.recipe import load_recipe
+from fp8train.run_folder import on_main, write_file
+
+OWN_KEYS = ("checkpoint", "out")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalArguments:
+    """Score a checkpoint on held-out text: nats per token, bits per byte, perplexity; keys of the run may be changed.
+
+    checkpoint: run folder (its newest checkpoint) or one checkpoint
+    out: file that gets the scores as one JSON object; null: none
+    """
+
+    checkpoint: str
+    out: str | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score as asked and print a table; returns 0.
+
+    Other text: data=text data.path=FILE data.holdout_fraction=0.9, in the tokenizer of the run. Further keys are
+    taken too: data.eval_windows, seq_len, backend, micro_batch_samples, model.activations and the like.
+    """
+    if any(argument in ("-h", "--help") for argument in argv):
+        sys.stdout.write(f"{describe(EvalArguments)}\n{describe(RunConfig)}")
+        return 0
+    arguments = parse_arguments([a for a in argv if a.partition("=")[0] in OWN_KEYS or "=" not in a], EvalArguments)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    config = evaluation_config(checkpoint, [a for a in argv if a.partition("=")[0] not in OWN_KEYS])
+    with init(config.parallel.timeout_seconds) as world:
+        row = score_checkpoint(checkpoint, config, world)
+        if world.main:
+            sys.stdout.write(table(checkpoint, row))
+        out = arguments.out
+        if out is not None:
+            on_main(world, lambda: write_file(Path(out), to_json_line(row)))
+    return 0
+
+
+def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str]) -> RunConfig:
+    """The configuration of the run, with the changes that were asked for.
+
+    Args:
+        changes: KEY=VALUE of RunConfig, and data=CHOICE, which replaces the data but keeps the tokenizer.
+
+    Raises:
+        ConfigError: unknown key or choice, wrong type, or windows longer than the model takes.
+    """
+    values = config_to_dict(checkpoint.config)
+    keys = []
+    for change in changes:
+        key, _, choice = change.partition("=")
+        if key == "data":
+            values["data"] = _data_choice(checkpoint, choice)
+        else:
+            keys.append(change)
+    config = structure(RunConfig, _merged(values, parse_assignments(keys, RunConfig)), who="eval")
+    if config.seq_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"eval: seq_len is {config.seq_len}; needs at most model.max_seq_len={config.model.max_seq_len}."
+        )
+    if not config.data.holdout_fraction:
+        raise ConfigError("eval: data.holdout_fraction is 0; needs some text held out. Set data.holdout_fraction=0.05.")
+    return config
+
+
+def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) -> dict[str, Any]:
+    """Scores as one row: those of evaluation.evaluate, with step, checkpoint, recipe and the hash of the windows.
+
+    Raises:
+        UserError: data, backend or checkpoint do not serve.
+    """
+    dataset = build_dataset(config.data, config.seq_len, config.seed)
+    check_vocabulary(dataset, config.model.vocab_size)
+    size = config.micro_batch_samples or 8
+    eval_set = EvalSet(Batcher(dataset, size * world.world_size, size, world.rank, world.world_size), world)
+    recipe = load_recipe(checkpoint.recipe_document)
+    assembly = assemble(config, world.device, recipe=recipe, first_weights=False)
+    checkpoint.restore(assembly.model)
+    scores = evaluate(assembly.model, eval_set, bf16=True, all_bf16=assembly.all_bf16)
+    return {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "recipe": Path(checkpoint.config.recipe).stem,
+        "backend": assembly.report.backend,
+        **scores,
+        "eval_hash": eval_set.hash,
+    }
+
+
+def table(checkpoint: Checkpoint, row: dict[str, Any]) -> str:
+    """The scores as text."""
+    lines = [
+        *checkpoint.skipped,
+        f"checkpoint {row['checkpoint']}, step {row['step']}, recipe {row['recipe']}, backend {row['backend']}",
+        f"held out: {row['eval_tokens']:,} tokens, {row['eval_bytes']:,} bytes",
+        f"{'precision':17s} {'nats/token':>10s} {'bits/byte':>10s} {'perplexity':>11s}",
+    ]
+    for name, suffix in ((row["recipe"], ""), ("evaluated in BF16", "_bf16")):
+        loss, bits, perplexity = (row[key + suffix] for key in ("eval_loss", "bits_per_byte", "perplexity"))
+        lines.append(f"{name:17s} {loss:10.4f} {bits:10.4f} {perplexity:11.4f}")
+    return "\n".join(lines) + "\n"
+
+
+def _data_choice(checkpoint: Checkpoint, choice: str) -> dict[str, Any]:
+    """The data group of that name, with the tokenizer of the run."""
+    files = {path.stem: path for path in (folder("configs") / "data").glob("*.yaml")}
+    if choice not in files:
+        raise ConfigError(f"data: no file {choice!r} in configs/data/; {nearest(choice, sorted(files))}.")
+    tokenizer = trained_tokenizer(checkpoint.config.data)
+    data = yaml.safe_load(files[choice].read_text(encoding="utf-8")) or {}
+    return data | {"tokenizer": "bytes" if tokenizer.path is None else str(tokenizer.path)}
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """values with changes on top, mapping by mapping."""
+    merged = dict(values)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+if __name__ == "__main__":
+    raise SystemExit(rank_exit_code(main))

@@ -1,0 +1,281 @@
+"""The folder of one run: who may use it, what is in it, what a finished run left there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+
+import fp8train
+from fp8train.backends import cpu_library
+from fp8train.checkpoint import Checkpoint
+from fp8train.config import RunConfig, config_to_dict
+from fp8train.distributed import World
+from fp8train.errors import CheckpointError, ConfigError, UserError
+from fp8train.metrics import METRICS_FILE, read_metrics
+from fp8train.recipe import Recipe
+
+T = TypeVar("T")
+
+RESULT_FILE = "result.json"
+# What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
+FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
+FREE_KEYS = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunResult:
+    """What a run came to; result.json holds it, less evals and coverage, which have files of their own.
+
+    run_dir: run folder
+    finished: all steps are done; false after a signal or the time limit
+    stopped_by: what ended it early, such as "SIGTERM"; null
+    device: GPU name, or "cpu"
+    world_size: ranks
+    steps, tokens_seen: of the whole run, resumed parts included
+    skipped_steps: steps whose loss or gradient was not finite
+    final_train_loss: of the last step, in nats per token; null where it was not finite
+    evals: rows of metrics.jsonl that carry eval_loss
+    tokens_per_second: median over the steps of this process, less the first few
+    peak_memory_bytes: of the device; on a CPU of the process
+    memory_bytes: what is held from step to step, by kind
+    train_seconds: time in steps, resumed parts included
+    seconds: wall time of this process, from building the model to the end
+    fp8_flops_share: share of the linears' training FLOPs that ran in FP8
+    parameters: number of trainable parameters
+    coverage: content of coverage.json
+    model_hash, tokenizer_hash, data_hash, eval_hash, init_hash: what two runs must share to be comparable
+    stream_hash: of the token ids of all steps, in order
+    """
+
+    run_dir: str
+    finished: bool
+    stopped_by: str | None
+    device: str
+    world_size: int
+    steps: int
+    tokens_seen: int
+    skipped_steps: int
+    final_train_loss: float | None
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    tokens_per_second: float | None
+    peak_memory_bytes: int
+    memory_bytes: dict[str, int]
+    train_seconds: float
+    seconds: float
+    fp8_flops_share: float
+    parameters: int
+    coverage: dict[str, Any] = field(default_factory=dict)
+    model_hash: str
+    tokenizer_hash: str
+    data_hash: str
+    eval_hash: str
+    init_hash: str
+    stream_hash: str
+
+
+def on_main(world: World, action: Callable[[], T]) -> T:
+    """Run something on rank 0 and hand its result to every rank; a UserError there is raised on every rank."""
+    outcome: tuple[Any, UserError | None] = (None, None)
+    if world.main:
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, error)
+    result, error = world.broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def check_folder(path: Path, resume: str) -> None:
+    """Refuse a folder that a run must not write to. Writes nothing.
+
+    Raises:
+        ConfigError: it is not empty and resume=never, or it has metrics and resume names a checkpoint of another run.
+        CheckpointError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"run_dir: {path} is a file; needs a folder, new or of a run. Give another run_dir.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if resume == "never":
+        raise ConfigError(
+            f"run_dir: {path} is not empty and resume=never; needs an empty one. Give another run_dir or resume=auto."
+        )
+    if resume != "auto" and (path / METRICS_FILE).exists() and path.resolve() not in Path(resume).resolve().parents:
+        raise ConfigError(
+            f"resume: {resume} belongs to another run than run_dir={path}, which holds metrics; needs a new run_dir or "
+            "a checkpoint below it. Give another run_dir."
+        )
+
+
+def finished_result(path: Path, steps: int) -> RunResult | None:
+    """The result of a run that has done at least `steps` steps in this folder, or None.
+
+    Raises:
+        CheckpointError: result.json is damaged.
+    """
+    file = path / RESULT_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not content["finished"] or content["steps"] < steps:
+            return None
+        coverage = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
+        return RunResult(**content, evals=saved_evals(path), coverage=coverage)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error}); delete it to train on from the newest checkpoint."
+        ) from error
+
+
+def saved_evals(path: Path) -> list[dict[str, Any]]:
+    """Evaluation rows of the metrics in a run folder."""
+    file = path / METRICS_FILE
+    return [row for row in read_metrics(file) if "eval_loss" in row] if file.is_file() else []
+
+
+def write_result(result: RunResult) -> None:
+    """Write result.json and coverage.json."""
+    content = dataclasses.asdict(result)
+    del content["evals"], content["coverage"]
+    folder = Path(result.run_dir)
+    write_file(folder / "coverage.json", json.dumps(result.coverage, indent=1))
+    write_file(folder / RESULT_FILE, json.dumps(content, indent=1, allow_nan=False))
+
+
+def write_run_files(
+    path: Path, config: RunConfig, recipe: Recipe, device: torch.device, facts: Mapping[str, Any]
+) -> None:
+    """Write config.yaml, recipe.yaml and environment.json; the run counts as unfinished from here on.
+
+    Args:
+        facts: put into environment.json beside what `environment` finds, such as ranks and hashes.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    (path / RESULT_FILE).unlink(missing_ok=True)  # of an earlier, shorter run: this one is not finished
+    write_file(path / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    write_file(path / "recipe.yaml", recipe.text)
+    write_file(path / "environment.json", json.dumps(dict(facts) | environment(device), indent=1))
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a file as a whole; a reader sees the old text or the new.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to.
+    """
+    fresh = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
+        ) from error
+
+
+def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> None:
+    """Refuse to go on from a checkpoint of a run on another model, other data or another order of them.
+
+    Args:
+        fingerprint: of the data set of this run.
+
+    Raises:
+        ConfigError: names the first key that differs, and both values.
+    """
+    own, other = _flat(config_to_dict(config)), _flat(found.state.config)
+    for key, value in own.items():
+        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in FREE_KEYS
+        if fixed and key in other and other[key] != value:
+            raise ConfigError(
+                f"resume: {key} is {value!r}, the checkpoint {found.path} has {other[key]!r}; needs the same. "
+                f"Set {key}={other[key]}, or give another run_dir."
+            )
+    then = found.state.data_position["fingerprint"]
+    if then != fingerprint:
+        raise ConfigError(
+            f"resume: the data is {fingerprint[:12]}, was {then[:12]} when {found.path} was saved; needs the same "
+            "text, tokenizer and split. Restore them, or give another run_dir."
+        )
+    if found.step > config.steps:
+        raise ConfigError(
+            f"steps: got {config.steps}, the checkpoint {found.path} is at {found.step}; needs at least as many. "
+            "Raise steps, or give another run_dir."
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware, code and command line of this process; plain values."""
+    library = cpu_library.load()
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes
+    name = device_name(device) if on_gpu else f"{_cpu_name()}, {os.cpu_count()} cores"
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "fp8train": fp8train.__version__,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": {"name": name, "memory_bytes": memory},
+        "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "memory_bytes": host_bytes},
+        "torch_threads": torch.get_num_threads(),
+        "cpu_kernels": library.functions is not None,
+        "cpu_kernels_reason": library.reason,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git about the checkout that this package lies in; None where it is no checkout or there is no git."""
+    folder = Path(__file__).resolve().parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(values, Mapping):
+        return {prefix.rstrip("."): values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat

@@ -1,0 +1,394 @@
+"""The training loop: build, resume, step, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8train.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
+from fp8train.checkpoint import TrainingState, find_resume, save_checkpoint
+from fp8train.config import RunConfig, config_to_dict
+from fp8train.console import Console
+from fp8train.data import Batcher, build_dataset, check_vocabulary
+from fp8train.distributed import World, wrap_ddp
+from fp8train.errors import TrainingError, UserError
+from fp8train.evaluation import EvalSet, evaluate, score_text
+from fp8train.measuring import PeakMemory, Speed, StreamHash
+from fp8train.metrics import Metrics, peak_flops
+from fp8train.models import count_parameters, flops_per_token
+from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
+from fp8train.profiling import ProfileWindow
+from fp8train.random_state import random_state
+from fp8train.run_folder import (
+    RunResult,
+    check_folder,
+    check_same_run,
+    device_name,
+    finished_result,
+    on_main,
+    saved_evals,
+    write_result,
+    write_run_files,
+)
+from fp8train.run_lock import lock_run_folder
+from fp8train.stopping import StopRequest
+from fp8train.training_step import StepResult, train_step
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run is; part of every checkpoint.
+
+    step: optimizer steps done, skipped ones included
+    skipped_steps: steps whose loss or gradient was not finite
+    nonfinite_in_a_row: of them, those at the end
+    train_seconds: time in steps
+    loss: of the last step; null where it was not finite
+    stream_sum: StreamHash of all steps, over all ranks
+    init_hash: of the weights before the first step
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    train_seconds: float = 0.0
+    loss: float | None = None
+    stream_sum: int = 0
+    init_hash: str = ""
+
+
+class Trainer:
+    """Trains one model as its configuration says; every rank has one.
+
+    Args:
+        config: checked against world here.
+        world: the ranks that train together.
+        console: None writes to standard output on rank 0.
+    """
+
+    def __init__(self, config: RunConfig, world: World, console: Console | None = None) -> None:
+        assert config.run_dir is not None, "load_config gives every run a folder"
+        config.check(world.world_size)
+        self.config = config
+        self.world = world
+        self.run_dir = Path(config.run_dir)
+        self.console = console or Console(config.steps, enabled=world.main, print_every=config.log.print_every)
+        self.progress = Progress()
+        self.evals: list[dict[str, Any]] = []
+
+    def run(self) -> RunResult:
+        """Train to the last step, or until a signal or the time limit; a finished run is only reported.
+
+        Raises:
+            UserError: the configuration, data, folder or machine does not serve; nothing has been written then.
+            TrainingError: optim.max_nonfinite_steps steps in a row were not finite.
+        """
+        started = time.monotonic()
+        config, world = self.config, self.world
+        on_main(world, lambda: check_folder(self.run_dir, config.resume))
+        done = on_main(world, lambda: finished_result(self.run_dir, config.steps) if config.resume == "auto" else None)
+        if done is not None:
+            self.console.info(
+                f"{self.run_dir} is finished: {done.steps} steps. Raise steps to go on, or give another run_dir."
+            )
+            return done
+        with self._claimed(), _determinism(config.deterministic), StopRequest(config.time_limit_seconds) as stop:
+            self._build()
+            self._open()
+            try:
+                stopped_by = self._train(stop)
+                return self._finish(stopped_by, started)
+            finally:
+                self.console.close()
+                if self.metrics is not None:
+                    self.metrics.close()
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Inside, no other process can train in the folder; a folder made for a refused run goes again."""
+        made = self.world.main and not self.run_dir.exists()
+        try:
+            with contextlib.ExitStack() as stack:
+                on_main(self.world, lambda: stack.enter_context(lock_run_folder(self.run_dir)))
+                yield
+        except UserError:
+            if made and self.run_dir.is_dir() and not any(self.run_dir.iterdir()):
+                self.run_dir.rmdir()
+            raise
+
+    def _build(self) -> None:
+        """Data, model, optimizer; the cheapest first, so that a mistake shows early. Writes nothing."""
+        config, world = self.config, self.world
+        torch.manual_seed(config.seed)
+        dataset = build_dataset(config.data, config.seq_len, config.seed)
+        check_vocabulary(dataset, config.model.vocab_size)
+        size = config.micro_batch(world.world_size)
+        self.batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
+        self.eval_set = EvalSet(self.batcher, world) if config.data.holdout_fraction > 0 else None
+        self.memory = PeakMemory(world.device)
+        self.assembly: Assembly = assemble(config, world.device)
+        self.model = self.assembly.model
+        self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
+        self.replica: nn.Module = wrap_ddp(self.model, world)
+        self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
+        self.console.info(self._introduction(dataset.describe(), size))
+
+    def _introduction(self, data: str, micro_batch: int) -> str:
+        config, world, report = self.config, self.world, self.assembly.report
+        steps, ranks = self.batcher.num_micro_batches, f"{world.world_size} rank{'s' * (world.world_size > 1)}"
+        return "\n".join(
+            [
+                f"model {config.model.name}: {count_parameters(config.model):,} parameters, seq_len {config.seq_len}",
+                f"data {data}",
+                f"recipe {report.recipe}: {report.planned_fp8_share():.1%} of the linears' FLOPs planned in FP8",
+                report.backend_reason,
+                f"step of {config.global_batch_tokens:,} tokens = {steps} x {micro_batch} sequences on {ranks}",
+                f"run folder {self.run_dir}",
+            ]
+        )
+
+    def _restore(self) -> None:
+        """Put everything back as the checkpoint has it that resume names, if there is one."""
+        config, world = self.config, self.world
+        found = on_main(world, lambda: find_resume(self.run_dir, config.resume))
+        if found is None:
+            return
+        for line in found.skipped:
+            self.console.warn(line)
+        found.check_recipe(self.assembly.recipe.hash, allow_change=config.checkpoint.allow_recipe_change)
+        check_same_run(config, self.batcher.dataset.fingerprint, found)
+        found.restore(self.model, self.optimizer, world.rank)
+        self.progress = Progress(**found.state.progress)
+        cost = self.batcher.skip_to(found.step)
+        self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
+        if found.recipe_hash != self.assembly.recipe.hash:
+            self.console.warn(f"the recipe has changed since step {found.step}, as checkpoint.allow_recipe_change says")
+
+    def _save(self) -> Path:
+        """Write a checkpoint of this step, unless there is one."""
+        config, progress, recipe = self.config, self.progress, self.assembly.recipe
+        progress.stream_sum = self.stream.total(self.world)
+        states = self.world.all_gather_object(random_state())
+
+        def write() -> Path:
+            state = TrainingState(
+                config=config_to_dict(config),
+                recipe_document=recipe.document,
+                recipe_text=recipe.text,
+                recipe_hash=recipe.hash,
+                progress=dataclasses.asdict(progress),
+                data_position={
+                    "fingerprint": self.batcher.dataset.fingerprint,
+                    "sample": progress.step * config.global_batch_samples,
+                },
+                random_states=states,
+            )
+            return save_checkpoint(
+                self.run_dir,
+                progress.step,
+                self.model,
+                self.optimizer,
+                state,
+                keep_last=config.checkpoint.keep_last,
+                keep_every=config.checkpoint.keep_every,
+            )
+
+        return on_main(self.world, write)
+
+    def _open(self) -> None:
+        """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
+        config, world = self.config, self.world
+        self._restore()
+        self.coverage = CoverageLog(self.assembly.report)
+        self.speed = Speed(config.log.skip_steps)
+        self.stream = StreamHash(self.progress.stream_sum if world.main else 0)
+        self.profile = ProfileWindow(config.profile.steps, self.run_dir, world)
+        facts = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "world_size": world.world_size,
+            "resumed_step": self.progress.step,
+            "init_hash": self.progress.init_hash,
+            "data_hash": self.batcher.dataset.fingerprint,
+            "recipe_hash": self.assembly.recipe.hash,
+        }
+        on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts))
+        self.metrics = self._open_metrics() if world.main else None
+        self.evals = on_main(world, lambda: saved_evals(self.run_dir))
+
+    def _open_metrics(self) -> Metrics:
+        log = self.config.log
+        return Metrics(
+            self.run_dir,
+            wandb=log.wandb,
+            wandb_project=log.wandb_project,
+            tensorboard=log.tensorboard,
+            config=config_to_dict(self.config),
+            resumed_step=self.progress.step,
+            warn=self.console.warn,
+        )
+
+    def _train(self, stop: StopRequest) -> str | None:
+        """Steps until the last, or until some rank is asked to stop; returns why it stopped early."""
+        config, progress = self.config, self.progress
+        while progress.step < config.steps:
+            self.profile.before(progress.step + 1)
+            result = self._step(stop.reason is not None)
+            note = self.profile.after(progress.step)
+            if note is not None:
+                self.console.info(note)
+            if _due(progress.step, config.eval.every) and progress.step < config.steps:
+                self._evaluate()
+            if result.stop and progress.step < config.steps:
+                return next(reason for reason in self.world.all_gather_object(stop.reason) if reason is not None)
+            if _due(progress.step, config.checkpoint.every) and progress.step < config.steps:
+                self._save()
+        return None
+
+    def _step(self, stop: bool) -> StepResult:
+        """One optimizer step, its row in the metrics and its line on the console."""
+        config, progress = self.config, self.progress
+        lr = learning_rate(config.optim, progress.step, config.steps)
+        set_learning_rate(self.optimizer, lr)
+        begin = time.perf_counter()
+        batches = self.batcher.micro_batches(progress.step)
+        self.stream.add(batches)
+        data_seconds = time.perf_counter() - begin
+        clip = config.optim.clip_grad_norm
+        result = train_step(self.replica, self.optimizer, batches, self.world, clip=clip, stop=stop)
+        seconds = time.perf_counter() - begin
+        progress.step += 1
+        progress.train_seconds += seconds
+        progress.loss = result.loss if math.isfinite(result.loss) else None
+        progress.skipped_steps += not result.updated
+        progress.nonfinite_in_a_row = 0 if result.updated else progress.nonfinite_in_a_row + 1
+        self.speed.add(config.global_batch_tokens, seconds)
+        self._log(result, lr, seconds, data_seconds)
+        if progress.nonfinite_in_a_row >= config.optim.max_nonfinite_steps:
+            raise TrainingError(
+                f"train: loss or gradient norm was not finite in {progress.nonfinite_in_a_row} steps in a row, up to "
+                f"step {progress.step} (loss {result.loss}, norm {result.grad_norm}); needs finite ones. Lower "
+                "optim.lr, look at the data, or try recipe=bf16."
+            )
+        return result
+
+    def _log(self, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
+        """Row of a finished step; a step that was skipped always has one."""
+        config, progress = self.config, self.progress
+        row: dict[str, Any] = {
+            "step": progress.step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_seen": progress.step * config.global_batch_tokens,
+            "tokens_per_second": config.global_batch_tokens / seconds,
+            "step_seconds": seconds,
+            "data_seconds": data_seconds,
+            "memory_bytes": self.memory.bytes(),
+        }
+        if not result.updated:
+            row |= {"skipped": True, "skipped_steps": progress.skipped_steps}
+        peak = peak_flops(device_name(self.world.device))
+        if peak is not None:
+            flops = flops_per_token(config.model, config.seq_len) * row["tokens_per_second"]
+            row["mfu"] = flops / (peak * self.world.world_size)
+        self.console.step(row, self.speed.eta_seconds(config.steps - progress.step))
+        if self.metrics is not None and (_due(progress.step, config.log.every) or not result.updated):
+            self.metrics.write(row)
+
+    def _evaluate(self) -> None:
+        """Score the held-out windows, in the run's own precision and in BF16."""
+        if self.eval_set is None:
+            return
+        begin = time.perf_counter()
+        self.coverage.pause()
+        scores = evaluate(self.model, self.eval_set, bf16=self.config.eval.bf16, all_bf16=self.assembly.all_bf16)
+        share = self.coverage.total()["fp8_flops_share"]
+        self.coverage.resume()
+        row = {
+            "step": self.progress.step,
+            **scores,
+            "fp8_flops_share": share,
+            "eval_seconds": time.perf_counter() - begin,
+        }
+        self.evals.append(row)
+        self.console.info(f"eval at step {row['step']}: {score_text(row)}")
+        if self.metrics is not None:
+            self.metrics.write(row)
+
+    def _finish(self, stopped_by: str | None, started: float) -> RunResult:
+        """Last evaluation and checkpoint, result.json, and the line that says how it ended."""
+        note = self.profile.close()
+        if note is not None:
+            self.console.info(note)
+        if stopped_by is None and not (self.evals and self.evals[-1]["step"] == self.progress.step):
+            self._evaluate()
+        saved = self._save()
+        self.coverage.pause()
+        result = self._result(stopped_by, started)
+        on_main(self.world, lambda: write_result(result))
+        if stopped_by is None:
+            self.console.info(
+                f"finished {result.steps} steps in {result.train_seconds:.1f} s of training: {self.run_dir}"
+            )
+        else:
+            self.console.info(
+                f"stopped by {stopped_by} after step {result.steps} of {self.config.steps}; saved {saved}. "
+                f"The same command goes on from there."
+            )
+        return result
+
+    def _result(self, stopped_by: str | None, started: float) -> RunResult:
+        config, progress, dataset, world = self.config, self.progress, self.batcher.dataset, self.world
+        coverage = self.coverage.total()
+        return RunResult(
+            run_dir=str(self.run_dir),
+            finished=stopped_by is None,
+            stopped_by=stopped_by,
+            device=device_name(world.device),
+            world_size=world.world_size,
+            steps=progress.step,
+            tokens_seen=progress.step * config.global_batch_tokens,
+            skipped_steps=progress.skipped_steps,
+            final_train_loss=progress.loss,
+            evals=self.evals,
+            tokens_per_second=self.speed.tokens_per_second,
+            peak_memory_bytes=int(world.all_max(float(self.memory.bytes()))),
+            memory_bytes=memory_by_kind(self.assembly, self.optimizer),
+            train_seconds=progress.train_seconds,
+            seconds=time.monotonic() - started,
+            fp8_flops_share=coverage["fp8_flops_share"],
+            parameters=count_parameters(config.model),
+            coverage=coverage,
+            model_hash=model_hash(config.model),
+            tokenizer_hash=dataset.tokenizer.hash,
+            data_hash=dataset.fingerprint,
+            eval_hash="none" if self.eval_set is None else self.eval_set.hash,
+            init_hash=progress.init_hash,
+            stream_hash=f"{self.stream.total(world):016x}",
+        )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+@contextlib.contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Only deterministic algorithms inside, if wanted; as before outside."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
