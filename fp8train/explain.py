@@ -25,7 +25,7 @@ from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
 from fp8train.units import bytes_text, percent_text, short_count_text
 
-USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [backend=NAME] [KEY=VALUE ...] [--all] [--json]
+USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [backend=NAME] [KEY=VALUE] [--all] [--json]
 
 Prints, for every linear of the model: shape, precision of each GEMM, the rule that decided, backend and bytes.
 

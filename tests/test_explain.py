@@ -48,7 +48,7 @@ def test_eight_billion_parameters_fit_on_a_screen(capsys: pytest.CaptureFixture[
     assert len(text.splitlines()) < 30
     line = next(line for line in text.splitlines() if line.startswith("layers.{0..31}.mlp.gate_proj"))
     cells = [" ".join(cell.split()) for cell in line.split("  ") if cell.strip()]
-    # bytes of 32 weights [14336, 4096]: 4 an element in the master, 1 + 1 in the codes for fprop and dgrad, and 2 * 4 a block
+    # 32 weights [14336, 4096]: 4 bytes an element in the master, 1 + 1 in the codes for fprop and dgrad, 2 * 4 a block
     sizes = ["7.00 GiB", "3.50 GiB", "896 KiB"]
     assert cells[1:] == ["32", "[14336, 4096]", "fp8", "fp8", "fp8", "fp8", "3: *layers.*", "cpu", *sizes]
     assert "x e4m3 1x128 pow2, w e4m3 128x128 pow2" in text

@@ -25,6 +25,7 @@ FP8 = {
     "dgrad": {"dy": "e4m3 1x128", "w": "e4m3 128x128"},
     "wgrad": {"dy": "e4m3 1x128", "x": "e4m3 1x128", "source": "dual"},
 }
+REST = {"match": "*", "use": "bf16"}
 
 
 def document(*rules: dict, **more: object) -> dict:
@@ -260,15 +261,19 @@ def test_hash_follows_meaning(old: str, new: str, tmp_path: Path) -> None:
     assert load_recipe(path).hash != load_recipe("blockwise").hash
 
 
+def test_hash_ignores_the_order_of_precisions() -> None:
+    forward = {"fp8": FP8, "weights": {"fprop": {"w": "e4m3 128x128"}}}
+    backward = dict(reversed(forward.items()))
+    first, second = ({"version": 1, "precisions": order, "rules": [REST]} for order in (forward, backward))
+    assert load_recipe(first).hash == load_recipe(second).hash
+
+
 def test_hash_follows_the_order_of_rules() -> None:
     first, second = {"match": "*q_proj", "use": "bf16"}, {"match": "*layers.*", "use": "fp8"}
     assert load_recipe(document(first, second)).hash != load_recipe(document(second, first)).hash
 
 
 # Refusals
-
-
-REST = {"match": "*", "use": "bf16"}
 
 
 @pytest.mark.parametrize(
