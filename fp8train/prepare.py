@@ -22,7 +22,7 @@ from typing import Any, cast
 import yaml
 
 from fp8train import _layout
-from fp8train.config import parse_arguments
+from fp8train.arguments import parse_arguments
 from fp8train.data import huggingface
 from fp8train.data.config import DataConfig
 from fp8train.data.corpus import encode
@@ -280,7 +280,7 @@ def _write_stream(folder: Path, config: PrepareConfig, tokenizer: Tokenizer, rep
     while (meta := finished_shard(folder, len(shards), tokenizer)) is not None:
         shards.append(meta)
     done = sum(shard["documents"] for shard in shards)
-    documents = huggingface.stream(config.data, None, 0)
+    documents = huggingface.stream(config.data, huggingface.load(config.data), None, 0)
     if done:
         started = time.perf_counter()
         done = sum(1 for _ in itertools.islice(documents, done))

@@ -1,13 +1,20 @@
-"""Training data: sources, tokenizers, packing, held-out split, token shards, batches."""
+"""Training data: sources, tokenizers, packing, held-out split, token shards, batches.
+
+What needs torch (Batcher) is loaded when first used: workers of `fp8train prepare` start much faster without it.
+"""
 
 from __future__ import annotations
 
-from fp8train.data.batcher import MASKED_TARGET, Batch, Batcher
+from typing import TYPE_CHECKING, Any
+
 from fp8train.data.build import build_dataset
 from fp8train.data.config import DataConfig, SourceConfig
 from fp8train.data.dataset import Dataset, check_vocabulary
 from fp8train.data.packing import Sample
 from fp8train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, build_tokenizer
+
+if TYPE_CHECKING:
+    from fp8train.data.batcher import MASKED_TARGET, Batch, Batcher
 
 __all__ = [
     "MASKED_TARGET",
@@ -24,3 +31,12 @@ __all__ = [
     "build_tokenizer",
     "check_vocabulary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("MASKED_TARGET", "Batch", "Batcher"):
+        raise AttributeError(f"module 'fp8train.data' has no attribute {name!r}")
+    from fp8train.data import batcher
+
+    value = globals()[name] = getattr(batcher, name)
+    return value

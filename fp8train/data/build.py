@@ -145,9 +145,8 @@ def _dataset(
         source.text_key,
         source.hf_shuffle_buffer,
     ]
-    huggingface.load(source)  # a wrong name stops here, before any model is built
     return StreamedDataset(
-        functools.partial(huggingface.stream, source),
+        functools.partial(huggingface.stream, source, huggingface.load(source)),
         name=huggingface.name_of(source),
         identity=hashlib.sha256(repr(identity).encode()).hexdigest(),
         tokenizer=tokenizer,

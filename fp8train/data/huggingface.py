@@ -40,9 +40,8 @@ def read_rows(source: SourceConfig, start: int, stop: int | None) -> Iterator[by
                 yield document
 
 
-def stream(source: SourceConfig, seed: int | None, epoch: int) -> Iterator[bytes]:
-    """Texts of a streamed dataset in the order that (seed, epoch) gives; seed None keeps the order of the dataset."""
-    dataset = load(source)
+def stream(source: SourceConfig, dataset: Any, seed: int | None, epoch: int) -> Iterator[bytes]:
+    """Texts of a streamed dataset, from load(source), in the order of (seed, epoch); seed None does not shuffle."""
     if source.hf_shuffle_buffer and seed is not None:
         dataset = dataset.shuffle(seed=seed, buffer_size=source.hf_shuffle_buffer)
     dataset.set_epoch(epoch)

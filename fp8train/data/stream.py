@@ -15,6 +15,7 @@ from fp8train.data.split import content_hash
 from fp8train.data.tokenizers import Tokenizer
 from fp8train.errors import DataError
 
+READ_AHEAD_BYTES = 1 << 16  # text for one call of the tokenizer: enough for its threads, little to wait for
 OpenStream = Callable[[int | None, int], Iterator[bytes]]
 
 
@@ -116,7 +117,7 @@ class StreamedDataset:
     def _restart(self) -> None:
         self._next = 0
         self._documents_read = 0
-        self._encoded = encode(self._training_documents(), self.tokenizer)
+        self._encoded = encode(self._training_documents(), self.tokenizer, READ_AHEAD_BYTES)
         self._tokens = np.empty(0, dtype=np.int64)
         self._ids = np.empty(0, dtype=np.int64)
         self._number = 0
@@ -154,7 +155,7 @@ class StreamedDataset:
         tokens: list[np.ndarray] = []
         ids: list[np.ndarray] = []
         needed = wanted * self.seq_len + 1
-        for number, (_, document) in enumerate(encode(chosen, self.tokenizer)):
+        for number, (_, document) in enumerate(encode(chosen, self.tokenizer, READ_AHEAD_BYTES)):
             tokens.append(document.astype(np.int64))
             ids.append(np.full(len(document), number, dtype=np.int32))
             needed -= len(document)

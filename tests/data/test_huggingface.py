@@ -1,0 +1,171 @@
+"""Hugging Face datasets: stored and streamed, local files and saved datasets, and what a missing package says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fp8train.data import Batcher, DataConfig, SourceConfig, build_dataset, check_vocabulary
+from fp8train.data.stream import StreamedDataset
+from fp8train.errors import DataError
+from tests.data.corpora import make_documents
+
+datasets = pytest.importorskip("datasets")
+TEXTS = [document.decode() for document in make_documents(400, longest=100)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a test stays in the user's cache, and nothing of it is shown as a bar."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"id": n, "body": text}) + "\n" for n, text in enumerate(TEXTS)))
+    return file
+
+
+def make_config(path: Path, **options: object) -> DataConfig:
+    return DataConfig(kind="hf", path=str(path), text_key="body", holdout_fraction=0.2, **options)  # type: ignore[arg-type]
+
+
+def test_stored_rows_equal_the_same_lines_read_as_jsonl(jsonl: Path) -> None:
+    stored = build_dataset(make_config(jsonl), 16, 1)
+    lines = DataConfig(kind="jsonl", path=str(jsonl), text_key="body", holdout_fraction=0.2)
+    assert stored.fingerprint == build_dataset(lines, 16, 1).fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_saved_dataset_is_read(streaming: bool, tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(tmp_path / "saved")
+    dataset = build_dataset(make_config(tmp_path / "saved", hf_streaming=streaming), 16, 1)
+    assert dataset.streaming is streaming
+    assert len(dataset.sample(3).tokens) == 17
+
+
+def test_stream_is_one_seeded_order_for_any_number_of_ranks(jsonl: Path) -> None:
+    def hashes(seed: int, world_size: int) -> list[list[int]]:
+        parts = [
+            Batcher(build_dataset(make_config(jsonl, hf_streaming=True), 16, seed), 4, 1, rank, world_size)
+            for rank in range(world_size)
+        ]
+        steps = [[part.micro_batches(step) for part in parts] for step in range(8)]
+        return [rank[m].tokens[0].tolist() for step in steps for m in range(4 // world_size) for rank in step]
+
+    assert hashes(1, 1) == hashes(1, 2) == hashes(1, 4)
+    assert hashes(1, 1) != hashes(2, 1)
+
+
+def test_stream_windows_continue_each_other_and_number_their_documents(jsonl: Path) -> None:
+    dataset = build_dataset(make_config(jsonl, hf_streaming=True, document_mask=True), 16, 1)
+    windows = [dataset.sample(index) for index in range(50)]
+    for window, following in zip(windows, windows[1:], strict=False):
+        assert window.tokens[-1] == following.tokens[0]
+    for window in windows:
+        assert window.document_ids[0] == 0
+        changes = np.flatnonzero(np.diff(window.document_ids))
+        assert np.array_equal(changes, np.flatnonzero(window.tokens[:-1] == 256))
+
+
+def test_skip_reaches_the_same_sample_and_says_its_cost(jsonl: Path) -> None:
+    read, skipped = (build_dataset(make_config(jsonl, hf_streaming=True), 16, 1) for _ in range(2))
+    expected = [read.sample(index).tokens for index in range(30)][29]
+    cost = skipped.skip_to(29)
+    assert "sample 29" in cost
+    assert "464 tokens" in cost
+    assert " documents" in cost and cost.endswith(" s")
+    assert np.array_equal(skipped.sample(29).tokens, expected)
+    assert np.array_equal(skipped.sample(29).tokens, expected), "going back starts the stream again"
+
+
+def test_stream_goes_on_in_another_order_after_its_end(jsonl: Path) -> None:
+    dataset = build_dataset(make_config(jsonl, hf_streaming=True), 16, 1)
+    stream = bytes(b"\n"[0] if token == 256 else token for n in range(4000) for token in dataset.sample(n).tokens[1:])
+    documents = stream.decode().split("\n")[1:-1]  # the first lacks the token that is no target
+    size = len({*documents})
+    first, second = documents[: size - 1], documents[size - 1 : 2 * size - 1]
+    assert 200 < size < len(TEXTS)
+    assert len({*second}) == size
+    assert [text for text in second if text in first] != first
+
+
+def test_stream_never_trains_on_what_it_holds_out(jsonl: Path) -> None:
+    dataset = build_dataset(make_config(jsonl, hf_streaming=True, eval_windows=10**6), 16, 1)
+    held = np.concatenate([sample.tokens[:-1] for sample in dataset.eval_samples()])
+    trained = np.concatenate([dataset.sample(index).tokens[:-1] for index in range(600)])
+    split = [
+        bytes(part.tolist()) for part in np.split(held, np.flatnonzero(held == 256) + 1)[1:-1] for part in [part[:-1]]
+    ]
+    text = "".join(chr(token) for token in trained)
+    assert len(split) > 10
+    assert not [document for document in split if f"\u0100{document.decode()}\u0100" in text]
+
+
+def test_evaluation_of_a_stream_is_fixed_and_leaves_its_position(jsonl: Path) -> None:
+    one, two = (build_dataset(make_config(jsonl, hf_streaming=True), 16, seed) for seed in (1, 2))
+    one.sample(5)
+    assert [s.tokens.tolist() for s in one.eval_samples(6)] == [s.tokens.tolist() for s in two.eval_samples(6)]
+    assert isinstance(one, StreamedDataset)
+    assert one._next == 6
+
+
+def test_stream_of_the_hash_leaves_the_position_of_training(jsonl: Path) -> None:
+    batcher = Batcher(build_dataset(make_config(jsonl, hf_streaming=True), 16, 1), 4, 4)
+    batcher.micro_batches(0)
+    assert batcher.stream_hash(0, 3) == batcher.stream_hash(0, 3)
+    assert batcher.dataset._next == 4  # type: ignore[attr-defined]
+
+
+def test_mix_of_stored_and_streamed_sources(jsonl: Path) -> None:
+    stream = SourceConfig(kind="hf", path=str(jsonl), text_key="body", hf_streaming=True, weight=3)
+    config = DataConfig(kind="mix", mix=[stream, SourceConfig(kind="stdlib")])
+    read, skipped = build_dataset(config, 16, 1), build_dataset(config, 16, 1)
+    assert read.streaming
+    expected = [read.sample(index).tokens for index in range(21)][20]
+    assert "documents" in skipped.skip_to(20)
+    assert np.array_equal(skipped.sample(20).tokens, expected)
+
+
+def test_vocabulary_of_a_stream_is_that_of_its_tokenizer(jsonl: Path) -> None:
+    dataset = build_dataset(make_config(jsonl, hf_streaming=True), 16, 1)
+    check_vocabulary(dataset, 257)
+    with pytest.raises(DataError, match="bytes has 257 ids; the model has 200"):
+        check_vocabulary(dataset, 200)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({}, "neither data.hf_name nor data.path is given", id="no-name"),
+        pytest.param({"path": "nowhere.parquet"}, "nowhere.parquet cannot be loaded", id="missing-file"),
+        pytest.param({"path": "rows.xyz"}, "no reader for files named rows.xyz", id="unknown-suffix"),
+        pytest.param(
+            {"path": "rows.jsonl", "text_key": "txt"}, "has the columns id, body; needs 'txt'", id="no-column"
+        ),
+        pytest.param({"path": "rows.jsonl", "text_key": "id"}, "row 0 of .* has a int under 'id'", id="not-text"),
+        pytest.param({"path": "rows.jsonl", "hf_split": "dev"}, "cannot be loaded .*dev", id="no-split"),
+        pytest.param(
+            {"path": "rows.jsonl", "text_key": "id", "hf_streaming": True}, "has a int under 'id'", id="stream"
+        ),
+    ],
+)
+def test_bad_dataset_is_one_line(
+    options: dict[str, object], message: str, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(jsonl.parent)
+    with pytest.raises(DataError, match=message) as caught:
+        build_dataset(DataConfig(kind="hf", **options), 16, 1).sample(0)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'fp8train\[hf\]'"):
+        build_dataset(DataConfig(kind="hf", hf_name="owner/name"), 16, 1)
