@@ -1,7 +1,7 @@
 """The numeric contract once more, in numpy and from tables written by hand: shares no code with fp8train.
 
-Codes are found by looking a number up among the midpoints of neighbouring values, in FP64, where each of these is exact.
-Scales are rounded up with frexp instead of on the bits.
+Codes are found by looking a number up among the midpoints of neighbouring values, in FP64, where each of these is
+exact. Scales are rounded up with frexp instead of on the bits.
 """
 
 from __future__ import annotations

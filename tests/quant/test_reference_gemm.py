@@ -49,8 +49,8 @@ def test_product_equals_fp64_on_the_decoded_operands(M: int, N: int, K: int, lef
     expected = exact(qa, qb)
     y = scaled_mm(qa, qb, out_dtype=torch.float32)
     assert y.shape == (M, N) and y.dtype is torch.float32
-    # at most ceil(K/32) = 32 FP32 roundings of a sum, 2^-24 each: relative error below 2^-19, calc_diff below 2^-39 = 2e-12;
-    # roundings are not aligned, so that a twentieth of it is room enough
+    # 32 blocks of K at most, an FP32 rounding of the partial and one of the sum each: 64 of 2^-24 / sqrt(3) rms, 2.8e-7
+    # relative, calc_diff 4e-14; 1e-12 is 5 times that error
     assert calc_diff(y, expected) < 1e-12
     rounded = scaled_mm(qa, qb)
     assert rounded.dtype is torch.bfloat16

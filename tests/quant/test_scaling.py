@@ -65,7 +65,7 @@ def test_scale_one_ulp_around_every_edge_equals_the_oracle(fmt: Format, kind: st
 def test_power_of_two_scale_is_the_smallest_that_does_not_saturate(fmt: Format) -> None:
     amax = random_magnitudes()
     scale = scale_inv_from_amax(amax.view(torch.int32), fmt, "pow2").to(torch.float64)
-    # max is 1.75 * 2^n: the next FP32 number is 1.14 half ulps of the quotient above it, so rounding to FP32 hides no excess
+    # max is 1.75 * 2^n: the quotient of the next FP32 number is 1.14 half ulps above 2^k, so rounding hides no excess
     assert bool((amax.to(torch.float64) <= fmt.max * scale).all())
     smaller = (amax.to(torch.float64) > fmt.max * scale / 2) | (scale == 2.0**-126)
     assert bool(smaller.all())
