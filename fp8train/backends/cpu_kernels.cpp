@@ -79,31 +79,33 @@ template <class T> inline void load_run(const T* x, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = load(x + i);
 }
 
-// bytes [rows, cols] with leading dimension TILE -> out [cols, rows] with leading dimension `stride`
+// One stage of an 8x8 byte transpose held in eight 64-bit rows: exchange STEP x STEP sub-blocks across the diagonal.
+template <int STEP> inline void exchange(uint64_t (&v)[8], uint64_t mask) {
+#pragma GCC unroll 4
+  for (int base = 0; base < 8; base += 2 * STEP)
+#pragma GCC unroll 4
+    for (int i = base; i < base + STEP; ++i) {
+      const uint64_t swap = ((v[i] >> (8 * STEP)) ^ v[i + STEP]) & mask;
+      v[i] ^= swap << (8 * STEP);
+      v[i + STEP] ^= swap;
+    }
+}
+
+// bytes [rows, cols] with leading dimension TILE -> out [cols, rows] with leading dimension `stride`. Eight output rows at a time:
+// `stride` is often a power of two, and more rows than that would evict each other from the first-level cache.
 void transpose_tile(const uint8_t* in, int64_t rows, int64_t cols, uint8_t* out, int64_t stride) {
-  int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) {
-    int64_t c = 0;
-    for (; c + 8 <= cols; c += 8) {
+  const int64_t full_rows = rows - rows % 8, full_cols = cols - cols % 8;
+  for (int64_t c = 0; c < full_cols; c += 8)
+    for (int64_t r = 0; r < full_rows; r += 8) {
       uint64_t v[8];
       for (int i = 0; i < 8; ++i) std::memcpy(&v[i], in + (r + i) * TILE + c, 8);
-      const uint64_t masks[3] = {0x00000000FFFFFFFFull, 0x0000FFFF0000FFFFull, 0x00FF00FF00FF00FFull};
-      for (int stage = 0, step = 4; stage < 3; ++stage, step /= 2) {
-        const int shift = step * 8;
-        for (int i = 0; i < 8; ++i) {
-          if (i & step) continue;
-          const uint64_t swap = ((v[i] >> shift) ^ v[i + step]) & masks[stage];
-          v[i] ^= swap << shift;
-          v[i + step] ^= swap;
-        }
-      }
+      exchange<4>(v, 0x00000000FFFFFFFFull);
+      exchange<2>(v, 0x0000FFFF0000FFFFull);
+      exchange<1>(v, 0x00FF00FF00FF00FFull);
       for (int i = 0; i < 8; ++i) std::memcpy(out + (c + i) * stride + r, &v[i], 8);
     }
-    for (; c < cols; ++c)
-      for (int i = 0; i < 8; ++i) out[c * stride + r + i] = in[(r + i) * TILE + c];
-  }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) out[c * stride + r] = in[r * TILE + c];
+  for (int64_t c = 0; c < cols; ++c)
+    for (int64_t r = c < full_cols ? full_rows : 0; r < rows; ++r) out[c * stride + r] = in[r * TILE + c];
 }
 
 // One column block [rows, cols <= TILE] at x: scales of its columns, and their codes transposed into q [cols, rows].
