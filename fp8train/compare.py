@@ -81,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     """
     if any(argument.partition("=")[0] == "runs" for argument in argv):
         return compare_folders(parse_arguments(argv, FolderArguments))
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(__doc__)
     config = load_config(argv, "compare")
     recipe_given = any(argument.partition("=")[0] == "recipe" for argument in argv)
     with init(config.parallel.timeout_seconds) as world:

@@ -288,7 +288,9 @@ def test_real_arms_share_weights_and_tokens_and_a_second_call_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    arguments = [*TINY, "steps=4", "optim.warmup_steps=1", f"run_dir={out}"]
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(f"document {n}: " + "to be or not to be, " * (n % 7 + 5) for n in range(300)))
+    arguments = [*TINY, "data=text", f"data.path={corpus}", "steps=4", "optim.warmup_steps=1", f"run_dir={out}"]
     assert main(arguments) == 0
     verdict = json.loads((out / "verdict.json").read_text())
     bf16, fp8 = (verdict["arms"][arm]["runs"][0] for arm in ("bf16", "blockwise"))
