@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -77,8 +78,7 @@ def encode(
 def build_corpus(documents: Iterable[bytes], tokenizer: Tokenizer, name: str) -> Corpus:
     """Tokenise documents into memory: 2 bytes a token (4 with more than 65,536 ids) and 28 a document."""
     content = bytearray()
-    hashes: list[int] = []
-    lengths: list[int] = []
+    hashes, lengths = array("Q"), array("q")
     for digest, tokens in encode(documents, tokenizer):
         content += tokens.tobytes()
         hashes.append(digest)
