@@ -1,7 +1,6 @@
 """Replicated training: gradients are summed over ranks, in FP32."""
 
-from __future__ import annotations
-
+# no postponed annotations here: DDP compares those of a communication hook with its own classes
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,0 +1,74 @@
+"""Run a function on several gloo ranks of this machine and collect what each returns."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_ranks(function: Callable[[Any], Any], world_size: int, folder: Path, timeout_seconds: float = 240) -> list[Any]:
+    """Results of function(world) on every rank, in rank order; `function` is at the top level of a test module.
+
+    One process imports everything and forks the ranks: importing torch is most of what a rank costs.
+    """
+    module, name = function.__module__, function.__name__
+    subprocess.run(
+        [sys.executable, "-m", "tests.distributed.ranks", module, name, str(world_size), str(folder)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout_seconds, check=True,
+    )  # fmt: skip
+    return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The variables that torchrun would set."""
+    values = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank(function: Callable[[Any], Any], folder: Path, environment: dict[str, str]) -> None:
+    """What a forked rank does; never returns."""
+    from fp8train.distributed import init
+
+    os.environ.update(environment)
+    status = 1
+    try:
+        with init(60, "cpu") as world:
+            result = function(world)
+        (folder / f"rank{world.rank}").write_bytes(pickle.dumps(result))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+def _main(module: str, name: str, world_size: str, folder: str) -> int:
+    function = getattr(import_module(module), name)
+    port = free_port()
+    children = []
+    for rank in range(int(world_size)):
+        child = os.fork()
+        if child == 0:
+            _rank(function, Path(folder), rendezvous(rank, int(world_size), port))
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main(*sys.argv[1:]))

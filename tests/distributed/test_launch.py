@@ -1,0 +1,125 @@
+"""Errors under torchrun: the rank that failed first is the one that is reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+
+from fp8train.distributed import launch, rank_exit_code
+from fp8train.errors import ConfigError, TrainingError
+from tests.distributed.ranks import ROOT
+
+PROGRAM = """
+from fp8train.distributed import init, rank_exit_code
+from fp8train.errors import TrainingError
+
+def main(argv):
+    with init(60, "cpu") as world:
+        if world.main:
+            print("ranks", world.all_reduce_sum(1.0), flush=True)
+        else:
+            world.all_reduce_sum(1.0)
+            raise TrainingError("train: loss of rank 1 is not finite")
+        world.all_reduce_sum(1.0)
+    return 0
+
+raise SystemExit(rank_exit_code(main))
+"""
+
+
+def test_first_failing_rank_is_the_root_cause_in_torchruns_report(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stdout == "ranks 2.0\n"
+    root_cause = done.stderr.partition("Root Cause (first observed failure):")[2]
+    assert "rank      : 1" in root_cause
+    assert "TrainingError: train: loss of rank 1 is not finite" in root_cause
+
+
+@pytest.fixture
+def torchrun(monkeypatch, tmp_path):
+    """As a rank under torchrun: sets the rank, returns what torchrun would read after the command."""
+    error_file = tmp_path / "error.json"
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_ERROR_FILE": str(error_file), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+    def command(rank, error):
+        def main(argv):
+            raise error
+
+        monkeypatch.setenv("RANK", str(rank))
+        try:
+            status = rank_exit_code(main, [])
+        finally:
+            report = json.loads(error_file.read_text())["message"]["message"]
+        return status, report
+
+    return command
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("steps: is -1; needs at least 1."), 2, "fp8train: error: steps: is -1; needs at least 1.\n"),
+        (TrainingError("train: loss is NaN."), 1, "fp8train: failed: train: loss is NaN.\n"),
+    ],
+    ids=["configuration", "training"],
+)
+def test_error_reaches_torchrun_from_any_rank_and_the_terminal_from_rank_0(torchrun, capsys, rank, error, status, line):
+    got, report = torchrun(rank, error)
+    assert got == status
+    assert report == f"{type(error).__name__}: {error}"
+    assert capsys.readouterr().err == (line if rank == 0 else "")
+
+
+def test_defect_keeps_its_traceback(torchrun):
+    with pytest.raises(ZeroDivisionError):
+        torchrun(1, ZeroDivisionError("defect"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer\nmore"),
+        dist.DistBackendError("NCCL"),
+    ],
+    ids=["gloo", "nccl"],
+)
+def test_rank_whose_peer_is_gone_waits_so_that_the_peer_is_the_root_cause(torchrun, monkeypatch, capsys, error):
+    waits = []
+    monkeypatch.setattr(launch.time, "sleep", waits.append)
+    status, report = torchrun(0, error)
+    assert (status, waits) == (1, [launch.YIELD_SECONDS])
+    assert report.startswith("TrainingError: distributed: another rank is gone")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_other_runtime_errors_do_not_wait(torchrun, monkeypatch):
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        torchrun(0, RuntimeError("shapes cannot be multiplied"))
+
+
+def test_without_torchrun_nothing_is_recorded(monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+    def main(argv):
+        raise ConfigError("wrong.")
+
+    assert rank_exit_code(main, []) == 2
+    assert capsys.readouterr().err == "fp8train: error: wrong.\n"
