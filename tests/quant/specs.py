@@ -40,7 +40,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def every_bf16(arrangement: str) -> Tensor:
-    """All 65,536 BF16 numbers: "alone" [65536, 1], "in-order", or "shuffled": magnitudes mixed, NaN and Inf at the end."""
+    """All 65,536 BF16 numbers: "alone" [65536, 1], "in-order", or "shuffled": mixed, NaN and Inf last."""
     numbers = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     if arrangement == "alone":
         return numbers.reshape(-1, 1)

@@ -49,7 +49,7 @@ def test_attributes_name_shape_format_and_block() -> None:
 
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_power_of_two_scales_make_a_second_quantisation_lossless(axis: str) -> None:
-    # numerics.md 5.2: codes re-blocked the other way keep their values with pow2 scales; with fp32 scales nearly all change
+    # numerics.md 5.2: re-blocked the other way, codes keep their values with pow2 scales; with fp32 ones most change
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     changed = {}
     for kind in ("pow2", "fp32"):

@@ -165,7 +165,7 @@ def test_subnormal_block_stays_finite_and_equals_the_oracle(fmt: Format, kind: s
 @kinds
 @pytest.mark.parametrize("exponent", [-100, -40, -1, 1, 40, 100])
 def test_scaling_by_a_power_of_two_changes_scales_only(fmt: Format, kind: str, exponent: int) -> None:
-    # DESIGN 2: as long as max * 2^-126 <= 2^k amax <= 2^127 and no element is subnormal; here amax is 1, elements >= 2^-9
+    # DESIGN 2: as long as max * 2^-126 <= 2^k amax <= 2^127 and no element is subnormal; here 1, elements >= 2^-9
     x = torch.rand(64, 256, generator=torch.Generator().manual_seed(0)).clamp_min(2.0**-9)
     x[:, ::128] = 1.0
     spec = QuantSpec(fmt, (1, 128), kind)  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ def test_magnitude_planted_in_one_block_changes_that_block_only(text: str) -> No
 
 @kinds
 def test_rows_of_very_different_magnitude_need_blocks_along_the_row(kind: str) -> None:
-    # numerics.md 5.2: rows imbalanced by a lognormal with sigma 2; the overall error of 128x128 blocks hides the bad rows
+    # numerics.md 5.2: rows imbalanced by a lognormal with sigma 2; the overall error of 128x128 blocks hides it
     generator = torch.Generator().manual_seed(0)
     dy = torch.randn(512, 512, generator=generator) * torch.exp(2 * torch.randn(512, 1, generator=generator))
 
