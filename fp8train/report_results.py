@@ -248,7 +248,9 @@ def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     words = ", ".join(f"{bar.label} {bar.parts[0][2]}" for bar in bars)
     chart = bar_chart(bars, name="memory", title=f"Peak memory: {words}", total=1.02 * max(sizes))
     on_gpu = str(first_run(arms).result.get("device") or "cpu") != "cpu"
-    counted = "as the GPU allocator counted it" if on_gpu else "as the operating system counted it"
+    counted = "as the GPU allocator counted it"
+    if not on_gpu:
+        counted = "as the operating system counted it: interpreter, libraries and data are in it"
     columns = _columns(verdict, "Peak", "Ratio", *(kind.replace("_", " ").capitalize() for kind in kinds))
     table = page.table("<strong>Memory</strong> of each arm.", columns, rows)
     return [page.figure(chart, f"<strong>Peak memory</strong> of the training process, {counted}."), table]

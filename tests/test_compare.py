@@ -308,3 +308,12 @@ def test_real_arms_share_weights_and_tokens_and_a_second_call_trains_nothing(
     assert main(arguments) == 0
     assert {path: path.read_bytes() for path in out.rglob("metrics.jsonl")} == before
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+
+
+def test_every_seed_has_its_own_table_and_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(configuration(tmp_path, "compare.seeds=2"), FakeTrainer(eval_loss=2.26)) == 0
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["seeds"] == [1, 2] and len(verdict["comparisons"]["blockwise"]["seeds"]) == 2
+    assert [facts["init_hash"] for facts in verdict["shared"]] == ["seed 1", "seed 2"]
+    text = capsys.readouterr().out
+    assert text.count("held-out loss, nats/token") == 2 and "no equivalence test across seeds" in text
