@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fp8train.console import rate_text, progress_line
+from fp8train.console import progress_line, rate_text
 from fp8train.metrics import Metrics, peak_flops, read_metrics, to_json_line, truncate_metrics
 
 

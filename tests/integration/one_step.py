@@ -1,0 +1,45 @@
+"""Gradients of the first step of a run, as training computes them; started alone or by torchrun. Not a test itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from fp8train.assembly import assemble
+from fp8train.config import load_config
+from fp8train.data import Batcher, build_dataset
+from fp8train.distributed import init, unwrap, wrap_ddp
+from fp8train.training_step import train_step
+
+
+class KeepGradients(torch.optim.Optimizer):
+    """Keeps what it is given and moves nothing."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+        self.gradients: dict[str, torch.Tensor] = {}
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def step(self, closure=None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.gradients[self._names[id(parameter)]] = parameter.grad.clone()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Save the gradients and the loss of step 0 to argv[0]; the rest is the configuration."""
+    config = load_config(argv[1:])
+    with init(60) as world:
+        dataset = build_dataset(config.data, config.seq_len, config.seed)
+        size = config.micro_batch(world.world_size)
+        batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
+        model = wrap_ddp(assemble(config, world.device).model, world)
+        optimizer = KeepGradients(unwrap(model))
+        result = train_step(model, optimizer, batcher.micro_batches(0), world, clip=None)
+        if world.main:
+            torch.save({"gradients": optimizer.gradients, "loss": result.loss}, argv[0])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

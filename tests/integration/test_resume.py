@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8train.checkpoint import open_checkpoint
+from fp8train.metrics import read_metrics
+from tests.tiny_run import tiny_train
+
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "eval_seconds")
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """Metrics without what the clock and the allocator decide."""
+    kept = read_metrics(run_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in kept]
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    path = open_checkpoint(run_dir).path
+    found = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer")}
+    return {f"{file}/{name}": tensor for file, content in found.items() for name, tensor in content.items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "deepseek_v3", "bf16"])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe: str, tmp_path: Path):
+    options = (f"recipe={recipe}", "checkpoint.every=3", "eval.every=2", "micro_batch_samples=4")
+    whole = tiny_train(tmp_path, *options, run="whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_00000006")
+    (tmp_path / "resumed" / "result.json").unlink()
+    resumed = tiny_train(tmp_path, *options, run="resumed")
+    assert_same(tmp_path / "whole", tmp_path / "resumed")
+    assert resumed.stream_hash == whole.stream_hash
+    assert resumed.evals[0]["step"] == 2 and len(resumed.evals) == len(whole.evals) == 3
+
+
+def test_run_that_died_before_its_first_checkpoint_starts_over(tmp_path: Path):
+    options = ("steps=4",)
+    tiny_train(tmp_path, *options, run="whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "died")
+    shutil.rmtree(tmp_path / "died" / "checkpoints")
+    (tmp_path / "died" / "result.json").unlink()
+    tiny_train(tmp_path, *options, run="died")
+    assert_same(tmp_path / "whole", tmp_path / "died")
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path):
+    options = ("checkpoint.every=2", "steps=4")
+    tiny_train(tmp_path, *options, run="whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    newest = tmp_path / "damaged" / "checkpoints" / "step_00000004" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    (tmp_path / "damaged" / "result.json").unlink()
+    tiny_train(tmp_path, *options, run="damaged")
+    assert_same(tmp_path / "whole", tmp_path / "damaged")

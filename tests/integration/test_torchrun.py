@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8train.console import Console
+from fp8train.distributed import World
+from fp8train.metrics import read_metrics
+from fp8train.trainer import Trainer
+from tests.integration import one_step
+from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 512
+# 256 tokens a rank: whole blocks of 128 tokens, so that wgrad's codes are those of one rank
+STEPS = ("steps=8", "checkpoint.every=4", "eval.every=4")
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks on this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *command]
+    return subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_ranks_give_the_gradients_of_one(tmp_path: Path):
+    arguments = tiny_arguments(tmp_path)
+    one_step.main([str(tmp_path / "one.pt"), *arguments])
+    done = torchrun("tests.integration.one_step", str(tmp_path / "two.pt"), *arguments)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=TOKENS * 2**-24)
+    for name, gradient in one["gradients"].items():
+        # The codes are the same, the FP32 sums over n tokens are in another order: at most n roundings of 2^-24 each.
+        # One code that differs would show as 2^-4 of an element.
+        difference = (two["gradients"][name] - gradient).norm() / gradient.norm()
+        assert difference <= TOKENS * 2**-24, name
+
+
+class Perturbed(Trainer):
+    """Starts from weights that differ by a relative 1e-6."""
+
+    def _build(self) -> None:
+        super()._build()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+
+
+def losses(run_dir: Path) -> torch.Tensor:
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return torch.tensor([row["loss"] for row in rows if "loss" in row], dtype=torch.float64)
+
+
+def test_two_ranks_train_like_one(tmp_path: Path):
+    one = tiny_train(tmp_path, *STEPS, run="one")
+    Perturbed(tiny_config(tmp_path, *STEPS, run="perturbed"), World(), Console(enabled=False)).run()
+    done = torchrun("fp8train.train", *tiny_arguments(tmp_path, *STEPS, run="two"))
+    assert done.returncode == 0, done.stderr
+
+    spread = (losses(tmp_path / "perturbed") - losses(tmp_path / "one")).abs().max()
+    apart = (losses(tmp_path / "two") - losses(tmp_path / "one")).abs().max()
+    assert 0 < spread < 0.05
+    assert apart <= spread
+
+    assert done.stdout.count("step 8/8") == 1, "rank 0 alone writes"
+    rows = [row for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+    # the folder of two ranks goes on with one, on the same stream
+    resumed = tiny_train(tmp_path, *STEPS, "steps=9", run="two")
+    straight = tiny_train(tmp_path, *STEPS, "steps=9", run="one")
+    assert resumed.finished and resumed.stream_hash == straight.stream_hash != one.stream_hash
+
+
+def test_error_of_the_configuration_is_shown_once(tmp_path: Path):
+    done = torchrun("fp8train.train", *tiny_arguments(tmp_path, "recipe=blockwize"))
+    assert done.returncode != 0
+    assert done.stderr.count("fp8train: error: ") == 1
+    assert not (tmp_path / "run").exists()

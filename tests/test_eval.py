@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8train import eval as command
+from fp8train.errors import exit_code
+from fp8train.evaluation import Score
+from fp8train.metrics import read_metrics
+from tests.tiny_run import tiny_text, tiny_train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parent of a finished run."""
+    folder = tmp_path_factory.mktemp("eval")
+    tiny_train(folder, "steps=4")
+    return folder
+
+
+def score(folder: Path, out: Path, *arguments: str) -> dict:
+    assert command.main([f"checkpoint={folder / 'run'}", f"out={out}", *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def test_scores_are_those_that_the_run_logged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    row = score(folder, tmp_path / "out.json")
+    logged = read_metrics(folder / "run" / "metrics.jsonl")[-1]
+    keys = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16", "eval_tokens", "eval_bytes", "step")
+    assert {key: row[key] for key in keys} == {key: logged[key] for key in keys}
+    assert row["eval_loss"] != row["eval_loss_bf16"]
+    text = capsys.readouterr().out
+    assert f"{row['eval_loss']:.4f}" in text and f"{row['eval_loss_bf16']:.4f}" in text and "512 tokens" in text
+
+
+def test_perplexity_and_bits_follow_from_loss_and_counts(folder: Path, tmp_path: Path):
+    row = score(folder, tmp_path / "out.json")
+    assert row["perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+    assert row["bits_per_byte"] == pytest.approx(
+        row["eval_loss"] * row["eval_tokens"] / math.log(2) / row["eval_bytes"]
+    )
+
+
+def test_micro_batch_does_not_change_the_score(folder: Path, tmp_path: Path):
+    one, eight = (score(folder, tmp_path / "out.json", f"micro_batch_samples={size}") for size in (1, 8))
+    # the same FP8 codes (1x128 blocks along channels); FP32 sums over 512 tokens in another order
+    assert one["eval_loss"] == pytest.approx(eight["eval_loss"], rel=512 * 2**-24)
+    assert one["eval_hash"] == eight["eval_hash"]
+
+
+def test_number_of_windows_can_be_changed(folder: Path, tmp_path: Path):
+    row = score(folder, tmp_path / "out.json", "data.eval_windows=3")
+    assert row["eval_tokens"] == 3 * 64
+
+
+def test_other_text_is_scored_in_the_runs_tokenizer(folder: Path, tmp_path: Path):
+    (tmp_path / "zzz.txt").write_text("\n".join("zq" * 40 for _ in range(200)))
+    common = ["data=text", "data.document_bytes=1000", "data.holdout_fraction=0.5", "data.eval_windows=8"]
+    same = score(folder, tmp_path / "out.json", f"data.path={tiny_text(folder)}", *common)
+    strange = score(folder, tmp_path / "out.json", f"data.path={tmp_path / 'zzz.txt'}", *common)
+    assert strange["eval_loss"] > same["eval_loss"] + 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param([], "checkpoint is not given", id="no checkpoint"),
+        pytest.param(["checkpoint=/nonexistent"], "/nonexistent", id="no such folder"),
+        pytest.param(["checkpoint={run}", "dataa.path=x"], "unknown key 'dataa", id="typo"),
+        pytest.param(["checkpoint={run}", "data=txt"], "no file 'txt' in configs/data/; nearest: text", id="choice"),
+        pytest.param(["checkpoint={run}", "seq_len=128"], "seq_len is 128", id="windows too long"),
+        pytest.param(
+            ["checkpoint={run}", "data.holdout_fraction=0"], "needs some text held out", id="nothing held out"
+        ),
+    ],
+)
+def test_mistake_exits_2_with_one_line(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    argv = [argument.format(run=folder / "run") for argument in arguments]
+    assert exit_code(command.main, argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_score_of_a_uniform_guess_over_bytes_is_eight_bits():
+    guess = Score(nats=math.log(256), tokens=1000, bytes=1000)
+    assert guess.bits_per_byte == pytest.approx(8.0)
+    assert guess.perplexity == pytest.approx(256)
+    assert torch.isnan(torch.tensor(Score(nats=1.0, tokens=1, bytes=0).bits_per_byte))
