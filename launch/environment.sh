@@ -54,7 +54,9 @@ install_package() {
   echo "$wanted $extras" >>"$stamp"
 }
 
+# Without --no-compile half of the time goes into byte code of modules that nobody imports.
 pip_install() {
-  "$venv_python" -m pip install -qq --disable-pip-version-check --constraint "$root/launch/constraints.txt" "$@" ||
+  "$venv_python" -m pip install -qq --no-compile --disable-pip-version-check \
+    --constraint "$root/launch/constraints.txt" "$@" ||
     fail "pip could not install $*; its message is above. Put it right and run $0 again."
 }
