@@ -74,12 +74,12 @@ def _build(compiler: str, path: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    folder = Path.home() / ".cache" / "fp8train"
     try:
+        folder = Path.home() / ".cache" / "fp8train"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:  # a read-only home: build for this process alone
+    except (OSError, RuntimeError):  # a read-only home, or a user without one: build for this process alone
         return Path(tempfile.mkdtemp(prefix="fp8train-"))
 
 

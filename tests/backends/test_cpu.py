@@ -181,7 +181,7 @@ def test_product_equals_the_reference_up_to_the_order_of_sums(
     qa, qb = operands(M, N, K, left, right)
     y = backend.scaled_mm(qa, qb, None, None, False, torch.float32)
     expected = reference.scaled_mm(qa, qb, out_dtype=torch.float32)
-    # either side adds K exact products in FP32, in any order, and rounds scales and partials: (K + 4) * 2^-24 of sum |a b|
+    # either side adds K exact products in FP32 in any order and rounds scales and partials: (K + 4) * 2^-24 of sum |ab|
     bound = 2 * (K + 4) * 2.0**-24 * exact_magnitudes(qa, qb)
     assert y.shape == (M, N) and y.dtype is torch.float32
     assert bool(((y.double() - expected.double()).abs() <= bound).all())
