@@ -7,6 +7,7 @@ their text ("e4m3 1x128 pow2"), dtypes as torch dtypes, the backend as its name.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,8 @@ def scaled_mm(
     """a [M, K] @ b [N, K].T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
     left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
-    return get_backend(backend).scaled_mm(left, right, bias, None, False, out_dtype)
+    with _own_dtypes(a):
+        return get_backend(backend).scaled_mm(left, right, bias, None, False, out_dtype)
 
 
 def scaled_mm_add_(
@@ -78,19 +80,28 @@ def scaled_mm_add_(
     """out [M, N] fp32 += a @ b.T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
     left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
-    get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
+    with _own_dtypes(a):
+        get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
 
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str) -> Tensor:
     """a [M, K] @ b [N, K].T in high precision."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
-    return get_backend(backend).mm(a, b, bias, None, False, out_dtype)
+    with _own_dtypes(a):
+        return get_backend(backend).mm(a, b, bias, None, False, out_dtype)
 
 
 def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: str) -> None:
     """out [M, N] fp32 += a @ b.T in high precision."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
-    get_backend(backend).mm(a, b, None, out, True, torch.float32)
+    with _own_dtypes(a):
+        get_backend(backend).mm(a, b, None, out, True, torch.float32)
+
+
+def _own_dtypes(a: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The caller's autocast must not reach the matmuls that a backend is made of: it would round their FP32 sums."""
+    device = a.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _rows(gemm: str, a: Tensor) -> int:

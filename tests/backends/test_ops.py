@@ -1,7 +1,7 @@
 """The operators torch.ops.fp8train.*: schemas, fakes, compilation and counting.
 
 torch.library.opcheck compares an operator's arguments before and after with allclose, which has no kernel for float8:
-its "test_schema" is left out for operators with FP8 inputs; what it would find, an undeclared mutation, is tested below.
+its "test_schema" is left out for operators with FP8 inputs; what it would find, an undeclared write, is tested below.
 """
 
 from __future__ import annotations
@@ -156,10 +156,11 @@ def test_quantisers_refuse_a_dtype_that_they_would_misread(backend: str, dtype: 
 
 def layout(x: Tensor) -> tuple[Any, ...]:
     """Shape, dtype, and the strides that matter."""
+    pairs = zip(x.shape, x.stride(), strict=True)
     return (
         x.shape,
         x.dtype,
-        [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()],
+        [stride for size, stride in pairs if size > 1 and x.numel()],
     )
 
 
