@@ -145,7 +145,7 @@ def test_torchrun_starts_a_module_of_the_package(installed: Installed, tmp_path:
         pytest.skip(
             "the sdist's wheel has the same files as the wheel; the checkout the same path as the editable install"
         )
-    (tmp_path / "text.txt").write_text("The same words over and over.\n" * 400)
+    (tmp_path / "text.txt").write_text("\n".join(f"{n} squared is {n * n}." for n in range(800)))
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "fp8train.train"]
     installed.run(*run, "run_dir=run", *TINY_RUN.split(), cwd=tmp_path)
     assert (tmp_path / "run/metrics.jsonl").read_text()

@@ -6,12 +6,15 @@ import ast
 import contextlib
 import io
 import re
+import shlex
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fp8train.cli import COMMANDS
+from fp8train.config import load_config
 from tests.source_tree import ROOT, files, imports, python_files, syntax
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "fp8train", "configs", "kernels", "recipes", "tests", "launch"}
@@ -137,6 +140,17 @@ class _Bigrams(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor) -> SimpleNamespace:
         logits = self.lm_head(self.layers[0](self.embed_tokens(tokens)))
         return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+def test_readme_commands_exist_and_their_settings_are_accepted() -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in "".join(blocks).splitlines()]
+    used = [words[1:] for words in lines if words and words[0] == "fp8train"]
+    used += [["train", *words[4:]] for words in lines if "fp8train.train" in words]
+    assert {name for name, *_ in used} == set(COMMANDS)
+    for name, *overrides in used:
+        if name in ("train", "compare", "explain"):
+            load_config(overrides, name).check()
 
 
 def test_readme_lists_every_recipe() -> None:
