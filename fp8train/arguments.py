@@ -75,6 +75,15 @@ def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
         raise ConfigError(f"{place}: {detail}; needs {want}. Correct the value.") from error
 
 
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, with those of `changes` on top; a list is replaced as a whole."""
+    result = dict(values)
+    for key, value in changes.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
 def describe(target: type) -> str:
     """Help text of a dataclass: its first docstring line, then key=default and meaning of each field."""
     doc = inspect.getdoc(target) or ""

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8train._layout import folder
-from fp8train.arguments import describe, nearest, parse_arguments, parse_assignments, structure
+from fp8train.arguments import describe, merged, nearest, parse_arguments, parse_assignments, structure
 from fp8train.data import DataConfig
 from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, resolve_config
@@ -264,9 +264,9 @@ def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
         group, _, choice = argument.partition("=")
         if choice not in (*choices[group], *(["null"] if group == "experiment" else [])):
             raise ConfigError(f"{group}: no file {choice!r} in configs/{group}/; {nearest(choice, choices[group])}.")
-    values = OmegaConf.create(_compose(selected, folders))
+    values = _compose(selected, folders)
     assigned = parse_assignments([argument for argument in arguments if argument not in selected], RunConfig)
-    config = structure(RunConfig, OmegaConf.merge(values, assigned), who=command)
+    config = structure(RunConfig, merged(values, assigned), who=command)
     config.model = resolve_config(config.model)
     if config.run_dir is None:
         config.run_dir = _default_run_dir(config, command)

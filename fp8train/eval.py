@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fp8train._layout import folder
-from fp8train.arguments import describe, nearest, parse_arguments, parse_assignments, structure
+from fp8train.arguments import describe, merged, nearest, parse_arguments, parse_assignments, structure
 from fp8train.assembly import assemble
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig, config_to_dict
@@ -78,7 +78,7 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str]) -> RunConf
             values["data"] = _data_choice(checkpoint, choice)
         else:
             keys.append(change)
-    config = structure(RunConfig, _merged(values, parse_assignments(keys, RunConfig)), who="eval")
+    config = structure(RunConfig, merged(values, parse_assignments(keys, RunConfig)), who="eval")
     if config.seq_len > config.model.max_seq_len:
         raise ConfigError(
             f"eval: seq_len is {config.seq_len}; needs at most model.max_seq_len={config.model.max_seq_len}."
@@ -134,15 +134,6 @@ def _data_choice(checkpoint: Checkpoint, choice: str) -> dict[str, Any]:
     tokenizer = trained_tokenizer(checkpoint.config.data)
     data = yaml.safe_load(files[choice].read_text(encoding="utf-8")) or {}
     return data | {"tokenizer": "bytes" if tokenizer.path is None else str(tokenizer.path)}
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """values with changes on top, mapping by mapping."""
-    merged = dict(values)
-    for key, value in changes.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class WandbSink:
             id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(run_dir),
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             config=dict(config),
             settings=wandb.Settings(init_timeout=WANDB_INIT_SECONDS, silent=True, console="off"),
         )

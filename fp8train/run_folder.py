@@ -92,9 +92,9 @@ def on_main(world: World, action: Callable[[], T]) -> T:
             outcome = (action(), None)
         except UserError as error:
             outcome = (None, error)
-    result, error = world.broadcast_object(outcome)
-    if error is not None:
-        raise error
+    result, refusal = world.broadcast_object(outcome)
+    if refusal is not None:
+        raise refusal
     return result
 
 

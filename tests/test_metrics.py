@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fp8train.console import progress_line, rate_text
+from fp8train.console import Console, progress_line, rate_text
 from fp8train.metrics import Metrics, peak_flops, read_metrics, to_json_line, truncate_metrics
 
 
@@ -119,7 +120,41 @@ def test_tensorboard_writes_event_files(tmp_path: Path):
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class TestConsole:
+    def shown(self, stream: io.StringIO, **options) -> str:
+        console = Console(4, print_every=2, stream=stream, **options)
+        console.info("start")
+        for step in range(1, 5):
+            row = {"step": step, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "step_seconds": 0.1}
+            console.step(row | {"tokens_per_second": 10.0}, None)
+        console.warn("careful")
+        console.close()
+        return stream.getvalue()
+
+    def test_plain_lines_come_every_so_many_steps(self):
+        lines = self.shown(io.StringIO(), label="fp8").splitlines()
+        assert lines[0] == "[fp8] start" and lines[-1] == "[fp8] warning: careful"
+        assert [line.split()[2] for line in lines[1:-1]] == ["2/4", "4/4"]
+
+    def test_terminal_gets_a_bar_instead_of_lines(self):
+        text = self.shown(Terminal())
+        assert "4/4 [" in text and "step 4/4 (" not in text and "warning: careful" in text
+
+    def test_other_ranks_write_nothing(self):
+        assert self.shown(io.StringIO(), enabled=False) == ""
+        assert self.shown(Terminal(), enabled=False) == ""
+
+    def test_skipped_step_is_called_so(self):
+        row = {"step": 1, "loss": float("nan"), "lr": 1e-3, "grad_norm": 1.0, "step_seconds": 0.1}
+        assert "loss non-finite (skipped)" in progress_line(row | {"tokens_per_second": 10.0}, 4, None)
+
     def test_progress_line_has_the_agreed_form(self):
         row = {
             "step": 120, "loss": 3.2141, "lr": 3e-4, "grad_norm": 0.81, "step_seconds": 0.412,

@@ -14,18 +14,20 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fp8train.assembly import assemble, parameter_hash
 from fp8train.checkpoint import open_checkpoint
-from fp8train.config import config_from_dict
+from fp8train.config import config_from_dict, load_config
 from fp8train.console import Console
 from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fp8train.measuring import PeakMemory, Speed, StreamHash
 from fp8train.metrics import read_metrics
+from fp8train.models import build_model, initialize, save_hf
 from fp8train.recipe import load_recipe
 from fp8train.run_lock import lock_run_folder
 from fp8train.training_step import train_step
-from tests.tiny_run import tiny_train
+from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -137,6 +139,31 @@ class TestComparability:
     ):
         tiny_train(tmp_path, f"activation_checkpointing={choice}", "steps=6", "eval.bf16=false")
         assert losses(tmp_path / "run") == losses(trained.run_dir)
+
+
+class TestAssembly:
+    def test_weights_come_from_a_hugging_face_folder(self, tmp_path: Path):
+        options = ("model.vocab_multiple=1", "steps=1", "eval.bf16=false")
+        config = tiny_config(tmp_path, *options)
+        model = build_model(config.model)
+        initialize(model, seed=99)
+        save_hf(model.state_dict(), config.model, tmp_path / "hf", "float32")
+        result = tiny_train(tmp_path, *options, f"model.init_from={tmp_path / 'hf'}")
+        assert result.init_hash == parameter_hash(model)
+        bare = [argument for argument in tiny_arguments(tmp_path, *options) if not argument.startswith("model.")]
+        assert load_config([*bare, "model=hf", f"model.init_from={tmp_path / 'hf'}"]).model.hidden_size == 128
+
+    def test_compile_compiles_the_model_in_place(self, tmp_path: Path):
+        for wanted in (True, False):
+            model = assemble(tiny_config(tmp_path, f"compile={wanted}"), torch.device("cpu")).model
+            assert (model._compiled_call_impl is not None) == wanted
+            assert not any("_orig_mod" in name for name in model.state_dict())
+
+    def test_memory_is_told_by_kind(self, trained: SimpleNamespace):
+        kinds, weights = trained.result.memory_bytes, 4 * trained.result.parameters
+        assert kinds["weights"] == kinds["gradients"] == weights
+        assert 2 * weights <= kinds["moments"] < 2.01 * weights  # and a step counter for each tensor
+        assert trained.result.peak_memory_bytes > sum(kinds.values())
 
 
 class TestResume:
