@@ -28,18 +28,19 @@ if TYPE_CHECKING:
 BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high")
 
 
-_LIVE: weakref.WeakSet[Float8Linear] = weakref.WeakSet()  # every linear of the process: made, copied or unpickled
+# every linear of the process by its site, however it came to be: made, copied or unpickled; in the same order on all ranks
+_LIVE: weakref.WeakValueDictionary[int, Float8Linear] = weakref.WeakValueDictionary()
 
 
 def keep_current(linear: Float8Linear) -> None:
     """From now on an optimizer step that writes the linear's weight makes its operands anew."""
-    _LIVE.add(linear)
+    _LIVE[linear.site] = linear
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # by identity, not by version: fused optimizers do not move the version counter of what they write
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for linear in _LIVE:
+    for linear in list(_LIVE.values()):
         linear.inputs.clear()  # an input may itself be a parameter that was stepped
         if id(linear.weight) in stepped:
             linear.refresh_weight()

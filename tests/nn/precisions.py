@@ -82,6 +82,7 @@ def made(M: int, N: int, K: int, precision: LinearPrecision, *, seed: int = 0, *
         linear.weight.copy_(torch.randn(N, K, generator=generator) * max(K, 1) ** -0.5)
         if linear.bias is not None:
             linear.bias.copy_(torch.randn(N, generator=generator))
+    linear.refresh_weight()
     return linear
 
 
