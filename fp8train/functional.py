@@ -47,7 +47,7 @@ def quantize(
     if fmt not in FORMATS:
         raise ValueError(f"quantize: fmt is {fmt!r}; needs one of {', '.join(FORMATS)}.")
     spec = QuantSpec(FORMATS[fmt], block, scale)
-    # through the operators, so that meta tensors and torch.compile are served too
+    # through the operators, so that meta tensors are served too
     chosen = select_backend(backend, x.device.type).backend.name
     qdata, scale_inv = torch.ops.fp8train.quantize(x, str(spec), transpose, chosen)
     return QTensor(qdata, scale_inv, spec)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fp8train.backends import select_backend
 from fp8train.nn.inputs import InputCache, InputNeeds, QuantizedInput
@@ -58,6 +59,8 @@ class _LinearFunction(torch.autograd.Function):
         plan: Plan, out_dtype: torch.dtype, sink: InplaceGrad | None,
     ) -> Tensor:  # fmt: skip
         precision = plan.precision
+        if precision.wgrad_source == "requant" and ctx.needs_input_grad[1]:
+            col, col_scale = row, row_scale
         ctx.save_for_backward(col, col_scale, *((wt, wt_scale) if ctx.needs_input_grad[0] else (None, None)))
         ctx.plan, ctx.sink = plan, sink
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
@@ -66,6 +69,7 @@ class _LinearFunction(torch.autograd.Function):
         return gemm(left, right, bias=bias, out_dtype=out_dtype, **_common(plan, "fprop"))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, precision = ctx.plan, ctx.plan.precision
         col, col_scale, wt, wt_scale = ctx.saved_tensors
@@ -263,7 +267,7 @@ class Float8Linear(nn.Linear):
         w, wt = self.provider.operands(self)
         y = _LinearFunction.apply(
             as_matrix(tensor), self.weight, self.bias, *row.tensors(),
-            *((None, None) if col is None or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
+            *((None, None) if col is None or col is row or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
             self.plan, _output_dtype(tensor), self.grad_sink,
         )  # fmt: skip
         return y.view(*tensor.shape[:-1], self.out_features)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high")
 
 
-# every linear of the process by its site, however it came to be: made, copied or unpickled; in the same order on all ranks
+# every linear of the process by its site, however it came to be (made, copied, unpickled); the same order on all ranks
 _LIVE: weakref.WeakValueDictionary[int, Float8Linear] = weakref.WeakValueDictionary()
 
 
