@@ -1,0 +1,254 @@
+"""GEMM of wgrad: c [M, N] = a [M, K] @ b [N, K].T, or c += a @ b.T, in FP32; a and b in blocks of 1x128 along K.
+
+Per 128 of K (tokens): acc = fma(partial, RN(a_scale * b_scale), acc) in FP32 (DeepSeek-V3, arXiv:2412.19437, 3.3.2).
+a, b FP8, K-major; a_scale [M, ceil(K/128)], b_scale [N, ceil(K/128)] fp32, any strides (M- and N-contiguous are
+fastest); c fp32, read once where it is added to. Any M, N, K >= 0. Structure of the warp-specialised variant as in
+DeepGEMM: a TMA producer and two math warpgroups of 64x128.
+Measured: not yet; registers, spills and instructions in kernels/README.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_K = tl.constexpr(128)  # also the block of K that shares a scale
+TILE_ORDER = {"GROUP_M": 8}  # neighbouring tiles share rows of a and b in L2
+# Tiles that fit the registers: 128x256 spills 204 bytes, 128x128 by pointers 176. Warp specialisation splits BLOCK_M = 128
+# into two warpgroups of 64: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does nothing.
+CONFIGS = {
+    "pointer_64x64_s3": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
+    "tma_64x128_s4": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": False},
+    "ws_128x128_s3": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3, "WARP_SPECIALIZE": True},
+    "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
+    "ws_128x128_s5": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5, "WARP_SPECIALIZE": True},
+}
+PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@triton.jit
+def _blocks(size, BLOCK: tl.constexpr):
+    """Number of blocks in size >= 1. Not tl.cdiv: size + BLOCK - 1 would overflow just below 2^31."""
+    return (size - 1) // BLOCK + 1
+
+
+@triton.jit
+def _tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of the tile with that index: columns of GROUP_M tiles, one after the other."""
+    width = GROUP_M * _blocks(N, BLOCK_N)
+    first = index // width * GROUP_M
+    height = min(_blocks(M, BLOCK_M) - first, GROUP_M)
+    return first + index % width % height, index % width // height
+
+
+@triton.jit
+def _gemm_wgrad_pointer_kernel(
+    a_ptr,  # [M, K] fp8
+    b_ptr,  # [N, K] fp8
+    c_ptr,  # [M, N] fp32
+    a_scale_ptr,  # [M, ceil(K/128)]
+    b_scale_ptr,  # [N, ceil(K/128)]
+    M, N, K, stride_am, stride_bn, stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + rows[:, None] * stride_am + depth[None, :]
+    b_ptrs = b_ptr + cols[:, None] * stride_bn + depth[None, :]
+    a_scale_ptrs = a_scale_ptr + tl.minimum(rows, M - 1) * stride_sam
+    b_scale_ptrs = b_scale_ptr + tl.minimum(cols, N - 1) * stride_sbn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, _blocks(K, BLOCK_K)):
+        left = depth[None, :] < K - k * BLOCK_K
+        a = tl.load(a_ptrs, mask=(rows[:, None] < M) & left, other=0.0)
+        b = tl.load(b_ptrs, mask=(cols[:, None] < N) & left, other=0.0)
+        scale = tl.load(a_scale_ptrs)[:, None] * tl.load(b_scale_ptrs)[None, :]
+        acc = tl.fma(tl.dot(a, b.T), scale, acc)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+        a_scale_ptrs += stride_sak
+        b_scale_ptrs += stride_sbk
+    c_ptrs = c_ptr + rows[:, None] * stride_cm + cols[None, :]
+    inside = (rows[:, None] < M) & (cols[None, :] < N)
+    if ACCUMULATE:
+        acc += tl.load(c_ptrs, mask=inside, other=0.0)
+    tl.store(c_ptrs, acc, mask=inside)
+
+
+@triton.jit
+def _gemm_wgrad_tma_kernel(
+    a_ptr,  # [M, K] fp8, rows 16-byte aligned
+    b_ptr,  # [N, K] fp8, rows 16-byte aligned
+    c_ptr,  # [M, N] fp32
+    a_scale_ptr,  # [M, ceil(K/128)]
+    b_scale_ptr,  # [N, ceil(K/128)]
+    M, N, K, stride_am, stride_bn, stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, ACCUMULATE: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    # descriptors made on the device: the pass that specialises warps cannot split host ones (triton-lang/triton#11587)
+    a_desc = tl.make_tensor_descriptor(a_ptr, [M, K], [stride_am, 1], [BLOCK_M, BLOCK_K])
+    b_desc = tl.make_tensor_descriptor(b_ptr, [N, K], [stride_bn, 1], [BLOCK_N, BLOCK_K])
+    a_step, b_step = tl.cast(stride_sak, tl.int64), tl.cast(stride_sbk, tl.int64)
+    tiles = _blocks(M, BLOCK_M) * _blocks(N, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE):
+        tile_m, tile_n = _tile(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        a_scale_ptrs = a_scale_ptr + tl.minimum(rows, M - 1) * stride_sam
+        b_scale_ptrs = b_scale_ptr + tl.minimum(cols, N - 1) * stride_sbn
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, _blocks(K, BLOCK_K)):
+            a = a_desc.load([tile_m * BLOCK_M, k * BLOCK_K])
+            b = b_desc.load([tile_n * BLOCK_N, k * BLOCK_K])
+            a_scale = tl.load(a_scale_ptrs + k * a_step)
+            b_scale = tl.load(b_scale_ptrs + k * b_step)
+            acc = tl.fma(tl.dot(a, b.T), a_scale[:, None] * b_scale[None, :], acc)
+        c_ptrs = c_ptr + rows[:, None] * stride_cm + cols[None, :]
+        inside = (rows[:, None] < M) & (cols[None, :] < N)
+        if ACCUMULATE:
+            acc += tl.load(c_ptrs, mask=inside, other=0.0)
+        tl.store(c_ptrs, acc, mask=inside)
+
+
+def _compile_cases():
+    """Each entry of CONFIGS as launched on aligned operands; pointers also on odd strides and other formats."""
+    strides = ("stride_am", "stride_bn", "stride_cm", "stride_sak", "stride_sbk")
+    pointers = {
+        "a_ptr": "*fp8e4nv",
+        "b_ptr": "*fp8e4nv",
+        "c_ptr": "*fp32",
+        "a_scale_ptr": "*fp32",
+        "b_scale_ptr": "*fp32",
+    }
+    signature = pointers | dict.fromkeys(("M", "N", "K", *strides), "i32")
+    cases = []
+    for name, entry in CONFIGS.items():
+        kernel = _gemm_wgrad_tma_kernel if "WARP_SPECIALIZE" in entry else _gemm_wgrad_pointer_kernel
+        tile = {key: value for key, value in entry.items() if key.isupper()} | TILE_ORDER
+        options = {key: value for key, value in entry.items() if key.islower()} | {"enable_fp_fusion": True}
+        for add, output in ((False, "c ="), (True, "c +=")):
+            constants = tile | {"stride_sam": 1, "stride_sbn": 1, "ACCUMULATE": add}
+            cases.append((f"gemm_wgrad {name} {output}", kernel, signature, constants, options))
+    plain = cases[0]
+    odd = {"odd": ("M", "N", "K", *strides)}
+    cases.append(("gemm_wgrad pointer_64x64_s3 odd strides", *plain[1:4], plain[4] | odd))
+    cases.append(("gemm_wgrad pointer_64x64_s3 e5m2 x e4m3", plain[1], plain[2] | {"a_ptr": "*fp8e5"}, *plain[3:]))
+    return cases
+
+
+COMPILE_CASES = (
+    _compile_cases()
+)  # (name, kernel, signature, constexprs, options); integers are multiples of 16 unless odd
+
+
+def gemm_wgrad(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
+    config: str | None = None,
+) -> torch.Tensor:
+    """c [M, N] = a @ b.T in fp32, or `out` += a @ b.T; config: an entry of CONFIGS, None for a plain one.
+
+    Raises:
+        ValueError: dtype, layout or shape of an operand, an `out` that overlaps one, an entry that cannot read them.
+    """
+    M, N, K = _check(a, b, a_scale, b_scale, out)
+    if out is None:
+        if accumulate:
+            raise ValueError("gemm_wgrad: accumulate is set without out; needs the matrix to add to. Pass out=.")
+        out = torch.empty((M, N), dtype=torch.float32, device=a.device)
+    if min(M, N, K) == 0:
+        return out if accumulate else out.zero_()
+    name = config or next(name for name in PLAIN if refusal(name, a, b) is None)
+    if reason := refusal(name, a, b):
+        raise ValueError(f"gemm_wgrad: {reason}. Leave config=None.")
+    options = dict(CONFIGS[name])
+    grid = -(-M // options["BLOCK_M"]) * -(-N // options["BLOCK_N"])
+    kernel = _gemm_wgrad_pointer_kernel
+    if "WARP_SPECIALIZE" in options:
+        kernel, grid = _gemm_wgrad_tma_kernel, min(grid, _multiprocessors(a.device))
+        triton.set_allocator(_scratch)  # per thread: backward runs in another one
+    with torch.cuda.device(a.device.index if a.is_cuda else -1):
+        kernel[(grid,)](
+            a, b, out, a_scale, b_scale, M, N, K, a.stride(0), b.stride(0), out.stride(0), *a_scale.stride(),
+            *b_scale.stride(), ACCUMULATE=accumulate, **TILE_ORDER, **options, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def refusal(config: str, a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """Why an entry of CONFIGS cannot multiply these operands, or None."""
+    if config not in CONFIGS:
+        return f"config is {config!r}; needs one of {', '.join(CONFIGS)}"
+    if "WARP_SPECIALIZE" not in CONFIGS[config]:
+        return None
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) < (9, 0):
+        return f"config {config!r} uses TMA; needs sm_90"
+    if not (_tma_reads(a) and _tma_reads(b)):
+        return f"config {config!r} reads by TMA; needs rows that start at multiples of 16 bytes"
+    return None
+
+
+def _tma_reads(x: torch.Tensor) -> bool:
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    # three on a CPU, where tests interpret: fewer than tiles, so that a program takes several
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _check(a, b, a_scale, b_scale, out) -> tuple[int, int, int]:
+    """M, N, K of operands that fit."""
+    for name, x in (("a", a), ("b", b)):
+        if x.dim() != 2 or x.dtype not in FP8:
+            raise ValueError(
+                f"gemm_wgrad: {name} is {list(x.shape)} {x.dtype}; needs a matrix in float8_e4m3fn or float8_e5m2."
+            )
+        if x.stride(1) != 1 and x.shape[1] > 1:
+            raise ValueError(
+                f"gemm_wgrad: {name} has strides {x.stride()}; needs the last to be 1. Call .contiguous()."
+            )
+    (M, K), (N, b_K) = a.shape, b.shape
+    if b_K != K:
+        raise ValueError(f"gemm_wgrad: b is {[N, b_K]}; needs [N, {K}], the K of a {[M, K]}.")
+    if max(M, N, K) >= 2**31:
+        raise ValueError(f"gemm_wgrad: M, N, K are {M}, {N}, {K}; needs each below 2^31. Split the operand.")
+    blocks = -(-K // 128)
+    shapes = {"a_scale": (M, blocks), "b_scale": (N, blocks), "out": (M, N)}
+    for (name, shape), x in zip(shapes.items(), (a_scale, b_scale, out), strict=True):
+        if x is not None and (x.shape != shape or x.device != a.device):
+            raise ValueError(f"gemm_wgrad: {name} is {list(x.shape)} on {x.device}; needs {list(shape)} on {a.device}.")
+        if x is not None and x.dtype is not torch.float32:
+            raise ValueError(f"gemm_wgrad: {name} is {x.dtype}; needs torch.float32.")
+    if out is not None:
+        if out.stride(1) != 1 and N > 1:
+            raise ValueError(f"gemm_wgrad: out has strides {out.stride()}; needs the last to be 1. Call .contiguous().")
+        for name, x in (("a", a), ("b", b), ("a_scale", a_scale), ("b_scale", b_scale)):
+            if _overlap(out, x):
+                raise ValueError(
+                    f"gemm_wgrad: out shares memory with {name}; needs memory of its own. Allocate another."
+                )
+    return M, N, K
+
+
+def _overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether the spans of memory between first and last element meet."""
+    spans = []
+    for t in (x, y):
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size() if t.numel() else t.data_ptr()))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]

@@ -1,0 +1,91 @@
+"""What tests of the GEMM kernels share: operands, drawn shapes, and the bound that a product must keep."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from fp8train.quant.formats import QuantSpec
+from fp8train.quant.qtensor import QTensor
+from fp8train.quant.reference import quantize
+from tests.quant.test_reference_gemm import calc_diff
+from tests.shapes import matrix
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# interpreted: sums of at most 128 + K/128 FP32 roundings, 1e-7 squared; on a GPU the tensor core keeps about 14 bits of
+# a partial sum, (2^-14)^2 / 12 and some; BF16 output: rounding errors of at most 2^-9, (2^-9)^2 / 3 = 1.3e-6
+FP32_CALC_DIFF = 1e-12 if DEVICE == "cpu" else 1e-7
+BF16_CALC_DIFF = 5e-6
+
+
+def quantized(rows: int, cols: int, spec: str, seed: int) -> QTensor:
+    """Codes of a matrix whose rows differ in magnitude, on the device under test."""
+    q = quantize(matrix(rows, cols, seed=seed), QuantSpec.parse(spec))
+    return QTensor(q.qdata.to(DEVICE), q.scale_inv.to(DEVICE), q.spec)
+
+
+def padded_rows(x: Tensor, multiple: int) -> Tensor:
+    """The same matrix with its rows at multiples of `multiple` elements."""
+    wide = torch.empty(x.shape[0], -(-x.shape[1] // multiple) * multiple, dtype=torch.uint8, device=x.device).view(
+        x.dtype
+    )
+    view = wide[:, : x.shape[1]]
+    view.view(torch.uint8).copy_(x.view(torch.uint8))
+    return view
+
+
+def m_contiguous(scale: Tensor) -> Tensor:
+    """The same scales [M, K/128] with M contiguous and padded, as the quantisers write them."""
+    rows = -(-(scale.shape[0] + 255) // 16) * 16
+    wide = torch.full((scale.shape[1], rows), float("nan"), device=scale.device)
+    wide[:, : scale.shape[0]] = scale.T
+    return wide.T[: scale.shape[0]]
+
+
+def drawn_shapes(count: int, seed: int) -> list[tuple[int, int, int]]:
+    """M, N, K: mostly within a tile, some over several tiles, sizes around the edges of blocks among them."""
+    draw = random.Random(seed)
+    edges = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]
+
+    def size(limit: int) -> int:
+        if draw.random() < 0.3:
+            return draw.choice(edges)
+        return draw.randint(1, limit if draw.random() < 0.2 else 40)
+
+    return [(size(200), size(200), draw.choice([draw.randint(1, 300), *edges])) for _ in range(count)]
+
+
+def assert_product(y: Tensor, a: QTensor, b: QTensor, plus: Tensor | None = None, what: object = None) -> None:
+    """y is a @ b.T (+ plus) as FP64 has it: in the whole, and each element within the bound of its own sum."""
+    left, right = a.dequantize().double(), b.dequantize().double()
+    expected, size = left @ right.T, left.abs() @ right.abs().T
+    if plus is not None:
+        expected, size = expected + plus.double(), size + plus.double().abs()
+    low = y.dtype is torch.bfloat16
+    limit = BF16_CALC_DIFF if low else FP32_CALC_DIFF
+    assert calc_diff(y.cpu(), expected.cpu()) < limit, what
+    # worst case: 128 roundings of 2^-24 within a block, one per block, some in the epilogue; BF16 output 2^-9
+    roundings = (130 + a.shape[1] / 128 + 4) * 2.0**-24 if DEVICE == "cpu" else 2.0**-12
+    bound = roundings * size + (2.0**-8 * expected.abs() if low else 0)
+    assert bool(((y.double() - expected).abs() <= bound).all()), what
+
+
+def planted(M: int, N: int, K: int, at: int, b_rows: int) -> tuple[QTensor, QTensor, Tensor]:
+    """a and b with one 1.0 per block of 128 rows, all in column `at`; every scale a power of two of its own.
+
+    Returns:
+        a, b and their product, in which each number names the row, the column and the block of K that it came from.
+    """
+    spec_a, spec_b = QuantSpec.parse("e4m3 1x128"), QuantSpec.parse(f"e4m3 {b_rows}x128")
+    made = []
+    for rows, spec, first in ((M, spec_a, -20), (N, spec_b, 3)):
+        codes = torch.zeros(rows, K)
+        codes[5::128, at] = 1.0
+        shape = spec.scale_shape(rows, K)
+        exponents = (torch.arange(shape[0])[:, None] * 5 + torch.arange(shape[1])[None, :] * 3) % 37 + first
+        scales = torch.exp2(exponents.float())
+        made.append(QTensor(codes.to(torch.float8_e4m3fn).to(DEVICE), scales.to(DEVICE), spec))
+    expected = made[0].dequantize() @ made[1].dequantize().T
+    return made[0], made[1], expected
