@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.arguments import nearest, parse_arguments
-from fp8train.assembly import assemble
 from fp8train.backends import select_backend
 from fp8train.config import RunConfig, load_config
 from fp8train.data import Batcher, build_dataset
@@ -34,8 +33,9 @@ from fp8train.nn.weights import BUFFERS
 from fp8train.optim import build_optimizer
 from fp8train.quant.formats import BF16
 from fp8train.recipe import load_recipe
-from fp8train.run_folder import device_name, write_file
-from fp8train.training_step import train_step
+from fp8train.trainer.assembly import assemble
+from fp8train.trainer.run_folder import device_name, write_file
+from fp8train.trainer.step import train_step
 from fp8train.units import bytes_text, ratio_text
 
 BASELINE = "bf16"

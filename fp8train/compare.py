@@ -22,18 +22,18 @@ import yaml
 
 from fp8train.arguments import parse_arguments
 from fp8train.config import RunConfig, config_to_dict, load_config
-from fp8train.console import Console
-from fp8train.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
 from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
 from fp8train.metrics import Metrics
 from fp8train.recipe import load_recipe
 from fp8train.report import write_report
-from fp8train.run_folder import RunResult, on_main, write_file
-from fp8train.run_record import Arms, RunRecord, read_run
+from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
+from fp8train.report.run_record import Arms, RunRecord, read_run
+from fp8train.report.verdict import make_verdict
 from fp8train.trainer import Trainer
+from fp8train.trainer.console import Console
+from fp8train.trainer.run_folder import RunResult, on_main, write_file
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
-from fp8train.verdict import make_verdict
 
 BASELINE = "bf16"
 # What may differ between an arm that was begun and the same arm when the comparison goes on: it does not reach the

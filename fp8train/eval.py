@@ -12,17 +12,17 @@ import yaml
 
 from fp8train._layout import folder
 from fp8train.arguments import describe, merged, nearest, parse_arguments, parse_assignments, structure
-from fp8train.assembly import assemble
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
-from fp8train.evaluation import EvalSet, evaluate
 from fp8train.generate import trained_tokenizer
 from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
-from fp8train.run_folder import on_main, write_file
+from fp8train.trainer.assembly import assemble
+from fp8train.trainer.evaluation import EvalSet, evaluate
+from fp8train.trainer.run_folder import on_main, write_file
 
 OWN_KEYS = ("checkpoint", "out")
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fp8train.arguments import parse_arguments
-from fp8train.assembly import resolve_activations
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.convert import convert_model
 from fp8train.data.build import shard_folders
@@ -21,6 +20,7 @@ from fp8train.distributed import init
 from fp8train.errors import CheckpointError, ConfigError, exit_code
 from fp8train.models import Decoder, build_model
 from fp8train.recipe import load_recipe
+from fp8train.trainer.assembly import resolve_activations
 
 INCOMPLETE = "\ufffd"  # stands for a character of which some bytes are still to come
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fp8train.config import RunConfig, load_config
-from fp8train.console import Console
 from fp8train.distributed import init, rank_exit_code
-from fp8train.run_folder import RunResult
 from fp8train.trainer import Trainer
+from fp8train.trainer.console import Console
+from fp8train.trainer.run_folder import RunResult
 
 
 def run_training(config: RunConfig, console: Console | None = None) -> RunResult:

@@ -17,7 +17,7 @@ from fp8train.compare import FolderArguments, compare_folders, main, plan_arms, 
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.distributed import World
 from fp8train.errors import ConfigError, DataError, RecipeError, UserError, exit_code
-from fp8train.run_folder import RunResult
+from fp8train.trainer.run_folder import RunResult
 from tests.run_folders import write_run
 
 TINY = [

@@ -9,8 +9,8 @@ import torch
 
 from fp8train import eval as command
 from fp8train.errors import exit_code
-from fp8train.evaluation import Score
 from fp8train.metrics import read_metrics
+from fp8train.trainer.evaluation import Score
 from tests.tiny_run import tiny_text, tiny_train
 
 

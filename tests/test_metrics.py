@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fp8train.console import Console, progress_line, rate_text
 from fp8train.metrics import Metrics, peak_flops, read_metrics, to_json_line, truncate_metrics
+from fp8train.trainer.console import Console, progress_line, rate_text
 
 
 def open_metrics(folder: Path, warnings: list[str], **options) -> Metrics:

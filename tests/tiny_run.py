@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 from fp8train.config import RunConfig, load_config
-from fp8train.console import Console
 from fp8train.distributed import World
-from fp8train.run_folder import RunResult
 from fp8train.trainer import Trainer
+from fp8train.trainer.console import Console
+from fp8train.trainer.run_folder import RunResult
 
 WORDS = ("alpha", "beta", "gamma", "delta", "the", "of", "and", "run", "loss", "step", "scale", "block", "row", "amax")
 

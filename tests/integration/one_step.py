@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fp8train.assembly import assemble
 from fp8train.config import load_config
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import init, unwrap, wrap_ddp
-from fp8train.training_step import train_step
+from fp8train.trainer.assembly import assemble
+from fp8train.trainer.step import train_step
 
 
 class KeepGradients(torch.optim.Optimizer):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.console import Console
 from fp8train.distributed import World
 from fp8train.metrics import read_metrics
 from fp8train.trainer import Trainer
+from fp8train.trainer.console import Console
 from tests.integration import one_step
 from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
 
@@ -27,7 +27,9 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_ranks_give_the_gradients_of_one(tmp_path: Path):
-    arguments = tiny_arguments(tmp_path, "recipe=deepseek_v3")  # FP32 scales: a block that is cut in two changes its codes
+    arguments = tiny_arguments(
+        tmp_path, "recipe=deepseek_v3"
+    )  # FP32 scales: a block that is cut in two changes its codes
     one_step.main([str(tmp_path / "one.pt"), *arguments])
     done = torchrun("tests.integration.one_step", str(tmp_path / "two.pt"), *arguments)
     assert done.returncode == 0, done.stderr

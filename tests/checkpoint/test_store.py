@@ -18,13 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fp8train import checkpoint_files
-from fp8train.checkpoint import TrainingState, find_resume, open_checkpoint, save_checkpoint
-from fp8train.checkpoint_files import FolderWriter
+from fp8train.checkpoint import TrainingState, files, find_resume, open_checkpoint, save_checkpoint
+from fp8train.checkpoint.files import FolderWriter
+from fp8train.checkpoint.random_state import random_state, restore_random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError
 from fp8train.optim import OptimConfig, build_optimizer
-from fp8train.random_state import random_state, restore_random_state
 
 MOMENTS = ["fp32", "bf16"]
 
@@ -429,7 +428,7 @@ def test_full_disk_at_any_file_is_one_line(tmp_path, monkeypatch, name):
             raise OSError(28, "No space left on device")
         write(self, file, pieces)
 
-    monkeypatch.setattr(checkpoint_files.FolderWriter, "write", full)
+    monkeypatch.setattr(files.FolderWriter, "write", full)
     with pytest.raises(CheckpointError, match="No space left on device; needs a writable run_dir with space"):
         _save(tmp_path, 20)
     assert _steps(tmp_path) == [10]
@@ -452,7 +451,7 @@ def test_interrupt_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(self, name, content):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_files.FolderWriter, "write_json", interrupt)
+    monkeypatch.setattr(files.FolderWriter, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _save(tmp_path, 1)
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -463,7 +462,7 @@ def test_killed_save_costs_only_the_checkpoint_that_was_being_written(tmp_path):
     _save(tmp_path, 1)
     script = f"""
 import os, signal
-from fp8train.checkpoint_files import FolderWriter, new_folder
+from fp8train.checkpoint.files import FolderWriter, new_folder
 from pathlib import Path
 with new_folder(Path({str(tmp_path)!r}) / "checkpoints" / "step_00000002", 2, 2) as writer:
     writer.write("model.safetensors", iter([b"half"]))
@@ -478,7 +477,7 @@ with new_folder(Path({str(tmp_path)!r}) / "checkpoints" / "step_00000002", 2, 2)
 
 def test_safetensors_of_every_dtype_and_shape_are_read_back_by_the_library(tmp_path):
     tensors = {
-        **{str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in checkpoint_files._DTYPES},
+        **{str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in files._DTYPES},
         "scalar": torch.tensor(1.5),
         "empty": torch.zeros(0, 4),
         "transposed": torch.arange(6.0).reshape(2, 3).t(),

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fp8train.page import STYLE, typeset
 from fp8train.report import build_report, write_report
-from fp8train.run_record import Arms, read_run
-from fp8train.verdict import make_verdict
+from fp8train.report.page import STYLE, typeset
+from fp8train.report.run_record import Arms, read_run
+from fp8train.report.verdict import make_verdict
 from tests.run_folders import make_coverage, write_run
 
 VOID = {"meta", "link", "br", "use", "path"}

@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
 from fp8train.checkpoint import TrainingState, find_resume, save_checkpoint
+from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
-from fp8train.console import Console
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, wrap_ddp
 from fp8train.errors import TrainingError, UserError
-from fp8train.evaluation import EvalSet, evaluate, score_text
-from fp8train.measuring import PeakMemory, Speed, StreamHash
 from fp8train.metrics import Metrics, peak_flops
 from fp8train.models import count_parameters, flops_per_token
 from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
-from fp8train.profiling import ProfileWindow
-from fp8train.random_state import random_state
-from fp8train.run_folder import (
+from fp8train.trainer.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
+from fp8train.trainer.console import Console
+from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
+from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
+from fp8train.trainer.profiling import ProfileWindow
+from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
     check_same_run,
@@ -40,9 +40,9 @@ from fp8train.run_folder import (
     write_result,
     write_run_files,
 )
-from fp8train.run_lock import lock_run_folder
-from fp8train.stopping import StopRequest
-from fp8train.training_step import StepResult, train_step
+from fp8train.trainer.run_lock import lock_run_folder
+from fp8train.trainer.step import StepResult, train_step
+from fp8train.trainer.stopping import StopRequest
 
 
 @dataclass(kw_only=True, slots=True)

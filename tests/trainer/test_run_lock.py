@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from fp8train import run_lock
+from fp8train.trainer import run_lock
 from fp8train.errors import CheckpointError
-from fp8train.run_lock import LOCK_FILE, lock_run_folder
+from fp8train.trainer.run_lock import LOCK_FILE, lock_run_folder
 
 HOLD = """
 import sys
-from fp8train.run_lock import lock_run_folder
+from fp8train.trainer.run_lock import lock_run_folder
 with lock_run_folder(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

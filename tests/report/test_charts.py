@@ -8,7 +8,17 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from fp8train.charts import LABEL_GAP, Bars, Curve, bar_chart, envelope, line_chart, nice_range, spread_labels, thin
+from fp8train.report.charts import (
+    LABEL_GAP,
+    Bars,
+    Curve,
+    bar_chart,
+    envelope,
+    line_chart,
+    nice_range,
+    spread_labels,
+    thin,
+)
 
 
 def noisy(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from fp8train import page
-from fp8train.charts import Bars, bar_chart
-from fp8train.coverage_summary import (
+from fp8train.report import page
+from fp8train.report.charts import Bars, bar_chart
+from fp8train.report.coverage_summary import (
     GEMMS,
     GemmShare,
     LinearGroup,
@@ -19,8 +19,8 @@ from fp8train.coverage_summary import (
     group_linears,
     layer_numbers,
 )
-from fp8train.page import Column, code, typeset
-from fp8train.run_record import Arms, first_run
+from fp8train.report.page import Column, code, typeset
+from fp8train.report.run_record import Arms, first_run
 from fp8train.units import bytes_text, count_text, flops_text, percent_text
 
 OWN_KEYS = ("run_dir", "time_limit_seconds")  # every arm has its own, and the numbers do not depend on them

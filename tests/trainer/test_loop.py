@@ -14,19 +14,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fp8train.assembly import assemble, parameter_hash
 from fp8train.checkpoint import open_checkpoint
 from fp8train.config import config_from_dict, load_config
-from fp8train.console import Console
 from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, DataError, TrainingError
-from fp8train.measuring import PeakMemory, Speed, StreamHash
 from fp8train.metrics import read_metrics
 from fp8train.models import build_model, initialize, save_hf
 from fp8train.recipe import load_recipe
-from fp8train.run_lock import lock_run_folder
-from fp8train.training_step import train_step
+from fp8train.trainer.assembly import assemble, parameter_hash
+from fp8train.trainer.console import Console
+from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
+from fp8train.trainer.run_lock import lock_run_folder
+from fp8train.trainer.step import train_step
 from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
 
 

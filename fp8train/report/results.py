@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fp8train import page
-from fp8train.charts import Bars, Curve, bar_chart, line_chart, nice_range
-from fp8train.page import Column, typeset
-from fp8train.run_record import Arms, RunRecord, first_run
+from fp8train.report import page
+from fp8train.report.charts import Bars, Curve, bar_chart, line_chart, nice_range
+from fp8train.report.page import Column, typeset
+from fp8train.report.run_record import Arms, RunRecord, first_run
+from fp8train.report.verdict import ema, paired
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
-from fp8train.verdict import ema, paired
 
 LONG_RUN_ROWS = 2000  # from here the first steps would flatten the rest of the loss curve
 TABLE_ROWS = 12

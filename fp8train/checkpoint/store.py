@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.checkpoint_files import (
+from fp8train.checkpoint.files import (
     Marker,
     clear_temporary,
     new_folder,
@@ -27,10 +27,10 @@ from fp8train.checkpoint_files import (
     remove_folder,
     verify,
 )
+from fp8train.checkpoint.random_state import restore_random_state
 from fp8train.config import RunConfig, config_from_dict
 from fp8train.distributed import unwrap
 from fp8train.errors import CheckpointError
-from fp8train.random_state import restore_random_state
 
 FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"

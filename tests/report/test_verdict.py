@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fp8train.errors import ConfigError
-from fp8train.run_record import Arms, RunRecord, Table, read_run
-from fp8train.verdict import (
+from fp8train.report.run_record import Arms, RunRecord, Table, read_run
+from fp8train.report.verdict import (
     SHARED_FACTS,
     check_comparable,
     ema,

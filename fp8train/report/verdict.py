@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fp8train.errors import ConfigError
-from fp8train.run_record import RunRecord, Table, finite
+from fp8train.report.run_record import RunRecord, Table, finite
 from fp8train.units import loss_text, percent_text, ratio_text
 
 SMOOTHING = (

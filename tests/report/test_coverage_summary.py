@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8train.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
+from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
 from tests.run_folders import LINEARS, make_coverage
 
 PER_LAYER = sum(N * K for N, K in LINEARS.values())

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8train import page
-from fp8train.page import code, typeset
-from fp8train.report_results import loss_section, memory_section, speed_section
-from fp8train.report_setup import configuration_section, coverage_section, environment_section, method
-from fp8train.run_record import Arms, RunRecord, first_run
+from fp8train.report import page
+from fp8train.report.page import code, typeset
+from fp8train.report.results import loss_section, memory_section, speed_section
+from fp8train.report.run_record import Arms, RunRecord, first_run
+from fp8train.report.setup import configuration_section, coverage_section, environment_section, method
 from fp8train.units import bytes_text, count_text, percent_text, ratio_text, short_count_text, signed_text
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fp8train.errors import DataError
-from fp8train.run_record import read_metrics, read_run
+from fp8train.report.run_record import read_metrics, read_run
 from tests.run_folders import write_run
 
 ROW = '{"step": 1, "loss": 2.5}'

@@ -16,7 +16,7 @@ from fp8train.data import MASKED_TARGET, Batcher
 from fp8train.distributed import World
 from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16
-from fp8train.training_step import inputs
+from fp8train.trainer.step import inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
