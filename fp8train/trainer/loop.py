@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from fp8train.models import count_parameters, flops_per_token
 from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
 from fp8train.trainer.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
 from fp8train.trainer.console import Console
+from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
 from fp8train.trainer.profiling import ProfileWindow
+from fp8train.trainer.progress import Progress
 from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
@@ -43,28 +44,7 @@ from fp8train.trainer.run_folder import (
 from fp8train.trainer.run_lock import lock_run_folder
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest
-
-
-@dataclass(kw_only=True, slots=True)
-class Progress:
-    """How far a run is; part of every checkpoint.
-
-    step: optimizer steps done, skipped ones included
-    skipped_steps: steps whose loss or gradient was not finite
-    nonfinite_in_a_row: of them, those at the end
-    train_seconds: time in steps
-    loss: of the last step; null where it was not finite
-    stream_sum: StreamHash of all steps, over all ranks
-    init_hash: of the weights before the first step
-    """
-
-    step: int = 0
-    skipped_steps: int = 0
-    nonfinite_in_a_row: int = 0
-    train_seconds: float = 0.0
-    loss: float | None = None
-    stream_sum: int = 0
-    init_hash: str = ""
+from fp8train.trainer.watchers import Watcher, build_watchers
 
 
 class Trainer:
@@ -102,7 +82,11 @@ class Trainer:
                 f"{self.run_dir} is finished: {done.steps} steps. Raise steps to go on, or give another run_dir."
             )
             return done
-        with self._claimed(), _determinism(config.deterministic), StopRequest(config.time_limit_seconds) as stop:
+        with (
+            self._claimed(),
+            deterministic_algorithms(config.deterministic),
+            StopRequest(config.time_limit_seconds) as stop,
+        ):
             self._build()
             self._open()
             try:
@@ -141,6 +125,7 @@ class Trainer:
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
         self.replica: nn.Module = wrap_ddp(self.model, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
+        self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console.warn)
         self.console.info(self._introduction(dataset.describe(), size))
 
     def _introduction(self, data: str, micro_batch: int) -> str:
@@ -169,6 +154,8 @@ class Trainer:
         check_same_run(config, self.batcher.dataset.fingerprint, found)
         found.restore(self.model, self.optimizer, world.rank)
         self.progress = Progress(**found.state.progress)
+        for watcher in self.watchers:
+            watcher.load_state(self.progress.watchers.get(watcher.name, {}))
         cost = self.batcher.skip_to(found.step)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
         if found.recipe_hash != self.assembly.recipe.hash:
@@ -178,6 +165,7 @@ class Trainer:
         """Write a checkpoint of this step, unless there is one."""
         config, progress, recipe = self.config, self.progress, self.assembly.recipe
         progress.stream_sum = self.stream.total(self.world)
+        progress.watchers = {watcher.name: watcher.state() for watcher in self.watchers}
         states = self.world.all_gather_object(random_state())
 
         def write() -> Path:
@@ -263,6 +251,8 @@ class Trainer:
         batches = self.batcher.micro_batches(progress.step)
         self.stream.add(batches)
         data_seconds = time.perf_counter() - begin
+        for watcher in self.watchers:
+            watcher.before_step(progress.step + 1, batches)
         clip = config.optim.clip_grad_norm
         result = train_step(self.replica, self.optimizer, batches, self.world, clip=clip, stop=stop)
         seconds = time.perf_counter() - begin
@@ -297,6 +287,8 @@ class Trainer:
         }
         if not result.updated:
             row |= {"skipped": True, "skipped_steps": progress.skipped_steps}
+        for watcher in self.watchers:
+            row |= watcher.after_step(progress.step, result)
         peak = peak_flops(device_name(self.world.device))
         if peak is not None:
             flops = flops_per_token(config.model, config.seq_len) * row["tokens_per_second"]
@@ -380,15 +372,3 @@ class Trainer:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-@contextlib.contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    """Only deterministic algorithms inside, if wanted; as before outside."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

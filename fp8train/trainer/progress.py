@@ -1,0 +1,30 @@
+"""How far a run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run is; part of every checkpoint.
+
+    step: optimizer steps done, skipped ones included
+    skipped_steps: steps whose loss or gradient was not finite
+    nonfinite_in_a_row: of them, those at the end
+    train_seconds: time in steps
+    loss: of the last step; null where it was not finite
+    stream_sum: StreamHash of all steps, over all ranks
+    init_hash: of the weights before the first step
+    watchers: state of each watcher, by its name
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    train_seconds: float = 0.0
+    loss: float | None = None
+    stream_sum: int = 0
+    init_hash: str = ""
+    watchers: dict[str, dict[str, Any]] = field(default_factory=dict)
