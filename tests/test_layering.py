@@ -21,6 +21,7 @@ LAYERS = (
     {"metrics", "checkpoint"},
     {"trainer"},
     {"report"},
+    {"benchmarks"},
     {"train", "compare", "explain", "prepare", "eval", "generate", "export", "bench"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""What `fp8train bench` times, one subject a file, and the clock they share."""

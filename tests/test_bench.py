@@ -1,0 +1,117 @@
+"""`fp8train bench`: interleaving, ratios, checks before timing, and what the commands print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8train import bench
+from fp8train.benchmarks import gemm, quantize
+from fp8train.benchmarks.linear import saved_bytes
+from fp8train.benchmarks.timing import BenchArguments, interleaved
+from fp8train.errors import ConfigError, exit_code
+from fp8train.nn.linear import Float8Linear
+
+CPU = torch.device("cpu")
+
+
+def test_contestants_take_turns_and_warm_up_does_not_count() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b", "c")}
+    timings = interleaved(calls, BenchArguments(rounds=2, warmup=1), CPU)
+    assert order == ["a", "b", "c"] * 3
+    assert list(timings) == ["a", "b", "c"]
+
+
+def test_ratio_is_the_median_of_the_rounds_own_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.0, 2.0, 10.0, 30.0, 1.0, 4.0])  # a, b in three rounds: ratios 2, 3, 4
+    monkeypatch.setattr("fp8train.benchmarks.timing._cpu_clock", lambda call: next(seconds))
+    timing = interleaved({"a": int, "b": int}, BenchArguments(rounds=3, warmup=0), CPU)["b"]
+    assert (timing.ratio_low, timing.ratio, timing.ratio_high) == (2.5, 3.0, 3.5)
+    assert (timing.min_seconds, timing.median_seconds, timing.max_seconds) == (2.0, 4.0, 30.0)
+
+
+def test_saved_bytes_count_a_storage_once_and_no_weight() -> None:
+    linear = Float8Linear(256, 128, bias=False)
+    x = torch.randn(128, 256, dtype=torch.bfloat16)
+    one = saved_bytes(linear, lambda: linear(x))
+    assert one == 128 * 256 + 4 * 256  # one byte an element, and a scale for each channel's 128 tokens
+    assert saved_bytes(linear, lambda: linear(x) + linear(x)) == one
+
+
+def test_gemm_bench_times_what_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gemm.json"
+    arguments = ["rows=[130]", "shapes=[[100,200]]", "rounds=2", "warmup=0", f"out={out}"]
+    assert exit_code(bench.main, ["gemm", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "fprop M 130, N 100, K 200" in printed and "triton: not timed" in printed
+    results = json.loads(out.read_text())["results"]
+    assert [result["gemm"] for result in results] == ["fprop", "dgrad", "wgrad"]
+    assert all(set(result["timings"]) == {"bf16", "cpu"} and not result["wrong"] for result in results)
+
+
+def test_gemm_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Wrong(gemm.get_backend("cpu").__class__):  # type: ignore[misc]
+        def scaled_mm(self, *args):  # type: ignore[no-untyped-def]
+            result = super().scaled_mm(*args)
+            result[0, 0] += 1e3
+            return result
+
+    monkeypatch.setattr(gemm, "get_backend", lambda name: Wrong())
+    arguments = ["gemm", "rows=[64]", "shapes=[[64,64]]", "backends=[cpu]", "gemms=[wgrad]", "rounds=1"]
+    assert exit_code(bench.main, arguments) == 1
+    assert "NOT TIMED" in capsys.readouterr().out
+
+
+def test_nan_counts_as_total_disagreement() -> None:
+    ones = torch.ones(2, 2)
+    assert gemm.calc_diff(ones, ones) == 0.0
+    assert gemm.calc_diff(ones * float("nan"), ones) == 1.0
+
+
+def test_quantize_bench_checks_every_result_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["quantize", "shapes=[[300,260]]", "rounds=1", "warmup=0"]
+    assert exit_code(bench.main, arguments) == 0
+
+    class OffByOne(quantize.get_backend("cpu").__class__):  # type: ignore[misc]
+        def quantize_dual(self, *args):  # type: ignore[no-untyped-def]
+            q, qt = super().quantize_dual(*args)
+            qt.qdata.view(torch.uint8)[3, 5] ^= 1
+            return q, qt
+
+    monkeypatch.setattr(quantize, "get_backend", lambda name: OffByOne())
+    assert exit_code(bench.main, [*arguments, "cases=[row]"]) == 0
+    assert exit_code(bench.main, [*arguments, "cases=[both]"]) == 1
+
+
+def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["model.num_layers=1", "model.hidden_size=64", "model.intermediate_size=64", "model.num_heads=1"]
+    out = tmp_path / "step.json"
+    small += ["model.num_kv_heads=1", "seq_len=32", "global_batch_tokens=64", "rounds=2", "warmup=0", f"out={out}"]
+    assert exit_code(bench.main, ["step", *small]) == 0
+    assert "tok/s" in capsys.readouterr().out
+    assert set(json.loads(out.read_text())["results"][0]["timings"]) == {"bf16", "blockwise"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["stepp"], "step"),
+        (["step", "recipe=bf16"], "baseline"),
+        (["linear", "rounds=0"], "rounds >= 1"),
+        (["linear", "recipe=bf16"], "no FP8 precision"),
+        (["gemm", "gemms=[fwd]"], "fwd"),
+        (["gemm", "shapes=[[1,2,3]]"], "[N, K]"),
+        (["gemm", "backends=[triton]"], "triton cannot be used"),
+        (["quantize", "cases=[rows]"], "rows"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_timed_is_refused(argv: list[str], message: str) -> None:
+    if argv[1:] == ["backends=[triton]"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        bench.main(argv)
