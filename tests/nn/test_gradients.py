@@ -29,7 +29,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("name", ["blockwise", "fp32-scales", "requant", "wgrad-only", "bf16"])
+@pytest.mark.parametrize("name", ["blockwise", "fp32-scales", "requant", "bf16"])
 def test_64_micro_batches_give_the_gradient_of_one_batch(name: str) -> None:
     # blocks of 128 tokens coincide when every micro-batch is a multiple of 128
     linear = made(1, 24, 32, PRECISIONS[name], bias=False)
@@ -147,16 +147,14 @@ def train_step(model: nn.Module, forward: nn.Module, x: Tensor) -> list[Tensor]:
         ("blockwise", torch.float32),
         ("blockwise", torch.bfloat16),
         ("requant", torch.bfloat16),
-        ("tensorwise", torch.bfloat16),
         ("weight-only", torch.bfloat16),
         ("bf16", torch.bfloat16),
-        ("fp32", torch.float32),
     ],
     ids=str,
 )
 def test_compiled_model_equals_the_eager_one(name: str, dtype: torch.dtype) -> None:
     torch.compiler.reset()
-    model = model_of(PRECISIONS[name])
+    model = model_of(PRECISIONS[name]).to("cpu")  # moved: its operands must be there before the first compiled forward
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     x = normal(6, 130, dtype=dtype)
     for one, other in zip(train_step(model, compiled, x), train_step(model, model, x), strict=True):
@@ -183,13 +181,6 @@ def test_compiled_model_follows_steps_loads_and_announced_edits_without_recompil
     model.load_state_dict({name: -2 * value for name, value in model.state_dict().items()})
     assert torch.equal(compiled(x), model(x))
     assert len(graphs) == 1
-
-
-def test_compiled_after_being_moved() -> None:
-    torch.compiler.reset()
-    model = model_of().to("cpu").float()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(normal(6, 130)), model(normal(6, 130)))
 
 
 def test_compiled_model_takes_any_number_of_tokens() -> None:
