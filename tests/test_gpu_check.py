@@ -1,0 +1,64 @@
+"""launch/gpu_check.sh without a GPU: refusal, and its bookkeeping with an interpreter that only pretends to work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.source_tree import ROOT
+
+SCRIPT = ROOT / "launch" / "gpu_check.sh"
+
+
+def run_script(out: Path, python: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": str(python), "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def pretender(tmp_path: Path) -> Path:
+    """A folder with a `python` that fails where the file `fail` names one of its arguments, and an `nvidia-smi`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python").write_text(
+        f'#!/bin/bash\nfor a in "$@"; do grep -qxF -e "$a" {folder}/fail && exit 7; done\nexit 0\n'
+    )
+    (folder / "nvidia-smi").write_text("#!/bin/bash\nexit 0\n")
+    (folder / "fail").write_text("nothing\n")
+    for name in ("python", "nvidia-smi"):
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path) -> None:
+    import sys
+
+    done = subprocess.run(
+        [SCRIPT, tmp_path / "out"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_every_step_has_a_row(tmp_path: Path, pretender: Path) -> None:
+    done = run_script(tmp_path / "out", pretender / "python", pretender)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "out" / "summary.md").read_text().splitlines()[2:]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names[:4] == ["machine", "environment", "test_quantisers", "test_gemms"], "correctness comes first"
+    assert {"bench_gemm", "bench_quantize", "bench_linear_4096", "bench_step_eager", "train"} <= set(names)
+    assert all("passed" in row for row in rows)
+
+
+def test_a_step_that_fails_costs_its_own_row_and_the_status(tmp_path: Path, pretender: Path) -> None:
+    (pretender / "fail").write_text("gemm\n")
+    done = run_script(tmp_path / "out", pretender / "python", pretender)
+    assert done.returncode == 1
+    rows = (tmp_path / "out" / "summary.md").read_text().splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows if "failed with status 7" in row] == ["test_gemms", "bench_gemm"]
+    assert sum("passed" in row for row in rows) == len(rows) - 2
