@@ -13,8 +13,8 @@ import triton.language as tl
 
 BLOCK_K = tl.constexpr(128)  # also the block of K that shares a scale
 TILE_ORDER = {"GROUP_M": 8}  # neighbouring tiles share rows of a and b in L2
-# Tiles that fit the registers: 256x128 and 128x256 spill 140 to 936 bytes. Warp specialisation splits BLOCK_M = 128 into two
-# warpgroups of 64: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does nothing (3.6 to 3.9).
+# Tiles that fit the registers: 256x128 and 128x256 spill 140 to 936 bytes. Warp specialisation splits BLOCK_M = 128
+# into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does nothing.
 CONFIGS = {
     "pointer_128x128_s3": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
     "pointer_64x64_s3": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},

@@ -13,8 +13,8 @@ import triton.language as tl
 
 BLOCK_K = tl.constexpr(128)  # also the block of K that shares a scale
 TILE_ORDER = {"GROUP_M": 8}  # neighbouring tiles share rows of a and b in L2
-# Tiles that fit the registers: 128x256 spills 204 bytes, 128x128 by pointers 176. Warp specialisation splits BLOCK_M = 128
-# into two warpgroups of 64: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does nothing.
+# Tiles that fit the registers: 128x256 spills 204 bytes, 128x128 by pointers 176. Warp specialisation splits BLOCK_M
+# into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does nothing.
 CONFIGS = {
     "pointer_64x64_s3": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fp8train.backends.cpu import CpuBackend
+from fp8train.backends.cublaslt import CublasltBackend
+from fp8train.backends.deepgemm import DeepGemmBackend
+from fp8train.backends.dequant_bf16 import DequantBackend
 from fp8train.backends.interface import Backend
 from fp8train.backends.reference import ReferenceBackend
+from fp8train.backends.te import TransformerEngineBackend
+from fp8train.backends.triton import TritonBackend
 from fp8train.errors import BackendError
 from fp8train.quant.formats import LinearPrecision
 
@@ -19,12 +24,18 @@ def _cpu_torch() -> Backend:
     return backend
 
 
-BACKENDS = {
+BACKENDS: dict[str, Callable[[], Backend]] = {
     "cpu": CpuBackend,
     "cpu_torch": _cpu_torch,
+    "cublaslt": CublasltBackend,
+    "deepgemm": DeepGemmBackend,
+    "dequant_bf16": DequantBackend,
     "reference": ReferenceBackend,
+    "te": TransformerEngineBackend,
+    "triton": TritonBackend,
 }
-AUTO_ORDER = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("reference",)}
+# dequant_bf16: a GPU without FP8 units, or a recipe without FP8 kernels, trains with the same numbers; the log says so
+AUTO_ORDER = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton", "cublaslt", "dequant_bf16")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,94 @@
+"""GEMMs that torch itself does on the device that its operands are on; shared by the backends for GPUs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8train.quant import reference
+from fp8train.quant.qtensor import QTensor
+
+CUBLAS_MULTIPLE = 16  # cuBLASLt wants N and K of FP8 operands to be multiples of 16
+
+
+def mm(
+    a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """a [M, K] @ b [N, K].T of two bf16 or two fp32 matrices, products summed in FP32; arguments as Backend.mm."""
+    with torch.autocast(a.device.type, enabled=False):
+        if bias is None and out is None and out_dtype is a.dtype:
+            return a @ b.T
+        return reference.finish(fp32_product(a, b), bias, out, accumulate, out_dtype)
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [N, K].T in FP32, without rounding the sums on the way."""
+    if a.dtype is torch.float32 or 0 in (*a.shape, b.shape[0]):
+        return a.to(torch.float32) @ b.to(torch.float32).T
+    if a.is_cuda:
+        return torch.mm(a, b.T, out_dtype=torch.float32)
+    return a.to(torch.float32) @ b.to(torch.float32).T  # torch has no CPU kernel for out_dtype
+
+
+def decoded_mm(
+    a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """As Backend.scaled_mm, by matrix units for BF16: an FP8 number is exactly a BF16 number.
+
+    With pow2 scales so is the decoded operand, and one product does; with fp32 scales there is one per block of K,
+    promoted as the FP8 GEMMs promote theirs.
+    """
+    with torch.autocast(a.qdata.device.type, enabled=False):
+        if a.spec.scale == "pow2" and b.spec.scale == "pow2" and _in_range(a) and _in_range(b):
+            left, right = reference.dequantize(a, torch.bfloat16), reference.dequantize(b, torch.bfloat16)
+            return mm(left, right, bias, out, accumulate, out_dtype)
+        left, right = a.qdata.to(torch.bfloat16), b.qdata.to(torch.bfloat16)
+        acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=left.device)
+        step_a, step_b = a.spec.block_shape(*a.shape)[1], b.spec.block_shape(*b.shape)[1]
+        scale_a, scale_b = _scale_of_rows(a), _scale_of_rows(b)
+        for start, stop in reference.contraction_blocks(a, b):
+            partial = fp32_product(left[:, start:stop], right[:, start:stop])
+            acc.addcmul_(partial, scale_a[:, start // step_a, None] * scale_b[None, :, start // step_b])
+        return reference.finish(acc, bias, out, accumulate, out_dtype)
+
+
+def cublas_mm(
+    a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """As Backend.scaled_mm for two tensorwise or two rowwise operands, by cuBLASLt through torch.
+
+    FP32 results are the product of the codes, scaled afterwards: cuBLASLt's rowwise kernels write BF16 only.
+    """
+    N, scale = b.shape[0], (a.scale_inv, b.scale_inv)
+    left, right = padded(a.qdata, 1), padded(b.qdata, CUBLAS_MULTIPLE)
+    if 0 in (*a.shape, N):
+        return reference.finish(torch.zeros(a.shape[0], N, device=left.device), bias, out, accumulate, out_dtype)
+    if bias is None and out is None and out_dtype is torch.bfloat16:
+        if a.spec.block == "row":
+            scale = (scale[0], F.pad(scale[1], (0, 0, 0, right.shape[0] - N), value=1.0).T.contiguous())
+        return torch._scaled_mm(left, right.T, *scale, out_dtype=out_dtype, use_fast_accum=False)[:, :N]
+    one = torch.ones((), device=left.device)
+    codes = torch._scaled_mm(left, right.T, one, one, out_dtype=torch.float32, use_fast_accum=False)[:, :N]
+    return reference.finish(codes * (scale[0] * scale[1].T), bias, out, accumulate, out_dtype)
+
+
+def padded(codes: Tensor, row_multiple: int) -> Tensor:
+    """FP8 codes with zeros appended: rows to a multiple of row_multiple, columns to one of 16; a copy if needed."""
+    rows, cols = -codes.shape[0] % row_multiple, -codes.shape[1] % CUBLAS_MULTIPLE
+    if rows or cols or codes.stride() != (codes.shape[1], 1):
+        return F.pad(codes.view(torch.uint8), (0, cols, 0, rows)).contiguous().view(codes.dtype)
+    return codes
+
+
+def _in_range(q: QTensor) -> bool:
+    """Whether all decoded values are normal BF16 numbers far from overflow; false if a scale is NaN."""
+    if q.scale_inv.numel() == 0:
+        return True
+    low, high = torch.aminmax(q.scale_inv)
+    return bool((low >= 2.0**-50) & (high <= 2.0**50))
+
+
+def _scale_of_rows(q: QTensor) -> Tensor:
+    """scale_inv with one row per row of the matrix, [rows, ceil(cols/block_cols)]."""
+    return q.scale_inv.repeat_interleave(q.spec.block_shape(*q.shape)[0], dim=0)[: q.shape[0]]

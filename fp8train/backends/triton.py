@@ -1,0 +1,159 @@
+"""Backend `triton`: our own kernels (kernels/) for blockwise FP8 on GPUs of sm_89 and newer, Hopper first.
+
+Quantisers write the reference's codes bit for bit. Blockwise GEMMs run the first entry of kernels/gemm_table.py that
+passed its check on this device (backends/admission.py), or the plain variant. Tensorwise and rowwise GEMMs are
+cuBLASLt's, and their quantiser is the definition run on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import re
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8train.backends import device_gemm
+from fp8train.backends.admission import Admission
+from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
+from fp8train.quant import reference
+from fp8train.quant.formats import LinearPrecision, QuantSpec
+from fp8train.quant.qtensor import QTensor
+
+OLDEST, BELOW = (3, 6), (3, 10)  # versions of Triton that the kernels are compiled with in the tests
+ROW, SQUARE = (1, 128), (128, 128)
+
+
+def triton_refusal() -> str | None:
+    """Why the installed Triton cannot compile the kernels, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install fp8train[triton]"
+    text = importlib.metadata.version("triton")
+    version = tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+    if version < OLDEST:
+        return f"Triton {text} is too old; needs 3.6 to 3.9"
+    if version >= BELOW:
+        return f"Triton {text} is newer than the kernels were compiled with; needs 3.6 to 3.9"
+    return None
+
+
+class TritonBackend:
+    """Blockwise FP8 by our kernels, everything else by torch on the same device."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.note = "own FP8 kernels"
+        self._admission = Admission()
+
+    def unavailable(self, device_type: str) -> str | None:
+        """See Backend."""
+        return no_gpu(device_type) or triton_refusal()
+
+    def unsupported(self, precision: LinearPrecision) -> str | None:
+        """See Backend."""
+        return not_served(precision, BLOCKWISE_PAIRS | WHOLE_PAIRS)
+
+    def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
+        """See Backend."""
+        if spec.block == SQUARE:
+            made, turned = self.quantize_square(x, spec)
+            return turned if transpose else made
+        if spec.block != ROW:
+            return reference.quantize(x, spec, transpose=transpose)
+        run = kernel("quantize").quantize_columns if transpose else kernel("quantize").quantize_rows
+        qdata, scale_inv = run(_rows_dense(x), **_format(spec))
+        return QTensor(qdata, scale_inv, spec)
+
+    def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        if row.block != ROW or col.block != ROW or row.format is not col.format:
+            return self.quantize(x, row, False), self.quantize(x, col, True)
+        run = kernel("quantize").quantize_dual
+        q, scale, qt, scale_t = run(_rows_dense(x), **_format(row), col_pow2=col.scale == "pow2")
+        return QTensor(q, scale, row), QTensor(qt, scale_t, col)
+
+    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        if spec.block != SQUARE:
+            made = self.quantize(x, spec, False)
+            return made, made.transpose()
+        q, scale, qt, scale_t = kernel("quantize_weight").quantize_weight(_rows_dense(x), **_format(spec))
+        return QTensor(q, scale, spec), QTensor(qt, scale_t, spec)
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
+        """See Backend."""
+        return reference.dequantize(q, dtype)
+
+    def scaled_mm(
+        self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See Backend."""
+        pair = (a.spec.block, b.spec.block)
+        if pair == (ROW, SQUARE):
+            return self._gemm(a, b, bias, out, accumulate, out_dtype)
+        if pair == (ROW, ROW):
+            return self._gemm_wgrad(a, b, bias, out, accumulate, out_dtype)
+        multiply = device_gemm.cublas_mm if pair in WHOLE_PAIRS else device_gemm.decoded_mm
+        return multiply(a, b, bias, out, accumulate, out_dtype)
+
+    def mm(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See Backend."""
+        return device_gemm.mm(a, b, bias, out, accumulate, out_dtype)
+
+    def _gemm(
+        self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+    ) -> Tensor:
+        operands = (a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+        entry, run = self._entry("gemm", a, b), kernel("gemm").gemm
+        if accumulate:
+            acc = run(*operands, bias=bias, out_dtype=torch.float32, config=entry)
+            return reference.finish(acc, None, out, True, out_dtype)
+        return run(*operands, bias=bias, out=out, out_dtype=out_dtype, config=entry)
+
+    def _gemm_wgrad(
+        self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+    ) -> Tensor:
+        operands = (a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+        entry, run = self._entry("gemm_wgrad", a, b), kernel("gemm_wgrad").gemm_wgrad
+        if bias is None and (out is None or out.dtype is torch.float32):
+            made = run(*operands, out=out, accumulate=accumulate, config=entry)
+            return made if out is not None else made.to(out_dtype)
+        return reference.finish(run(*operands, config=entry), bias, out, accumulate, out_dtype)
+
+    def _entry(self, operation: str, a: QTensor, b: QTensor) -> str | None:
+        """The first entry of the launch table that reads these operands and is admitted; None for the plain one."""
+        (M, K), N = a.shape, b.shape[0]
+        device = a.qdata.device
+        for entry in _table_entries(operation, device, M, N, K):
+            if kernel(operation).refusal(entry, a.qdata, b.qdata) is not None:
+                continue
+            if self._admission.admits(operation, entry, device):
+                return entry
+            self.note = f"own FP8 kernels; refused on this machine: {'; '.join(self._admission.refused)}"
+        return None
+
+
+@functools.cache
+def kernel(name: str) -> ModuleType:
+    """A file of kernels/, imported on first use: the package works where there is no Triton."""
+    return importlib.import_module(f"fp8train.kernels.{name}")
+
+
+@functools.lru_cache(maxsize=4096)  # a model has few shapes, and asking the driver for its device costs microseconds
+def _table_entries(operation: str, device: torch.device, M: int, N: int, K: int) -> tuple[str, ...]:
+    return kernel("gemm_table").device_entries(operation, device, M, N, K)
+
+
+def _format(spec: QuantSpec) -> dict[str, Any]:
+    return {"fp8_dtype": spec.format.dtype, "fp8_max": spec.format.max, "pow2": spec.scale == "pow2"}
+
+
+def _rows_dense(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()

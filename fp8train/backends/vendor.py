@@ -1,0 +1,74 @@
+"""What backends that call a vendor's FP8 GEMM share: our quantisers, torch's high-precision GEMMs, scale layouts."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8train.backends.dequant_bf16 import DequantBackend
+from fp8train.backends.interface import Backend
+from fp8train.backends.triton import TritonBackend, triton_refusal
+from fp8train.quant.formats import QuantSpec
+from fp8train.quant.qtensor import QTensor
+
+
+class VendorBackend(DequantBackend):
+    """Quantises by our kernels where Triton can compile them, by the definition otherwise; codes are the same."""
+
+    @functools.cached_property
+    def quantisers(self) -> Backend:
+        """The backend whose quantisers are used."""
+        if triton_refusal():
+            return DequantBackend()
+        return TritonBackend()
+
+    def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
+        """See Backend."""
+        return self.quantisers.quantize(x, spec, transpose)
+
+    def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        return self.quantisers.quantize_dual(x, row, col)
+
+    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        return self.quantisers.quantize_square(x, spec)
+
+
+def imported(module: str) -> ModuleType | str:
+    """A vendor's module, or why it cannot be imported: the error's first line, whatever its type."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except (ImportError, RuntimeError, OSError) as error:  # an empty meta package, or a shared library that is missing
+        return f"import of {module} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
+def rows_first(scale: Tensor, rows: int) -> Tensor:
+    """1x128 scales [M, ceil(K/128)] as [rows, ceil(K/128)] with strides (1, rows), padded with 1: a copy if needed."""
+    if scale.shape[0] == rows and scale.stride() == (1, rows):
+        return scale
+    return F.pad(scale.T, (0, rows - scale.shape[0]), value=1.0).contiguous().T
+
+
+def blocks_first(scale: Tensor) -> Tensor:
+    """128x128 scales [ceil(N/128), ceil(K/128)], row-major, padded with 1 to a multiple of four blocks of K."""
+    return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0).contiguous()
+
+
+def dense_codes(q: QTensor, rows: int, cols: int) -> Tensor:
+    """Codes as a contiguous uint8 matrix [rows, cols], zero beyond the operand."""
+    codes = q.qdata.view(torch.uint8)
+    if q.shape == (rows, cols):
+        return codes.contiguous()
+    return F.pad(codes, (0, cols - q.shape[1], 0, rows - q.shape[0]))
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
