@@ -10,6 +10,7 @@ from fp8train.backends.cpu import CpuBackend
 from fp8train.backends.cublaslt import CublasltBackend
 from fp8train.backends.deepgemm import DeepGemmBackend
 from fp8train.backends.dequant_bf16 import DequantBackend
+from fp8train.backends.hopper import hopper_backend
 from fp8train.backends.interface import Backend
 from fp8train.backends.reference import ReferenceBackend
 from fp8train.backends.te import TransformerEngineBackend
@@ -53,8 +54,11 @@ def get_backend(name: str) -> Backend:
     Raises:
         BackendError: there is none of that name.
     """
+    kind, _, options = name.partition(":")
+    if kind == "hopper":
+        return hopper_backend(options)
     if name not in BACKENDS:
-        raise BackendError(f"backend: {name!r} is not known; needs one of auto, {', '.join(BACKENDS)}.")
+        raise BackendError(f"backend: {name!r} is not known; needs one of auto, {', '.join(BACKENDS)}, hopper.")
     return BACKENDS[name]()
 
 
