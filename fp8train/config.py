@@ -158,6 +158,7 @@ class RunConfig:
     deterministic: only deterministic algorithms (slower on a GPU)
     activation_checkpointing: none, selective (keeps results of GEMMs and attention) or full (keeps layer inputs)
     time_limit_seconds: save and stop after this long; null: no limit
+    strict: stop after the first step if a GEMM that was to run in FP8 had rows and did not
     """
 
     recipe: str = "blockwise"
@@ -173,6 +174,7 @@ class RunConfig:
     deterministic: bool = False
     activation_checkpointing: str = "none"
     time_limit_seconds: float | None = None
+    strict: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -208,6 +208,7 @@ class ConversionReport:
                     "other_calls": count.other_calls,
                     "fp8_rows": count.fp8_rows,
                     "other_rows": count.other_rows,
+                    "exception": exception(row, gemm, count),
                 }
             keys = {"fqn": row.fqn, "shape": list(row.shape), "precision": row.precision}
             linears.append({**keys, "rule": row.rule, "reason": row.reason, "gemms": gemms})
@@ -217,6 +218,17 @@ class ConversionReport:
             "fp8_flops_share": fp8_flops / max(fp8_flops + other_flops, 1),
             "linears": linears,
         }
+
+
+def exception(row: ConversionRow, gemm: str, count: GemmCount) -> str | None:
+    """Why a GEMM did not run in FP8, or not all of it; None where it did."""
+    planned = row.planned(gemm)
+    if planned != "fp8":
+        whole = row.numbers is None or not row.numbers.any_fp8
+        return f"{planned}: {row.reason}" if whole else f"{planned}: precision {row.precision} says so"
+    if count.other_rows:
+        return "ran in high precision for some rows: its precision was changed during the run"
+    return None if count.fp8_rows else COUNTS.reason(row.site, gemm) or "no tokens reached it"
 
 
 _HEADER = {

@@ -26,6 +26,7 @@ class CoverageCounter:
 
     def __init__(self) -> None:
         self._counts: dict[tuple[int, str], GemmCount] = {}
+        self._reasons: dict[tuple[int, str], str] = {}
 
     def add(self, site: int, gemm: str, rows: int, fp8: bool) -> None:
         """Record one execution over `rows` tokens."""
@@ -40,8 +41,16 @@ class CoverageCounter:
             count.other_rows += rows
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Forget all counts; reasons stay."""
         self._counts.clear()
+
+    def explain(self, site: int, gemm: str, reason: str) -> None:
+        """Say why a GEMM has nothing to do, such as "its weight is frozen"."""
+        self._reasons[site, gemm] = reason
+
+    def reason(self, site: int, gemm: str) -> str | None:
+        """What `explain` said of a GEMM."""
+        return self._reasons.get((site, gemm))
 
     def snapshot(self) -> dict[int, dict[str, GemmCount]]:
         """A copy of the counts: {site: {"fprop": GemmCount, ...}}."""

@@ -139,6 +139,9 @@ def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
         for gemm in GEMMS:
             one, two = first["gemms"][gemm], second["gemms"][gemm]
             gemms[gemm] = one | {key: one[key] + two[key] for key in COUNTED}
+            if one["exception"] is None or two["exception"] is None:  # it ran in FP8 in one of them
+                other = gemms[gemm]["other_rows"]
+                gemms[gemm]["exception"] = (one["exception"] or two["exception"]) if other else None
             N, K = first["shape"]
             for key in flops:
                 flops[key] += 2 * gemms[gemm][key] * N * K

@@ -11,6 +11,7 @@ from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
+from fp8train.trainer.strict_coverage import StrictCoverage
 
 
 class Watcher(Protocol):
@@ -30,9 +31,40 @@ class Watcher(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave; empty where the checkpoint knew no such watcher."""
 
+    def summary(self) -> str | None:
+        """What the console shows when the run ends; None: nothing."""
+
+
+class RollBack(Exception):
+    """What after_step raises, on every rank alike, to go back to the last checkpoint of the run.
+
+    Args:
+        watcher: name of the one that raises it: it keeps its state, all others take back the checkpoint's.
+        reason: for the console.
+    """
+
+    def __init__(self, watcher: str, reason: str) -> None:
+        super().__init__(reason)
+        self.watcher = watcher
+        self.reason = reason
+
+
+def after_step(watchers: Sequence[Watcher], step: int, result: StepResult, row: dict[str, Any]) -> RollBack | None:
+    """Let every watcher see a step and add to its row; gives the request to undo the step, if there is one."""
+    asked: RollBack | None = None
+    for watcher in watchers:
+        try:
+            row |= watcher.after_step(step, result)
+        except RollBack as request:
+            asked = request
+    return asked
+
 
 def build_watchers(
     config: RunConfig, assembly: Assembly, world: World, run_dir: Path, warn: Callable[[str], None]
 ) -> list[Watcher]:
     """The watchers that the configuration asks for, in the order in which they are called."""
-    return []
+    watchers: list[Watcher] = []
+    if config.strict:
+        watchers.append(StrictCoverage(assembly, world, config.compile))
+    return watchers
