@@ -18,12 +18,21 @@ from fp8train._layout import folder
 from fp8train.errors import RecipeError
 from fp8train.quant.formats import BF16, FP32, GemmPrecision, LinearPrecision, QuantSpec
 from fp8train.recipe_document import hint, mapping, read_yaml, string
+from fp8train.recipe_options import (
+    Alarm,
+    SchedulePart,
+    SwigluRemedy,
+    options_document,
+    parse_alarm,
+    parse_schedule,
+    parse_swiglu,
+)
 
 VERSION = 1
 BUILT_IN: dict[str, LinearPrecision] = {"bf16": BF16, "fp32": FP32}
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}  # left, right of each GEMM
 
-_TOP_KEYS = ("version", "description", "precisions", "rules", "optimizer")
+_TOP_KEYS = ("version", "description", "precisions", "rules", "optimizer", "schedule", "alarm", "swiglu")
 _RULE_KEYS = ("match", "layers", "use", "optional")
 _LAYERS = re.compile(r"(first|last):([1-9]\d*)")
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?=\.|$)")
@@ -93,6 +102,9 @@ class Recipe:
         precisions: those of the document and the built-in bf16 and fp32, by name.
         rules: in order; the first that covers a linear decides.
         moments: dtype of the AdamW moments that the recipe asks for.
+        schedule: precisions that take over in the course of a run, in order.
+        alarm: what a run does when it diverges; None: nothing.
+        swiglu: what is done to the input of down projections; None: nothing.
     """
 
     name: str
@@ -101,6 +113,9 @@ class Recipe:
     precisions: dict[str, LinearPrecision]
     rules: tuple[Rule, ...]
     moments: Literal["fp32", "bf16"] = "fp32"
+    schedule: tuple[SchedulePart, ...] = ()
+    alarm: Alarm | None = None
+    swiglu: SwigluRemedy | None = None
 
     @property
     def hash(self) -> str:
@@ -145,7 +160,7 @@ class Recipe:
                 "End the rules with {match: '*', use: bf16} to keep the rest in BF16."
             )
         precision, label = self.precisions[rule.use], f"{rule.number}: {rule.selector}"
-        if keeper is not None and _quantized(precision) and not rule.names(fqn):
+        if keeper is not None and precision.quantized and not rule.names(fqn):
             reason = f"{keeper} keeps it in BF16; {rule} covers it but does not name it"
             return Assignment(precision=BF16, rule=label, reason=reason)
         return Assignment(precision=precision, rule=label, reason=f"{rule} says {rule.use}")
@@ -166,11 +181,6 @@ class Recipe:
             f"{self.source}: {rule} matches none of the {len(positions)} linears; needs at least one. "
             f"Closest module paths: {near}. Correct the rule, delete it, or add 'optional: true'."
         )
-
-
-def _quantized(precision: LinearPrecision) -> bool:
-    """Whether any operand is quantised, also where the GEMM itself stays in high precision."""
-    return any(operand is not None for gemm in precision.gemms.values() for operand in (gemm.left, gemm.right))
 
 
 def layer_positions(paths: Iterable[str]) -> dict[str, Position | None]:
@@ -255,7 +265,20 @@ def _parse(document: object, *, name: str, source: str) -> Recipe:
         raise RecipeError(f"{source}: optimizer.moments is {moments!r}; needs fp32 or bf16. Correct it.")
     if moments != "fp32":
         canonical["optimizer"] = {"moments": moments}
-    return Recipe(name=name, source=source, document=canonical, precisions=precisions, rules=parsed, moments=moments)
+    schedule = parse_schedule(top["schedule"], precisions, source) if "schedule" in top else ()
+    alarm = parse_alarm(top["alarm"], source) if "alarm" in top else None
+    swiglu = parse_swiglu(top["swiglu"], source) if "swiglu" in top else None
+    return Recipe(
+        name=name,
+        source=source,
+        document=canonical | options_document(schedule, alarm, swiglu),
+        precisions=precisions,
+        rules=parsed,
+        moments=moments,
+        schedule=schedule,
+        alarm=alarm,
+        swiglu=swiglu,
+    )
 
 
 def _parse_precision(name: str, value: object, where: str) -> tuple[LinearPrecision, dict[str, Any]]:

@@ -14,7 +14,7 @@ LAYERS = (
     {"quant"},
     {"backends"},
     {"nn"},
-    {"recipe_document", "recipe"},
+    {"recipe_document", "recipe_options", "recipe"},
     {"conversion_report", "convert", "functional"},
     {"models", "data", "optim", "distributed"},
     {"config"},

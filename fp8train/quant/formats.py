@@ -167,6 +167,11 @@ class LinearPrecision:
         """Whether at least one GEMM runs in FP8."""
         return any(gemm.fp8 for gemm in self.gemms.values())
 
+    @property
+    def quantized(self) -> bool:
+        """Whether any operand is quantised, also where the GEMM itself stays in high precision."""
+        return any(operand is not None for gemm in self.gemms.values() for operand in (gemm.left, gemm.right))
+
     def describe(self, gemm: str) -> str:
         """One GEMM in words: "e4m3 1x128 pow2 * e4m3 128x128 pow2", or "bf16"."""
         operands = self.gemms[gemm]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.checkpoint import TrainingState, find_resume, save_checkpoint
+from fp8train.checkpoint import Checkpoint, TrainingState, find_resume, save_checkpoint
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
@@ -44,7 +44,7 @@ from fp8train.trainer.run_folder import (
 from fp8train.trainer.run_lock import lock_run_folder
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest
-from fp8train.trainer.watchers import Watcher, build_watchers
+from fp8train.trainer.watchers import RollBack, Watcher, after_step, build_watchers
 
 
 class Trainer:
@@ -125,7 +125,8 @@ class Trainer:
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
         self.replica: nn.Module = wrap_ddp(self.model, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
-        self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console.warn)
+        say = self.console.warn, self.console.info
+        self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, *say)
         self.console.info(self._introduction(dataset.describe(), size))
 
     def _introduction(self, data: str, micro_batch: int) -> str:
@@ -152,14 +153,31 @@ class Trainer:
             self.console.warn(line)
         found.check_recipe(self.assembly.recipe.hash, allow_change=config.checkpoint.allow_recipe_change)
         check_same_run(config, self.batcher.dataset.fingerprint, found)
-        found.restore(self.model, self.optimizer, world.rank)
-        self.progress = Progress(**found.state.progress)
-        for watcher in self.watchers:
-            watcher.load_state(self.progress.watchers.get(watcher.name, {}))
-        cost = self.batcher.skip_to(found.step)
+        cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
         if found.recipe_hash != self.assembly.recipe.hash:
             self.console.warn(f"the recipe has changed since step {found.step}, as checkpoint.allow_recipe_change says")
+
+    def _take_back(self, found: Checkpoint, keep: str | None = None) -> str:
+        """Weights, moments, counters, position in the data and watchers (but `keep`) as saved; says what it cost."""
+        found.restore(self.model, self.optimizer, self.world.rank)
+        self.progress = Progress(**found.state.progress)
+        for watcher in self.watchers:
+            if watcher.name != keep:
+                watcher.load_state(self.progress.watchers.get(watcher.name, {}))
+        return self.batcher.skip_to(found.step)
+
+    def _roll_back(self, request: RollBack) -> None:
+        """Go on from the run's newest checkpoint, as if the steps since had not been."""
+        found = on_main(self.world, lambda: find_resume(self.run_dir, "auto"))
+        assert found is not None, "training under an alarm begins with a checkpoint"
+        self.console.warn(f"step {self.progress.step}: {request.reason}; rolled back to step {found.step}")
+        self._take_back(found, keep=request.watcher)
+        self.stream = StreamHash(self.progress.stream_sum if self.world.main else 0)
+        self.evals = [row for row in self.evals if row["step"] <= found.step]
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = self._open_metrics()
 
     def _save(self) -> Path:
         """Write a checkpoint of this step, unless there is one."""
@@ -227,10 +245,16 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> str | None:
         """Steps until the last, or until some rank is asked to stop; returns why it stopped early."""
-        config, progress = self.config, self.progress
-        while progress.step < config.steps:
+        config = self.config
+        if self.assembly.recipe.alarm is not None and (self.progress.step == 0 or config.resume != "auto"):
+            self._save()  # an alarm before the next one goes back here
+        while (progress := self.progress).step < config.steps:
             self.profile.before(progress.step + 1)
-            result = self._step(stop.reason is not None)
+            try:
+                result = self._step(stop.reason is not None)
+            except RollBack as request:
+                self._roll_back(request)
+                continue
             note = self.profile.after(progress.step)
             if note is not None:
                 self.console.info(note)
@@ -287,8 +311,7 @@ class Trainer:
         }
         if not result.updated:
             row |= {"skipped": True, "skipped_steps": progress.skipped_steps}
-        for watcher in self.watchers:
-            row |= watcher.after_step(progress.step, result)
+        request = after_step(self.watchers, progress.step, result, row)
         peak = peak_flops(device_name(self.world.device))
         if peak is not None:
             flops = flops_per_token(config.model, config.seq_len) * row["tokens_per_second"]
@@ -296,6 +319,8 @@ class Trainer:
         self.console.step(row, self.speed.eta_seconds(config.steps - progress.step))
         if self.metrics is not None and (_due(progress.step, config.log.every) or not result.updated):
             self.metrics.write(row)
+        if request is not None:
+            raise request
 
     def _evaluate(self) -> None:
         """Score the held-out windows, in the run's own precision and in BF16."""

@@ -31,9 +31,6 @@ class Watcher(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave; empty where the checkpoint knew no such watcher."""
 
-    def summary(self) -> str | None:
-        """What the console shows when the run ends; None: nothing."""
-
 
 class RollBack(Exception):
     """What after_step raises, on every rank alike, to go back to the last checkpoint of the run.
@@ -61,7 +58,12 @@ def after_step(watchers: Sequence[Watcher], step: int, result: StepResult, row: 
 
 
 def build_watchers(
-    config: RunConfig, assembly: Assembly, world: World, run_dir: Path, warn: Callable[[str], None]
+    config: RunConfig,
+    assembly: Assembly,
+    world: World,
+    run_dir: Path,
+    warn: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> list[Watcher]:
     """The watchers that the configuration asks for, in the order in which they are called."""
     watchers: list[Watcher] = []
