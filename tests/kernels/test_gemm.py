@@ -143,7 +143,7 @@ def test_bad_operands_are_refused_with_what_was_got_and_wanted() -> None:
         ({"out": torch.zeros(20, 33, device=DEVICE).T}, "out has strides"),
         ({"out": torch.zeros(33, 20, dtype=torch.float16, device=DEVICE)}, "needs torch.bfloat16 or torch.float32"),
         (inside, "out shares memory with a; needs memory of its own"),
-        ({"config": "ws_1x1"}, "config is 'ws_1x1'; needs one of pointer_128x128_s3"),
+        ({"config": "ws_1x1"}, "config is 'ws_1x1'; needs one of pointer_64x64_s3"),
     ]  # fmt: skip
     for change, message in bad:
         arguments = good | change

@@ -1,0 +1,209 @@
+"""Machine code of the kernels without a GPU: compile every COMPILE_CASES for sm_90, read what came out, write it down.
+
+python -m tests.kernels.sm90 --check    every case compiles, without spills, with the instructions it must have
+python -m tests.kernels.sm90 --write    the same, and the table in kernels/README.md is written anew
+python -m tests.kernels.sm90 --json     the figures, for test_compile_sm90.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
+BEGIN = "<!-- compiled figures: written by `python -m tests.kernels.sm90 --write` -->"
+END = "<!-- end of compiled figures -->"
+COLUMNS = (
+    "kernel and entry|registers|of math warps|spilled bytes|shared KiB|FP8 MMA|promotion FMA|instructions per K block"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Figures:
+    """What the assembler made of one case. The last four are of the innermost loop with tensor-core instructions."""
+
+    name: str
+    registers: int
+    math_registers: int  # after setmaxnreg; 0 where warps are not specialised
+    spilled_bytes: int
+    shared_bytes: int
+    fp8_mma: int
+    promotion_fma: int  # per thread and K block
+    loop_instructions: int
+    expected_fma: int  # accumulators per thread: each is promoted once per K block
+    flushes: bool  # some instruction flushes subnormal numbers to zero
+    warnings: list[str]
+
+    def row(self) -> str:
+        """A line of the table."""
+        shared = f"{self.shared_bytes / 1024:.0f}"
+        cells = [self.name, self.registers, self.math_registers or "-", self.spilled_bytes, shared]
+        cells += [self.fp8_mma, self.promotion_fma, self.loop_instructions] if self.fp8_mma else ["-"] * 3
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+    def faults(self) -> list[str]:
+        """What must not be, in words; [] where all is well."""
+        found = [f"{self.spilled_bytes} bytes spilled"] if self.spilled_bytes else []
+        found += ["flushes subnormal numbers"] if self.flushes else []
+        found += [f"assembler: {line}" for line in self.warnings]
+        if self.expected_fma:
+            found += [] if self.fp8_mma >= 4 else [f"{self.fp8_mma} FP8 tensor-core instructions per K block; needs 4"]
+            if self.promotion_fma != self.expected_fma:
+                found.append(f"{self.promotion_fma} promotion FMAs per thread and K block; needs {self.expected_fma}")
+        return found
+
+
+def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """COMPILE_CASES of all kernel files that have some."""
+    found = []
+    for path in sorted(README.parent.glob("*.py")):
+        found += getattr(importlib.import_module(f"fp8train.kernels.{path.stem}"), "COMPILE_CASES", [])
+    return found
+
+
+def compiled(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]], capability: int = 90) -> Any:
+    """Compile one case as a launch with such arguments would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    _, kernel, signature, constants, options = case
+    options = dict(options)
+    odd, source = options.pop("odd", ()), ASTSource
+    if options.pop("gluon", False):
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
+    types = {name: "constexpr" if name in constants else signature.get(name) for name in kernel.arg_names}
+    absent = [name for name, kind in types.items() if kind is None]  # arguments that are None at this launch
+    types |= dict.fromkeys(absent, "constexpr")
+    constants = dict(constants) | dict.fromkeys(absent)
+    aligned = [name for name, kind in types.items() if kind.startswith(("*", "i")) and name not in odd]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    made = source(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    return triton.compile(made, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]) -> Figures:
+    """Compile one case for sm_90a and read its machine code."""
+    made = compiled(case)
+    ptx, said = made.asm["ptx"], _assembler_says(made.asm["ptx"])
+    loop = _innermost_loop(_disassembled(made.asm["cubin"]).splitlines())
+    mix = collections.Counter(filter(None, map(_opcode, loop)))
+    constants = case[3]
+    accumulators = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0)
+    # the math warps of a specialised kernel are two groups of four, whatever num_warps says
+    threads = 256 if constants.get("WARP_SPECIALIZE") else 32 * case[4].get("num_warps", 4)
+    limits = [int(count) for count in re.findall(r"setmaxnreg\.inc\S+\s+(\d+)", ptx)]
+    return Figures(
+        name=case[0],
+        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
+        math_registers=min(limits, default=0),
+        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        shared_bytes=made.metadata.shared,
+        fp8_mma=mix["QGMMA"],
+        promotion_fma=mix["FFMA"],
+        loop_instructions=sum(mix.values()),
+        expected_fma=accumulators // threads,
+        flushes=".ftz" in ptx,
+        warnings=[line.strip() for line in said.splitlines() if "arning" in line or "serializ" in line.lower()],
+    )
+
+
+def _assembler_says(ptx: str) -> str:
+    """Registers, spills and warnings: what the assembler of this Triton prints about the code that it makes for sm_90a."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command += ["--regAllocOptLevel=2"] if triton_version() >= (3, 9) else []  # as that Triton calls it
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of the installed Triton."""
+    import triton
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+def _disassembled(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _innermost_loop(lines: list[str]) -> list[str]:
+    """Lines of the shortest loop that multiplies in FP8; [] if none does."""
+    labels, spans = {}, []
+    for number, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        jump = re.search(r"BRA[^`]*`\((\.L_x_\d+)\)", line)
+        if jump and jump[1] in labels:
+            spans.append(lines[labels[jump[1]] : number + 1])
+    return min((span for span in spans if any("QGMMA" in line for line in span)), key=len, default=[])
+
+
+def _opcode(line: str) -> str | None:
+    found = re.match(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)", line)
+    return found[1] if found else None
+
+
+def table(rows: Sequence[Figures]) -> str:
+    """The table of kernels/README.md, with its markers."""
+    import triton
+
+    head = COLUMNS.split("|")
+    lines = [BEGIN, f"Triton {triton.__version__}, sm_90a:", "", f"| {' | '.join(head)} |"]
+    lines += ["| --- |" + " --: |" * (len(head) - 1), *(row.row() for row in rows), "", END]
+    return "\n".join(lines)
+
+
+def table_in_readme() -> str:
+    """The table as it stands in kernels/README.md."""
+    text = README.read_text(encoding="utf-8")
+    return text[text.index(BEGIN) : text.index(END) + len(END)]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compile everything; 1 if something must not be."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.sm90", description=__doc__.splitlines()[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    for name in ("check", "write", "json"):
+        action.add_argument(f"--{name}", action="store_true")
+    arguments = parser.parse_args(argv)
+    import fp8train  # noqa: F401  mounts fp8train.kernels
+
+    rows = [figures(case) for case in cases()]
+    if arguments.json:
+        json.dump([dataclasses.asdict(row) for row in rows], sys.stdout)
+        return 0
+    faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults()]
+    sys.stdout.write("".join(f"{line}\n" for line in [table(rows), *faults]))
+    if arguments.write and not faults:
+        README.write_text(README.read_text(encoding="utf-8").replace(table_in_readme(), table(rows)), encoding="utf-8")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""The kernels' machine code for sm_90, compiled without a GPU: tensor cores, promotion, no spills; as README says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.kernels import gemm, gemm_table, gemm_wgrad  # noqa: E402
+from tests.kernels import sm90  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[sm90.Figures]:
+    """Figures of all cases, from a process in which kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.sm90", "--json"]
+    root = sm90.README.parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [sm90.Figures(**row) for row in json.loads(done.stdout)]
+
+
+def test_nothing_spills_flushes_or_serialises_and_every_sum_is_promoted(rows: list[sm90.Figures]) -> None:
+    assert [f"{row.name}: {fault}" for row in rows for fault in row.faults()] == []
+
+
+def test_every_entry_of_the_launch_table_is_compiled(rows: list[sm90.Figures]) -> None:
+    names = {tuple(row.name.split()[:2]) for row in rows}
+    for operation, module in (("gemm", gemm), ("gemm_wgrad", gemm_wgrad)):
+        assert {(operation, entry) for entry in module.CONFIGS} <= names
+    for (operation, _), classes in gemm_table.TABLE.items():
+        assert {(operation, entry) for entries in classes.values() for entry in entries} <= names
+
+
+def test_specialised_entries_have_their_own_math_warps(rows: list[sm90.Figures]) -> None:
+    specialised = [row for row in rows if row.name.split()[1].startswith("ws_")]
+    assert specialised and all(row.math_registers >= 200 for row in specialised)
+
+
+def test_readme_gives_these_figures(rows: list[sm90.Figures]) -> None:
+    import triton
+
+    if f"Triton {triton.__version__}," not in sm90.table_in_readme():
+        pytest.skip(f"the table was made with another Triton than {triton.__version__}")
+    assert sm90.table_in_readme() == sm90.table(rows), "run python -m tests.kernels.sm90 --write"
+
+
+def test_a_spill_a_missing_promotion_and_a_flush_are_faults() -> None:
+    good = sm90.Figures("gemm x", 168, 232, 0, 1024, 4, 64, 130, 64, False, [])
+    assert good.faults() == []
+    bad = sm90.Figures("gemm x", 255, 0, 8, 1024, 0, 0, 130, 64, True, ["C7510 wgmma serialized"])
+    assert [fault.split()[0] for fault in bad.faults()] == ["8", "flushes", "assembler:", "0", "0"]
