@@ -283,7 +283,7 @@ def _parse(document: object, *, name: str, source: str) -> Recipe:
 
 def _parse_precision(name: str, value: object, where: str) -> tuple[LinearPrecision, dict[str, Any]]:
     """A precision and its canonical document."""
-    document = mapping(value, where, (*OPERANDS, "scale"))
+    document = mapping(value, where, (*OPERANDS, "scale", "noise"))
     scale = document.get("scale", "pow2")
     if scale not in ("pow2", "fp32"):
         raise RecipeError(f"{where}.scale is {scale!r}; needs pow2 or fp32. Correct it.")
@@ -301,6 +301,11 @@ def _parse_precision(name: str, value: object, where: str) -> tuple[LinearPrecis
         specs = {key: _parse_operand(text, scale, f"{where}.{gemm}.{key}") for key, text in entry.items()}
         gemms[gemm] = GemmPrecision(specs.get(operands[0]), specs.get(operands[1]))
         canonical[gemm] = {operand: str(specs[operand]) for operand in operands if operand in specs}
+    noise = document.get("noise", 0.0)
+    if isinstance(noise, bool) or not isinstance(noise, int | float):
+        raise RecipeError(f"{where}.noise is {noise!r}; needs a number such as 0.0265. Correct it.")
+    if noise:
+        canonical["noise"] = float(noise)
     if not canonical:
         raise RecipeError(f"{where} has no GEMM; needs at least one of {', '.join(OPERANDS)}. Use bf16 in its place.")
     if source not in ("dual", "requant"):
@@ -308,7 +313,7 @@ def _parse_precision(name: str, value: object, where: str) -> tuple[LinearPrecis
     if "x" in canonical.get("wgrad", {}):
         canonical["wgrad"]["source"] = source
     try:
-        return LinearPrecision(name, **gemms, wgrad_source=source), canonical  # type: ignore[arg-type]
+        return LinearPrecision(name, **gemms, wgrad_source=source, noise=float(noise)), canonical  # type: ignore[arg-type]
     except ValueError as error:
         raise RecipeError(f"{where}: {error}") from error
 

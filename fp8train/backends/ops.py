@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fp8train.backends.coverage import COUNTS
 from fp8train.backends.selection import get_backend
+from fp8train.quant import noise
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import check_quantize_input
@@ -29,6 +30,7 @@ _SCHEMAS = {
     "dequantize": "(Tensor q, Tensor scale_inv, str spec, ScalarType dtype, str backend) -> Tensor",
     "scaled_mm": f"({_OPERANDS}, Tensor? bias, ScalarType out_dtype, {_GEMM}) -> Tensor",
     "scaled_mm_add_": f"(Tensor(a!) out, {_OPERANDS}, {_GEMM}) -> ()",
+    "noisy": "(Tensor x, float rms, ScalarType dtype) -> Tensor",
     "mm": f"(Tensor a, Tensor b, Tensor? bias, ScalarType out_dtype, {_GEMM}) -> Tensor",
     "mm_add_": f"(Tensor(a!) out, Tensor a, Tensor b, {_GEMM}) -> ()",
 }
@@ -59,6 +61,11 @@ def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -
 def dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
     """Decode to bf16 or fp32."""
     return get_backend(backend).dequantize(QTensor(q, scale_inv, QuantSpec.parse(spec)), dtype)
+
+
+def noisy(x: Tensor, rms: float, dtype: torch.dtype) -> Tensor:
+    """x with unbiased relative noise; the same numbers on every backend."""
+    return noise.noisy(x, rms, dtype)
 
 
 def scaled_mm(
@@ -139,6 +146,10 @@ def _fake_dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype
     return q.new_empty(q.shape, dtype=dtype)
 
 
+def _fake_noisy(x: Tensor, rms: float, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def _fake_scaled_mm(
     a: Tensor, a_scale: Tensor, a_spec: str, b: Tensor, b_scale: Tensor, b_spec: str,
     bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str,
@@ -161,6 +172,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_dual": (quantize_dual, _fake_quantize_dual),
     "requantize": (requantize, _fake_requantize),
     "dequantize": (dequantize, _fake_dequantize),
+    "noisy": (noisy, _fake_noisy),
     "scaled_mm": (scaled_mm, _fake_scaled_mm),
     "scaled_mm_add_": (scaled_mm_add_, _fake_in_place),
     "mm": (mm, _fake_mm),

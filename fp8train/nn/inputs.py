@@ -22,12 +22,14 @@ class InputNeeds:
     col: bool
     requant: bool
     high: torch.dtype
+    noise: float = 0.0
 
     @staticmethod
     def of(precision: LinearPrecision, wgrad: bool) -> InputNeeds:
         """The needs of a precision; `wgrad`: whether the weight's gradient will be computed."""
         requant = precision.wgrad_source == "requant"
-        return InputNeeds(precision.fprop.left, precision.wgrad.right, wgrad, requant, precision.high)
+        specs = precision.fprop.left, precision.wgrad.right
+        return InputNeeds(*specs, wgrad, requant, precision.high, precision.noise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +67,11 @@ class QuantizedInput:
 def quantize_input(x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
     """(row, col) of x [M, K]. With `requant`, col is the row copy itself: backward re-blocks it."""
     if not needs.col:
-        return quantized(x, needs.row, needs.high, False, backend), None
+        return quantized(x, needs.row, needs.high, False, backend, needs.noise), None
     if needs.requant:
-        row = quantized(x, needs.row, needs.high, False, backend)
+        row = quantized(x, needs.row, needs.high, False, backend, needs.noise)
         return row, row
-    if needs.row is None and needs.col_spec is None:
-        row = quantized(x, None, needs.high, False, backend)
-        return row, Operand(row.data.t())
-    return quantized_both(x, needs.row, needs.col_spec, needs.high, backend)
+    return quantized_both(x, needs.row, needs.col_spec, needs.high, backend, needs.noise)
 
 
 class InputCache:

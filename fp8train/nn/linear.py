@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from fp8train.backends import select_backend
 from fp8train.nn.inputs import InputCache, InputNeeds, QuantizedInput
 from fp8train.nn.operands import Operand, as_matrix, gemm, gemm_add_, quantized, quantized_both, requantized
+from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import BUFFERS, LocalWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
 
@@ -93,10 +94,10 @@ def _common(plan: Plan, name: str) -> dict[str, Any]:
 def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
     """dy as dgrad's and wgrad's left operand; the one that is not needed is the other."""
     precision = plan.precision
-    dgrad, wgrad, high = precision.dgrad.left, precision.wgrad.left, precision.high
+    dgrad, wgrad, high, noise = precision.dgrad.left, precision.wgrad.left, precision.high, precision.noise
     if need_dx and need_dw:
-        return quantized_both(dy, dgrad, wgrad, high, plan.backend)
-    only = quantized(dy, dgrad if need_dx else wgrad, high, not need_dx, plan.backend)
+        return quantized_both(dy, dgrad, wgrad, high, plan.backend, noise)
+    only = quantized(dy, dgrad if need_dx else wgrad, high, not need_dx, plan.backend, noise)
     return only, only
 
 
@@ -142,7 +143,8 @@ class Float8Linear(nn.Linear):
     wt_qdata: Tensor
     wt_scale_inv: Tensor
     w_high: Tensor
-    _seen: tuple[Tensor | None, int]  # the weight that the operands were made from, and its version
+    channel_scale: Tensor | None
+    _seen: tuple[tuple[Tensor, int], ...]  # the weights that the operands were made from, and their versions
 
     def __init__(
         self,
@@ -188,6 +190,7 @@ class Float8Linear(nn.Linear):
         self.inputs = InputCache()
         self.provider = LocalWeight()
         self.grad_sink: InplaceGrad | None = None
+        self.remedy: InputRemedy | None = None
         for name in BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self.register_load_state_dict_post_hook(_after_load)
@@ -224,18 +227,44 @@ class Float8Linear(nn.Linear):
         # not as inference tensors, even if an evaluation asks first: training will save them for backward
         with torch.inference_mode(False), torch.no_grad():
             self.provider.refresh(self)
-        self._seen = (self.weight, _version(self.weight))
+        self._seen = self._sources()
 
     def refresh_if_stale(self) -> None:
         """As refresh_weight, where the weight was replaced or written in place since."""
-        weight, version = self._seen
-        if weight is not self.weight or version != _version(self.weight):
+        sources = self._sources()
+        if len(sources) != len(self._seen) or any(
+            weight is not then or version != version_then
+            for (weight, version), (then, version_then) in zip(sources, self._seen, strict=True)
+        ):
             self.refresh_weight()
+
+    def _sources(self) -> tuple[tuple[Tensor, int], ...]:
+        """The weights that the operands depend on, and their versions."""
+        others = () if self.remedy is None or self.remedy.smooth is None else self.remedy.smooth
+        return tuple((linear.weight, _version(linear.weight)) for linear in (self, *others))
+
+    def set_remedy(self, remedy: InputRemedy | None) -> None:
+        """Treat the input so from now on, before it is rounded; the weight's operands are made anew."""
+        self.remedy = remedy
+        self._clear_weight()
+        self.refresh_weight()
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """x [..., K] as the GEMMs read it: clamped and scaled as the remedy says."""
+        if self.remedy is None:
+            return x
+        if self.remedy.clamp is not None:
+            x = x.clamp(-self.remedy.clamp, self.remedy.clamp)
+        return x if self.channel_scale is None else x * self.channel_scale.to(x.dtype)
+
+    def prepared_weight(self) -> Tensor:
+        """The master weight [N, K] with the inverse of what `prepared` does to the channels of x."""
+        return self.weight if self.channel_scale is None else self.weight / self.channel_scale
 
     def _clear_weight(self) -> None:
         for name in BUFFERS:
             setattr(self, name, None)
-        self._seen = (None, -1)
+        self._seen = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
         """Moving or casting drops the operands: codes must not be cast, and are made anew on the new device."""
@@ -258,6 +287,9 @@ class Float8Linear(nn.Linear):
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
         self._check_input(tensor)
+        if self.remedy is not None:
+            self._check_remedy(x)
+            x = tensor = self.prepared(tensor)
         wgrad = torch.is_grad_enabled() and self.weight.requires_grad
         needs = InputNeeds.of(self.precision, wgrad)
         if isinstance(x, QuantizedInput):
@@ -266,7 +298,7 @@ class Float8Linear(nn.Linear):
             row, col = self.inputs.get(tensor, needs, self.backend_name)
         w, wt = self.provider.operands(self)
         y = _LinearFunction.apply(
-            as_matrix(tensor), self.weight, self.bias, *row.tensors(),
+            as_matrix(tensor), self.prepared_weight(), self.bias, *row.tensors(),
             *((None, None) if col is None or col is row or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
             self.plan, _output_dtype(tensor), self.grad_sink,
         )  # fmt: skip
@@ -281,6 +313,11 @@ class Float8Linear(nn.Linear):
             )
         if _output_dtype(x) is torch.float16:
             raise ValueError("Float8Linear: autocast is on in torch.float16; needs torch.bfloat16. Change its dtype.")
+
+    def _check_remedy(self, x: Tensor | QuantizedInput) -> None:
+        if isinstance(x, QuantizedInput) or (self.channel_scale is not None and self.grad_sink is not None):
+            got = "codes made elsewhere" if isinstance(x, QuantizedInput) else "a gradient sink"
+            raise ValueError(f"Float8Linear: a remedy for its input meets {got}; needs a plain tensor and no sink.")
 
     def extra_repr(self) -> str:
         gemms = ", ".join(f"{name}: {self.precision.describe(name)}" for name in self.precision.gemms)

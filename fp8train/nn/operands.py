@@ -34,21 +34,26 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
-def quantized(x: Tensor, spec: QuantSpec | None, high: torch.dtype, transpose: bool, backend: str) -> Operand:
-    """x [M, K] (or x.T if `transpose`) as an operand: rounded to `spec`, or cast to `high` where spec is None."""
+def quantized(
+    x: Tensor, spec: QuantSpec | None, high: torch.dtype, transpose: bool, backend: str, noise: float = 0.0
+) -> Operand:
+    """x [M, K] (or x.T if `transpose`) as an operand: rounded to `spec`, or where that is None `high`, with noise."""
     if spec is None:
-        cast = x.to(high)
+        cast = OPS.noisy(x, noise, high) if noise else x.to(high)
         return Operand(cast.t() if transpose else cast)
     data, scale_inv = OPS.quantize(x, str(spec), transpose, backend)
     return Operand(data, scale_inv, spec)
 
 
 def quantized_both(
-    x: Tensor, row: QuantSpec | None, col: QuantSpec | None, high: torch.dtype, backend: str
+    x: Tensor, row: QuantSpec | None, col: QuantSpec | None, high: torch.dtype, backend: str, noise: float = 0.0
 ) -> tuple[Operand, Operand]:
-    """Row operand of x [M, K] and column operand of x.T [K, M], from one read of x where both are FP8."""
+    """Row operand of x [M, K] and column operand of x.T [K, M], from one read of x where the two are of a kind."""
+    if row is None and col is None:
+        cast = quantized(x, None, high, False, backend, noise)
+        return cast, Operand(cast.data.t())
     if row is None or col is None:
-        return quantized(x, row, high, False, backend), quantized(x, col, high, True, backend)
+        return quantized(x, row, high, False, backend, noise), quantized(x, col, high, True, backend, noise)
     q, scale, qt, scale_t = OPS.quantize_dual(x, str(row), str(col), backend)
     return Operand(q, scale, row), Operand(qt, scale_t, col)
 

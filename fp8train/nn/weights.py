@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp8train.backends import get_backend
-from fp8train.nn.operands import Operand
+from fp8train.nn.operands import Operand, quantized
+from fp8train.nn.remedies import channel_scale
 from fp8train.quant.formats import LinearPrecision
 from fp8train.quant.qtensor import QTensor
 
 if TYPE_CHECKING:
     from fp8train.nn.linear import Float8Linear
 
-BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high")
+BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high", "channel_scale")
 
 
 # every linear of the process by its site, however it came to be (made, copied, unpickled); the same order on all ranks
@@ -56,26 +57,35 @@ class LocalWeight:
         """Make the operands anew from linear.weight, into the linear's buffers."""
         precision, weight = linear.precision, linear.weight.detach()
         made: dict[str, Tensor | None] = dict.fromkeys(BUFFERS)
+        if precision.quantized and linear.remedy is not None and linear.remedy.smooth is not None:
+            gate, up = linear.remedy.smooth
+            made["channel_scale"] = channel_scale(gate.weight, up.weight).to(weight.device)
+            weight = weight / made["channel_scale"]
         fprop, dgrad = _quantized_weight(weight, precision, linear.backend_name)
         if fprop is not None:
             made["w_qdata"], made["w_scale_inv"] = fprop.qdata, fprop.scale_inv
         if dgrad is not None:
             made["wt_qdata"], made["wt_scale_inv"] = dgrad.qdata, dgrad.scale_inv
-        if (fprop is None or dgrad is None) and precision.high is not torch.float32:
-            made["w_high"] = weight.to(precision.high)
+        if (fprop is None or dgrad is None) and _has_high_copy(precision):
+            made["w_high"] = quantized(weight, None, precision.high, False, linear.backend_name, precision.noise).data
         for name, tensor in made.items():
             _rewrite(linear, name, tensor)
 
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand]:
         """(w [N, K] for fprop, w.T [K, N] for dgrad)."""
         precision = linear.precision
-        high = linear.weight.detach() if precision.high is torch.float32 else linear.w_high
+        high = linear.w_high if _has_high_copy(precision) else linear.weight.detach()
         fprop = Operand(high) if precision.fprop.right is None else None
         dgrad = Operand(high.t()) if precision.dgrad.right is None else None
         return (
             fprop or Operand(linear.w_qdata, linear.w_scale_inv, precision.fprop.right),
             dgrad or Operand(linear.wt_qdata, linear.wt_scale_inv, precision.dgrad.right),
         )
+
+
+def _has_high_copy(precision: LinearPrecision) -> bool:
+    """Whether operands in high precision are other numbers than the master's."""
+    return precision.high is not torch.float32 or precision.noise > 0
 
 
 def _quantized_weight(

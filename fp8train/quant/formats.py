@@ -12,6 +12,7 @@ import torch
 ScaleKind = Literal["pow2", "fp32"]
 Block = str | tuple[int, int]  # "tensor" | "row" | (rows, cols)
 
+MAX_NOISE = 0.5  # beyond, uniform noise (at most sqrt(3) noise) could turn signs around
 _BLOCK_PATTERN = re.compile(r"(\d+)x(\d+)")
 
 
@@ -142,6 +143,8 @@ class LinearPrecision:
         wgrad_source: "dual" makes wgrad's copy of x from the high-precision x; "requant" re-blocks the FP8 copy that
             fprop read.
         high: dtype of operands that are left out, torch.bfloat16 or torch.float32.
+        noise: relative root mean square of unbiased noise on every operand that is left out; 0 for none. A placebo:
+            what rounding errors of that size do to a run by chance alone.
     """
 
     name: str
@@ -150,8 +153,11 @@ class LinearPrecision:
     wgrad: GemmPrecision = GemmPrecision()
     wgrad_source: Literal["dual", "requant"] = "dual"
     high: torch.dtype = torch.bfloat16
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.noise < MAX_NOISE:
+            raise ValueError(f"precision {self.name!r}: noise is {self.noise}; needs 0 <= noise < {MAX_NOISE}.")
         if self.wgrad_source == "requant" and (self.wgrad.right is None or self.fprop.left is None):
             raise ValueError(
                 f"precision {self.name!r}: wgrad source 'requant' needs x in FP8 in both fprop and wgrad. Use 'dual'."
@@ -176,6 +182,8 @@ class LinearPrecision:
         """One GEMM in words: "e4m3 1x128 pow2 * e4m3 128x128 pow2", or "bf16"."""
         operands = self.gemms[gemm]
         high = "fp32" if self.high is torch.float32 else "bf16"
+        if self.noise:
+            high += f" with {100 * self.noise:.3g} % noise"
         if operands.left is None and operands.right is None:
             return high
         return f"{operands.left or high} * {operands.right or high}"

@@ -43,6 +43,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "quantize_dual": (OPS.quantize_dual.default, (matrix(33, 300), X, X, BACKEND)),
         "requantize": (OPS.requantize.default, (*a, X, BACKEND)),
         "dequantize": (OPS.dequantize.default, (*a, torch.bfloat16, BACKEND)),
+        "noisy": (OPS.noisy.default, (matrix(33, 300), 0.0265, torch.bfloat16)),
         "scaled_mm": (OPS.scaled_mm.default, (*a, *b, torch.ones(40), torch.bfloat16, *gemm)),
         "scaled_mm_add_": (OPS.scaled_mm_add_.default, (torch.ones(33, 40), *a, *b, *gemm)),
         "mm": (OPS.mm.default, (*high, None, torch.float32, *gemm)),
