@@ -4,6 +4,7 @@ fp8train bench step model=quickstart recipe=blockwise rounds=20     one training
 fp8train bench linear rows=2048 in_features=1024 out_features=1024   forward and backward of one linear
 fp8train bench gemm rows=[4096] gemms=[fprop]                        GEMMs alone, every backend that runs here
 fp8train bench quantize cases=[both]                                 quantisers against a copy
+fp8train bench telemetry model=quickstart                            a sampled step against a plain one
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fp8train.arguments import nearest
 from fp8train.distributed import World, init
 from fp8train.errors import ConfigError, exit_code
 
-SUBJECTS = ("step", "linear", "gemm", "quantize")
+SUBJECTS = ("step", "linear", "gemm", "quantize", "telemetry")
 
 
 def main(argv: Sequence[str]) -> int:

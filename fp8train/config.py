@@ -20,6 +20,7 @@ from fp8train.data import DataConfig
 from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, resolve_config
 from fp8train.optim import OptimConfig, learning_rate, warmup_steps
+from fp8train.telemetry.config import TelemetryConfig
 
 __all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "parse_arguments"]
 
@@ -183,6 +184,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:

@@ -18,11 +18,14 @@ from fp8train.conversion_report import ConversionReport, ConversionRow
 from fp8train.errors import ConfigError, RecipeError
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
+from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import install_weight_hooks
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
+from fp8train.recipe_options import SwigluRemedy
 
 _PLAIN_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta")))
+_GATED = ("gate_proj", "up_proj")  # what a SwiGLU calls the two factors of its product
 _HOOKS = tuple(sorted(name for name in _PLAIN_ATTRIBUTES if name.endswith("_hooks")))
 
 
@@ -75,7 +78,9 @@ def convert_model(
     swappable = [found for found in linears if _swappable(found.module)]
     precisions = [assigned[found.paths[0]].precision for found in swappable]
     selection = select_backend(backend, device_type or _device_type(model), dict.fromkeys(precisions))
+    treated = _swiglu_blocks(model, recipe)
     _swap(swappable, precisions, selection.backend.name)
+    _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
     return ConversionReport(
         recipe=recipe.name,
@@ -194,6 +199,42 @@ def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], back
         if (linear.precision, linear.backend_name) != (precision, backend):
             linear.backend_name = backend
             linear.set_precision(precision)
+
+
+def _swiglu_blocks(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Paths of the down projections that the recipe's swiglu covers; each lies beside its gate_proj and up_proj."""
+    if recipe.swiglu is None:
+        return []
+    found = [
+        fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear) and recipe.swiglu.covers(fqn)
+    ]
+    for fqn in found:
+        parent = model.get_submodule(fqn.rpartition(".")[0])
+        if not all(type(getattr(parent, name, None)) in (nn.Linear, Float8Linear) for name in _GATED):
+            raise RecipeError(
+                f"{recipe.source}: swiglu: {fqn!r} has no {' and '.join(_GATED)} beside it; needs the down projection "
+                "of a SwiGLU. Correct match."
+            )
+    if not found:
+        raise RecipeError(
+            f"{recipe.source}: swiglu: match {recipe.swiglu.match!r} covers no linear; needs at least one. Correct it, "
+            "or delete swiglu."
+        )
+    return found
+
+
+def _set_remedies(model: nn.Module, swiglu: SwigluRemedy | None, treated: Collection[str]) -> None:
+    """Give each down projection of a SwiGLU its remedy, and take it from all others."""
+    for fqn, module in model.named_modules():
+        if not isinstance(module, Float8Linear):
+            continue
+        remedy = None
+        if swiglu is not None and fqn in treated:
+            parent = model.get_submodule(fqn.rpartition(".")[0])
+            smooth = tuple(getattr(parent, name) for name in _GATED) if swiglu.smooth else None
+            remedy = InputRemedy(clamp=swiglu.clamp, smooth=smooth)
+        if remedy != module.remedy:
+            module.set_remedy(remedy)
 
 
 def _replacement(found: _Found, precision: LinearPrecision, backend: str) -> Float8Linear:

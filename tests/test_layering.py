@@ -16,6 +16,7 @@ LAYERS = (
     {"nn"},
     {"recipe_document", "recipe_options", "recipe"},
     {"conversion_report", "convert", "functional"},
+    {"telemetry"},
     {"models", "data", "optim", "distributed"},
     {"config"},
     {"metrics", "checkpoint"},

@@ -59,8 +59,8 @@ class LocalWeight:
         made: dict[str, Tensor | None] = dict.fromkeys(BUFFERS)
         if precision.quantized and linear.remedy is not None and linear.remedy.smooth is not None:
             gate, up = linear.remedy.smooth
-            made["channel_scale"] = channel_scale(gate.weight, up.weight).to(weight.device)
-            weight = weight / made["channel_scale"]
+            made["channel_scale"] = scale = channel_scale(gate.weight, up.weight).to(weight.device)
+            weight = weight / scale
         fprop, dgrad = _quantized_weight(weight, precision, linear.backend_name)
         if fprop is not None:
             made["w_qdata"], made["w_scale_inv"] = fprop.qdata, fprop.scale_inv

@@ -12,6 +12,7 @@ from fp8train.distributed import World
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
 from fp8train.trainer.strict_coverage import StrictCoverage
+from fp8train.trainer.telemetry_watcher import TelemetryWatcher
 
 
 class Watcher(Protocol):
@@ -69,4 +70,6 @@ def build_watchers(
     watchers: list[Watcher] = []
     if config.strict:
         watchers.append(StrictCoverage(assembly, world, config.compile))
+    if config.telemetry.every is not None:
+        watchers.append(TelemetryWatcher(config, assembly, world, info))
     return watchers

@@ -1,0 +1,89 @@
+"""Watcher: statistics of the operands of every linear, every so many steps, and the worst of them at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fp8train.config import RunConfig
+from fp8train.data import Batch
+from fp8train.distributed import World
+from fp8train.telemetry.observer import Observer, named_linears, uncounted, what_if_precision
+from fp8train.telemetry.table import to_row, worst_table
+from fp8train.trainer.assembly import Assembly
+from fp8train.trainer.step import StepResult, inputs
+
+
+class TelemetryWatcher:
+    """Samples on rank 0, in the first micro-batch of a step; training computes the same numbers with and without it.
+
+    A compiled model must not be looked into: it is sampled in a pass of its own, uncompiled, over that micro-batch.
+
+    Args:
+        config: telemetry, log.every (what is sampled must be logged), compile and steps are read.
+        assembly: the model.
+        world: its rank 0 samples.
+        info: takes the table at the end.
+    """
+
+    name = "telemetry"
+
+    def __init__(self, config: RunConfig, assembly: Assembly, world: World, info: Callable[[str], None]) -> None:
+        assert config.telemetry.every is not None, "a watcher is only made where it is to sample"
+        logged = config.log.every
+        self.every = -(-config.telemetry.every // logged) * logged
+        self._steps = config.steps
+        self._compiled = config.compile
+        self._world = world
+        self._info = info
+        self._model = assembly.model
+        self._linears = named_linears(assembly.model)
+        precision = what_if_precision(linear.precision for linear in self._linears.values())
+        self._observer = Observer(self._linears, precision, config.telemetry.rows)
+        self._looking = False
+        self._apart_seconds = 0.0
+        self._last: dict[str, Any] = {}
+
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Begin to look, if this step is sampled."""
+        if not self._world.main or step % self.every:
+            return
+        self._looking = True
+        self._observer.begin()
+        if self._compiled:
+            begin = time.perf_counter()
+            self._sample_apart(batches[0])
+            self._apart_seconds = time.perf_counter() - begin
+
+    def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
+        """What was seen, see to_row; at the end of the run the worst go to the console."""
+        row: dict[str, Any] = {}
+        if self._looking:
+            self._looking = False
+            values = self._observer.end()
+            seconds = self._apart_seconds if self._compiled else self._observer.seconds
+            row = to_row(values, self._observer.what_if, seconds)
+            self._last = {"step": step, **row}
+        if self._last and (result.stop or step == self._steps):
+            self._info(
+                f"operands that lose most precision, at step {self._last['step']} (telemetry.every={self.every}):\n"
+                + worst_table(self._last)
+            )
+        return row
+
+    def _sample_apart(self, batch: Batch) -> None:
+        """A forward and backward pass that leaves no gradient and does not count as training."""
+        first = next(self._model.parameters())
+        with torch.compiler.set_stance("force_eager"), uncounted(self._linears.values()):
+            loss = self._model(*inputs(batch, self._world.device))
+            torch.autograd.grad(loss, first)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: what is sampled depends on the step alone."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""
