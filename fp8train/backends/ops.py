@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fp8train.backends.coverage import COUNTS
-from fp8train.backends.selection import get_backend
+from fp8train.backends.selection import get_backend, pads_codes
+from fp8train.backends.triton import codes_like
 from fp8train.quant import noise
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -130,8 +131,11 @@ def _span(size: int) -> int:
 
 
 def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
-    rows, cols = x.shape
-    return _codes_like(x, QuantSpec.parse(spec), cols if transpose else rows, rows if transpose else cols)
+    rows, cols = reversed(x.shape) if transpose else x.shape
+    parsed = QuantSpec.parse(spec)
+    if pads_codes(backend) and parsed.block in ((1, 128), (128, 128)):
+        return codes_like(x, parsed, rows, cols, transpose)
+    return _codes_like(x, parsed, rows, cols)
 
 
 def _fake_quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from fp8train.backends.hopper import hopper_backend
 from fp8train.backends.interface import Backend
 from fp8train.backends.reference import ReferenceBackend
 from fp8train.backends.te import TransformerEngineBackend
-from fp8train.backends.triton import TritonBackend
+from fp8train.backends.triton import TritonBackend, triton_refusal
 from fp8train.errors import BackendError
 from fp8train.quant.formats import LinearPrecision
 
@@ -35,6 +35,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "te": TransformerEngineBackend,
     "triton": TritonBackend,
 }
+QUANTISE_BY_KERNELS = ("triton", "cublaslt", "te", "deepgemm")
 # dequant_bf16: a GPU without FP8 units, or a recipe without FP8 kernels, trains with the same numbers; the log says so
 AUTO_ORDER = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton", "cublaslt", "dequant_bf16")}
 
@@ -60,6 +61,12 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"backend: {name!r} is not known; needs one of auto, {', '.join(BACKENDS)}, hopper.")
     return BACKENDS[name]()
+
+
+@functools.cache
+def pads_codes(name: str) -> bool:
+    """Whether a backend's blockwise quantisers return the padded layout of kernels/quantize.py."""
+    return name in QUANTISE_BY_KERNELS and triton_refusal() is None
 
 
 def select_backend(name: str, device_type: str, precisions: Iterable[LinearPrecision] = ()) -> Selection:

@@ -1,7 +1,7 @@
 """Backend `te`: TransformerEngine's blockwise quantiser and GEMM behind our two functions, where it is installed.
 
 Its codes are those of the definition for finite blocks without subnormal numbers; a block with a NaN or an Inf is its
-own affair. E4M3 only. It quantises sizes that are multiples of 16; our kernels quantise others, and they are padded to
+own affair. E4M3 only. It quantises sizes that are multiples of 128; our kernels quantise others, and they are padded to
 multiply.
 """
 
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm
 from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu, not_served
+from fp8train.backends.triton import codes_like
 from fp8train.backends.vendor import VendorBackend, blocks_first, dense_codes, imported, round_up, rows_first
 from fp8train.quant import reference
 from fp8train.quant.formats import E4M3, LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 MULTIPLE = 16
+WHOLE = 128  # so that codes come in the strides of our own quantisers, which the operators promise
 WORKSPACE_BYTES = 32 * 2**20
 TENSORS = "transformer_engine.pytorch.tensor.float8_blockwise_tensor"
 GEMM = "transformer_engine.pytorch.cpp_extensions.gemm"
@@ -93,7 +95,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _serves(x: Tensor, spec: QuantSpec) -> bool:
-    whole = x.numel() > 0 and x.shape[0] % MULTIPLE == 0 and x.shape[1] % MULTIPLE == 0
+    whole = x.numel() > 0 and x.shape[0] % WHOLE == 0 and x.shape[1] % WHOLE == 0
     return whole and spec.format is E4M3 and spec.block in ((1, 128), (128, 128))
 
 
@@ -126,7 +128,9 @@ def _columns(made: Any, x: Tensor, spec: QuantSpec) -> QTensor:
 
 def _logical(scale: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
     rows, cols = spec.scale_shape(*shape)
-    return (scale if spec.block == (128, 128) else scale.T)[:rows, :cols]
+    if spec.block == (128, 128):
+        return scale[:rows, :cols].contiguous()
+    return codes_like(scale, spec, shape[0], shape[1], False)[1].copy_(scale.T[:rows, :cols])
 
 
 def _wrapped(q: QTensor) -> Any:

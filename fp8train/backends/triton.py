@@ -146,6 +146,24 @@ def kernel(name: str) -> ModuleType:
     return importlib.import_module(f"fp8train.kernels.{name}")
 
 
+def codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised codes [rows, cols] and scales, in the shapes and strides that the kernels return them in.
+
+    Args:
+        x: of the wanted device; may be a fake tensor, and sizes symbolic.
+        spec: blocks of 1x128 or 128x128.
+        rows, cols: shape of the codes.
+        transposed: whether they are a column copy.
+    """
+    multiple = 128 if transposed else 16
+    codes = x.new_empty((rows, -(-cols // multiple) * multiple), dtype=spec.format.dtype)[:, :cols]
+    blocks = (-(-rows // spec.block[0]), -(-cols // spec.block[1]))  # type: ignore[operator]
+    if spec.block == SQUARE:
+        return codes, x.new_empty(blocks, dtype=torch.float32)
+    padded = -(-(rows + 255) // 16) * 16
+    return codes, x.new_empty((blocks[1], padded), dtype=torch.float32).t()[:rows]
+
+
 @functools.lru_cache(maxsize=4096)  # a model has few shapes, and asking the driver for its device costs microseconds
 def _table_entries(operation: str, device: torch.device, M: int, N: int, K: int) -> tuple[str, ...]:
     return kernel("gemm_table").device_entries(operation, device, M, N, K)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends import get_backend  # noqa: E402
@@ -57,6 +58,22 @@ def test_operators_reach_the_kernels() -> None:
     out = torch.ones(33, 40, device=DEVICE)
     torch.ops.fp8train.scaled_mm_add_(out, *operands[:3], c.qdata, c.scale_inv, row, "triton", 0, "wgrad")
     assert_product(out, a, c, torch.ones(33, 40, device=DEVICE))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(128, 128), (140, 270), (33, 16), (1, 300)])
+@pytest.mark.parametrize("text", ["e4m3 1x128 pow2", "e4m3 128x128 pow2", "e4m3 row fp32"])
+def test_fakes_promise_the_strides_that_the_kernels_return(text: str, rows: int, cols: int) -> None:
+    x = matrix(rows, cols).to(DEVICE)
+    for op, arguments in (
+        (torch.ops.fp8train.quantize, (text, False, "triton")),
+        (torch.ops.fp8train.quantize, (text, True, "triton")),
+        (torch.ops.fp8train.quantize_dual, (text, text, "triton")),
+    ):
+        made = op(x, *arguments)
+        with FakeTensorMode() as mode:
+            promised = op(mode.from_tensor(x), *arguments)
+        for real, fake in zip(made, promised, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @requires_gpu(sm=90)

@@ -122,7 +122,7 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
 
 
 def _assembler_says(ptx: str) -> str:
-    """Registers, spills and warnings: what the assembler of this Triton prints about the code that it makes for sm_90a."""
+    """Registers, spills and warnings: what this Triton's assembler prints about the code that it makes for sm_90a."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
