@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "score a checkpoint on held-out text: nats, bits per byte, perplexity",
     "generate": "print sample text from a checkpoint",
     "export": "write a checkpoint as a Hugging Face folder",
+    "doctor": "examine a model and its configuration: what must not change is changed, and compared",
     "bench": "measure speed and memory, interleaved, with spread",
 }
 

@@ -21,9 +21,9 @@ LAYERS = (
     {"config"},
     {"metrics", "checkpoint"},
     {"trainer"},
-    {"report"},
+    {"report", "checkup"},
     {"benchmarks"},
-    {"train", "compare", "explain", "prepare", "eval", "generate", "export", "bench"},
+    {"train", "compare", "explain", "prepare", "eval", "generate", "export", "doctor", "bench"},
     {"cli"},
     {"__main__"},
 )

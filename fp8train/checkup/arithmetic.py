@@ -1,0 +1,240 @@
+"""Checks of the arithmetic that the model's recipe asks for: codes, scales, GEMMs of single linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fp8train.backends.interface import Backend
+from fp8train.checkup.outcome import Outcome, relative, worst_row
+from fp8train.checkup.subject import Subject, numbers, representatives, specs
+from fp8train.nn.linear import Float8Linear
+from fp8train.quant import reference
+from fp8train.quant.formats import GemmPrecision, LinearPrecision, QuantSpec
+from fp8train.quant.qtensor import QTensor
+
+ROWS = 200  # one whole block of tokens and a short one
+# Each result is rounded to BF16 once, 2^-9 of an element at most; the rest is the order of FP32 sums. A code that is
+# wrong by one step is off by 2^-4.
+BF16_LIMIT = 2.0**-8
+SHIFTS = (-90, -40, -20, 20, 60)  # powers of two that no scale may notice
+
+
+def definition(subject: Subject) -> Outcome:
+    """Output and both gradients of single linears equal the definition, row by row, on tokens of uneven magnitude."""
+    worst, where = 0.0, "no linear in FP8"
+    assembly = subject.fresh()
+    for name, linear in representatives(assembly):
+        x = numbers(ROWS, linear.in_features, 2, spread=6).to(subject.device, torch.bfloat16)
+        dy = numbers(ROWS, linear.out_features, 3, spread=6).to(subject.device, torch.bfloat16)
+        got, want = ran(linear, x, dy), defined(linear, x, dy)
+        for what, value, expected in zip(("y", "dx", "dw", "db"), got, want, strict=True):
+            if expected is not None:
+                apart = float("inf") if value is None else worst_row(_rows(value), _rows(expected))
+                if not apart <= worst or where == "no linear in FP8":
+                    worst, where = apart, f"{what} of {name}"
+    return Outcome(
+        name="definition",
+        passed=worst <= BF16_LIMIT,
+        first=f"{where}: relative error of its worst row {worst:.1e}",
+        second=f"limit {BF16_LIMIT:.1e}",
+        meaning="a GEMM that does not compute what the recipe says: other blocks (128x128 on dy ruins tokens of small "
+        "gradient), scales of the wrong axis, a bias that is left out, a weight gradient in BF16, or a kernel "
+        "that this machine compiles wrongly. Try backend=reference.",
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.unsqueeze(1)
+
+
+def ran(linear: Float8Linear, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """(y, dx, dw, db) of a linear as it is; its gradients are put back to None."""
+    x = x.clone().requires_grad_()
+    y = linear(x)
+    inputs = [x, linear.weight] + ([linear.bias] if linear.bias is not None else [])
+    dx, dw, *db = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+    return y.detach(), dx, dw, db[0] if db else None
+
+
+def defined(linear: Float8Linear, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """(y, dx, dw, db) by the definition, from the precision of a linear and nothing else of it."""
+    p, w = linear.precision, linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    y = _product(_operand(x, p.fprop.left, p), _operand(w, p.fprop.right, p), p.fprop, p)
+    dx = _product(_operand(dy, p.dgrad.left, p), _operand(w, p.dgrad.right, p, transpose=True), p.dgrad, p)
+    source = x
+    if p.wgrad_source == "requant":
+        assert p.fprop.left is not None
+        source = reference.dequantize(reference.quantize(x, p.fprop.left))
+    left, right = (_operand(t, s, p, transpose=True) for t, s in ((dy, p.wgrad.left), (source, p.wgrad.right)))
+    dw = _product(left, right, p.wgrad, p)
+    return y if bias is None else y + bias, dx, dw, None if bias is None else dy.float().sum(0)
+
+
+def _operand(x: Tensor, spec: QuantSpec | None, p: LinearPrecision, transpose: bool = False) -> QTensor | Tensor:
+    if spec is not None:
+        return reference.quantize(x, spec, transpose=transpose)
+    return (x.T if transpose else x).to(p.high)
+
+
+def _product(a: QTensor | Tensor, b: QTensor | Tensor, gemm: GemmPrecision, p: LinearPrecision) -> Tensor:
+    """a @ b.T in FP32, by the definition if both are FP8."""
+    if isinstance(a, QTensor) and isinstance(b, QTensor):
+        return reference.scaled_mm(a, b, out_dtype=torch.float32)
+    left, right = (reference.dequantize(q, p.high) if isinstance(q, QTensor) else q for q in (a, b))
+    return (left.double() @ right.double().T).float()
+
+
+def quantiser_codes(subject: Subject) -> Outcome:
+    """Every quantiser of the backend gives the definition's codes and scales, for blocks of very different size."""
+    assembly = subject.fresh()
+    backend, good, total, where = subject.backend(assembly), 0, 0, ""
+    for spec in specs(assembly):
+        for seed, x in enumerate(_matrices()):
+            for got, want in _quantised(backend, x.to(subject.device), spec):
+                same = _same(got, want)
+                good, total = good + same, total + 1
+                where = where if same else where or f"{spec}, matrix {seed}"
+    return Outcome(
+        name="quantiser codes",
+        passed=good == total,
+        first=f"{total} quantisations",
+        second=f"{good} as defined",
+        detail=f"first that differs: {where}" if where else "",
+        meaning="scales rounded down (they saturate), a floor under amax (small gradients vanish), scales laid out "
+        "transposed, padding in amax, or NaN turned into a number. Try backend=reference.",
+    )
+
+
+def _matrices() -> Iterator[Tensor]:
+    """Ragged matrices: uneven rows, tiny gradients, zeros, a NaN, an Inf; fp32 and bf16."""
+    x = numbers(300, 200, 5, spread=9)
+    yield x
+    yield x.to(torch.bfloat16) * 2.0**-50
+    broken = numbers(140, 260, 6, spread=3)
+    broken[0], broken[3, 7], broken[130, 200] = 0.0, float("nan"), float("inf")
+    yield broken
+
+
+def _quantised(backend: Backend, x: Tensor, spec: QuantSpec) -> Iterator[tuple[QTensor, QTensor]]:
+    """(from the backend, as defined) by each way that it quantises."""
+    row, col = reference.quantize(x, spec), reference.quantize(x, spec, transpose=True)
+    yield backend.quantize(x, spec, False), row
+    yield backend.quantize(x, spec, True), col
+    yield from zip(backend.quantize_dual(x, spec, spec), (row, col), strict=True)
+    if spec.transposable:
+        yield from zip(backend.quantize_square(x, spec), (row, col), strict=True)
+
+
+def _same(got: QTensor, want: QTensor) -> bool:
+    """Whether codes and scales agree bit for bit; a NaN scale is a NaN of any payload."""
+    if got.shape != want.shape or got.scale_inv.shape != want.scale_inv.shape:
+        return False
+    scales = torch.equal(torch.nan_to_num(got.scale_inv, nan=-1.0), torch.nan_to_num(want.scale_inv, nan=-1.0))
+    return scales and torch.equal(got.qdata.view(torch.uint8), want.qdata.view(torch.uint8))
+
+
+def scale_equivariance(subject: Subject) -> Outcome:
+    """The codes of 2^k x are those of x."""
+    assembly = subject.fresh()
+    backend, equal, total = subject.backend(assembly), 0, 0
+    x = numbers(256, 384, 7, spread=3).to(subject.device)
+    for spec in specs(assembly):
+        for transpose in (False, True):
+            codes = backend.quantize(x, spec, transpose).qdata.view(torch.uint8)
+            for shift in SHIFTS:
+                moved = backend.quantize(x * 2.0**shift, spec, transpose).qdata.view(torch.uint8)
+                equal, total = equal + int((moved == codes).sum()), total + codes.numel()
+    return Outcome(
+        name="scale equivariance",
+        passed=equal == total,
+        first=f"codes {total}",
+        second=f"the same after x 2^k {equal}",
+        detail=f"k = {', '.join(map(str, SHIFTS))}",
+        meaning="a floor under amax or under scales, a lower limit that flushes, or scales that are not divided "
+        "exactly: small gradients lose their bits as the loss or the batch is scaled.",
+    )
+
+
+def ragged(subject: Subject) -> Outcome:
+    """A number of tokens that fills no block gives what zero rows after it give: padding has no part in any scale."""
+    return _over_linears(
+        subject,
+        "ragged = padded",
+        _padding_difference,
+        BF16_LIMIT,
+        "padding that enters amax, memory that nobody wrote, or a kernel that reads past the end.",
+    )
+
+
+def _padding_difference(subject: Subject, linear: Float8Linear) -> float:
+    x = (numbers(ROWS - 71, linear.in_features, 8) * 2.0**-12).to(subject.device, torch.bfloat16)
+    dy = (numbers(ROWS - 71, linear.out_features, 9) * 2.0**-12).to(subject.device, torch.bfloat16)
+    pad = (0, 0, 0, 2 * ROWS - len(x))
+    own = ran(linear, x, dy)
+    padded = ran(linear, torch.nn.functional.pad(x, pad), torch.nn.functional.pad(dy, pad))
+    apart = [relative(b[: len(a)], a) for a, b in zip(own, padded, strict=True) if a is not None and b is not None]
+    return max(apart, key=lambda value: float("inf") if value != value else value)
+
+
+def nonfinite(subject: Subject) -> Outcome:
+    """A NaN in one token comes out as NaN in that token's row, and in the weight gradient: it is not laundered."""
+
+    def finite_share(subject: Subject, linear: Float8Linear) -> float:
+        x = numbers(ROWS, linear.in_features, 10).to(subject.device, torch.bfloat16)
+        dy = numbers(ROWS, linear.out_features, 11).to(subject.device, torch.bfloat16)
+        x[5, 3] = float("nan")
+        y, _, dw, _ = ran(linear, x, dy)
+        assert y is not None and dw is not None
+        return float(max(y[5].isfinite().float().mean(), dw[:, 3].isfinite().float().mean()))
+
+    return _over_linears(
+        subject,
+        "NaN stays visible",
+        finite_share,
+        0.0,
+        "a maximum that drops NaN, a cast that saturates it or nan_to_num: a broken run would look healthy.",
+    )
+
+
+def fp32_accumulation(subject: Subject) -> Outcome:
+    """Gradients 256 and 1 of two micro-batches make 257; BF16, with 8 bits, makes 256."""
+    found: dict[str, float] = {}
+    for name, linear in representatives(subject.fresh()):
+        linear.weight.grad = None
+        for size in (16.0, 1.0):
+            x = torch.zeros(2, linear.in_features, device=subject.device, dtype=torch.bfloat16)
+            dy = torch.zeros(2, linear.out_features, device=subject.device, dtype=torch.bfloat16)
+            x[0, 0], dy[0, 0] = size, size
+            linear(x.requires_grad_()).backward(dy)
+        grad = linear.weight.grad
+        found[name] = float("nan") if grad is None or grad.dtype is not torch.float32 else float(grad[0, 0])
+        linear.weight.grad = None
+    # an FP32 scale decodes 16 to within 2^-23 of it; BF16 numbers are 2 apart here
+    wrong = {name: value for name, value in found.items() if not abs(value - 257) < 0.01}
+    name, value = next(iter((wrong or found or {"no linear in FP8": 257.0}).items()))
+    return Outcome(
+        name="FP32 accumulation",
+        passed=not wrong,
+        first="256 + 1 = 257",
+        second=f"{name}: {value:g}",
+        meaning="weight gradients that are rounded to BF16, or accumulated in it: small contributions of late "
+        "micro-batches are lost and training drifts.",
+    )
+
+
+def _over_linears(
+    subject: Subject, name: str, measure: Callable[[Subject, Float8Linear], float], limit: float, meaning: str
+) -> Outcome:
+    """Worst measurement over the representative linears."""
+    worst, where = 0.0, "no linear in FP8"
+    for label, linear in representatives(subject.fresh()):
+        value = measure(subject, linear)
+        if not value <= worst or where == "no linear in FP8":
+            worst, where = value, label
+    return Outcome(
+        name=name, passed=worst <= limit, first=f"{where}: {worst:.1e}", second=f"limit {limit:.1e}", meaning=meaning
+    )

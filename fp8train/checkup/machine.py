@@ -1,0 +1,136 @@
+"""Checks of the machine: versions that do not go together, each named with both numbers and the remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import torch
+
+from fp8train.backends import cpu_library
+from fp8train.checkup.outcome import Outcome
+
+OLDEST_TORCH = (2, 11)
+TRITON = ((3, 6), (3, 10))  # from, below: what the kernels are compiled with in the tests
+FP8_CAPABILITY = (8, 9)
+
+
+def machine() -> list[Outcome]:
+    """One outcome for each pair of things that must fit; those of a GPU only where there is one or its driver."""
+    outcomes = [_torch(), _numpy(), _compiler()]
+    driver = driver_cuda_version()
+    if torch.cuda.is_available():
+        outcomes += [_driver(driver), _triton(), _capability()]
+    elif driver is not None:
+        outcomes.append(_unseen_gpu(driver))
+    return outcomes
+
+
+def version(text: str | None) -> tuple[int, int]:
+    """Major and minor of "2.13.0+cpu"; (0, 0) of nothing."""
+    found = [int(number) for number in re.findall(r"\d+", text or "")[:2]]
+    return (found[0], found[1]) if len(found) == 2 else (0, 0)
+
+
+def driver_cuda_version() -> str | None:
+    """The newest CUDA that the installed driver serves, as nvidia-smi says it; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"CUDA Version:\s*([\d.]+)", said)
+    return found[1] if found else None
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> Outcome:
+    return Outcome(
+        name="torch",
+        passed=version(torch.__version__) >= OLDEST_TORCH,
+        first=f"torch {torch.__version__}",
+        second=f"needs {'.'.join(map(str, OLDEST_TORCH))} or newer",
+        meaning="an older torch casts to FP8 without saturating. pip install --upgrade torch.",
+    )
+
+
+def _numpy() -> Outcome:
+    """torch built for NumPy 1 cannot hand arrays to NumPy 2, and says so only when it is asked."""
+    wrong = ""
+    try:
+        torch.from_numpy(np.arange(3)).numpy()
+    except (RuntimeError, TypeError) as error:
+        wrong = str(error).splitlines()[0]
+    return Outcome(
+        name="numpy",
+        passed=not wrong,
+        first=f"numpy {np.__version__}",
+        second=f"torch {torch.__version__}",
+        detail=wrong or "arrays pass both ways",
+        meaning="torch was built for another major version of NumPy. Install that of launch/constraints.txt.",
+    )
+
+
+def _compiler() -> Outcome:
+    library = cpu_library.load()
+    return Outcome(
+        name="CPU kernels",
+        passed=True,
+        first="compiled" if library.functions else "in torch: slower, the same codes",
+        second=library.reason,
+    )
+
+
+def _driver(driver: str | None) -> Outcome:
+    return Outcome(
+        name="driver",
+        passed=driver is not None and version(driver)[0] >= version(torch.version.cuda)[0],
+        first=f"driver serves CUDA {driver or 'unknown'}",
+        second=f"torch was built for CUDA {torch.version.cuda}",
+        meaning="kernels of a newer CUDA than the driver's do not load. Update the driver, or take a torch built for "
+        "its CUDA.",
+    )
+
+
+def _triton() -> Outcome:
+    found = installed("triton")
+    return Outcome(
+        name="triton",
+        passed=found is not None and TRITON[0] <= version(found) < TRITON[1],
+        first=f"triton {found or 'is not installed'}",
+        second=f"needs {'.'.join(map(str, TRITON[0]))} to {TRITON[1][0]}.{TRITON[1][1] - 1}",
+        meaning="the FP8 kernels are compiled with other versions; backend=auto falls back to cublaslt or BF16 units. "
+        "Install the Triton that came with torch.",
+    )
+
+
+def _capability() -> Outcome:
+    found = torch.cuda.get_device_capability()
+    return Outcome(
+        name="FP8 units",
+        passed=found >= FP8_CAPABILITY,
+        first=f"{torch.cuda.get_device_name()}: compute capability {found[0]}.{found[1]}",
+        second=f"FP8 from {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}",
+        meaning="this GPU computes the same numbers on BF16 units, and no faster than BF16.",
+    )
+
+
+def _unseen_gpu(driver: str) -> Outcome:
+    return Outcome(
+        name="driver",
+        passed=False,
+        first=f"driver serves CUDA {driver}",
+        second=f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda})",
+        meaning="torch was built without CUDA, or for a newer one than the driver's. Install a torch for this CUDA.",
+    )

@@ -1,0 +1,71 @@
+"""What a check found: pass or fail, the two things that were compared, and what a failure usually means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """Result of one check.
+
+    name: of the check
+    passed: false is a finding
+    first, second: what was compared, each as "WHAT NUMBER"
+    detail: how far apart they are, and how far they may be
+    meaning: what a failure usually means, and what to do
+    """
+
+    name: str
+    passed: bool
+    first: str
+    second: str
+    detail: str = ""
+    meaning: str = ""
+
+    def lines(self) -> str:
+        """For the console: one line, and a second where it failed."""
+        head = f"{'pass' if self.passed else 'FAIL'}  {self.name:22s} {self.first} | {self.second}"
+        head += f" | {self.detail}" if self.detail else ""
+        return head if self.passed else f"{head}\n      usually means: {self.meaning}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def same_bits(name: str, what: str, first: Any, second: Any, meaning: str) -> Outcome:
+    """An outcome that passes where both are equal."""
+    return Outcome(name=name, passed=first == second, first=f"{what} {first}", second=f"{second}", meaning=meaning)
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[float, str]:
+    """Largest relative distance ||a - b|| / ||a|| over tensors of one name, and that name; infinite where one lacks."""
+    worst, where = 0.0, "none"
+    for name in sorted(one.keys() | other.keys()):
+        if name not in one or name not in other:
+            return float("inf"), name
+        apart = relative(other[name], one[name])
+        if not apart <= worst:  # NaN too
+            worst, where = apart, name
+    return worst, where
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """||value - expected|| / ||expected||; 0 where both are 0, NaN where either is."""
+    apart = torch.linalg.vector_norm((value.double() - expected.double()).flatten())
+    size = torch.linalg.vector_norm(expected.double().flatten())
+    return float(apart / size) if size > 0 or apart != 0 else 0.0
+
+
+def worst_row(value: Tensor, expected: Tensor) -> float:
+    """Largest relative distance of a row [rows, cols]; a row of zeros must be zeros."""
+    apart = torch.linalg.vector_norm(value.double() - expected.double(), dim=1)
+    size = torch.linalg.vector_norm(expected.double(), dim=1)
+    ratio = torch.where(apart == 0, torch.zeros_like(apart), apart / size)
+    return float(ratio.max()) if len(ratio) else 0.0
