@@ -22,6 +22,7 @@ from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import assemble
 from fp8train.trainer.evaluation import EvalSet, evaluate
+from fp8train.trainer.precision_control import follow_run
 from fp8train.trainer.run_folder import on_main, write_file
 
 OWN_KEYS = ("checkpoint", "out")
@@ -101,6 +102,7 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
     recipe = load_recipe(checkpoint.recipe_document)
     assembly = assemble(config, world.device, recipe=recipe, first_weights=False)
     checkpoint.restore(assembly.model)
+    follow_run(assembly.model, recipe, checkpoint)
     scores = evaluate(assembly.model, eval_set, bf16=True, all_bf16=assembly.all_bf16)
     return {
         "checkpoint": str(checkpoint.path),

@@ -12,6 +12,7 @@ from fp8train.recipe_document import hint, mapping, string
 
 ALARM_CAUSES = ("nonfinite", "spike")
 ALARM_ACTIONS = ("demote",)
+DOWN_PROJECTIONS = "*down_proj"
 _ALARM_KEYS = ("on", "do", "spike_nats", "window", "at_most")
 _SWIGLU_KEYS = ("clamp", "smooth", "match")
 
@@ -60,7 +61,7 @@ class SwigluRemedy:
 
     clamp: float | None = None
     smooth: bool = False
-    match: str = "*down_proj"
+    match: str = DOWN_PROJECTIONS
 
     def covers(self, fqn: str) -> bool:
         """Whether the linear at this path is treated."""
@@ -108,12 +109,13 @@ def parse_alarm(value: object, source: str) -> Alarm:
     do = document.get("do", ALARM_ACTIONS[0])
     if do not in ALARM_ACTIONS:
         raise RecipeError(f"{where}: do is {do!r}; needs {', '.join(ALARM_ACTIONS)}. Correct it.")
+    usual = Alarm(on=ALARM_CAUSES)
     return Alarm(
         on=tuple(cause for cause in ALARM_CAUSES if cause in causes),
         do=do,
-        spike_nats=_number(document.get("spike_nats", Alarm.spike_nats), f"{where}: spike_nats", above=0),
-        window=_count(document.get("window", Alarm.window), f"{where}: window"),
-        at_most=_count(document.get("at_most", Alarm.at_most), f"{where}: at_most"),
+        spike_nats=_number(document.get("spike_nats", usual.spike_nats), f"{where}: spike_nats", above=0),
+        window=_count(document.get("window", usual.window), f"{where}: window"),
+        at_most=_count(document.get("at_most", usual.at_most), f"{where}: at_most"),
     )
 
 
@@ -131,7 +133,7 @@ def parse_swiglu(value: object, source: str) -> SwigluRemedy:
     if clamp is None and not smooth:
         raise RecipeError(f"{where} asks for nothing; needs clamp: NUMBER or smooth: true. Correct or delete it.")
     limit = None if clamp is None else _number(clamp, f"{where}: clamp", above=0)
-    match = string(document.get("match", SwigluRemedy.match), f"{where}: match", "a glob in quotes")
+    match = string(document.get("match", DOWN_PROJECTIONS), f"{where}: match", "a glob in quotes")
     return SwigluRemedy(clamp=limit, smooth=smooth, match=match)
 
 
@@ -149,7 +151,7 @@ def options_document(
     if swiglu is not None:
         document["swiglu"] = {"clamp": swiglu.clamp} if swiglu.clamp is not None else {}
         document["swiglu"] |= {"smooth": True} if swiglu.smooth else {}
-        document["swiglu"] |= {"match": swiglu.match} if swiglu.match != SwigluRemedy.match else {}
+        document["swiglu"] |= {"match": swiglu.match} if swiglu.match != DOWN_PROJECTIONS else {}
     return document
 
 

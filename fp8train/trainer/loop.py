@@ -30,6 +30,7 @@ from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
 from fp8train.trainer.profiling import ProfileWindow
 from fp8train.trainer.progress import Progress
+from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
@@ -44,7 +45,7 @@ from fp8train.trainer.run_folder import (
 from fp8train.trainer.run_lock import lock_run_folder
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest
-from fp8train.trainer.watchers import RollBack, Watcher, after_step, build_watchers
+from fp8train.trainer.watchers import Watcher, after_step, build_watchers
 
 
 class Trainer:
@@ -64,6 +65,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.console = console or Console(config.steps, enabled=world.main, print_every=config.log.print_every)
         self.progress = Progress()
+        self.metrics: Metrics | None = None
         self.evals: list[dict[str, Any]] = []
 
     def run(self) -> RunResult:
@@ -125,8 +127,7 @@ class Trainer:
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
         self.replica: nn.Module = wrap_ddp(self.model, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
-        say = self.console.warn, self.console.info
-        self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, *say)
+        self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(self._introduction(dataset.describe(), size))
 
     def _introduction(self, data: str, micro_batch: int) -> str:

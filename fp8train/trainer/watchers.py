@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from fp8train.config import RunConfig
 from fp8train.data import Batch
 from fp8train.distributed import World
+from fp8train.trainer.alarm_watcher import AlarmWatcher
 from fp8train.trainer.assembly import Assembly
+from fp8train.trainer.console import Console
+from fp8train.trainer.precision_control import PrecisionControl
+from fp8train.trainer.rollback import RollBack
+from fp8train.trainer.schedule_watcher import ScheduleWatcher
 from fp8train.trainer.step import StepResult
 from fp8train.trainer.strict_coverage import StrictCoverage
 from fp8train.trainer.telemetry_watcher import TelemetryWatcher
@@ -33,20 +38,6 @@ class Watcher(Protocol):
         """Take back what `state` gave; empty where the checkpoint knew no such watcher."""
 
 
-class RollBack(Exception):
-    """What after_step raises, on every rank alike, to go back to the last checkpoint of the run.
-
-    Args:
-        watcher: name of the one that raises it: it keeps its state, all others take back the checkpoint's.
-        reason: for the console.
-    """
-
-    def __init__(self, watcher: str, reason: str) -> None:
-        super().__init__(reason)
-        self.watcher = watcher
-        self.reason = reason
-
-
 def after_step(watchers: Sequence[Watcher], step: int, result: StepResult, row: dict[str, Any]) -> RollBack | None:
     """Let every watcher see a step and add to its row; gives the request to undo the step, if there is one."""
     asked: RollBack | None = None
@@ -59,17 +50,18 @@ def after_step(watchers: Sequence[Watcher], step: int, result: StepResult, row: 
 
 
 def build_watchers(
-    config: RunConfig,
-    assembly: Assembly,
-    world: World,
-    run_dir: Path,
-    warn: Callable[[str], None],
-    info: Callable[[str], None],
+    config: RunConfig, assembly: Assembly, world: World, run_dir: Path, console: Console
 ) -> list[Watcher]:
     """The watchers that the configuration asks for, in the order in which they are called."""
     watchers: list[Watcher] = []
+    alarm = assembly.recipe.alarm
+    if assembly.recipe.schedule or alarm is not None:  # first, so that the others see the precisions of the step
+        control = PrecisionControl(assembly.model, assembly.recipe, config.steps)
+        watchers.append(ScheduleWatcher(control, console.info))
+        if alarm is not None:
+            watchers.append(AlarmWatcher(alarm, control, assembly, world, run_dir, console.warn))
     if config.strict:
         watchers.append(StrictCoverage(assembly, world, config.compile))
     if config.telemetry.every is not None:
-        watchers.append(TelemetryWatcher(config, assembly, world, info))
+        watchers.append(TelemetryWatcher(config, assembly, world, console.info))
     return watchers

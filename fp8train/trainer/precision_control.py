@@ -1,0 +1,58 @@
+"""Which precision every linear has at a step: its rule's, the schedule's, or BF16 after a demotion."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fp8train.checkpoint import Checkpoint
+from fp8train.quant.formats import BF16, LinearPrecision
+from fp8train.recipe import Recipe
+from fp8train.telemetry.observer import named_linears
+
+
+class PrecisionControl:
+    """Sets the precision of the converted linears of a model as training goes on; a function of step and demotions.
+
+    Args:
+        model: converted; the precisions that it has are those of the rules.
+        recipe: its schedule is followed.
+        steps: of the whole run.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
+        self.linears = named_linears(model)
+        self._rules = {fqn: linear.precision for fqn, linear in self.linears.items()}
+        self._recipe = recipe
+        self._steps = steps
+        self.demoted: list[str] = []
+
+    def scheduled(self, step: int) -> str | None:
+        """Name of the precision that the schedule has put in place of the rules' at a step (from 1), or None."""
+        # a part holds from the first step with at least at * steps steps behind it
+        begun = [part.use for part in self._recipe.schedule if step - 1 >= part.at * self._steps]
+        return begun[-1] if begun else None
+
+    def precision(self, fqn: str, step: int) -> LinearPrecision:
+        """What a linear computes with at a step. A rule's bf16 or fp32 stays, whatever the schedule says."""
+        own, name = self._rules[fqn], self.scheduled(step)
+        if not own.quantized:
+            return own
+        scheduled = own if name is None else self._recipe.precisions[name]
+        return BF16 if fqn in self.demoted and scheduled.quantized else scheduled
+
+    def apply(self, step: int) -> int:
+        """Set every linear to what it has at a step; gives the number that changed."""
+        changed = 0
+        for fqn, linear in self.linears.items():
+            wanted = self.precision(fqn, step)
+            if linear.precision != wanted:
+                linear.set_precision(wanted)
+                changed += 1
+        return changed
+
+
+def follow_run(model: nn.Module, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Give a converted model the precisions that the run had at a checkpoint: schedule and demotions included."""
+    control = PrecisionControl(model, recipe, checkpoint.config.steps)
+    control.demoted = list(checkpoint.state.progress.get("watchers", {}).get("alarm", {}).get("demoted", ()))
+    control.apply(checkpoint.step)

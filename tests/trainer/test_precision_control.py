@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fp8train.checkpoint import open_checkpoint
+from fp8train.distributed import World
+from fp8train.errors import CheckpointError
+from fp8train.eval import evaluation_config, score_checkpoint
+from fp8train.metrics import read_metrics
+from fp8train.quant.formats import BF16
+from fp8train.recipe import Recipe, load_recipe
+from fp8train.telemetry.observer import named_linears
+from fp8train.trainer.alarm_watcher import AlarmWatcher
+from fp8train.trainer.assembly import assemble
+from fp8train.trainer.precision_control import PrecisionControl
+from fp8train.trainer.rollback import RollBack
+from fp8train.trainer.step import StepResult
+from tests.tiny_run import tiny_config, tiny_train
+
+DOWN = "layers.0.mlp.down_proj"
+
+
+def recipe_with(folder: Path, **options: Any) -> Path:
+    """The blockwise recipe with a schedule, an alarm and so on."""
+    document = load_recipe("blockwise").document | options
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+def step_result(loss: float = 3.0, updated: bool = True) -> StepResult:
+    return StepResult(loss=loss, grad_norm=1.0, valid_tokens=1, updated=updated, stop=False)
+
+
+@pytest.fixture
+def blow_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Makes the step of that number not finite, once; gives the list of steps that the alarm has seen."""
+
+    def install(number: int) -> list[int]:
+        seen: list[int] = []
+        honest = AlarmWatcher.after_step
+
+        def after_step(self: AlarmWatcher, step: int, result: StepResult) -> dict[str, Any]:
+            bad = step == number and number not in seen
+            seen.append(step)
+            return honest(self, step, step_result(float("nan"), updated=False) if bad else result)
+
+        monkeypatch.setattr(AlarmWatcher, "after_step", after_step)
+        return seen
+
+    return install
+
+
+class TestSchedule:
+    def test_tail_begins_after_its_share_of_the_steps(self, tmp_path: Path):
+        recipe = load_recipe(recipe_with(tmp_path, schedule=[{"at": 0.5, "use": "bf16"}]))
+        model = assemble(tiny_config(tmp_path), torch.device("cpu"), recipe=recipe).model
+        control = PrecisionControl(model, recipe, steps=6)
+        assert [control.scheduled(step) for step in range(1, 7)] == [None, None, None, "bf16", "bf16", "bf16"]
+        control.apply(4)
+        assert all(linear.precision == BF16 for linear in named_linears(model).values())
+        control.apply(3)
+        assert named_linears(model)[DOWN].precision.any_fp8 and not named_linears(model)["lm_head"].precision.any_fp8
+
+    def test_head_of_a_scheduled_run_is_that_of_fp8_and_its_tail_is_not(self, tmp_path: Path):
+        recipe = recipe_with(tmp_path, schedule=[{"at": 0.5, "use": "bf16"}])
+        scheduled = tiny_train(tmp_path, f"recipe={recipe}", run="scheduled")
+        tiny_train(tmp_path, run="fp8")
+        a, b = losses(tmp_path / "scheduled"), losses(tmp_path / "fp8")
+        assert a[:3] == b[:3] and a[3] != b[3]
+        assert scheduled.coverage["linears"][0]["gemms"]["fprop"]["fp8_rows"] == 3 * 512
+        assert scheduled.evals[-1]["eval_loss"] == scheduled.evals[-1]["eval_loss_bf16"]
+
+    def test_resumed_run_is_the_uninterrupted_one(self, tmp_path: Path):
+        recipe = recipe_with(tmp_path, schedule=[{"at": 0.5, "use": "bf16"}])
+        tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.every=4", "checkpoint.keep_last=9", run="whole")
+        checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004"
+        tiny_train(tmp_path, f"recipe={recipe}", f"resume={checkpoint}", run="resumed")
+        assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[4:]
+
+    def test_schedule_is_part_of_the_hash_so_that_a_checkpoint_refuses_another(self, tmp_path: Path):
+        tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, schedule=[{'at': 0.5, 'use': 'bf16'}])}", "steps=2")
+        with pytest.raises(CheckpointError, match="was trained under recipe"):
+            tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, schedule=[{'at': 0.6, 'use': 'bf16'}])}", "steps=3")
+
+
+class TestAlarm:
+    def test_demotes_the_worst_goes_back_and_logs_the_event(self, tmp_path: Path, blow_up: Any):
+        seen = blow_up(5)
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        result = tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.every=3")
+        assert seen == [1, 2, 3, 4, 5, 4, 5, 6]
+        events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+        assert [event["step"] for event in events] == [5]
+        demoted = events[0]["demoted"]
+        assert demoted and events[0]["worst"]["fqn"] in demoted
+        rows = {row["fqn"]: row["gemms"]["fprop"] for row in result.coverage["linears"]}
+        # 3 steps and the 2 that were undone in FP8, 3 in BF16
+        assert rows[demoted[0]] | {"exception": None} == {
+            "planned": "fp8", "fp8_calls": 5, "other_calls": 3, "fp8_rows": 5 * 512, "other_rows": 3 * 512,
+            "exception": None,
+        }  # fmt: skip
+        assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [
+            *range(1, 7)
+        ]
+
+    def test_before_the_first_checkpoint_it_goes_back_to_the_start(self, tmp_path: Path, blow_up: Any):
+        seen = blow_up(2)
+        tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, alarm={'on': ['nonfinite']})}", "steps=3")
+        assert seen == [1, 2, 1, 2, 3]
+
+    def test_demotion_survives_a_resume(self, tmp_path: Path, blow_up: Any):
+        blow_up(2)
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.every=3", "checkpoint.keep_last=9", run="whole")
+        checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000003"
+        tiny_train(tmp_path, f"recipe={recipe}", f"resume={checkpoint}", run="resumed")
+        assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
+        assert open_checkpoint(checkpoint).state.progress["watchers"]["alarm"]["demotions"] == 1
+
+    def test_eval_scores_a_checkpoint_with_its_demotions(self, tmp_path: Path, blow_up: Any):
+        blow_up(2)
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        result = tiny_train(tmp_path, f"recipe={recipe}", "steps=3")
+        checkpoint = open_checkpoint(tmp_path / "run")
+        row = score_checkpoint(checkpoint, evaluation_config(checkpoint, []), World())
+        assert row["eval_loss"] == pytest.approx(result.evals[-1]["eval_loss"], rel=1e-6)  # sums over other batches
+
+
+class TestCauses:
+    @pytest.fixture
+    def watcher(self, tmp_path: Path) -> AlarmWatcher:
+        alarm = {"on": ["spike"], "spike_nats": 0.5, "window": 3, "at_most": 1}
+        recipe = load_recipe(load_recipe("blockwise").document | {"alarm": alarm})
+        return self.build(recipe, tmp_path)
+
+    @staticmethod
+    def build(recipe: Recipe, folder: Path) -> AlarmWatcher:
+        config = tiny_config(folder)
+        assembly = assemble(config, torch.device("cpu"), recipe=recipe)
+        assert recipe.alarm is not None
+        control = PrecisionControl(assembly.model, recipe, config.steps)
+        watcher = AlarmWatcher(recipe.alarm, control, assembly, World(), folder, lambda text: None)
+        from fp8train.data import Batcher, build_dataset
+
+        dataset = build_dataset(config.data, config.seq_len, config.seed)
+        watcher.before_step(1, Batcher(dataset, 2, 2).micro_batches(0))
+        return watcher
+
+    def test_spike_is_measured_against_the_mean_of_the_window(self, watcher: AlarmWatcher):
+        for step, loss in enumerate([3.0, 3.1, 2.9, 3.49], start=1):
+            assert watcher.after_step(step, step_result(loss)) == {}
+        with pytest.raises(RollBack, match="above the mean of 3 steps"):
+            watcher.after_step(5, step_result(3.7))  # the mean of 3.1, 2.9, 3.49 is 3.163
+
+    def test_non_finite_step_is_left_alone_where_only_spikes_count(self, watcher: AlarmWatcher):
+        assert watcher.after_step(1, step_result(float("nan"), updated=False)) == {}
+
+    def test_at_most_so_many_demotions(self, watcher: AlarmWatcher):
+        spike = [3.0, 3.0, 3.0, 9.0]
+        with pytest.raises(RollBack):
+            for step, loss in enumerate(spike, start=1):
+                watcher.after_step(step, step_result(loss))
+        rows = [watcher.after_step(step, step_result(loss)) for step, loss in enumerate(spike, start=1)]
+        assert "used up" in rows[-1]["alarm"]
+
+    def test_planted_outlier_is_the_worst_and_its_group_goes_with_it(self, tmp_path: Path):
+        recipe = load_recipe(load_recipe("blockwise").document | {"alarm": {"on": ["nonfinite"]}})
+        watcher = self.build(recipe, tmp_path)
+        linears = watcher._control.linears
+        with torch.no_grad():  # one input channel of q's weight tile drowns all others of the tile
+            linears["layers.0.self_attn.q_proj"].weight[0, 0] = 1e6
+        with pytest.raises(RollBack):
+            watcher.after_step(1, step_result(float("nan"), updated=False))
+        assert watcher._control.demoted == [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
