@@ -3,6 +3,7 @@
 python -m tests.kernels.sm90 --check    every case compiles, without spills, with the instructions it must have
 python -m tests.kernels.sm90 --write    the same, and the table in kernels/README.md is written anew
 python -m tests.kernels.sm90 --json     the figures, for test_compile_sm90.py
+    python -m tests.kernels.sm90 --others   the plain GEMMs compile to FP8 tensor-core instructions for sm_89 and sm_100
 """
 
 from __future__ import annotations
@@ -121,6 +122,21 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
     )
 
 
+def other_architectures() -> list[str]:
+    """What is wrong with the plain GEMMs on Ada (pointers) and on datacentre Blackwell (all entries without roles)."""
+    found = []
+    for case in cases():
+        words = case[0].split()
+        if not words[0].startswith("gemm") or words[1].startswith("ws_"):
+            continue
+        wanted = {100: "tcgen05.mma"} | ({89: "e4m3.f32"} if words[1].startswith("pointer") else {})
+        for capability, instruction in wanted.items():
+            ptx = compiled(case, capability).asm["ptx"]
+            found += [] if instruction in ptx else [f"sm_{capability} {case[0]}: no {instruction}"]
+            found += [f"sm_{capability} {case[0]}: flushes subnormal numbers"] if ".ftz" in ptx else []
+    return found
+
+
 def _assembler_says(ptx: str) -> str:
     """Registers, spills and warnings: what this Triton's assembler prints about the code that it makes for sm_90a."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -188,11 +204,15 @@ def main(argv: Sequence[str]) -> int:
     """Compile everything; 1 if something must not be."""
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.sm90", description=__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group(required=True)
-    for name in ("check", "write", "json"):
+    for name in ("check", "write", "json", "others"):
         action.add_argument(f"--{name}", action="store_true")
     arguments = parser.parse_args(argv)
     import fp8train  # noqa: F401  mounts fp8train.kernels
 
+    if arguments.others:
+        faults = other_architectures()
+        sys.stdout.write("".join(f"{line}\n" for line in faults))
+        return 1 if faults else 0
     rows = [figures(case) for case in cases()]
     if arguments.json:
         json.dump([dataclasses.asdict(row) for row in rows], sys.stdout)

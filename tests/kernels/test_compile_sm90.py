@@ -18,13 +18,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def rows() -> list[sm90.Figures]:
-    """Figures of all cases, from a process in which kernels are compiled and not interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.sm90", "--json"]
-    root = sm90.README.parents[1]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    """Figures of all cases."""
+    done = in_compiling_process("--json")
     assert done.returncode == 0, done.stderr
     return [sm90.Figures(**row) for row in json.loads(done.stdout)]
+
+
+def in_compiling_process(option: str) -> subprocess.CompletedProcess[str]:
+    """Run tests.kernels.sm90 where kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.sm90", option]
+    return subprocess.run(command, env=environment, cwd=sm90.README.parents[1], capture_output=True, text=True)
 
 
 def test_nothing_spills_flushes_or_serialises_and_every_sum_is_promoted(rows: list[sm90.Figures]) -> None:
@@ -50,6 +54,11 @@ def test_readme_gives_these_figures(rows: list[sm90.Figures]) -> None:
     if f"Triton {triton.__version__}," not in sm90.table_in_readme():
         pytest.skip(f"the table was made with another Triton than {triton.__version__}")
     assert sm90.table_in_readme() == sm90.table(rows), "run python -m tests.kernels.sm90 --write"
+
+
+def test_plain_gemms_compile_for_ada_and_blackwell() -> None:
+    done = in_compiling_process("--others")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_spill_a_missing_promotion_and_a_flush_are_faults() -> None:
