@@ -122,10 +122,10 @@ def representatives(assembly: Assembly) -> list[tuple[str, Float8Linear]]:
     linears = [linear for linear in converted_linears(assembly.model) if linear.site in rows]
     chosen: list[tuple[str, Float8Linear]] = []
     for precision in precisions(assembly):
-        own = [linear for linear in linears if rows[linear.site].numbers == precision]
-        if precision.any_fp8 and own:
-            smallest = min(own, key=lambda linear: linear.weight.numel())
-            chosen.append((rows[smallest.site].fqn, smallest))
+        own = [linear for linear in linears if rows[linear.site].numbers == precision and linear.remedy is None]
+        if precision.any_fp8:
+            smallest = min(own, key=lambda linear: linear.weight.numel(), default=None)
+            chosen += [(rows[smallest.site].fqn, smallest)] if smallest is not None else []
             chosen.append((f"a linear in {precision.name} with bias", _with_bias(precision, assembly)))
     return chosen
 

@@ -72,7 +72,7 @@ def _changes(subject: Subject, assembly: Assembly, linears: list[Float8Linear]) 
 
 def codes_are_defined(linear: Float8Linear) -> bool:
     """Whether both weight operands equal the definition's, bit for bit."""
-    precision, weight = linear.precision, linear.weight.detach()
+    precision, weight = linear.precision, linear.prepared_weight()
     w, wt = linear.provider.operands(linear)
     for operand, spec, transpose in ((w, precision.fprop.right, False), (wt, precision.dgrad.right, True)):
         if spec is None:
