@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "print sample text from a checkpoint",
     "export": "write a checkpoint as a Hugging Face folder",
     "doctor": "examine a model and its configuration: what must not change is changed, and compared",
+    "sensitivity": "measure what FP8 does to the loss and gradients, one GEMM of one linear at a time",
+    "search": "write a recipe that keeps the most sensitive linears in BF16",
     "bench": "measure speed and memory, interleaved, with spread",
 }
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _usage() -> str:
     lines = ["usage: fp8train COMMAND [key=value ...]", "", "commands:"]
-    lines += [f"  {name:10s} {purpose}" for name, purpose in COMMANDS.items()]
+    lines += [f"  {name:11s} {purpose}" for name, purpose in COMMANDS.items()]
     lines += [
         "",
         "`fp8train COMMAND --help` lists the keys of a command; `python -m fp8train.COMMAND` is the same command.",
