@@ -1,0 +1,181 @@
+"""SwiGLU and its backward, fused with the quantiser: the unfused path's bits, and torch's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.kernels.quantize import quantize_dual  # noqa: E402
+from fp8train.kernels.swiglu_backward_quantize import swiglu_backward, swiglu_backward_quantize  # noqa: E402
+from fp8train.kernels.swiglu_quantize import swiglu, swiglu_quantize  # noqa: E402
+from fp8train.quant.formats import E4M3, E5M2, QuantSpec  # noqa: E402
+from fp8train.quant.qtensor import QTensor  # noqa: E402
+from fp8train.quant.reference import quantize  # noqa: E402
+from tests.kernels.products import DEVICE  # noqa: E402
+from tests.quant.specs import same_codes  # noqa: E402
+
+SHAPES = {
+    "one-tile": (128, 128),
+    "ragged": (131, 50),
+    "below-a-block": (5, 3),
+    "no-rows": (0, 40),
+    "no-columns": (9, 0),
+}
+shapes = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+VARIANTS = {"pow2": (E4M3, "pow2", "pow2"), "fp32": (E4M3, "fp32", "fp32"), "e5m2-mixed": (E5M2, "fp32", "pow2")}
+variants = pytest.mark.parametrize("variant", list(VARIANTS))
+# silu is off by at most 4 ulp of FP32 (exp, the division); where that crosses the middle between two BF16 numbers, it is
+# rounded to the other: at most 2 * 4 * 2^-24 / 2^-8 = 1.2e-4 of the numbers, which two further roundings spread
+BF16_DIFFERENT = 5e-4
+
+
+def inputs(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, gate and up; gate from far in silu's flat to far in its linear part, rows of different magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    dh, gate, up = (torch.randn(*shape, generator=generator) for _ in range(3))
+    magnitude = 2.0 ** torch.randint(-8, 9, (shape[0], 1), generator=generator)
+    return (dh * magnitude).to(DEVICE, dtype), (6 * gate).to(DEVICE, dtype), (up * magnitude).to(DEVICE, dtype)
+
+
+def options(variant: str) -> dict[str, object]:
+    fmt, row, col = VARIANTS[variant]
+    return {"fp8_dtype": fmt.dtype, "fp8_max": fmt.max, "pow2": row == "pow2", "col_pow2": col == "pow2"}
+
+
+def specs(variant: str) -> tuple[QuantSpec, QuantSpec]:
+    fmt, row, col = VARIANTS[variant]
+    return QuantSpec(fmt, (1, 128), row), QuantSpec(fmt, (1, 128), col)  # type: ignore[arg-type]
+
+
+def assert_copies_of(copies: tuple[Tensor | None, ...], x: Tensor, variant: str) -> None:
+    """The copies are the definition's for x, and so those of the quantiser's own kernel."""
+    row, col = specs(variant)
+    q, s, qt, st = copies
+    assert same_codes(QTensor(q, s, row), quantize(x, row))  # type: ignore[arg-type]
+    assert same_codes(QTensor(qt, st, col), quantize(x, col, transpose=True))  # type: ignore[arg-type]
+
+
+@shapes
+@dtypes
+def test_copies_are_those_of_the_unfused_path(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    _, gate, up = inputs(shape, dtype)
+    assert_copies_of(swiglu_quantize(gate, up, **options("pow2")), swiglu(gate, up), "pow2")  # type: ignore[arg-type]
+
+
+@variants
+def test_formats_and_scales_are_those_asked_for(variant: str) -> None:
+    dh, gate, up = inputs((20, 140), torch.bfloat16)
+    assert_copies_of(swiglu_quantize(gate, up, **options(variant)), swiglu(gate, up), variant)  # type: ignore[arg-type]
+    halves = swiglu_backward_quantize(dh, gate, up, **options(variant))  # type: ignore[arg-type]
+    for copies, gradient in zip(halves, swiglu_backward(dh, gate, up), strict=True):
+        assert_copies_of(copies, gradient, variant)
+
+
+@shapes
+@dtypes
+def test_copies_of_the_gradients_are_those_of_the_unfused_path(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    dh, gate, up = inputs(shape, dtype)
+    halves = swiglu_backward_quantize(dh, gate, up, **options("pow2"))  # type: ignore[arg-type]
+    for copies, gradient in zip(halves, swiglu_backward(dh, gate, up), strict=True):
+        assert_copies_of(copies, gradient, "pow2")
+
+
+def test_the_unfused_path_is_two_kernels() -> None:
+    _, gate, up = inputs((40, 20), torch.bfloat16)
+    apart = quantize_dual(swiglu(gate, up), **options("fp32"))  # type: ignore[arg-type]
+    assert_copies_of(apart, swiglu(gate, up), "fp32")
+
+
+def test_the_row_copy_can_be_had_alone() -> None:
+    dh, gate, up = inputs((20, 14), torch.bfloat16)
+    both = swiglu_quantize(gate, up, **options("pow2"))  # type: ignore[arg-type]
+    q, s, qt, st = swiglu_quantize(gate, up, columns=False, **options("pow2"))  # type: ignore[arg-type]
+    assert qt is None and st is None
+    assert torch.equal(q.view(torch.uint8), both[0].view(torch.uint8)) and torch.equal(s, both[1])
+    for copies, wanted in zip(
+        swiglu_backward_quantize(dh, gate, up, columns=False, **options("pow2")),  # type: ignore[arg-type]
+        swiglu_backward_quantize(dh, gate, up, **options("pow2")),  # type: ignore[arg-type]
+        strict=True,
+    ):
+        assert copies[2] is None and torch.equal(copies[0].view(torch.uint8), wanted[0].view(torch.uint8))
+
+
+def test_halves_of_one_matrix_are_read_where_they_are() -> None:
+    dh, gate, up = inputs((140, 32), torch.bfloat16)
+    joined = torch.cat([gate, up], dim=1)
+    assert torch.equal(swiglu(joined[:, :32], joined[:, 32:]), swiglu(gate, up))
+    dgate, dup = swiglu_backward(dh, joined[:, :32], joined[:, 32:])
+    assert torch.equal(dgate, swiglu_backward(dh, gate, up)[0]) and torch.equal(dup, swiglu_backward(dh, gate, up)[1])
+
+
+def torch_swiglu(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model's MLP computes: h, and by autograd dgate and dup."""
+    gate, up = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    h = F.silu(gate) * up
+    h.backward(dh)
+    assert gate.grad is not None and up.grad is not None
+    return h.detach(), gate.grad, up.grad
+
+
+def test_numbers_are_torchs_but_for_a_last_place() -> None:
+    dh, gate, up = inputs((256, 128), torch.bfloat16)
+    for mine, theirs in zip(
+        (swiglu(gate, up), *swiglu_backward(dh, gate, up)), torch_swiglu(dh, gate, up), strict=True
+    ):
+        assert (mine != theirs).float().mean() <= BF16_DIFFERENT
+        # two BF16 roundings that each fall to the other side: two places of 2^-8
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=2 * 2.0**-8 + 2.0**-16, atol=1e-30)
+
+
+def test_numbers_are_torchs_in_fp32() -> None:
+    dh, gate, up = inputs((128, 128), torch.float32)
+    for mine, theirs in zip(
+        (swiglu(gate, up), *swiglu_backward(dh, gate, up)), torch_swiglu(dh, gate, up), strict=True
+    ):
+        # exp and a division of 2 ulp each on either side and three products of half an ulp; 1 + gate (1 - s) has a zero
+        # near gate = -1.28, where its terms of 1 leave an error of 2^-22 of dh * up * s
+        bound = 16 * 2.0**-24 * (theirs.abs() + (dh * up).abs().clamp_min(up.abs()))
+        assert ((mine - theirs).abs() <= bound).all()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_gates_poison_their_blocks_alone(value: float) -> None:
+    _, gate, up = inputs((6, 130), torch.bfloat16)
+    gate[2, 4] = value
+    up[2, 4] = 0.0  # silu(Inf) * 0 is NaN too
+    _, s, _, st = swiglu_quantize(gate, up, **options("pow2"))  # type: ignore[arg-type]
+    assert s.isnan().nonzero().tolist() == [[2, 0]] and st is not None and st.isnan().nonzero().tolist() == [[4, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter
+def test_large_gates_neither_overflow_nor_lose_their_sign() -> None:
+    gate = torch.tensor([[-1e38, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e38]], device=DEVICE)
+    h = swiglu(gate, torch.ones_like(gate))
+    assert torch.equal(h[0, [0, 1, 3, 4, 6, 7]].cpu(), torch.tensor([0.0, 0.0, 0.0, 0.0, 200.0, 1e38]))
+    assert h.signbit().tolist() == [[True, True, True, True, False, False, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate": torch.zeros(4)}, r"gate is \[4\]"),
+        ({"gate": torch.zeros(4, 4, dtype=torch.float16)}, "torch.float16; needs"),
+        ({"up": torch.zeros(4, 5)}, r"up is \[4, 5\] torch.float32; needs \[4, 4\]"),
+        ({"up": torch.zeros(4, 4, dtype=torch.bfloat16)}, "torch.bfloat16; needs"),
+        ({"up": torch.zeros(4, 8)[:, ::2]}, r"up has strides \(8, 2\)"),
+        ({"fp8_dtype": torch.int8}, "fp8_dtype is torch.int8"),
+        ({"block": 32}, "block is 32"),
+    ],
+    ids=["vector", "fp16", "other-shape", "other-dtype", "column-stride", "int8", "block"],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    arguments = {"gate": torch.zeros(4, 4), "up": torch.zeros(4, 4), **options("pow2")} | change
+    with pytest.raises(ValueError, match=f"swiglu_quantize: .*{message}"):
+        swiglu_quantize(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="swiglu_backward_quantize: "):
+        swiglu_backward_quantize(torch.zeros(4, 4), **arguments)  # type: ignore[arg-type]
