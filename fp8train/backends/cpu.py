@@ -244,7 +244,8 @@ def _decode_torch(q: QTensor, dtype: torch.dtype, scaled: bool) -> Tensor:
     rows, cols = q.shape
     block_rows, block_cols = q.spec.block_shape(rows, cols)
     if block_rows == 1 and cols % block_cols == 0:
-        return values.view(rows, cols // block_cols, block_cols).mul_(q.scale_inv.unsqueeze(-1).to(dtype)).view(rows, cols)
+        scale = q.scale_inv.unsqueeze(-1).to(dtype)
+        return values.view(rows, cols // block_cols, block_cols).mul_(scale).view(rows, cols)
     return values.mul_(reference.expand_scale(q).to(dtype))
 
 
