@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "examine a model and its configuration: what must not change is changed, and compared",
     "sensitivity": "measure what FP8 does to the loss and gradients, one GEMM of one linear at a time",
     "search": "write a recipe that keeps the most sensitive linears in BF16",
+    "replay": "run the step that went wrong again in FP8, BF16 and FP32, and name the cause",
     "bench": "measure speed and memory, interleaved, with spread",
 }
 

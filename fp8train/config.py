@@ -125,21 +125,49 @@ class ProfileConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class BlackBoxConfig:
+    """What is written to run_dir/blackbox when a step is not finite or its loss leaps, for `fp8train replay`.
+
+    keep: dumps of a run at most; 0: none
+    window: steps whose losses say what is usual, and steps of silence after a dump
+    spike_sigmas: a loss so many robust deviations (and 10 %) above the median of the last five is a spike
+    weights_gib: weights of a step that was not finite are kept up to this size
+    """
+
+    keep: int = 4
+    window: int = 50
+    spike_sigmas: float = 6.0
+    weights_gib: float = 64.0
+
+    def __post_init__(self) -> None:
+        _at_least("blackbox.keep", self.keep, 0)
+        _at_least("blackbox.window", self.window, 20)
+        _at_least("blackbox.spike_sigmas", self.spike_sigmas, 1)
+        _at_least("blackbox.weights_gib", self.weights_gib, 0)
+
+
+@dataclass(kw_only=True, slots=True)
 class CompareConfig:
     """What `fp8train compare` trains side by side.
 
-    arms: recipes, the baseline first; null: bf16 and the run's recipe
+    arms: recipes, the baseline first; null: bf16, with several seeds placebo, and the run's recipe
     seeds: runs of each arm, with seeds seed, seed+1, and so on
-    parallel: runs at a time
+    parallel: runs at a time, each in a process of its own with its share of the threads
+    margin_percent: largest gap of the mean held-out loss that counts as equal
+    skip_damaged: leave damaged lines of metrics out of the comparison, in place of refusing the file
     """
 
     arms: list[str] | None = None
     seeds: int = 1
     parallel: int = 1
+    margin_percent: float = 0.25
+    skip_damaged: bool = False
 
     def __post_init__(self) -> None:
         _at_least("compare.seeds", self.seeds, 1)
         _at_least("compare.parallel", self.parallel, 1)
+        if not self.margin_percent > 0:
+            raise ConfigError(f"compare.margin_percent: got {self.margin_percent}; needs more than 0.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,6 +212,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    blackbox: BlackBoxConfig = field(default_factory=BlackBoxConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 

@@ -32,6 +32,7 @@ LAYERS = (
         "generate",
         "export",
         "doctor",
+        "replay",
         "bench",
         "sensitivity",
         "search",

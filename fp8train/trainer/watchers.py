@@ -11,6 +11,7 @@ from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.trainer.alarm_watcher import AlarmWatcher
 from fp8train.trainer.assembly import Assembly
+from fp8train.trainer.blackbox import BlackBox
 from fp8train.trainer.console import Console
 from fp8train.trainer.precision_control import PrecisionControl
 from fp8train.trainer.rollback import RollBack
@@ -62,6 +63,8 @@ def build_watchers(
             watchers.append(AlarmWatcher(alarm, control, assembly, world, run_dir, console.warn))
     if config.strict:
         watchers.append(StrictCoverage(assembly, world, config.compile))
+    if config.blackbox.keep:
+        watchers.append(BlackBox(config, assembly, world, run_dir, console.warn))
     if config.telemetry.every is not None:
         watchers.append(TelemetryWatcher(config, assembly, world, console.info))
     return watchers

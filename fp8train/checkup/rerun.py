@@ -1,0 +1,244 @@
+"""One step again, as a black box describes it, in another precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.checkpoint.files import read_tensors
+from fp8train.checkpoint.random_state import restore_random_state
+from fp8train.config import RunConfig, config_from_dict
+from fp8train.data import Batch, Batcher, build_dataset
+from fp8train.distributed import World
+from fp8train.errors import CheckpointError, ConfigError
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.weights import converted_linears, weights_changed
+from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
+from fp8train.quant.formats import BF16, FP32, LinearPrecision
+from fp8train.recipe import Recipe, load_recipe
+from fp8train.trainer.assembly import Assembly, assemble
+from fp8train.trainer.blackbox import WEIGHTS_FILE, read_dump
+from fp8train.trainer.precision_control import PrecisionControl
+from fp8train.trainer.step import inputs, train_step
+
+OWN, HIGH = "own", {"bf16": BF16, "fp32": FP32}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What a step gave: loss, gradient norm, and the first linear whose output was not finite."""
+
+    loss: float
+    grad_norm: float
+    first_nonfinite: str | None = None
+
+    def bad(self, limit: float | None) -> bool:
+        """Not finite, or above the limit of a spike."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)) or (
+            limit is not None and self.loss > limit
+        )
+
+
+class Rerun:
+    """The step of a black box, ready to be run in any precision.
+
+    Args:
+        path: its folder, run_dir/blackbox/step_N.
+        world: one process.
+        backend: None takes the run's.
+
+    Attributes:
+        weights_from: where the weights of the step come from, in words.
+    """
+
+    def __init__(self, path: Path, world: World, backend: str | None = None) -> None:
+        self.path, self.world = path, world
+        self.dump, self.ranks = read_dump(path)
+        config = config_from_dict(self.dump.config, who=str(path))
+        self.config: RunConfig = dataclasses.replace(config, compile=False, backend=backend or config.backend)
+        self.recipe: Recipe = load_recipe(self.dump.recipe_document)
+        self.batches = [batch for rank in self.ranks for batch in rank.batches]
+        self._kept: Assembly | None = None
+        self.weights_from, self._weights = self._find_weights()
+
+    @property
+    def limit(self) -> float | None:
+        """Loss above which the step is a spike; None for one that was not finite."""
+        return self.dump.limit if self.dump.kind == "spike" else None
+
+    def nonfinite_weights(self) -> list[str]:
+        """Parameters that are not finite."""
+        return [name for name, weight in self._weights.items() if not bool(weight.isfinite().all())]
+
+    def measure(self, precision: str, batches: Sequence[Batch] | None = None) -> Measured:
+        """Forward and backward of the step; precision is "own", "bf16" or "fp32" (activations in FP32 too)."""
+        assembly = self.model(precision)
+        restore_random_state(self.ranks[0].random_state)
+        found: list[str] = []
+        names = {module: name for name, module in assembly.model.named_modules()}
+        hooks = [
+            linear.register_forward_hook(_NoteNonfinite(names[linear], found))
+            for linear in converted_linears(assembly.model)
+        ]
+        still = _Still(assembly.model)
+        result = train_step(
+            assembly.model, still, list(self.batches if batches is None else batches), self.world, clip=None
+        )
+        for hook in hooks:
+            hook.remove()
+        return Measured(loss=result.loss, grad_norm=result.grad_norm, first_nonfinite=found[0] if found else None)
+
+    def sequence_losses(self) -> dict[int, float]:
+        """Mean loss of every sequence of the step, in FP32."""
+        assembly = self.model("fp32")
+        losses: dict[int, float] = {}
+        with torch.no_grad():
+            for batch in self.batches:
+                for row, identity in enumerate(batch.sample_ids):
+                    one = slice(row, row + 1)
+                    ids = None if batch.document_ids is None else batch.document_ids[one]
+                    single = dataclasses.replace(
+                        batch, tokens=batch.tokens[one], targets=batch.targets[one], document_ids=ids, sample_ids=[0]
+                    )
+                    valid = max(int((single.targets >= 0).sum()), 1)
+                    losses[identity] = float(assembly.model(*inputs(single, self.world.device))) / valid
+        return losses
+
+    def losses_without(self) -> dict[str, float]:
+        """Loss of the step with one FP8 linear at a time in BF16."""
+        assembly = self.model(OWN)
+        found = {}
+        for name, linear in assembly.model.named_modules():
+            if isinstance(linear, Float8Linear) and linear.precision.any_fp8:
+                own = linear.precision
+                linear.set_precision(BF16)
+                with torch.no_grad():
+                    total = sum(float(assembly.model(*inputs(b, self.world.device))) for b in self.batches)
+                valid = sum(int((batch.targets >= 0).sum()) for batch in self.batches)
+                found[name] = total / max(valid, 1)
+                linear.set_precision(own)
+        return found
+
+    def model(self, precision: str) -> Assembly:
+        """The model with the step's weights, in a precision."""
+        config = self.config
+        if precision == "fp32":
+            model = dataclasses.replace(config.model, activations="float32", attention="float32")
+            config = dataclasses.replace(config, model=model)
+        assembly = assemble(config, self.world.device, recipe=self.recipe, first_weights=False)
+        with torch.no_grad():
+            for name, parameter in assembly.model.named_parameters():
+                parameter.copy_(self._weights[name])
+        rows = {row.site: row for row in assembly.report.rows}
+        for linear in converted_linears(assembly.model):
+            changed = self.dump.precisions.get(rows[linear.site].fqn)
+            if precision != OWN:
+                linear.set_precision(HIGH[precision])
+            elif changed is not None:
+                linear.set_precision(self._named(changed))
+        weights_changed(assembly.model)
+        return assembly
+
+    def batcher(self, rank: int = 0) -> Batcher:
+        """The data of the run, read again.
+
+        Raises:
+            UserError: it is not there any more.
+        """
+        config, ranks = self.config, self.dump.world_size
+        dataset = build_dataset(config.data, config.seq_len, config.seed)
+        return Batcher(dataset, config.global_batch_samples, config.micro_batch(ranks), rank, ranks)
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """Micro-batches of all ranks of a step (counted from 0), read again."""
+        first = self.batcher()
+        ranks = [Batcher(first.dataset, first.global_batch_samples, first.micro_batch_samples, rank, first.world_size)
+                 for rank in range(first.world_size)]  # fmt: skip
+        return [batch for batcher in ranks for batch in batcher.micro_batches(step)]
+
+    def _named(self, name: str) -> LinearPrecision:
+        if name not in self.recipe.precisions:
+            raise CheckpointError(
+                f"{self.path}: precision {name!r} is not in its recipe; needs an undamaged black box."
+            )
+        return self.recipe.precisions[name]
+
+    def _find_weights(self) -> tuple[str, dict[str, Tensor]]:
+        if self.dump.weights:
+            tensors, _ = read_tensors(self.path / WEIGHTS_FILE)
+            return f"{self.path.name}/{WEIGHTS_FILE}", tensors
+        before = self.dump.step - 1
+        checkpoint = nearest_checkpoint(self.path.parents[1], before)
+        assembly = assemble(self.config, self.world.device, recipe=self.recipe, first_weights=checkpoint is None)
+        optimizer = build_optimizer(assembly.model, self.config.optim, self.recipe.moments)
+        control = PrecisionControl(assembly.model, self.recipe, self.config.steps)
+        torch.manual_seed(self.config.seed)
+        start, source = 0, f"the first weights of seed {self.config.seed}"
+        if checkpoint is not None:
+            checkpoint.restore(assembly.model, optimizer)
+            control.demoted = list(checkpoint.state.progress.get("watchers", {}).get("alarm", {}).get("demoted", ()))
+            start, source = checkpoint.step, str(checkpoint.path)
+        for step in range(start, before):
+            control.apply(step + 1)
+            set_learning_rate(optimizer, learning_rate(self.config.optim, step, self.config.steps))
+            clip = self.config.optim.clip_grad_norm
+            train_step(assembly.model, optimizer, self.step_batches(step), self.world, clip=clip)
+        weights = {name: p.detach().cpu().clone() for name, p in assembly.model.named_parameters()}
+        return f"{source}, {before - start} steps on", weights
+
+
+class _Still(torch.optim.Optimizer):
+    """Moves nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing."""
+
+
+class _NoteNonfinite:
+    """Forward hook: the name of a linear whose output is not finite."""
+
+    def __init__(self, name: str, found: list[str]) -> None:
+        self._name, self._found = name, found
+
+    def __call__(self, linear: nn.Module, args: Any, output: Tensor) -> None:
+        if not bool(output.isfinite().all()):
+            self._found.append(self._name)
+
+
+def nearest_checkpoint(run_dir: Path, step: int) -> Checkpoint | None:
+    """The latest whole checkpoint of a run at or before a step; None if there is none."""
+    for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
+        number = path.name.removeprefix("step_")
+        if number.isdecimal() and int(number) <= step:
+            try:
+                return open_checkpoint(path)
+            except CheckpointError:  # damaged: an earlier one serves as well, it only takes more steps
+                continue
+    return None
+
+
+def find_dump(path: Path) -> Path:
+    """The black box that a path names: itself, or the newest of a run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / "dump.json").is_file():
+        return path
+    found = sorted(path.glob("blackbox/step_*/dump.json"))
+    if not found:
+        raise ConfigError(
+            f"replay: {path} holds no black box; needs run_dir/blackbox/step_N or a run folder with one. A run writes "
+            "it when a step is not finite or its loss leaps; see blackbox.keep."
+        )
+    return found[-1].parent

@@ -1,0 +1,249 @@
+"""Black box: what a step was made of is written down when its loss is not finite, or leaps, so that it can be replayed.
+
+run_dir/blackbox/step_%08d/ holds dump.json (Dump), and for each rank its micro-batches and generators. A step that was
+not finite moved no weight, so the weights are those of the step and lie beside it; a spike is seen after the update, so
+`fp8train replay` trains to it again from the nearest earlier checkpoint, or from the first weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8train.checkpoint.files import FolderWriter, read_json, read_tensors
+from fp8train.checkpoint.random_state import random_state
+from fp8train.config import RunConfig, config_to_dict
+from fp8train.data import Batch
+from fp8train.distributed import World
+from fp8train.errors import CheckpointError
+from fp8train.nn.weights import converted_linears
+from fp8train.trainer.assembly import Assembly
+from fp8train.trainer.step import StepResult
+
+FOLDER = "blackbox"
+DUMP_FILE = "dump.json"
+WEIGHTS_FILE = "model.safetensors"
+FEWEST = 10  # losses before a spike can be told
+RECENT = 5  # losses whose median is the usual one
+SPREAD_OF_MAD = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+LEAST_LEAP = 0.1  # of the usual loss: a calm run must not call ripples spikes
+
+
+@dataclass(kw_only=True, slots=True)
+class Dump:
+    """What happened, beside the micro-batches.
+
+    step: counted from 1. kind: "nonfinite" or "spike".
+    loss, grad_norm: of the step; null where not finite.
+    limit: loss above which it is a spike; null with too little history.
+    history: losses of the steps before, oldest first.
+    world_size: ranks that have files here.
+    weights: whether model.safetensors holds those of the step.
+    precisions: name of the precision of each linear whose precision is not its rule's.
+    statistics: largest magnitude, rms and non-finite elements of each parameter, and of each micro-batch's tokens.
+    config, recipe_document: of the run.
+    """
+
+    step: int
+    kind: str
+    loss: float | None
+    grad_norm: float | None
+    limit: float | None
+    history: list[float]
+    world_size: int
+    weights: bool
+    precisions: dict[str, str]
+    statistics: dict[str, Any]
+    config: dict[str, Any]
+    recipe_document: dict[str, Any]
+    format: str = "fp8train black box 1"
+
+
+@dataclass(kw_only=True, slots=True)
+class RankDump:
+    """One rank's part: micro-batches as it was fed them, and its generators before the step."""
+
+    batches: list[Batch] = field(default_factory=list)
+    random_state: dict[str, str] = field(default_factory=dict)
+
+
+class BlackBox:
+    """Watcher: keeps what the step in hand is made of, and writes it down when the step goes wrong.
+
+    Args:
+        config: blackbox is read; all of it goes into a dump.
+        warn: takes one line for each dump.
+    """
+
+    name = "blackbox"
+
+    def __init__(
+        self, config: RunConfig, assembly: Assembly, world: World, run_dir: Path, warn: Callable[[str], None]
+    ) -> None:
+        self._config, self._assembly, self._world, self._warn = config, assembly, world, warn
+        self._folder = run_dir / FOLDER
+        self._history: list[float] = []
+        self._dumps = 0
+        self._quiet_until = 0
+        self._rank = RankDump()
+        self._precisions: dict[str, str] = {}
+
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Keep micro-batches, generators and precisions."""
+        self._rank = RankDump(batches=list(batches), random_state=random_state())
+        rows = {row.site: row for row in self._assembly.report.rows}
+        self._precisions = {
+            rows[linear.site].fqn: linear.precision.name
+            for linear in converted_linears(self._assembly.model)
+            if linear.site in rows and linear.precision != rows[linear.site].numbers
+        }
+
+    def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
+        """Write a dump, if the step went wrong and there are not too many yet; the same decision on every rank."""
+        limit = spike_limit(self._history, self._config.blackbox.spike_sigmas)
+        kind = "nonfinite" if not result.updated else "spike" if limit is not None and result.loss > limit else None
+        if kind is None:
+            self._history = [*self._history, result.loss][-self._config.blackbox.window :]
+            return {}
+        if self._dumps >= self._config.blackbox.keep or step < self._quiet_until:
+            return {}
+        self._dumps += 1
+        self._quiet_until = step + self._config.blackbox.window  # a run that has diverged needs no dump of each step
+        path = self._folder / f"step_{step:08d}"
+        self._write(path, step, kind, result, limit)
+        what = "a step that is not finite" if kind == "nonfinite" else f"loss {result.loss:.4g}, above {limit:.4g}"
+        self._warn(f"{what}: black box {path}; `fp8train replay {path}` names the cause")
+        return {"blackbox": kind}
+
+    def _write(self, path: Path, step: int, kind: str, result: StepResult, limit: float | None) -> None:
+        parameters = dict(self._assembly.model.named_parameters())
+        size = sum(p.numel() * p.element_size() for p in parameters.values())
+        keep_weights = kind == "nonfinite" and size <= self._config.blackbox.weights_gib * 2**30
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            writer = FolderWriter(path)
+            write_rank(writer, self._world.rank, self._rank)
+            self._world.barrier()
+            if not self._world.main:
+                return
+            if keep_weights:
+                writer.write_tensors(WEIGHTS_FILE, parameters, {"format": "pt"})
+            dump = Dump(
+                step=step,
+                kind=kind,
+                loss=_finite(result.loss),
+                grad_norm=_finite(result.grad_norm),
+                limit=limit,
+                history=self._history,
+                world_size=self._world.world_size,
+                weights=keep_weights,
+                precisions=self._precisions,
+                statistics={
+                    "parameters": {name: tensor_statistics(p.detach()) for name, p in parameters.items()},
+                    "micro_batches": [token_statistics(batch) for batch in self._rank.batches],
+                },
+                config=config_to_dict(self._config),
+                recipe_document=self._assembly.recipe.document,
+            )
+            writer.write_json(DUMP_FILE, asdict(dump))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: the black box cannot be written ({error.strerror or error}); needs a writable run_dir with "
+                "space. Make room, or set blackbox.keep=0."
+            ) from error
+
+    def state(self) -> dict[str, Any]:
+        """Losses and the number of dumps."""
+        return {"history": self._history, "dumps": self._dumps, "quiet_until": self._quiet_until}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self._history = list(state.get("history", []))
+        self._dumps = state.get("dumps", 0)
+        self._quiet_until = state.get("quiet_until", 0)
+
+    def summary(self) -> str | None:
+        """How many dumps there are."""
+        return f"{self._dumps} black boxes in {self._folder}: fp8train replay DIR" if self._dumps else None
+
+
+def spike_limit(history: Sequence[float], sigmas: float) -> float | None:
+    """Loss above which a step is a spike: median of the last five + max(sigmas * robust deviation, 10 %).
+
+    The deviation is that of differences between neighbours, less their median, so that a falling loss does not widen
+    it. None with too few losses.
+    """
+    if len(history) < FEWEST:
+        return None
+    usual = statistics.median(history[-RECENT:])
+    moves = [after - before for before, after in itertools.pairwise(history)]
+    drift = statistics.median(moves)
+    spread = SPREAD_OF_MAD * statistics.median(abs(move - drift) for move in moves) / math.sqrt(2)
+    return usual + max(sigmas * spread, LEAST_LEAP * abs(usual))
+
+
+def tensor_statistics(x: Tensor) -> dict[str, Any]:
+    """amax and rms of the finite elements, and how many are not finite."""
+    finite = torch.where(x.isfinite(), x, torch.zeros_like(x)).float()
+    amax = float(finite.abs().max()) if x.numel() else 0.0
+    rms = float(finite.square().mean().sqrt()) if x.numel() else 0.0
+    return {"amax": _finite(amax), "rms": _finite(rms), "nonfinite": int((~x.isfinite()).sum())}
+
+
+def token_statistics(batch: Batch) -> dict[str, Any]:
+    """Sequences of a micro-batch, and how many different tokens each has: a broken document often has few."""
+    return {"sample_ids": batch.sample_ids, "distinct_tokens": [int(row.unique().numel()) for row in batch.tokens]}
+
+
+def write_rank(writer: FolderWriter, rank: int, part: RankDump) -> None:
+    """rank_%04d.json and rank_%04d.safetensors."""
+    tensors: dict[str, Tensor] = {}
+    for number, batch in enumerate(part.batches):
+        tensors |= {f"tokens.{number}": batch.tokens, f"targets.{number}": batch.targets}
+        if batch.document_ids is not None:
+            tensors[f"document_ids.{number}"] = batch.document_ids
+    writer.write_tensors(f"rank_{rank:04d}.safetensors", tensors, {"format": "pt"})
+    ids = [batch.sample_ids for batch in part.batches]
+    writer.write_json(f"rank_{rank:04d}.json", {"sample_ids": ids, "random_state": part.random_state})
+
+
+def read_dump(path: Path) -> tuple[Dump, list[RankDump]]:
+    """A dump and the parts of its ranks.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    content = read_json(path / DUMP_FILE)
+    try:
+        dump = Dump(**content)
+        return dump, [_read_rank(path, rank) for rank in range(dump.world_size)]
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: is no whole black box ({error}); needs one that a run wrote.") from error
+
+
+def _read_rank(path: Path, rank: int) -> RankDump:
+    content = read_json(path / f"rank_{rank:04d}.json")
+    tensors, _ = read_tensors(path / f"rank_{rank:04d}.safetensors")
+    batches = [
+        Batch(
+            tokens=tensors[f"tokens.{number}"],
+            targets=tensors[f"targets.{number}"],
+            document_ids=tensors.get(f"document_ids.{number}"),
+            sample_ids=ids,
+        )
+        for number, ids in enumerate(content["sample_ids"])
+    ]
+    return RankDump(batches=batches, random_state=content["random_state"])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
