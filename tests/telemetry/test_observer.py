@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fp8train.backends.coverage import COUNTS
+from fp8train.convert import convert_model
+from fp8train.metrics import read_metrics
+from fp8train.quant.formats import BF16, BLOCKWISE
+from fp8train.telemetry.observer import Observer, named_linears, operand_specs, uncounted, what_if_precision
+from fp8train.telemetry.statistics import as_numbers, operand_statistics
+from fp8train.telemetry.table import Sample, samples, to_row, worst, worst_table
+from fp8train.trainer.console import Console
+from tests.tiny_run import tiny_train
+
+
+class Pair(nn.Module):
+    """Two linears that read one input, and a third that is kept in BF16."""
+
+    keep_high_precision = ("head",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(128, 64), nn.Linear(128, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.left(x) + self.right(x))
+
+
+@pytest.fixture
+def model() -> Pair:
+    torch.manual_seed(3)
+    model = Pair()
+    convert_model(model, {"version": 1, "precisions": {"fp8": {
+        "fprop": {"x": "e4m3 1x128", "w": "e4m3 128x128"}, "dgrad": {"dy": "e4m3 1x128", "w": "e4m3 128x128"},
+        "wgrad": {"dy": "e4m3 1x128", "x": "e4m3 1x128"}}}, "rules": [{"match": "*", "use": "fp8"}]})  # fmt: skip
+    return model
+
+
+def test_observes_the_operands_that_the_gemms_read_and_leaves_nothing_behind(model: Pair):
+    linears = named_linears(model)
+    x = torch.randn(32, 128, requires_grad=True)
+    model(x).sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    observer = Observer(linears, BLOCKWISE, None)
+    observer.begin()
+    model(x).sum().backward()
+    values = observer.end()
+    spec = operand_specs(BLOCKWISE)
+    assert list(values) == [f"{name}/{op}" for name in ("left", "right", "head") for op in ("x", "w", "dy")]
+    assert values["left/x"] == values["right/x"] == as_numbers(operand_statistics(x, spec["x"]))
+    assert values["left/w"] == as_numbers(operand_statistics(model.left.weight, spec["w"]))
+    assert observer.what_if == ["head"]
+    assert values["head/dy"] == as_numbers(operand_statistics(torch.ones(32, 32), spec["dy"]))
+    assert all(torch.equal(a, b.grad) for a, b in zip(plain, model.parameters(), strict=True))
+    assert not any(linear._forward_hooks for linear in linears.values())
+
+
+def test_only_the_first_pass_after_begin_counts(model: Pair):
+    observer = Observer(named_linears(model), BLOCKWISE, None)
+    observer.begin()
+    model(torch.ones(8, 128))
+    model(torch.full((8, 128), 100.0))
+    assert observer.end()["left/x"][0] == 1.0
+
+
+def test_uncounted_runs_leave_the_counts_alone(model: Pair):
+    COUNTS.reset()
+    with uncounted(named_linears(model).values()):
+        model(torch.ones(8, 128))
+    assert COUNTS.snapshot() == {}
+    model(torch.ones(8, 128))
+    assert len(COUNTS.snapshot()) == 3
+
+
+def test_what_if_takes_the_precision_in_most_use():
+    other = BLOCKWISE.__class__("other", fprop=BLOCKWISE.fprop)
+    assert what_if_precision([BF16, other, BLOCKWISE, BLOCKWISE]) == BLOCKWISE
+    assert what_if_precision([BF16, other]) == other
+    assert what_if_precision([BF16]) == BLOCKWISE
+
+
+def sample(fqn: str, error: float | None, nonfinite: float = 0.0) -> Sample:
+    return Sample(step=1, fqn=fqn, operand="x", stats={"row_error_p99": error, "nonfinite": nonfinite}, what_if=False)
+
+
+def test_worst_are_non_finite_ones_then_large_errors_then_by_name():
+    found = [sample("b", 0.1), sample("a", 0.1), sample("c", 0.5), sample("nan", 0.01, nonfinite=3), sample("d", 0.01)]
+    assert [s.fqn for s in worst(found, 4)] == ["nan", "c", "a", "b"]
+
+
+class TestRun:
+    def test_rows_are_sampled_and_training_is_as_without(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        tiny_train(tmp_path, "telemetry.every=3", run="on", console=Console(6))
+        tiny_train(tmp_path, "telemetry.every=null", run="off")
+        on, off = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("on", "off"))
+        assert [row["loss"] for row in on if "loss" in row] == [row["loss"] for row in off if "loss" in row]
+        sampled = [row for row in on if "fp8/columns" in row]
+        assert [row["step"] for row in sampled] == [3, 6]
+        assert not any(key.startswith("fp8/") for row in off for key in row)
+        found = list(samples(sampled[-1]))
+        assert len(found) == 8 * 3 and {s.fqn for s in found if s.what_if} == {"lm_head"}
+        assert all(28 < s.stats["sqnr_db"] < 36 for s in found)  # E4M3 in blocks: 31.6 dB for normal data
+        out = capsys.readouterr().out
+        assert "operands that lose most precision, at step 6" in out and "lm_head dy" in out
+
+    def test_samples_fall_on_logged_steps(self, tmp_path: Path):
+        tiny_train(tmp_path, "telemetry.every=3", "log.every=2", "steps=8")
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert [row["step"] for row in rows if "fp8/columns" in row] == [4, 8]
+
+    @pytest.mark.parametrize("choice", ["full", "selective"])
+    def test_recomputation_is_not_sampled_twice(self, choice: str, tmp_path: Path):
+        for run, option in (("plain", "none"), ("recomputed", choice)):
+            tiny_train(tmp_path, "telemetry.every=2", "steps=2", f"activation_checkpointing={option}", run=run)
+        a, b = ([list(samples(r)) for r in read_metrics(tmp_path / run / "metrics.jsonl") if "fp8/columns" in r]
+                for run in ("plain", "recomputed"))  # fmt: skip
+        assert a == b
+
+    def test_bf16_run_has_what_if_values_only(self, tmp_path: Path):
+        tiny_train(tmp_path, "telemetry.every=2", "steps=2", "recipe=bf16")
+        row = next(r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "fp8/columns" in r)
+        assert len(list(samples(row))) == 24 and all(s.what_if for s in samples(row))
+
+
+def test_table_survives_statistics_that_are_not_defined():
+    row = {"step": 1, **to_row({"a/x": [None] * 10}, [], 0.1)}
+    assert worst_table(row).splitlines()[1].split()[:3] == ["a", "x", "quantised"]
