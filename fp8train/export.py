@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from fp8train.arguments import nearest, parse_arguments
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.errors import ConfigError, exit_code
 from fp8train.generate import trained_tokenizer
 from fp8train.models import count_parameters, save_hf
+from fp8train.nn.remedies import fold_channel_scale
+from fp8train.recipe import Recipe, load_recipe
 
 DTYPES = ("bfloat16", "float32")
 
@@ -45,12 +49,38 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"{line}\n")
     model = checkpoint.config.model
     tokenizer = None if arguments.tokenizer == "none" else _tokenizer_path(checkpoint, arguments.tokenizer)
-    save_hf(checkpoint.load_model_state(), model, arguments.out, arguments.dtype, tokenizer)
+    state, notes = fold_remedies(checkpoint.load_model_state(), load_recipe(checkpoint.recipe_document))
+    for line in notes:
+        sys.stderr.write(f"{line}\n")
+    save_hf(state, model, arguments.out, arguments.dtype, tokenizer)
     parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
     copied = "with its tokenizer" if tokenizer else "without tokenizer files"
     what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
     sys.stdout.write(f"{arguments.out}: {what}\n")
     return 0
+
+
+def fold_remedies(state: dict[str, Tensor], recipe: Recipe) -> tuple[dict[str, Tensor], list[str]]:
+    """(weights with the recipe's remedies for SwiGLU in them, lines for the user).
+
+    Channel scales go into up_proj and down_proj: the same function by powers of two. A clamp is no weight: it is lost.
+    """
+    if recipe.swiglu is None:
+        return state, []
+    state, notes = dict(state), []
+    if recipe.swiglu.clamp is not None:
+        notes.append(
+            f"swiglu.clamp={recipe.swiglu.clamp:g} of the training is not part of a Hugging Face model: left out"
+        )
+    downs = [name for name in state if name.endswith(".weight") and recipe.swiglu.covers(name.removesuffix(".weight"))]
+    if recipe.swiglu.smooth:
+        for down in downs:
+            gate, up = (
+                f"{down.removesuffix('.weight').rpartition('.')[0]}.{name}_proj.weight" for name in ("gate", "up")
+            )
+            state[up], state[down] = fold_channel_scale(state[gate], state[up], state[down])
+        notes.append(f"swiglu.smooth: channel scales folded into {len(downs)} pairs of up_proj and down_proj")
+    return state, notes
 
 
 def _tokenizer_path(checkpoint: Checkpoint, name: str | None) -> Path | None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from fp8train import export as command
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.models import build_model
+from fp8train.models import build_model, initialize
+from fp8train.recipe import load_recipe
 from tests.test_generate import MODEL, save_run
 
 
@@ -65,3 +66,19 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
         command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'file' / 'hf'}"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_channel_scales_of_the_recipe_are_folded_without_changing_the_function():
+    recipe = load_recipe(load_recipe("blockwise").document | {"swiglu": {"smooth": True, "clamp": 50}})
+    model = build_model(dataclasses.replace(MODEL, activations="float32"))
+    initialize(model, seed=3)
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight[4] *= 2.0**12
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(tokens)
+        state, notes = command.fold_remedies(model.state_dict(), recipe)
+        assert state["layers.0.mlp.up_proj.weight"].abs().amax() < model.layers[0].mlp.up_proj.weight.abs().amax() / 100
+        model.load_state_dict(state)
+        assert torch.equal(model(tokens), before)  # powers of two
+    assert len(notes) == 2 and "left out" in notes[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fp8train.config import RunConfig
-from fp8train.data import Batch
+from fp8train.data import MASKED_TARGET, Batch
 from fp8train.distributed import World
 from fp8train.telemetry.observer import Observer, named_linears, uncounted, what_if_precision
 from fp8train.telemetry.table import to_row, worst_table
@@ -79,7 +79,9 @@ class TelemetryWatcher:
         first = next(self._model.parameters())
         with torch.compiler.set_stance("force_eager"), uncounted(self._linears.values()):
             loss = self._model(*inputs(batch, self._world.device))
-            torch.autograd.grad(loss, first)
+            # as train_step scales it, but by this micro-batch's own targets
+            targets = int((batch.targets != MASKED_TARGET).sum())
+            torch.autograd.grad(loss / max(targets, 1), first)
 
     def state(self) -> dict[str, Any]:
         """Nothing: what is sampled depends on the step alone."""

@@ -8,13 +8,18 @@ from torch import nn
 
 from fp8train.backends.coverage import COUNTS
 from fp8train.convert import convert_model
+from fp8train.data import Batcher, build_dataset
+from fp8train.distributed import World
 from fp8train.metrics import read_metrics
 from fp8train.quant.formats import BF16, BLOCKWISE
 from fp8train.telemetry.observer import Observer, named_linears, operand_specs, uncounted, what_if_precision
 from fp8train.telemetry.statistics import as_numbers, operand_statistics
 from fp8train.telemetry.table import Sample, samples, to_row, worst, worst_table
+from fp8train.trainer.assembly import assemble
 from fp8train.trainer.console import Console
-from tests.tiny_run import tiny_train
+from fp8train.trainer.step import train_step
+from fp8train.trainer.telemetry_watcher import TelemetryWatcher
+from tests.tiny_run import tiny_config, tiny_train
 
 
 class Pair(nn.Module):
@@ -130,3 +135,24 @@ class TestRun:
 def test_table_survives_statistics_that_are_not_defined():
     row = {"step": 1, **to_row({"a/x": [None] * 10}, [], 0.1)}
     assert worst_table(row).splitlines()[1].split()[:3] == ["a", "x", "quantised"]
+
+
+class TestCompiled:
+    def test_sample_of_a_compiled_model_is_that_of_the_eager_one_and_leaves_no_trace(self, tmp_path: Path):
+        config = tiny_config(tmp_path, "telemetry.every=1")
+        assembly = assemble(config, torch.device("cpu"))
+        dataset = build_dataset(config.data, config.seq_len, config.seed)
+        batches = Batcher(dataset, config.global_batch_samples, config.global_batch_samples).micro_batches(0)
+        optimizer = torch.optim.SGD(assembly.model.parameters(), lr=0.0)
+        rows = []
+        for compiled in (False, True):
+            config.compile = compiled  # the watcher then looks in a pass of its own
+            watcher = TelemetryWatcher(config, assembly, World(), lambda text: None)
+            COUNTS.reset()
+            watcher.before_step(1, batches)
+            assert all(parameter.grad is None for parameter in assembly.model.parameters())
+            assert COUNTS.snapshot() == {}
+            result = train_step(assembly.model, optimizer, batches, World(), clip=None)
+            rows.append(watcher.after_step(1, result))
+            assert rows[-1].pop("fp8/seconds") > 0
+        assert rows[0] == rows[1]
