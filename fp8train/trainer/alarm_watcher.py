@@ -10,19 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.nn.fused_groups import group_of
 from fp8train.quant.formats import BLOCKWISE
 from fp8train.recipe_options import Alarm
-from fp8train.telemetry.observer import Observer, uncounted
+from fp8train.telemetry.observer import Observer
 from fp8train.telemetry.table import Sample, samples, to_row, worst
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.precision_control import PrecisionControl
+from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.rollback import RollBack
-from fp8train.trainer.step import StepResult, inputs
+from fp8train.trainer.step import StepResult
 
 EVENTS_FILE = "events.jsonl"
 PROBE_ROWS = 1024
@@ -123,9 +122,7 @@ class AlarmWatcher:
         assert self._batch is not None, "before_step comes first"
         observer = Observer(candidates, BLOCKWISE, PROBE_ROWS)
         observer.begin()
-        with torch.compiler.set_stance("force_eager"), uncounted(self._control.linears.values()):
-            loss = self._model(*inputs(self._batch, self._world.device))
-            torch.autograd.grad(loss, next(self._model.parameters()))
+        pass_apart(self._model, self._batch, self._world.device, self._control.linears.values())
         row = {"step": step, **to_row(observer.end(), (), 0.0)}
         every = [sample for rank_row in self._world.all_gather_object(row) for sample in samples(rank_row)]
         return worst(every, 1)[0]

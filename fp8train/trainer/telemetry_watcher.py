@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from fp8train.config import RunConfig
-from fp8train.data import MASKED_TARGET, Batch
+from fp8train.data import Batch
 from fp8train.distributed import World
-from fp8train.telemetry.observer import Observer, named_linears, uncounted, what_if_precision
+from fp8train.telemetry.observer import Observer, named_linears, what_if_precision
 from fp8train.telemetry.table import to_row, worst_table
 from fp8train.trainer.assembly import Assembly
-from fp8train.trainer.step import StepResult, inputs
+from fp8train.trainer.probe import pass_apart
+from fp8train.trainer.step import StepResult
 
 
 class TelemetryWatcher:
@@ -55,7 +54,7 @@ class TelemetryWatcher:
         self._observer.begin()
         if self._compiled:
             begin = time.perf_counter()
-            self._sample_apart(batches[0])
+            pass_apart(self._model, batches[0], self._world.device, self._linears.values())
             self._apart_seconds = time.perf_counter() - begin
 
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
@@ -73,15 +72,6 @@ class TelemetryWatcher:
                 + worst_table(self._last)
             )
         return row
-
-    def _sample_apart(self, batch: Batch) -> None:
-        """A forward and backward pass that leaves no gradient and does not count as training."""
-        first = next(self._model.parameters())
-        with torch.compiler.set_stance("force_eager"), uncounted(self._linears.values()):
-            loss = self._model(*inputs(batch, self._world.device))
-            # as train_step scales it, but by this micro-batch's own targets
-            targets = int((batch.targets != MASKED_TARGET).sum())
-            torch.autograd.grad(loss / max(targets, 1), first)
 
     def state(self) -> dict[str, Any]:
         """Nothing: what is sampled depends on the step alone."""
