@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,27 +46,23 @@ def same_bits(name: str, what: str, first: Any, second: Any, meaning: str) -> Ou
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Largest relative distance ||a - b|| / ||a|| over tensors of one name, and that name; infinite where one lacks."""
+    """Largest relative distance over tensors of one name, and that name; infinite where one lacks or is not finite."""
     worst, where = 0.0, "none"
     for name in sorted(one.keys() | other.keys()):
-        if name not in one or name not in other:
-            return float("inf"), name
-        apart = relative(other[name], one[name])
-        if not apart <= worst:  # NaN too
+        apart = relative(other[name], one[name]) if name in one and name in other else math.inf
+        if apart > worst:
             worst, where = apart, name
     return worst, where
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
-    """||value - expected|| / ||expected||; 0 where both are 0, NaN where either is."""
-    apart = torch.linalg.vector_norm((value.double() - expected.double()).flatten())
-    size = torch.linalg.vector_norm(expected.double().flatten())
-    return float(apart / size) if size > 0 or apart != 0 else 0.0
+    """||value - expected|| / ||expected||; 0 where both are 0, infinite where either is not finite."""
+    return worst_row(value.reshape(1, -1), expected.reshape(1, -1))
 
 
 def worst_row(value: Tensor, expected: Tensor) -> float:
-    """Largest relative distance of a row [rows, cols]; a row of zeros must be zeros."""
+    """Largest relative distance of a row [rows, cols]: a row of zeros must be zeros, and one not finite is far off."""
     apart = torch.linalg.vector_norm(value.double() - expected.double(), dim=1)
     size = torch.linalg.vector_norm(expected.double(), dim=1)
-    ratio = torch.where(apart == 0, torch.zeros_like(apart), apart / size)
+    ratio = torch.where(apart == 0, torch.zeros_like(apart), apart / size).nan_to_num(nan=math.inf, posinf=math.inf)
     return float(ratio.max()) if len(ratio) else 0.0

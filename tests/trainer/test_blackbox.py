@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fp8train.checkpoint.random_state import random_state
 from fp8train.distributed import World
@@ -19,22 +21,18 @@ QUICK = ("steps=6", "data.holdout_fraction=0")
 
 
 class Breaking(Trainer):
-    """Puts a NaN into a weight after step 3, and takes it out again after step 4."""
+    """Puts a NaN into a weight before step 4, and takes it out again before step 5."""
 
     def _step(self, stop: bool):
-        weight = self.model.layers[0].mlp.up_proj.weight
-        result = None
+        step, weight = self.progress.step + 1, self.model.layers[0].mlp.up_proj.weight
         with torch.no_grad():
-            if self.progress.step == 3:
-                kept, weight[0, 0] = weight[0, 0].clone(), float("nan")
+            if step == 4:
+                self.kept, weight[0, 0] = weight[0, 0].clone(), float("nan")
                 self.before = {name: p.clone() for name, p in self.model.named_parameters()}
                 self.random = random_state()
-            result_of_step = super()._step
-        result = result_of_step(stop)
-        with torch.no_grad():
-            if self.progress.step == 4:
-                weight[0, 0] = kept
-        return result
+            if step == 5:
+                weight[0, 0] = self.kept
+        return super()._step(stop)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +59,6 @@ def test_step_that_is_not_finite_is_written_down_with_its_tokens_weights_and_gen
         for a, b in zip(rank.batches, expected, strict=True)
     )
     assert rank.random_state == trainer.random
-    from safetensors.torch import load_file
-
     weights = load_file(path / "model.safetensors")
     assert weights.keys() == trainer.before.keys()
     assert all(torch.equal(weights[k].nan_to_num(7.0), v.nan_to_num(7.0)) for k, v in trainer.before.items())
@@ -122,8 +118,6 @@ def test_statistics_leave_out_what_is_not_finite_and_count_it() -> None:
 
 
 def test_damaged_dump_is_one_line(broken: tuple[Path, Breaking], tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "step_00000004"
     shutil.copytree(broken[0] / "blackbox" / "step_00000004", copy)
     (copy / "rank_0000.json").unlink()
