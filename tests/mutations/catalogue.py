@@ -1,4 +1,4 @@
-"""Documented failures of FP8 training systems, each as a mutation of this code, and what catches it.
+"""Failures of FP8 training systems, documented or of a documented class, each as a mutation, and what catches it.
 
 `python -m tests.mutations.catalogue` writes the table of README.md.
 """
@@ -310,7 +310,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="weight codes are not made anew after loading",
-        seen_in="TE#1972, Megatron#1350",
+        seen_in="stale caches: TE#1047, TE#1972",
         inject=stale_after_load,
         catcher="doctor weights",
     ),
@@ -394,7 +394,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="scales are laid out transposed",
-        seen_in="prime-rl#3112, triton#11111",
+        seen_in="triton#11111 (transposed store miscompiled)",
         inject=faulty(quantisers.transposed_scales),
         catcher="doctor codes",
     ),
@@ -431,19 +431,19 @@ MUTATIONS = (
     ),
     Mutation(
         name="recomputation is counted twice",
-        seen_in="TE amax history under recomputation",
+        seen_in="a known risk of statistics under recomputation",
         inject=recompute_counted_twice,
         catcher="doctor checkpointing",
     ),
     Mutation(
         name="evaluation runs in another precision",
-        seen_in="TE#1972",
+        seen_in="COAT (training and evaluation differ)",
         inject=eval_in_bf16,
         catcher="doctor evaluation",
     ),
     Mutation(
         name="evaluation leaves training in BF16",
-        seen_in="accelerate#3054",
+        seen_in="TE#1972 (evaluation, then training)",
         inject=eval_leaves_bf16_behind,
         catcher="doctor evaluation",
     ),
@@ -455,13 +455,13 @@ MUTATIONS = (
     ),
     Mutation(
         name="every rank reads the data of rank 0",
-        seen_in="titan#811, titan#816",
+        seen_in="the class of titan#811, titan#816 (data order)",
         inject=same_data_on_all_ranks,
         catcher="doctor data_order",
     ),
     Mutation(
         name="a resumed run starts with empty moments",
-        seen_in="titan#291, Megatron#6509",
+        seen_in="the class of Megatron#1350, titan#291 (resume)",
         inject=moments_not_restored,
         catcher="doctor resume",
     ),
@@ -503,7 +503,8 @@ def table() -> str:
     lines = [
         "# Mutations",
         "",
-        "Documented failures of FP8 training systems, each put into this code by `catalogue.py`, and what catches it.",
+        "Failures of FP8 training systems, documented or of a documented class, each put into this code by",
+        "`catalogue.py`, and what catches it.",
         "`test_mutations.py` proves each row, and that the catcher passes on sound code. Written by",
         "`python -m tests.mutations.catalogue`.",
         "",
