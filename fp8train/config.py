@@ -220,6 +220,8 @@ class RunConfig:
         _one_of("activation_checkpointing", self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
         for name in ("steps", "seq_len", "global_batch_tokens", "micro_batch_samples"):
             _at_least(name, getattr(self, name), 1)
+        if self.run_dir == "":  # as from run_dir=$UNSET; the empty path would be the folder that the user stands in
+            raise ConfigError("run_dir: got an empty text; needs a folder. Give run_dir=DIR, or leave it out.")
         if self.time_limit_seconds is not None and not self.time_limit_seconds > 0:
             raise ConfigError(f"time_limit_seconds: got {self.time_limit_seconds}; needs more than 0, or null.")
 
@@ -230,7 +232,10 @@ class RunConfig:
             ConfigError: names both values and the nearest that would do.
         """
         if not self.model.has_shape:
-            raise ConfigError("model: no size is given; needs a preset such as model=quickstart, or every size.")
+            raise ConfigError(
+                "model: no size is given; needs a preset such as model=quickstart, every size, or a Hugging Face "
+                "folder: model=hf model.init_from=DIR."
+            )
         if self.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"seq_len: got {self.seq_len}, the model takes at most {self.model.max_seq_len}; needs seq_len <= "

@@ -63,8 +63,9 @@ def write_run(
             if math.isnan(value):
                 rows.append({"step": step, "eval_loss": None, "eval_loss_bf16": None, "nonfinite": True})
                 continue
-            bits = {"bits_per_byte": value / math.log(2), "bits_per_byte_bf16": (value - 0.001) / math.log(2)}
-            rows.append({"step": step, "eval_loss": value, "eval_loss_bf16": value - 0.001, **bits})
+            high = value if recipe == "bf16" else value - 0.001
+            bits = {"bits_per_byte": value / math.log(2), "bits_per_byte_bf16": high / math.log(2)}
+            rows.append({"step": step, "eval_loss": value, "eval_loss_bf16": high, **bits})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     result = {
         "finished": True,
@@ -97,7 +98,9 @@ def write_run(
     for name, content in (("result", result), ("environment", environment), ("coverage", coverage)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(f"version: 1\nrules:\n  - {{match: '*', use: {recipe}}}\n", encoding="utf-8")
+    precisions = "precisions: {placebo: {noise: 0.0265}}\n" if recipe == "placebo" else ""
+    rules = f"version: 1\n{precisions}rules:\n  - {{match: '*', use: {recipe}}}\n"
+    (folder / "recipe.yaml").write_text(rules, encoding="utf-8")
     return folder
 
 
@@ -110,10 +113,10 @@ def make_coverage(recipe: str, *, layers: int = 4, rows: int = 1000) -> dict[str
         for name, shape in LINEARS.items():
             odd = layer == layers - 1 and name == "mlp.down_proj"
             planned = {
-                gemm: "bf16" if recipe == "bf16" or (odd and gemm == "wgrad") else "fp8"
+                gemm: "bf16" if recipe in ("bf16", "placebo") or (odd and gemm == "wgrad") else "fp8"
                 for gemm in ("fprop", "dgrad", "wgrad")
             }
-            reason = "BF16 weight gradient of the last layer" if odd and recipe != "bf16" else ""
+            reason = "BF16 weight gradient of the last layer" if odd and recipe not in ("bf16", "placebo") else ""
             linears.append(_linear(f"layers.{layer}.{name}", shape, planned, rows, rule="*layers.*", reason=reason))
     planned = dict.fromkeys(("fprop", "dgrad", "wgrad"), "bf16")
     linears.append(

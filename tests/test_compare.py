@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
-from fp8train.compare import FolderArguments, compare_folders, main, plan_arms, train_and_compare, wandb_row
+from fp8train.compare import FolderArguments, compare_folders, main, train_and_compare, wandb_row
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.distributed import World
 from fp8train.errors import ConfigError, DataError, RecipeError, UserError, exit_code
+from fp8train.trainer.arms import plan_arms
+from fp8train.trainer.crossing import crossed_losses
 from fp8train.trainer.run_folder import RunResult
 from tests.run_folders import write_run
 
@@ -95,10 +98,10 @@ def test_recipe_of_a_file_is_an_arm_named_after_the_file(tmp_path: Path) -> None
         (["compare.arms=[bf16,rowwise]"], ConfigError, "recipe is blockwise, but compare.arms are bf16, rowwise"),
         (["compare.arms=[bf16,blockwise,blockwise]"], ConfigError, "blockwise is the same as the arm blockwise"),
         (["recipe=blokwise"], RecipeError, "blockwise"),
-        (["compare.parallel=2"], ConfigError, "one after the other"),
+        (["compare.margin_percent=0"], ConfigError, "needs more than 0"),
         (["resume=elsewhere/step_1"], ConfigError, "needs auto or never"),
     ],
-    ids=["the baseline again", "one arm", "recipe not among arms", "arm twice", "typo", "parallel", "resume"],
+    ids=["the baseline again", "one arm", "recipe not among arms", "arm twice", "typo", "margin", "resume"],
 )
 def test_plan_that_cannot_be_honoured_is_refused_before_anything_is_written(
     tmp_path: Path, overrides: Sequence[str], error: type[UserError], message: str
@@ -170,8 +173,11 @@ def test_summary_names_losses_gemms_reasons_time_and_memory(tmp_path: Path, caps
 def test_stopped_comparison_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert compare(configuration(out), FakeTrainer(stop_at=2)) == 0
-    assert not (out / "verdict.json").exists() and "stopped in run 2 of 2" in capsys.readouterr().out
-    assert compare(configuration(out, "log.print_every=5"), FakeTrainer()) == 0
+    assert not (out / "verdict.json").exists() and "1 of 2 runs are finished" in capsys.readouterr().out
+    shutil.rmtree(out / "arms" / "blockwise")  # the fake leaves a folder that looks finished
+    again = FakeTrainer()
+    assert compare(configuration(out, "log.print_every=5"), again) == 0
+    assert again.trained == ["blockwise: blockwise/seed_1"], "a finished run is not begun again"
     assert (out / "verdict.json").exists()
 
 
@@ -310,10 +316,131 @@ def test_real_arms_share_weights_and_tokens_and_a_second_call_trains_nothing(
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
 
 
-def test_every_seed_has_its_own_table_and_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare(configuration(tmp_path, "compare.seeds=2"), FakeTrainer(eval_loss=2.26)) == 0
+def test_several_seeds_get_a_placebo_a_test_and_a_table_of_gaps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(configuration(tmp_path, "compare.seeds=3"), FakeTrainer(eval_loss=2.26)) == 0
     verdict = json.loads((tmp_path / "verdict.json").read_text())
-    assert verdict["seeds"] == [1, 2] and len(verdict["comparisons"]["blockwise"]["seeds"]) == 2
-    assert [facts["init_hash"] for facts in verdict["shared"]] == ["seed 1", "seed 2"]
+    assert list(verdict["arms"]) == ["bf16", "placebo", "blockwise"] and verdict["placebo"] == "placebo"
+    assert verdict["seeds"] == [1, 2, 3] and len(verdict["comparisons"]["blockwise"]["seeds"]) == 3
+    assert [facts["init_hash"] for facts in verdict["shared"]] == ["seed 1", "seed 2", "seed 3"]
+    assert verdict["primary"] == "blockwise" and verdict["status"] == "inferior"
     text = capsys.readouterr().out
-    assert text.count("held-out loss, nats/token") == 2 and "no equivalence test across seeds" in text
+    assert text.count("held-out loss, nats/token") == 1 and "mean of 3 seeds" in text
+    assert re.search(r"FP8 blockwise +\+0.44 % +\+0.44 % +\+0.44 % +\+0.44 % +\+0.44 to \+0.44 % +inferior", text)
+
+
+def test_one_seed_needs_no_placebo_and_a_placebo_can_be_asked_for(tmp_path: Path) -> None:
+    assert [run.arm for run in plan_arms(configuration(tmp_path, "recipe=placebo", "compare.seeds=2"))][:2] == [
+        "bf16",
+        "placebo",
+    ]
+    assert [run.arm for run in plan_arms(configuration(tmp_path))] == ["bf16", "blockwise"]
+
+
+def test_margin_of_the_user_decides(tmp_path: Path) -> None:
+    for margin, status in ((0.4, "inferior"), (0.5, "equivalent")):
+        out = tmp_path / str(margin)
+        compare(configuration(out, "compare.seeds=2", f"compare.margin_percent={margin}"), FakeTrainer(eval_loss=2.26))
+        verdict = json.loads((out / "verdict.json").read_text())
+        assert (verdict["status"], verdict["margin_percent"]) == (status, margin)
+
+
+def test_parallel_runs_under_torchrun_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="under torchrun with 2 ranks; needs 1 there"):
+        plan_arms(configuration(tmp_path / "out", "compare.parallel=2"), ranks=2)
+
+
+def seeds_of_two_arms(folder: Path, seeds: Sequence[int] = (1, 2, 3), **changes: Any) -> dict[str, list[Path]]:
+    """Run folders of BF16 and of blockwise, 0.1 % above it in each seed."""
+    paths: dict[str, list[Path]] = {"bf16": [], "blockwise": []}
+    for seed in seeds:
+        for arm in paths:
+            options = {"recipe": arm, "seed": seed, "init_hash": f"seed {seed}", "stream_hash": f"stream {seed}"}
+            options |= {"eval_loss": (2.25 + 0.01 * seed) * (1.001 if arm == "blockwise" else 1.0)}
+            options |= changes if (arm, seed) == ("blockwise", 2) else {}
+            paths[arm].append(write_run(folder / arm / f"seed_{seed}", **options))
+    return paths
+
+
+def test_folders_of_several_seeds_are_grouped_into_arms(tmp_path: Path) -> None:
+    paths = seeds_of_two_arms(tmp_path / "arms")
+    interleaved = [str(path) for pair in zip(*paths.values(), strict=True) for path in pair]
+    for name, runs in {"runs": interleaved, "arms": [str(tmp_path / "arms" / arm) for arm in paths]}.items():
+        out = tmp_path / name
+        assert main([f"runs=[{','.join(runs)}]", f"run_dir={out}"]) == 0
+        verdict = json.loads((out / "verdict.json").read_text())
+        assert list(verdict["arms"]) == ["bf16", "blockwise"] and verdict["seeds"] == [1, 2, 3]
+        assert verdict["status"] == "equivalent" and verdict["comparisons"]["blockwise"]["test"]["mean"] == (
+            pytest.approx(0.1)
+        )
+
+
+def test_arms_with_other_seeds_are_refused(tmp_path: Path) -> None:
+    paths = seeds_of_two_arms(tmp_path / "arms")
+    runs = [*paths["bf16"], *paths["blockwise"][:2]]
+    with pytest.raises(ConfigError, match="bf16 has seeds 1, 2, 3, blockwise has 1, 2; needs a run of every arm"):
+        main([f"runs=[{','.join(map(str, runs))}]", f"run_dir={tmp_path / 'out'}"])
+
+
+def test_seed_that_saw_other_data_is_refused(tmp_path: Path) -> None:
+    paths = seeds_of_two_arms(tmp_path / "arms", stream_hash="other")
+    runs = ",".join(str(path) for runs in paths.values() for path in runs)
+    with pytest.raises(ConfigError, match="data order differs"):
+        main([f"runs=[{runs}]", f"run_dir={tmp_path / 'out'}"])
+
+
+def test_damaged_lines_are_left_out_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
+    lines = (fp8 / "metrics.jsonl").read_text().splitlines()
+    lines[4] = lines[4][:20]
+    (fp8 / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = [f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]
+    assert exit_code(main, arguments) == 2
+    error = capsys.readouterr().err
+    assert "metrics.jsonl:5: damaged line" in error and "compare.skip_damaged=true" in error and error.count("\n") == 1
+    assert main([*arguments, "compare.skip_damaged=true"]) == 0
+    verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert verdict["arms"]["blockwise"]["runs"][0]["damaged_lines"] == 1
+    assert verdict["comparisons"]["blockwise"]["seeds"][0]["relative_loss_error"]["steps"] == 39
+    assert "1 damaged lines of metrics were left out" in capsys.readouterr().out
+
+
+def text_file(folder: Path) -> Path:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n\n".join(f"document {n}: " + "to be or not to be, " * (n % 7 + 5) for n in range(300)))
+    return corpus
+
+
+def tiny_arguments(folder: Path, out: str) -> list[str]:
+    data = ["data=text", f"data.path={text_file(folder)}", "steps=4", "optim.warmup_steps=1"]
+    return [*TINY, *data, "compare.seeds=2", "compare.arms=[bf16,blockwise]", f"run_dir={folder / out}"]
+
+
+@pytest.mark.slow
+def test_runs_in_parallel_processes_are_those_of_one_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(tiny_arguments(tmp_path, "one")) == 0
+    assert main([*tiny_arguments(tmp_path, "many"), "compare.parallel=2"]) == 0
+    verdicts = [json.loads((tmp_path / name / "verdict.json").read_text()) for name in ("one", "many")]
+    assert verdicts[1]["parallel"] == 2
+    for arm in ("bf16", "blockwise"):
+        losses = [[run["train_loss"] for run in verdict["arms"][arm]["runs"]] for verdict in verdicts]
+        assert losses[0] == losses[1]
+    assert "[blockwise seed 2] step 4/4" in capfd.readouterr().out
+
+    crossed = verdicts[0]["comparisons"]["blockwise"]["seeds"][0]["crossed"]
+    assert all(isinstance(value, float) for value in crossed.values())
+    assert len({crossed[key] for key in ("baseline_in_baseline", "baseline_in_arm", "arm_in_baseline")}) == 3
+    own = crossed_losses(
+        tmp_path / "one/arms/blockwise/seed_1", {"own": tmp_path / "one/arms/blockwise/seed_1"}, World()
+    )
+    assert own["own"] == crossed["arm_in_arm"], "the same windows and arithmetic as in the run's own evaluation"
+
+
+@pytest.mark.slow
+def test_run_that_fails_in_a_process_of_its_own_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = tiny_arguments(tmp_path, "out")
+    (tmp_path / "corpus.txt").write_text("")
+    assert exit_code(main, [*broken, "compare.parallel=2"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("fp8train: error: ")

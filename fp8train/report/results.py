@@ -13,12 +13,12 @@ from fp8train.report import page
 from fp8train.report.charts import Bars, Curve, bar_chart, line_chart, nice_range
 from fp8train.report.page import Column, typeset
 from fp8train.report.run_record import Arms, RunRecord, first_run
-from fp8train.report.verdict import ema, paired
+from fp8train.report.trajectory import ema, paired
+from fp8train.report.verdict import MARGIN_PERCENT
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
 
 LONG_RUN_ROWS = 2000  # from here the first steps would flatten the rest of the loss curve
 TABLE_ROWS = 12
-MARGIN_PERCENT = 0.25  # the relative loss error that DeepSeek-V3 (arXiv:2412.19437, 3.3) reports to stay below
 EMULATING_BACKENDS = ("cpu", "reference")
 EMULATION_NOTE = (
     "This backend computes the same FP8 numbers with wider instructions, because the machine has none for FP8. "

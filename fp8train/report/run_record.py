@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ import yaml
 from fp8train.errors import DataError
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
+TELEMETRY = "fp8/"  # what the keys of telemetry begin with
 NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
 
@@ -45,6 +46,7 @@ class RunRecord:
 
     path: the folder. train, evals: rows of metrics.jsonl. result: result.json, facts that hold for the whole run.
     config, environment, coverage, recipe: the files of those names; recipe is text. missing ones are empty.
+    telemetry, damaged: as in MetricsFile.
     """
 
     path: Path
@@ -55,10 +57,37 @@ class RunRecord:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     coverage: dict[str, Any] = dataclasses.field(default_factory=dict)
     recipe: str = ""
+    telemetry: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    damaged: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def noise(self) -> float:
+        """Largest noise that a rule of the recipe puts on operands: 0 but for a placebo."""
+        document = yaml.safe_load(self.recipe) if self.recipe else {}
+        used = {rule.get("use") for rule in document.get("rules", ())}
+        precisions = document.get("precisions") or {}
+        return max((float(precisions[name].get("noise") or 0) for name in used & set(precisions)), default=0.0)
 
 
-def read_run(folder: str | Path) -> RunRecord:
+@dataclasses.dataclass(kw_only=True, slots=True)
+class MetricsFile:
+    """Content of a metrics.jsonl.
+
+    train, evals: rows with a loss, rows with an eval_loss. telemetry: step and fp8/ keys of the rows that have them.
+    damaged: what is wrong with each line that was left out, because that was asked for.
+    """
+
+    train: Table
+    evals: Table
+    telemetry: list[dict[str, Any]]
+    damaged: list[str]
+
+
+def read_run(folder: str | Path, *, skip_damaged: bool = False) -> RunRecord:
     """Read a run folder.
+
+    Args:
+        skip_damaged: leave damaged lines of metrics.jsonl out and note them, in place of refusing the file.
 
     Raises:
         DataError: no such folder, no metrics, or a damaged file (the message names file and line).
@@ -66,16 +95,18 @@ def read_run(folder: str | Path) -> RunRecord:
     path = Path(folder)
     if not path.is_dir():
         raise DataError(f"compare: {path} is not a folder; needs a run folder. Give the run_dir of a finished run.")
-    train, evals = read_metrics(path / "metrics.jsonl")
+    metrics = read_metrics(path / "metrics.jsonl", skip_damaged=skip_damaged)
     recipe = path / "recipe.yaml"
     return RunRecord(
         path=path,
-        train=train,
-        evals=evals,
-        result=_read_mapping(path / "result.json"),
-        config=_read_mapping(path / "config.yaml"),
-        environment=_read_mapping(path / "environment.json"),
-        coverage=_read_mapping(path / "coverage.json"),
+        train=metrics.train,
+        evals=metrics.evals,
+        telemetry=metrics.telemetry,
+        damaged=metrics.damaged,
+        result=read_mapping(path / "result.json"),
+        config=read_mapping(path / "config.yaml"),
+        environment=read_mapping(path / "environment.json"),
+        coverage=read_mapping(path / "coverage.json"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
     )
 
@@ -85,10 +116,13 @@ def first_run(arms: Arms) -> RunRecord:
     return next(iter(next(iter(arms.values())).values()))
 
 
-def read_metrics(path: Path) -> tuple[Table, Table]:
-    """Read metrics.jsonl into training rows and evaluation rows.
+def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
+    """Read metrics.jsonl.
 
     A step that was logged twice (a resumed run repeats those after its checkpoint) counts once, as logged last.
+
+    Args:
+        skip_damaged: leave damaged lines out and note them.
 
     Raises:
         DataError: the file is missing or empty, or a line is not one strict-JSON object with an integer step.
@@ -99,18 +133,27 @@ def read_metrics(path: Path) -> tuple[Table, Table]:
         )
     train: dict[int, list[Any]] = {}
     evals: dict[int, list[Any]] = {}
+    telemetry: dict[int, dict[str, Any]] = {}
+    damaged = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            row = _parse_line(line, path, number)
-            for rows, keys in ((train, TRAIN_KEYS), (evals, EVAL_KEYS)):
-                if keys[0] in row:
-                    values = rows[row["step"]] = [row.get(key) for key in keys]
-                    if not NUMBERS.issuperset(map(type, values)):
-                        odd = next(key for key in keys if type(row.get(key)) not in NUMBERS)
-                        raise _damaged(path, number, f"{odd} is {row[odd]!r}")
+            try:
+                row = _parse_line(line, path, number)
+                for rows, keys in ((train, TRAIN_KEYS), (evals, EVAL_KEYS)):
+                    if keys[0] in row:
+                        rows[row["step"]] = _numbers(row, keys, path, number)
+            except DataError as error:
+                if not skip_damaged:
+                    raise
+                damaged.append(str(error))
+                continue
+            if TELEMETRY.encode() in line:
+                kept = {key: value for key, value in row.items() if key.startswith(TELEMETRY)}
+                telemetry.setdefault(row["step"], {"step": row["step"]}).update(kept)
     if not train:
         raise DataError(f"{path}: has no training step; needs at least one row with a loss. Let the run train first.")
-    return _table(train, TRAIN_KEYS), _table(evals, EVAL_KEYS)
+    tables = {"train": _table(train, TRAIN_KEYS), "evals": _table(evals, EVAL_KEYS)}
+    return MetricsFile(**tables, telemetry=[telemetry[step] for step in sorted(telemetry)], damaged=damaged)
 
 
 def finite(value: Any) -> float | None:
@@ -129,10 +172,19 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return row
 
 
+def _numbers(row: Mapping[str, Any], keys: Sequence[str], path: Path, number: int) -> list[Any]:
+    """The values of those keys; what is absent is None."""
+    values = [row.get(key) for key in keys]
+    if not NUMBERS.issuperset(map(type, values)):
+        odd = next(key for key in keys if type(row.get(key)) not in NUMBERS)
+        raise _damaged(path, number, f"{odd} is {row[odd]!r}")
+    return values
+
+
 def _damaged(path: Path, number: int, detail: str) -> DataError:
     return DataError(
         f"{path}:{number}: damaged line ({detail}); needs one JSON object with an integer step and finite "
-        "numbers. Delete the line or repeat the run."
+        "numbers. Repeat the run, or leave damaged lines out with compare.skip_damaged=true."
     )
 
 
@@ -150,7 +202,7 @@ def _table(rows: Mapping[int, list[Any]], keys: tuple[str, ...]) -> Table:
     return Table(steps=steps, columns={key: values[:, index] for index, key in enumerate(keys)})
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping; {} where there is no such file."""
     if not path.is_file():
         return {}

@@ -1,26 +1,23 @@
-"""What two runs of one comparison say: loss gaps, speed and memory. Pure functions from run records to the content
-of verdict.json.
+"""What the runs of one comparison say: loss gaps, speed and memory. Pure functions from run records to the content of
+verdict.json.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fp8train.errors import ConfigError
-from fp8train.report.run_record import RunRecord, Table, finite
+from fp8train.report import trajectory
+from fp8train.report.conclusion import against_placebo, gap_test, interval_text, speed_ratios
+from fp8train.report.run_record import Arms, RunRecord, finite
+from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
 from fp8train.units import loss_text, percent_text, ratio_text
 
-SMOOTHING = (
-    0.9  # DeepSeek-V3 (arXiv:2412.19437) shows its losses smoothed by an EMA of 0.9, and its 0.25 % refers to that
-)
-WARMUP_FRACTION = 0.05
-MAX_WARMUP_ROWS = 20
-ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot be told from chance"
-NO_TEST = "no equivalence test across seeds was made"
+MARGIN_PERCENT = 0.25  # the relative loss error that DeepSeek-V3 (arXiv:2412.19437, 3.3) reports to stay below
+BASELINES = ("bf16", "fp32")
 
 # Facts that two runs must share for their difference to be about precision alone: key of result.json -> words for it.
 SHARED_FACTS = {
@@ -33,89 +30,9 @@ SHARED_FACTS = {
     "init_hash": "initial weights",
 }
 
-
-def ema(values: np.ndarray, decay: float = SMOOTHING) -> np.ndarray:
-    """Exponential moving average: e_0 = v_0, e_t = decay e_(t-1) + (1 - decay) v_t; a NaN is passed over (the
-    average stays).
-
-    Args:
-        values: [rows] float64.
-
-    Returns:
-        [rows] float64; NaN until the first finite value.
-    """
-    smoothed = np.empty(len(values), dtype=np.float64)
-    current = math.nan
-    for index, value in enumerate(values.tolist()):
-        if math.isfinite(value):
-            current = decay * current + (1 - decay) * value if math.isfinite(current) else value
-        smoothed[index] = current
-    return smoothed
-
-
-def paired(baseline: Table, other: Table, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that both tables have with a finite value, and the two values there: (steps, baseline, other)."""
-    steps, left, right = np.intersect1d(baseline.steps, other.steps, assume_unique=True, return_indices=True)
-    base, new = baseline.columns[column][left], other.columns[column][right]
-    both = np.isfinite(base) & np.isfinite(new)
-    return steps[both], base[both], new[both]
-
-
-def relative_loss_error(baseline: Table, other: Table) -> dict[str, Any]:
-    """Relative error of the training loss, 100 (other - baseline) / baseline in percent, over the steps that both
-    logged.
-
-    Returns:
-        final_percent: at the last step, unsmoothed. ema_final_percent: both losses smoothed by `ema` first.
-        ema_max_percent: largest magnitude of the smoothed error over all steps, at ema_max_step. steps: how many
-        steps entered.
-    """
-    steps, base, new = paired(baseline, other, "loss")
-    if not len(steps):
-        return {
-            "final_percent": None,
-            "ema_final_percent": None,
-            "ema_max_percent": None,
-            "ema_max_step": None,
-            "steps": 0,
-        }
-    smooth_base = ema(base)
-    smoothed = 100 * (ema(new) - smooth_base) / smooth_base
-    worst = int(np.argmax(np.abs(smoothed)))
-    return {
-        "final_percent": finite(100 * (new[-1] - base[-1]) / base[-1]),
-        "ema_final_percent": finite(smoothed[-1]),
-        "ema_max_percent": finite(abs(smoothed[worst])),
-        "ema_max_step": int(steps[worst]),
-        "steps": len(steps),
-    }
-
-
-def heldout_gap(
-    baseline: Table, other: Table, column: str = "eval_loss", bytes_column: str = "bits_per_byte"
-) -> dict[str, Any]:
-    """Gap of the held-out loss at the last step that both evaluated: nats (other - baseline), percent of the baseline,
-    bits per byte. None where a loss was not finite there.
-    """
-    steps, left, right = np.intersect1d(baseline.steps, other.steps, assume_unique=True, return_indices=True)
-    if not len(steps):
-        return {"step": None, "nats": None, "percent": None, "bits_per_byte": None}
-    base, new = baseline.columns[column][left[-1]], other.columns[column][right[-1]]
-    bits = other.columns[bytes_column][right[-1]] - baseline.columns[bytes_column][left[-1]]
-    return {
-        "step": int(steps[-1]),
-        "nats": finite(new - base),
-        "percent": finite(100 * (new - base) / base),
-        "bits_per_byte": finite(bits),
-    }
-
-
-def steady(table: Table, column: str) -> np.ndarray:
-    """Values after the warm-up rows: the first 5 %, at least one and at most 20 rows, of more than three."""
-    values = table.columns[column]
-    skip = min(MAX_WARMUP_ROWS, max(1, math.ceil(WARMUP_FRACTION * len(values)))) if len(values) > 3 else 0
-    values = values[skip:]
-    return values[np.isfinite(values)]
+# arm -> seed -> held-out loss of {"baseline_weights": baseline's weights in the arm's arithmetic, "arm_weights": the
+# arm's weights in the baseline's}
+Crossed = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
 def measures(run: RunRecord) -> dict[str, Any]:
@@ -136,6 +53,8 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "bits_per_byte": run.evals.last("bits_per_byte"),
         "bits_per_byte_bf16": run.evals.last("bits_per_byte_bf16"),
         "nonfinite_losses": int(np.count_nonzero(~np.isfinite(losses))),
+        "spikes": trajectory.spikes(run.train),
+        "damaged_lines": len(run.damaged),
         "skipped_steps": run.result.get("skipped_steps"),
         "tokens_per_second": median,
         "tokens_per_second_p10": low,
@@ -147,15 +66,52 @@ def measures(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def pair_measures(baseline: RunRecord, other: RunRecord) -> dict[str, Any]:
-    """How one run differs from the baseline run of the same seed."""
+def pair_measures(baseline: RunRecord, other: RunRecord, crossed: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """How one run differs from the baseline run of the same seed.
+
+    Args:
+        crossed: the held-out losses of each one's weights in the other's arithmetic (Crossed).
+    """
     base, new = measures(baseline), measures(other)
+    speed = _ratio(new["tokens_per_second"], base["tokens_per_second"])
+    tokens = trajectory.tokens_to_loss(baseline.train, other.train)
     return {
-        "relative_loss_error": relative_loss_error(baseline.train, other.train),
+        "relative_loss_error": trajectory.relative_loss_error(baseline.train, other.train),
         "heldout_gap": heldout_gap(baseline.evals, other.evals),
         "heldout_gap_bf16": heldout_gap(baseline.evals, other.evals, "eval_loss_bf16", "bits_per_byte_bf16"),
-        "tokens_per_second_ratio": _ratio(new["tokens_per_second"], base["tokens_per_second"]),
+        "crossed": crossed_losses(base, new, crossed or {}),
+        "gap_slope": trajectory.gap_slope(baseline.train, other.train),
+        "decay_gap": trajectory.decay_gap(baseline.train, other.train),
+        "tokens_to_loss": tokens,
+        "grad_norm_ratio": trajectory.grad_norm_ratio(baseline.train, other.train),
+        "spikes_more": new["spikes"] - base["spikes"],
+        "tokens_per_second_ratio": speed,
+        "time_to_loss_ratio": _ratio(speed, tokens["common"]["ratio"]),
         "peak_memory_ratio": _ratio(new["peak_memory_bytes"], base["peak_memory_bytes"]),
+    }
+
+
+def crossed_losses(
+    base: Mapping[str, Any], new: Mapping[str, Any], crossed: Mapping[str, float]
+) -> dict[str, float | None]:
+    """The 2x2 table of weights and arithmetic: are the arm's weights worse, or is its arithmetic?
+
+    Returns:
+        held-out losses `WEIGHTS_in_ARITHMETIC` for baseline and arm; weights_nats: what the arm's weights cost in the
+        baseline's arithmetic; arithmetic_nats: what its arithmetic costs on the baseline's weights.
+    """
+    all_bf16 = base["eval_loss"] is not None and base["eval_loss"] == base["eval_loss_bf16"]
+    table = {
+        "baseline_in_baseline": base["eval_loss"],
+        "baseline_in_arm": crossed.get("baseline_weights"),
+        "arm_in_baseline": crossed.get("arm_weights", new["eval_loss_bf16"] if all_bf16 else None),
+        "arm_in_arm": new["eval_loss"],
+    }
+    start, weights, arithmetic = table["baseline_in_baseline"], table["arm_in_baseline"], table["baseline_in_arm"]
+    return {
+        **table,
+        "weights_nats": None if weights is None or start is None else weights - start,
+        "arithmetic_nats": None if arithmetic is None or start is None else arithmetic - start,
     }
 
 
@@ -189,49 +145,73 @@ def check_comparable(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
     return {key: runs[names[0]].result[key] for key in SHARED_FACTS}
 
 
-def make_verdict(arms: Mapping[str, Mapping[int, RunRecord]], *, baseline: str) -> dict[str, Any]:
+def make_verdict(
+    arms: Arms,
+    *,
+    baseline: str,
+    margin_percent: float = MARGIN_PERCENT,
+    crossed: Crossed | None = None,
+    parallel: int = 1,
+) -> dict[str, Any]:
     """The content of verdict.json.
 
     Args:
         arms: arm -> seed -> run; every arm has the same seeds.
         baseline: the arm that the others are held against.
+        margin_percent: largest gap of the mean held-out loss that counts as equal.
+        crossed: held-out losses of one arm's weights in another's arithmetic.
+        parallel: runs that were trained at a time.
 
     Returns:
-        status, reason and sentence; arms: per arm its label and `runs` per seed; comparisons: per other arm its
-        `seeds` and their mean;
-        shared: per seed what all arms have in common.
+        status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
+        arm its label, its noise and `runs` per seed; comparisons: per other arm its `seeds`, their mean, the test, the
+        difference from the placebo and speed ratios; shared: per seed what all arms have in common.
 
     Raises:
         ConfigError: the runs of a seed are not comparable (check_comparable).
     """
     seeds = sorted(arms[baseline])
     shared = {seed: check_comparable({arm: runs[seed] for arm, runs in arms.items()}) for seed in seeds}
+    entries = {arm: _arm_entry(arm, runs, seeds) for arm, runs in arms.items()}
+    others = [arm for arm in arms if arm != baseline]
+    placebo = next((arm for arm in others if entries[arm]["noise"]), None)
     verdict: dict[str, Any] = {
-        "version": 1,
-        "status": "indicative",
-        "reason": ONE_SEED if len(seeds) == 1 else NO_TEST,
+        "version": 2,
+        "status": "",
+        "reason": "",
         "sentence": "",
+        "primary": next((arm for arm in others if arm != placebo), placebo),
         "baseline": baseline,
+        "placebo": placebo,
+        "margin_percent": margin_percent,
         "seeds": seeds,
         "smoothing": SMOOTHING,
-        "arms": {
-            arm: {"label": arm_label(arm, runs), "runs": _by_seed(seeds, lambda seed, runs=runs: measures(runs[seed]))}
-            for arm, runs in arms.items()
-        },
+        "parallel": parallel,
+        "arms": entries,
         "comparisons": {},
         "shared": [{"seed": seed, **facts} for seed, facts in shared.items()],
     }
-    for arm, runs in arms.items():
-        if arm != baseline:
-            pairs = _by_seed(seeds, lambda seed, runs=runs: pair_measures(arms[baseline][seed], runs[seed]))
-            verdict["comparisons"][arm] = {"against": baseline, "seeds": pairs, "mean": _mean(pairs)}
-    verdict["sentence"] = " ".join(sentence(verdict, arm) for arm in verdict["comparisons"])
+    for arm in others:
+        losses = (crossed or {}).get(arm, {})
+        pairs = [
+            {"seed": seed, **pair_measures(arms[baseline][seed], arms[arm][seed], losses.get(seed))} for seed in seeds
+        ]
+        verdict["comparisons"][arm] = {"against": baseline, "seeds": pairs, "mean": mean(pairs)}
+        verdict["comparisons"][arm] |= {"test": gap_test(pairs, margin_percent), "speed": speed_ratios(pairs)}
+    for arm, comparison in verdict["comparisons"].items():
+        aside = verdict["comparisons"].get(placebo) if arm != placebo else None
+        found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
+        comparison["against_placebo"] = found
+    test = verdict["comparisons"][verdict["primary"]]["test"]
+    verdict |= {"status": test["status"], "reason": _reason(verdict, test)}
+    named = [arm for arm in others if arm != placebo] or others
+    verdict["sentence"] = " ".join(sentence(verdict, arm) for arm in named)
     return verdict
 
 
 def arm_label(arm: str, runs: Mapping[int, RunRecord]) -> str:
     """The arm's name for people: `BF16`, `FP8 blockwise`."""
-    if arm in ("bf16", "fp32"):
+    if arm in BASELINES:
         return arm.upper()
     share = max((finite(run.coverage.get("fp8_flops_share")) or 0.0 for run in runs.values()), default=0.0)
     return f"FP8 {arm}" if share > 0 else arm
@@ -241,23 +221,51 @@ def sentence(verdict: Mapping[str, Any], arm: str) -> str:
     """One comparison in one sentence, for the console and the top of the report."""
     comparison = verdict["comparisons"][arm]
     label, base_label = verdict["arms"][arm]["label"], verdict["arms"][comparison["against"]]["label"]
-    new, base = (_mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
-    evaluated = all(pair["heldout_gap"]["step"] is not None for pair in comparison["seeds"])
-    if evaluated:
-        gap, where = comparison["mean"]["heldout_gap"]["percent"], "held-out loss"
-        loss, base_loss = new["eval_loss"], base["eval_loss"]
-    else:
-        gap, where = comparison["mean"]["relative_loss_error"]["ema_final_percent"], "smoothed training loss"
-        ended = new["train_loss"] is not None and base["train_loss"] is not None  # the average passes over NaN
-        loss, base_loss = (new["train_loss_ema"], base["train_loss_ema"]) if ended else (None, None)
-    if gap is None or loss is None or base_loss is None:
+    test, average = comparison["test"], comparison["mean"]
+    new, base = (mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
+    keys = ("eval_loss", "train_loss") if test["quantity"] == "held-out loss" else ("train_loss_ema", "train_loss")
+    loss, base_loss = new[keys[0]], base[keys[0]]
+    ended = loss is not None and base_loss is not None and (keys[0] == "eval_loss" or new[keys[1]] is not None)
+    if test["mean"] is None or not ended:
         return f"{label} cannot be held against {base_label}: a loss is not finite at the end."
-    losses = f"{loss_text(loss)} against {loss_text(base_loss)} nats per token"
-    text = f"{label} ended {_above(gap)} {base_label} in {where} ({losses})"
-    speed, memory = comparison["mean"]["tokens_per_second_ratio"], comparison["mean"]["peak_memory_ratio"]
+    if test["status"] == "indicative":
+        losses = f"({loss_text(loss)} against {loss_text(base_loss)} nats per token)"
+        text = f"{label} ended {_above(test['mean'])} {base_label} in {test['quantity']} {losses}"
+    else:
+        margin = f"{test['margin']:g} %"
+        claim = {
+            "equivalent": f"is equivalent to {base_label} within {margin}",
+            "inferior": f"is worse than {base_label} by more than {margin}",
+            "superior": f"is better than {base_label} by more than {margin}",
+            "inconclusive": f"is not yet told from {base_label} at a margin of {margin}",
+        }[test["status"]]
+        gap = f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
+        text = f"{label} {claim}: {gap} ({_interval_words(test)} over {test['count']} seeds)"
+    speed, memory = average["tokens_per_second_ratio"], average["peak_memory_ratio"]
     cost = [f"{ratio_text(speed)} its tokens per second"] if speed is not None else []
     cost += [f"{ratio_text(memory)} its peak memory"] if memory is not None else []
     return f"{text}, at {' and '.join(cost)}." if cost else f"{text}."
+
+
+def _interval_words(test: Mapping[str, Any]) -> str:
+    return f"{100 * test['confidence']:.0f} % interval {interval_text(test)}"
+
+
+def _reason(verdict: Mapping[str, Any], test: Mapping[str, Any]) -> str:
+    """Why the status is what it is, with the placebo's interval beside it."""
+    placebo = verdict["comparisons"].get(verdict["placebo"] or "", {}).get("test")
+    if placebo is None or placebo["low"] is None or verdict["primary"] == verdict["placebo"]:
+        return str(test["reason"])
+    return f"{test['reason']}; the placebo's interval, which is chance alone, is {interval_text(placebo)}"
+
+
+def _arm_entry(arm: str, runs: Mapping[int, RunRecord], seeds: Sequence[int]) -> dict[str, Any]:
+    noise = next(iter(runs.values())).noise
+    return {
+        "label": arm_label(arm, runs),
+        "noise": noise,
+        "runs": [{"seed": seed, **measures(runs[seed])} for seed in seeds],
+    }
 
 
 def _above(gap: float) -> str:
@@ -266,11 +274,7 @@ def _above(gap: float) -> str:
     return f"{percent_text(abs(gap))} {'above' if gap > 0 else 'below'}"
 
 
-def _by_seed(seeds: Sequence[int], of: Any) -> list[dict[str, Any]]:
-    return [{"seed": seed, **of(seed)} for seed in seeds]
-
-
-def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean over seeds of every number, in nested mappings too; None where a seed has none; what is not a number is
     left out.
     """
@@ -278,8 +282,8 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key, first in rows[0].items():
         values = [row[key] for row in rows]
         if isinstance(first, Mapping):
-            result[key] = _mean(values)
-        elif key not in ("seed", "step", "ema_max_step") and all(
+            result[key] = mean(values)
+        elif key not in ("seed", "step", "ema_max_step", "from_step") and all(
             value is None or type(value) in (int, float) for value in values
         ):
             result[key] = None if any(value is None for value in values) else sum(values) / len(values)

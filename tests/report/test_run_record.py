@@ -37,7 +37,7 @@ def test_bytes_that_are_not_utf8_are_a_damaged_line(tmp_path: Path) -> None:
 def test_step_logged_twice_counts_once_as_logged_last(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 2, "loss": 2.4}\n')
-    train, _ = read_metrics(path)
+    train = read_metrics(path).train
     assert train.steps.tolist() == [1, 2]
     assert train.columns["loss"].tolist() == [3.0, 2.4]
 
@@ -45,7 +45,8 @@ def test_step_logged_twice_counts_once_as_logged_last(tmp_path: Path) -> None:
 def test_null_is_not_a_number_and_last_is_none(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null, "nonfinite": true}\n')
-    train, evals = read_metrics(path)
+    metrics = read_metrics(path)
+    train, evals = metrics.train, metrics.evals
     assert math.isnan(train.columns["loss"][1]) and train.last("loss") is None
     assert len(evals) == 0 and evals.last("eval_loss") is None
 

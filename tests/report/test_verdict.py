@@ -13,18 +13,11 @@ import numpy as np
 import pytest
 
 from fp8train.errors import ConfigError
+from fp8train.report.conclusion import interval_text
 from fp8train.report.run_record import Arms, RunRecord, Table, read_run
-from fp8train.report.verdict import (
-    SHARED_FACTS,
-    check_comparable,
-    ema,
-    heldout_gap,
-    make_verdict,
-    measures,
-    relative_loss_error,
-    sentence,
-    steady,
-)
+from fp8train.report.statistics import seeds_needed
+from fp8train.report.trajectory import ema, heldout_gap, relative_loss_error, steady
+from fp8train.report.verdict import SHARED_FACTS, check_comparable, make_verdict, measures
 from tests.run_folders import FACTS, write_run
 
 STEPS = 40
@@ -170,18 +163,102 @@ def test_comparable_runs_give_their_shared_facts(tmp_path: Path) -> None:
     assert check_comparable(runs) == {**FACTS, "tokens_seen": STEPS * 4096}
 
 
-def test_several_seeds_are_averaged_and_claim_nothing(tmp_path: Path) -> None:
-    arms: dict[str, dict[int, RunRecord]] = {"bf16": {}, "blockwise": {}}
-    for seed, gap in ((1, 0.01), (2, -0.03)):
-        for arm, loss in (("bf16", 2.25), ("blockwise", 2.25 + gap)):
-            folder = write_run(tmp_path / arm / str(seed), recipe=arm, eval_loss=loss, init_hash=f"seed {seed}")
-            arms[arm][seed] = read_run(folder)
+def seeds_of(folder: Path, gaps: dict[str, list[float]], **changes: Any) -> dict[str, dict[int, RunRecord]]:
+    """BF16 and further arms, each with a held-out gap in percent for every seed; `changes` are those of blockwise."""
+    count = len(next(iter(gaps.values())))
+    arms: dict[str, dict[int, RunRecord]] = {"bf16": {}} | {arm: {} for arm in gaps}
+    for seed in range(1, count + 1):
+        for arm in arms:
+            loss = 2.25 * (1 + 0.01 * seed) * (1 + (gaps[arm][seed - 1] if arm in gaps else 0) / 100)
+            options = changes if arm == "blockwise" else {}
+            options = {"recipe": arm, "eval_loss": loss, "seed": seed, "init_hash": f"seed {seed}"} | options
+            arms[arm][seed] = read_run(write_run(folder / arm / f"seed_{seed}", **options))
+    return arms
+
+
+@pytest.mark.parametrize(
+    ("gaps", "status", "words"),
+    [
+        (
+            [0.01, -0.02, 0.03],
+            "equivalent",
+            "is equivalent to BF16 within 0.25 %: +0.01 % held-out loss (90 %",
+        ),
+        ([0.9, 1.0, 1.1], "inferior", "is worse than BF16 by more than 0.25 %: +1.00 % held-out loss"),
+        ([-0.9, -1.0, -1.1], "superior", "is better than BF16 by more than 0.25 %: -1.00 % held-out loss"),
+        ([0.3, -0.2, 0.1], "inconclusive", "is not yet told from BF16 at a margin of 0.25 %: +0.07 % held-out loss"),
+    ],
+    ids=["equal", "worse", "better", "open"],
+)
+def test_several_seeds_are_tested_together(tmp_path: Path, gaps: list[float], status: str, words: str) -> None:
+    verdict = make_verdict(seeds_of(tmp_path, {"blockwise": gaps}), baseline="bf16")
+    test = verdict["comparisons"]["blockwise"]["test"]
+    assert (verdict["status"], test["status"], test["gaps"]) == (status, status, pytest.approx(gaps))
+    assert verdict["sentence"].startswith(f"FP8 blockwise {words}") and "over 3 seeds)" in verdict["sentence"]
+    assert (test["mean"], test["sd"]) == pytest.approx((np.mean(gaps), np.std(gaps, ddof=1)))
+    json.dumps(verdict, allow_nan=False)
+
+
+def test_undecided_comparison_says_how_many_more_seeds(tmp_path: Path) -> None:
+    verdict = make_verdict(seeds_of(tmp_path, {"blockwise": [0.3, -0.2, 0.1]}), baseline="bf16")
+    test = verdict["comparisons"]["blockwise"]["test"]
+    assert test["seeds_needed_if_equal"] == seeds_needed(0.0, test["sd"], 0.25)
+    assert test["seeds_needed"] == seeds_needed(test["mean"], test["sd"], 0.25) > test["seeds_needed_if_equal"]
+    assert f"about {test['seeds_needed_if_equal'] - 3} more seeds would decide it" in verdict["reason"]
+
+
+def test_placebo_stands_beside_the_verdict_and_is_not_the_verdict(tmp_path: Path) -> None:
+    gaps = {"placebo": [0.1, -0.1, 0.3], "blockwise": [0.2, 0.1, 0.3]}
+    verdict = make_verdict(seeds_of(tmp_path, gaps), baseline="bf16")
+    assert (verdict["placebo"], verdict["primary"]) == ("placebo", "blockwise")
+    assert verdict["arms"]["placebo"]["noise"] == 0.0265 and verdict["arms"]["placebo"]["label"] == "placebo"
+    beside = verdict["comparisons"]["blockwise"]["against_placebo"]
+    assert beside["mean"] == pytest.approx(np.mean([0.1, 0.2, 0.0])) and beside["low"] < beside["high"]
+    placebo = verdict["comparisons"]["placebo"]
+    assert placebo["against_placebo"] is None
+    assert f"the placebo's interval, which is chance alone, is {interval_text(placebo['test'])}" in verdict["reason"]
+    assert "placebo" not in verdict["sentence"]
+
+
+def test_seed_that_diverged_leaves_nothing_equivalent(tmp_path: Path) -> None:
+    arms = seeds_of(tmp_path, {"blockwise": [0.0, 0.01, -0.01]})
+    arms["blockwise"][2] = read_run(
+        write_run(tmp_path / "diverged", recipe="blockwise", eval_loss=math.nan, init_hash="seed 2")
+    )
     verdict = make_verdict(arms, baseline="bf16")
-    comparison = verdict["comparisons"]["blockwise"]
-    assert [pair["heldout_gap"]["nats"] for pair in comparison["seeds"]] == pytest.approx([0.01, -0.03])
-    assert comparison["mean"]["heldout_gap"]["nats"] == pytest.approx(-0.01)
-    assert verdict["status"] == "indicative" and "no equivalence test" in verdict["reason"]
-    assert "(2.2400 against 2.2500" in sentence(verdict, "blockwise")
+    assert verdict["status"] == "inconclusive"
+    assert "the loss of 1 of 3 seeds is not finite at the end" in verdict["reason"]
+    assert verdict["sentence"].startswith("FP8 blockwise cannot be held against BF16")
+
+
+def test_time_to_loss_charges_speed_with_the_tokens_that_the_arm_needs_more(tmp_path: Path) -> None:
+    arms = pair(tmp_path, losses=LOSSES, tokens_per_second=80_000.0)
+    found = make_verdict(arms, baseline="bf16")["comparisons"]["blockwise"]
+    assert found["seeds"][0]["tokens_to_loss"]["common"]["ratio"] == 1.0
+    assert found["mean"]["time_to_loss_ratio"] == found["mean"]["tokens_per_second_ratio"]
+    assert found["speed"]["raw"]["mean"] == pytest.approx(2.0, rel=0.02) and found["speed"]["raw"]["low"] is None
+    slower = pair(tmp_path / "slower", losses=LOSSES * 1.05, tokens_per_second=80_000.0)
+    found = make_verdict(slower, baseline="bf16")["comparisons"]["blockwise"]["seeds"][0]
+    ratio = found["tokens_to_loss"]["common"]["ratio"]
+    assert ratio > 1.05 and found["time_to_loss_ratio"] == pytest.approx(found["tokens_per_second_ratio"] / ratio)
+
+
+def test_speed_has_an_interval_across_seeds(tmp_path: Path) -> None:
+    arms = seeds_of(tmp_path, {"blockwise": [0.0, 0.0, 0.0]}, tokens_per_second=30_000.0)
+    raw = make_verdict(arms, baseline="bf16")["comparisons"]["blockwise"]["speed"]["raw"]
+    assert raw["mean"] == pytest.approx(0.75, rel=0.02) and raw["low"] <= raw["mean"] <= raw["high"]
+    assert raw["confidence"] == 0.95
+
+
+def test_two_by_two_table_separates_weights_from_arithmetic(tmp_path: Path) -> None:
+    arms = pair(tmp_path, eval_loss=2.26)
+    crossed = {"blockwise": {1: {"baseline_weights": 2.2575}}}
+    table = make_verdict(arms, baseline="bf16", crossed=crossed)["comparisons"]["blockwise"]["seeds"][0]["crossed"]
+    assert (table["baseline_in_baseline"], table["arm_in_arm"]) == (2.25, 2.26)
+    assert table["weights_nats"] == pytest.approx(2.259 - 2.25), "the fake evaluates FP8 weights in BF16 as 0.001 lower"
+    assert table["arithmetic_nats"] == pytest.approx(0.0075)
+    without = make_verdict(arms, baseline="bf16")["comparisons"]["blockwise"]["seeds"][0]["crossed"]
+    assert without["arithmetic_nats"] is None and without["weights_nats"] is not None
 
 
 def test_measures_of_a_run_without_result_or_coverage_are_none(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""What all seeds of one arm say together: the equivalence test, the placebo beside it, speed with its interval."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fp8train.report.statistics import MAX_SEEDS, Interval, equivalence, interval, ratio_interval, seeds_needed
+from fp8train.units import percent_text
+
+Pairs = Sequence[Mapping[str, Any]]  # one for each seed, as verdict.pair_measures gives them
+
+ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot be told from chance"
+HELD_OUT, TRAINING = "held-out loss", "smoothed training loss"
+
+
+def gap_test(pairs: Pairs, margin: float) -> dict[str, Any]:
+    """The two one-sided tests on the relative gaps of all seeds.
+
+    Args:
+        pairs: the arm against the baseline.
+        margin: in percent of the baseline's loss.
+
+    Returns:
+        status and reason; quantity: which loss; count, mean, sd, low, high, confidence: of the gaps in percent;
+        margin; p_equivalent, p_worse; seeds_needed: in all, if the measured gap is the true one, and
+        seeds_needed_if_equal: if there is none (None: one seed, or more than MAX_SEEDS).
+    """
+    evaluated = all(pair["heldout_gap"]["step"] is not None for pair in pairs)
+    quantity = HELD_OUT if evaluated else TRAINING
+    gaps = [
+        pair["heldout_gap"]["percent"] if evaluated else pair["relative_loss_error"]["ema_final_percent"]
+        for pair in pairs
+    ]
+    known = [gap for gap in gaps if gap is not None]
+    result: dict[str, Any] = {"quantity": quantity, "margin": margin, "gaps": gaps}
+    planned: dict[str, int | None] = {"seeds_needed": None, "seeds_needed_if_equal": None}
+    if not known:
+        missing = dict.fromkeys(("mean", "sd", "low", "high", "p_equivalent", "p_worse"))
+        several = len(gaps) > 1
+        status, reason = ("inconclusive" if several else "indicative"), "a loss is not finite at the end of every seed"
+        return {**result, "status": status, "reason": reason, "count": 0, "confidence": 0.9, **missing, **planned}
+    found = equivalence(known, margin)
+    status = found.status
+    if len(known) < len(gaps):  # a seed that diverged is no gap of zero: nothing definite is said
+        status = "inconclusive" if len(gaps) > 1 else "indicative"
+    if found.interval.sd is not None:
+        planned["seeds_needed"] = seeds_needed(found.interval.mean, found.interval.sd, margin)
+        planned["seeds_needed_if_equal"] = seeds_needed(0.0, found.interval.sd, margin)
+    result |= {"status": status, **dataclasses.asdict(found.interval), **planned}
+    result |= {"p_equivalent": found.p_equivalent, "p_worse": found.p_worse}
+    return result | {"reason": _reason(result, len(gaps) - len(known))}
+
+
+def against_placebo(pairs: Pairs, placebo: Pairs, quantity: str) -> dict[str, Any] | None:
+    """The arm's gap less the placebo's, seed by seed, in percent; None where a seed lacks one."""
+    key = ("heldout_gap", "percent") if quantity == HELD_OUT else ("relative_loss_error", "ema_final_percent")
+    both = [(new[key[0]][key[1]], base[key[0]][key[1]]) for new, base in zip(pairs, placebo, strict=True)]
+    if any(new is None or base is None for new, base in both):
+        return None
+    return dataclasses.asdict(interval([new - base for new, base in both]))
+
+
+def speed_ratios(pairs: Pairs) -> dict[str, Any]:
+    """Speed against the baseline over all seeds: `raw` tokens per second, and `time_to_loss`, which divides it by the
+    tokens that the arm needs more for the same loss. Geometric means with 95 % intervals; None where a seed lacks one.
+    """
+    keys = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}
+    return {name: _ratios([pair[key] for pair in pairs]) for name, key in keys.items()}
+
+
+def _ratios(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None and value > 0]
+    return dataclasses.asdict(ratio_interval(known)) if known and len(known) == len(values) else None
+
+
+def interval_text(test: Mapping[str, Any] | Interval, unit: str = " %") -> str:
+    """`-0.12 to +0.30 %`; `unknown` for one seed."""
+    values = dataclasses.asdict(test) if isinstance(test, Interval) else test
+    if values["low"] is None:
+        return "unknown"
+    low, high = (percent_text(values[edge], signed=True).removesuffix(" %") for edge in ("low", "high"))
+    return f"{low} to {high}{unit}"
+
+
+def more_seeds(test: Mapping[str, Any]) -> str:
+    """How many more seeds would decide; '' where that is not the question."""
+    if test["status"] != "inconclusive" or test["sd"] is None:
+        return ""
+    if_equal, at_measured = (_more(test[key], test["count"]) for key in ("seeds_needed_if_equal", "seeds_needed"))
+    return f"about {if_equal} would decide it if the true gap is zero, {at_measured} if it is the measured one"
+
+
+def _more(needed: int | None, count: int) -> str:
+    if needed is None:
+        return f"more than {MAX_SEEDS:,} more seeds"
+    more = max(1, needed - count)
+    return f"{more} more seed{'s' * (more > 1)}"
+
+
+def _reason(test: Mapping[str, Any], diverged: int) -> str:
+    """Why the status is what it is, in words that end a sentence."""
+    margin = f"+-{test['margin']:g} %"
+    if test["status"] == "indicative":
+        return ONE_SEED
+    if diverged:
+        return f"the loss of {diverged} of {diverged + test['count']} seeds is not finite at the end"
+    where = {
+        "equivalent": f"lies within {margin}",
+        "inferior": f"lies above {margin}",
+        "superior": f"lies below {margin}",
+        "inconclusive": f"reaches over an edge of {margin}",
+    }[test["status"]]
+    text = f"the {100 * test['confidence']:.0f} % interval of the gap {where}"
+    if test["status"] == "inconclusive":
+        text += f"; {more_seeds(test)}"
+    return text

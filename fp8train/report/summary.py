@@ -1,0 +1,105 @@
+"""A comparison as text, for the console: numbers of every run, what ran in FP8, the verdict in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fp8train.report.conclusion import interval_text
+from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
+from fp8train.report.run_record import Arms, RunRecord
+from fp8train.report.verdict import mean
+from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
+
+SHOWN_EXCEPTIONS = 6
+
+
+def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
+    """The comparison as text: a table with one column an arm, gaps by seed, what ran in FP8, the verdict in one
+    sentence.
+    """
+    several = len(verdict["seeds"]) > 1
+    columns = []
+    for arm in arms:
+        comparison = verdict["comparisons"].get(arm)
+        pair = comparison and comparison["mean" if several else "seeds"]
+        pair = pair if several or pair is None else pair[0]
+        columns.append(_column(mean(verdict["arms"][arm]["runs"]), pair, several))
+    heading = f"mean of {len(verdict['seeds'])} seeds" if several else ""
+    blocks = [_table([heading, *(verdict["arms"][arm]["label"] for arm in arms)], columns)]
+    if several:
+        blocks.append(_gaps(verdict))
+    blocks += [text for arm, runs in arms.items() if (text := _coverage_lines(verdict["arms"][arm]["label"], runs))]
+    damaged = sum(run["damaged_lines"] for entry in verdict["arms"].values() for run in entry["runs"])
+    if damaged:
+        blocks.append(f"{damaged} damaged lines of metrics were left out, as asked.")
+    blocks.append(f"{verdict['sentence']}\n{verdict['status'].capitalize()}: {verdict['reason']}.")
+    return "\n" + "\n\n".join(blocks)
+
+
+def _column(run: Mapping[str, Any], pair: Mapping[str, Any] | None, several: bool) -> dict[str, str]:
+    """One arm's numbers in words, by the name of their row; what is a difference stays empty for the baseline."""
+    error, gap = (pair[key] if pair else {} for key in ("relative_loss_error", "heldout_gap"))
+    share = run["fp8_flops_share"]
+    gap_words = f"{signed_text(gap.get('nats'))} ({percent_text(gap.get('percent'), signed=True)})"
+    at = "" if several else f" at step {count_text(error.get('ema_max_step'))}"
+    ratio = f" ({ratio_text(pair['tokens_per_second_ratio'])})" if pair else ""
+    memory_ratio = f" ({ratio_text(pair['peak_memory_ratio'])})" if pair else ""
+    return {
+        "held-out loss, nats/token": loss_text(run["eval_loss"]),
+        "  gap": gap_words if pair else "",
+        "  evaluated in BF16": loss_text(run["eval_loss_bf16"]),
+        "  bits per byte": loss_text(run["bits_per_byte"]),
+        "training loss, EMA 0.9": loss_text(run["train_loss_ema"]),
+        "  relative loss error, final": percent_text(error.get("ema_final_percent"), signed=True) if pair else "",
+        "  relative loss error, max": percent_text(error.get("ema_max_percent")) + at if pair else "",
+        "FLOPs of linears in FP8": percent_text(None if share is None else 100 * share, digits=1),
+        "tokens per second": count_text(run["tokens_per_second"]) + ratio,
+        "  to the same loss": ratio_text(pair["time_to_loss_ratio"]) if pair else "",
+        "training time": seconds_text(run["train_seconds"]),
+        "peak memory": bytes_text(run["peak_memory_bytes"]) + memory_ratio,
+    }
+
+
+def _gaps(verdict: Mapping[str, Any]) -> str:
+    """The relative gap of every seed, the mean and its interval, one row an arm."""
+    rows = []
+    for arm, comparison in verdict["comparisons"].items():
+        test = comparison["test"]
+        gaps = [percent_text(gap, signed=True) for gap in test["gaps"]]
+        cells = [*gaps, percent_text(test["mean"], signed=True), interval_text(test), test["status"]]
+        rows.append([verdict["arms"][arm]["label"], *cells])
+    test = next(iter(verdict["comparisons"].values()))["test"]
+    seeds = [f"seed {seed}" for seed in verdict["seeds"]]
+    header = [f"gap of {test['quantity']}", *seeds, "mean", f"{100 * test['confidence']:.0f} % interval", "verdict"]
+    return _lines(header, rows)
+
+
+def _table(header: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
+    return _lines(header, [[name, *(column[name] for column in columns)] for name in columns[0]])
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as columns two spaces apart, below a ruled header."""
+    table = [list(header), *rows]
+    widths = [max(len(row[index]) for row in table) for index in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def _coverage_lines(label: str, runs: Mapping[int, RunRecord]) -> str:
+    """Which GEMMs ran in FP8 and which did not, with the reason; '' for an arm without FP8."""
+    coverage = next(iter(runs.values())).coverage
+    shares = gemm_shares(coverage)
+    if not any(share.fp8_flops for share in shares):
+        return ""
+    text = ", ".join(f"{share.gemm} {percent_text(100 * share.fp8_flops / share.flops, digits=1)}" for share in shares)
+    lines = [f"{label}: in FP8 ran {text} of the FLOPs of all linears"]
+    groups = exceptions(group_linears(coverage))
+    for group in groups[:SHOWN_EXCEPTIONS]:
+        outside = ", ".join(gemm for gemm, fp8 in group.fp8.items() if not fp8)
+        layers = f" (layers {layer_numbers(group.fqns)})" if len(group.fqns) > 1 and layer_numbers(group.fqns) else ""
+        lines.append(f"  not in FP8: {group.pattern}{layers}, {outside}: {group.reason or group.rule}")
+    if len(groups) > SHOWN_EXCEPTIONS:
+        lines.append(f"  and {len(groups) - SHOWN_EXCEPTIONS} further kinds of linears, in the report")
+    return "\n".join(lines)

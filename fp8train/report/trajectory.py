@@ -1,0 +1,218 @@
+"""How two runs of one seed differ along the way: gaps of loss, their trend, tokens to the same loss, gradient norms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fp8train.report.run_record import Table, finite
+
+SMOOTHING = 0.9  # DeepSeek-V3 (arXiv:2412.19437) shows its losses smoothed like that; its 0.25 % refers to those
+WARMUP_FRACTION = 0.05
+MAX_WARMUP_ROWS = 20
+PEAK_SHARE = 0.9  # of the largest learning rate; below it, and after it, is the decay
+TARGETS = (0.5, 0.75, 0.9)  # of the baseline's tokens: where tokens-to-loss is read, beside the last common loss
+SMOOTHED_SHARE = 0.05  # of the run: window over which a loss counts as reached
+SPIKE_ROWS = 64  # rows before a step that say how much its loss usually strays
+SPIKE_SPREADS = 6.0
+
+
+def ema(values: np.ndarray, decay: float = SMOOTHING) -> np.ndarray:
+    """Exponential moving average: e_0 = v_0, e_t = decay e_(t-1) + (1 - decay) v_t; a NaN is passed over.
+
+    Args:
+        values: [rows] float64.
+
+    Returns:
+        [rows] float64; NaN until the first finite value.
+    """
+    smoothed = np.empty(len(values), dtype=np.float64)
+    current = math.nan
+    for index, value in enumerate(values.tolist()):
+        if math.isfinite(value):
+            current = decay * current + (1 - decay) * value if math.isfinite(current) else value
+        smoothed[index] = current
+    return smoothed
+
+
+def paired(baseline: Table, other: Table, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that both tables have with a finite value, and the two values there: (steps, baseline, other)."""
+    steps, left, right = np.intersect1d(baseline.steps, other.steps, assume_unique=True, return_indices=True)
+    base, new = baseline.columns[column][left], other.columns[column][right]
+    both = np.isfinite(base) & np.isfinite(new)
+    return steps[both], base[both], new[both]
+
+
+def relative_loss_error(baseline: Table, other: Table) -> dict[str, Any]:
+    """Relative error of the training loss, 100 (other - baseline) / baseline in percent, over the steps of both.
+
+    Returns:
+        final_percent: at the last step, unsmoothed. ema_final_percent: both losses smoothed by `ema` first.
+        ema_max_percent: largest magnitude of the smoothed error over all steps, at ema_max_step. steps: how many
+        steps entered.
+    """
+    steps, base, new = paired(baseline, other, "loss")
+    if not len(steps):
+        keys = ("final_percent", "ema_final_percent", "ema_max_percent", "ema_max_step")
+        return dict.fromkeys(keys) | {"steps": 0}
+    smooth_base = ema(base)
+    smoothed = 100 * (ema(new) - smooth_base) / smooth_base
+    worst = int(np.argmax(np.abs(smoothed)))
+    return {
+        "final_percent": finite(100 * (new[-1] - base[-1]) / base[-1]),
+        "ema_final_percent": finite(smoothed[-1]),
+        "ema_max_percent": finite(abs(smoothed[worst])),
+        "ema_max_step": int(steps[worst]),
+        "steps": len(steps),
+    }
+
+
+def heldout_gap(
+    baseline: Table, other: Table, column: str = "eval_loss", bytes_column: str = "bits_per_byte"
+) -> dict[str, Any]:
+    """Gap of the held-out loss at the last step that both evaluated: nats (other - baseline), percent of the baseline,
+    bits per byte. None where a loss was not finite there.
+    """
+    steps, left, right = np.intersect1d(baseline.steps, other.steps, assume_unique=True, return_indices=True)
+    if not len(steps):
+        return {"step": None, "nats": None, "percent": None, "bits_per_byte": None}
+    base, new = baseline.columns[column][left[-1]], other.columns[column][right[-1]]
+    bits = other.columns[bytes_column][right[-1]] - baseline.columns[bytes_column][left[-1]]
+    return {
+        "step": int(steps[-1]),
+        "nats": finite(new - base),
+        "percent": finite(100 * (new - base) / base),
+        "bits_per_byte": finite(bits),
+    }
+
+
+def gap_slope(baseline: Table, other: Table) -> dict[str, Any]:
+    """Trend of the relative training loss gap over the last half of the steps, by least squares on every step.
+
+    Returns:
+        percent_per_1000_steps; percent_over_half: by how much the fitted line rises over that half.
+    """
+    steps, base, new = paired(baseline, other, "loss")
+    late = steps > (steps[-1] + steps[0]) / 2 if len(steps) else np.array([], dtype=bool)
+    if late.sum() < 3:
+        return {"percent_per_1000_steps": None, "percent_over_half": None}
+    at = steps[late].astype(np.float64)
+    gaps = 100 * (new[late] - base[late]) / base[late]
+    centred = at - at.mean()
+    slope = float((centred * gaps).sum() / (centred**2).sum())
+    return {"percent_per_1000_steps": 1000 * slope, "percent_over_half": slope * float(at[-1] - at[0])}
+
+
+def decay_gap(baseline: Table, other: Table) -> dict[str, Any]:
+    """Mean relative training loss gap at the peak of the learning rate, and in its decay.
+
+    The decay is what follows the last step at PEAK_SHARE of the largest learning rate; what precedes the first one is
+    warm-up and left out. NVFP4 (arXiv:2509.25149) reports its gap to widen in the decay.
+
+    Returns:
+        before_percent, inside_percent, change_percent (inside - before), from_step: None without a decay.
+    """
+    steps, base, new = paired(baseline, other, "loss")
+    nothing = dict.fromkeys(("before_percent", "inside_percent", "change_percent", "from_step"))
+    rates = baseline.columns["lr"][np.isin(baseline.steps, steps, assume_unique=True)]
+    if not len(steps) or not np.isfinite(rates).any():
+        return nothing
+    high = np.flatnonzero(rates >= PEAK_SHARE * np.nanmax(rates))
+    gaps = 100 * (new - base) / base
+    before, inside = gaps[high[0] : high[-1] + 1], gaps[high[-1] + 1 :]
+    if not len(inside):
+        return nothing
+    means = {"before_percent": float(before.mean()), "inside_percent": float(inside.mean())}
+    change = means["inside_percent"] - means["before_percent"]
+    return {**means, "change_percent": change, "from_step": int(steps[high[-1] + 1])}
+
+
+def tokens_to_loss(baseline: Table, other: Table) -> dict[str, Any]:
+    """How many times the baseline's tokens the other run needs to get to the same training loss.
+
+    Both curves are averaged over SMOOTHED_SHARE of the run; a loss is reached where the average first is as low, with
+    linear interpolation. `common` is read at the lowest loss that both reach, so that a run which ends above the
+    baseline is charged for it as much as one that ends below is credited.
+
+    Returns:
+        targets: [{share of the baseline's tokens, loss, ratio (None where the other run never got there)}];
+        common: the same at the last common loss; ratio None without a finite curve.
+    """
+    curves = [_reached(table) for table in (baseline, other)]
+    nothing: dict[str, Any] = {"loss": None, "ratio": None}
+    if any(curve is None for curve in curves):
+        return {"targets": [], "common": nothing}
+    (base_tokens, base_loss), (new_tokens, new_loss) = (curve for curve in curves if curve is not None)
+    targets = []
+    for share in TARGETS:
+        loss = float(np.interp(share * base_tokens[-1], base_tokens, base_loss))
+        base, new = _tokens_at(loss, base_tokens, base_loss), _tokens_at(loss, new_tokens, new_loss)
+        ratio = new / base if new is not None and base else None
+        targets.append({"share": share, "loss": loss, "ratio": ratio})
+    common = max(float(base_loss[-1]), float(new_loss[-1]))
+    base, new = _tokens_at(common, base_tokens, base_loss), _tokens_at(common, new_tokens, new_loss)
+    ratio = new / base if new is not None and base else None
+    return {"targets": targets, "common": {"loss": common, "ratio": ratio}}
+
+
+def _reached(table: Table) -> tuple[np.ndarray, np.ndarray] | None:
+    """(tokens, lowest averaged loss so far) of a run."""
+    finite_rows = np.isfinite(table.columns["loss"]) & np.isfinite(table.columns["tokens_seen"])
+    loss, tokens = table.columns["loss"][finite_rows], table.columns["tokens_seen"][finite_rows]
+    if not len(loss):
+        return None
+    window = max(1, int(SMOOTHED_SHARE * len(loss)))
+    sums = np.concatenate([[0.0], np.cumsum(loss)])
+    return tokens[window - 1 :], np.minimum.accumulate((sums[window:] - sums[:-window]) / window)
+
+
+def _tokens_at(loss: float, tokens: np.ndarray, lowest: np.ndarray) -> float | None:
+    """Tokens at which a falling curve first is at `loss`; None where it stays above."""
+    index = int(np.argmax(lowest <= loss))
+    if lowest[index] > loss:
+        return None
+    if index == 0:
+        return float(tokens[0])
+    high, low = lowest[index - 1], lowest[index]
+    return float(tokens[index - 1] + (high - loss) / (high - low) * (tokens[index] - tokens[index - 1]))
+
+
+def grad_norm_ratio(baseline: Table, other: Table) -> float | None:
+    """Median over the steps after warm-up of the ratio of the gradient norms before clipping."""
+    _, base, new = paired(baseline, other, "grad_norm")
+    skip = warmup_rows(len(base))
+    ratios = new[skip:][base[skip:] > 0] / base[skip:][base[skip:] > 0]
+    return finite(np.median(ratios)) if len(ratios) else None
+
+
+def spikes(table: Table) -> int:
+    """Steps whose loss strays upwards from the average of the steps before by more than SPIKE_SPREADS times what is
+    usual (1.4826 times the median magnitude over the SPIKE_ROWS rows before), after the warm-up; steps in a row count
+    once. A loss that is not finite is no spike but counted by itself.
+    """
+    loss = table.columns["loss"]
+    loss = loss[np.isfinite(loss)]
+    if len(loss) <= SPIKE_ROWS:
+        return 0
+    strays = loss[1:] - ema(loss)[:-1]
+    rows = min(SPIKE_ROWS, len(strays) - 1)
+    windows = np.lib.stride_tricks.sliding_window_view(strays[:-1], rows)
+    usual = np.concatenate(
+        [np.median(np.abs(part), axis=1) for part in np.array_split(windows, len(windows) // 8192 + 1)]
+    )
+    spiking = strays[rows:] > SPIKE_SPREADS * 1.4826 * usual
+    return int(spiking[0]) + int((spiking[1:] & ~spiking[:-1]).sum())
+
+
+def warmup_rows(count: int) -> int:
+    """Rows at the start that no speed or norm is taken from: a twentieth, at least one and at most MAX_WARMUP_ROWS."""
+    return min(MAX_WARMUP_ROWS, max(1, math.ceil(WARMUP_FRACTION * count))) if count > 3 else 0
+
+
+def steady(table: Table, column: str) -> np.ndarray:
+    """Finite values of a column after the warm-up."""
+    values = table.columns[column]
+    values = values[warmup_rows(len(values)) :]
+    return values[np.isfinite(values)]

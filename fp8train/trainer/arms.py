@@ -1,0 +1,194 @@
+"""The runs of a comparison: which arms and seeds there are, what must hold before and between them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp8train.config import RunConfig, config_to_dict
+from fp8train.errors import ConfigError
+from fp8train.recipe import load_recipe
+from fp8train.trainer.console import Console
+
+BASELINE, PLACEBO = "bf16", "placebo"
+# What may differ between an arm that was begun and the same arm when the comparison goes on: it does not reach the
+# numbers.
+FREE_KEYS = (
+    "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ArmRun:
+    """One run of a comparison that is to be trained: its arm, seed and whole configuration."""
+
+    arm: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def label(self) -> str:
+        """Precedes its lines on the console."""
+        return self.arm if self.config.compare.seeds == 1 else f"{self.arm} seed {self.seed}"
+
+
+def plan_arms(config: RunConfig, *, recipe_given: bool = True, ranks: int = 1) -> list[ArmRun]:
+    """The runs of a comparison, seed by seed, the baseline first; writes nothing.
+
+    Args:
+        config: recipe, compare, run_dir and seed are read.
+        recipe_given: the user named a recipe, so that leaving it out of compare.arms would not be what was asked for.
+        ranks: that train together.
+
+    Raises:
+        ConfigError: fewer than two arms, two that are the same, a way of running that is not there, or a run_dir that
+            holds something else or arms of another configuration.
+        RecipeError: no such recipe.
+    """
+    recipes = config.compare.arms if config.compare.arms is not None else _default_arms(config)
+    if recipe_given and config.recipe not in recipes:
+        raise ConfigError(
+            f"compare: recipe is {config.recipe}, but compare.arms are {', '.join(recipes)}; needs the recipe "
+            "among them. Leave one out."
+        )
+    if config.compare.parallel > 1 and ranks > 1:
+        raise ConfigError(
+            f"compare.parallel: got {config.compare.parallel} under torchrun with {ranks} ranks; needs 1 there, since "
+            "every rank takes part in every run. Leave it out, or start without torchrun."
+        )
+    if config.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"resume: got {config.resume}; needs auto or never: each arm resumes from its own checkpoint. Leave it out."
+        )
+    names = _arm_names(recipes)
+    assert config.run_dir is not None, "load_config gives every run a folder"
+    runs = []
+    for seed in range(config.seed, config.seed + config.compare.seeds):
+        for name, recipe in names.items():
+            arm = copy.deepcopy(config)
+            arm.recipe, arm.seed, arm.resume = recipe, seed, "auto"
+            arm.run_dir = str(Path(config.run_dir) / "arms" / name / f"seed_{seed}")
+            runs.append(ArmRun(arm=name, seed=seed, config=arm))
+    check_run_dir(Path(config.run_dir), config.resume)
+    for run in runs:
+        _check_begun(run)
+    return runs
+
+
+def _default_arms(config: RunConfig) -> list[str]:
+    """The baseline and the recipe; between them the placebo where several seeds give it an interval."""
+    placebo = [PLACEBO] if config.compare.seeds > 1 and config.recipe != PLACEBO else []
+    return [BASELINE, *placebo, config.recipe]
+
+
+class ComparisonProgress:
+    """Announces runs and checks that those of one seed have the same start.
+
+    Args:
+        plan: all runs. time_limit_seconds: of the whole comparison; None for none.
+    """
+
+    def __init__(self, plan: Sequence[ArmRun], console: Console, time_limit_seconds: float | None) -> None:
+        self._plan = list(plan)
+        self._console = console
+        self._limit = time_limit_seconds
+        self._started = time.monotonic()
+        self._first: dict[int, tuple[ArmRun, Mapping[str, Any]]] = {}
+        self._done = 0
+
+    def begin(self, run: ArmRun) -> None:
+        """Before a run: what is left of the time limit is its own."""
+        if self._limit is not None:
+            left = self._limit - (time.monotonic() - self._started)
+            run.config.time_limit_seconds = max(left, 1e-3)  # an arm without time left saves and stops at once
+        number = self._plan.index(run) + 1
+        self._console.info(f"\n{run.label}: run {number} of {len(self._plan)}, {run.config.run_dir}")
+
+    def done(self, run: ArmRun, facts: Mapping[str, Any]) -> None:
+        """After a run that has finished."""
+        self._done += 1
+        _check_same_start(run, facts, *self._first.setdefault(run.seed, (run, facts)))
+
+    def stopped(self) -> None:
+        """After one that has not."""
+        self._console.info(
+            f"comparison stopped: {self._done} of {len(self._plan)} runs are finished; the same command goes on from "
+            "there"
+        )
+
+
+def _arm_names(recipes: Sequence[str]) -> dict[str, str]:
+    """Arm -> recipe, the baseline first."""
+    if len(recipes) < 2:
+        raise ConfigError(
+            f"compare.arms: got {list(recipes)}; needs at least two recipes, the baseline first. Add one."
+        )
+    names: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    for source in recipes:
+        recipe = load_recipe(source)
+        twin = hashes.get(recipe.hash) or (recipe.name if recipe.name in names else None)
+        if twin is not None:
+            raise ConfigError(
+                f"compare: recipe {source} is the same as the arm {twin}; needs arms that differ. Give another "
+                "recipe, such as recipe=blockwise."
+            )
+        names[recipe.name], hashes[recipe.hash] = source, recipe.name
+    return names
+
+
+def check_run_dir(path: Path, resume: str) -> None:
+    """Refuse a folder that a comparison must not write to."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run_dir: {path} is a file; needs a folder, new or of a comparison. Give another run_dir.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if (path / "checkpoints").exists() or (path / "config.yaml").exists():
+        raise ConfigError(
+            f"run_dir: {path} is the folder of a run; needs a new one or that of a comparison. Give another run_dir."
+        )
+    if resume == "never":
+        raise ConfigError(
+            f"run_dir: {path} is not empty and resume=never; needs an empty one. Give another run_dir or resume=auto."
+        )
+
+
+def _check_begun(run: ArmRun) -> None:
+    """Refuse to go on with an arm that was begun with other settings: its curve would belong to two configurations."""
+    file = Path(str(run.config.run_dir)) / "config.yaml"
+    if not file.is_file():
+        return
+    begun = dict(flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}))
+    for key, value in flat(config_to_dict(run.config)):
+        if key.partition(".")[0] not in FREE_KEYS and key in begun and begun[key] != value:
+            raise ConfigError(
+                f"compare: {run.config.run_dir} was begun with {key}={begun[key]}, this comparison has "
+                f"{key}={value}; needs the same. "
+                f"Give another run_dir, or {key}={begun[key]}."
+            )
+
+
+def _check_same_start(run: ArmRun, facts: Mapping[str, Any], first: ArmRun, first_facts: Mapping[str, Any]) -> None:
+    """Initial weights and token stream must be those of the first arm with this seed."""
+    for key, words in (("init_hash", "initial weights"), ("stream_hash", "token stream")):
+        own, other = str(facts[key]), str(first_facts[key])
+        if own != other:
+            raise ConfigError(
+                f"compare: {words} of {run.config.run_dir} ({own[:12]}) are not those of {first.config.run_dir} "
+                f"({other[:12]}); needs the same for all arms. Delete both folders and start again."
+            )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as (dotted key, value)."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        pairs += flat(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, value)]
+    return pairs

@@ -1,0 +1,100 @@
+"""The weights of one run in the arithmetic of another: whether a gap lies in the weights or in how they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.data import Batcher, build_dataset
+from fp8train.distributed import World
+from fp8train.recipe import load_recipe
+from fp8train.trainer.assembly import assemble
+from fp8train.trainer.evaluation import EvalSet
+from fp8train.trainer.run_folder import on_main, write_file
+
+
+def crossed_losses(weights: Path, arithmetics: Mapping[str, Path], world: World) -> dict[str, float]:
+    """Held-out loss of a run's newest weights, computed with the recipe and backend of each of the other runs.
+
+    The windows and the way they are cut into batches are those of the run's own evaluation.
+
+    Args:
+        weights: run folder with a checkpoint.
+        arithmetics: name -> run folder with a checkpoint.
+
+    Returns:
+        dict[str, float]: nats per token by name.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged, or data, recipe or backend do not serve here.
+    """
+    checkpoint = open_checkpoint(weights)
+    config = dataclasses.replace(checkpoint.config, compile=False)
+    size = config.micro_batch(world.world_size)
+    dataset = build_dataset(config.data, config.seq_len, config.seed)
+    eval_set = EvalSet(Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size), world)
+    return {name: _score(checkpoint, open_checkpoint(folder), eval_set, world) for name, folder in arithmetics.items()}
+
+
+def cross_evaluate(
+    file: Path, folders: Mapping[str, Mapping[int, Path]], world: World, info: Callable[[str], None]
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Held-out losses of the baseline's weights in each arm's arithmetic; where the baseline is not BF16, also of the
+    arm's weights in the baseline's (every run evaluates itself in BF16).
+
+    Args:
+        file: what was evaluated before and is not again; grows.
+        folders: arm -> seed -> run folder, the baseline first.
+        info: takes a line before each evaluation.
+
+    Returns:
+        arm -> seed -> {"baseline_weights": nats, "arm_weights": nats}; empty where a run kept no checkpoint.
+    """
+    baseline, *others = folders
+    if not all((path / "checkpoints").is_dir() for runs in folders.values() for path in runs.values()):
+        return {}
+    known: dict[str, dict[str, Any]] = on_main(world, lambda: _read(file))
+    result: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in others}
+    for seed, path in folders[baseline].items():
+        step, all_bf16 = on_main(world, functools.partial(_state, path))
+        missing = {arm: folders[arm][seed] for arm in others if known.get(f"{arm} seed {seed}", {}).get("step") != step}
+        if missing:
+            info(f"evaluating the weights of {path} in the arithmetic of {', '.join(missing)}")
+            for arm, nats in crossed_losses(path, missing, world).items():
+                known[f"{arm} seed {seed}"] = {"step": step, "baseline_weights": nats}
+        for arm in missing if not all_bf16 else ():
+            nats = crossed_losses(missing[arm], {baseline: path}, world)[baseline]
+            known[f"{arm} seed {seed}"]["arm_weights"] = nats
+        if missing:
+            on_main(world, lambda: write_file(file, json.dumps(known, indent=1) + "\n"))
+        for arm in others:
+            result[arm][seed] = {key: value for key, value in known[f"{arm} seed {seed}"].items() if key != "step"}
+    return result
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """What is in the file; nothing if it is not there or not whole, since it can be made again."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _state(path: Path) -> tuple[int, bool]:
+    """Step of the newest checkpoint, and whether its recipe is BF16 throughout."""
+    checkpoint = open_checkpoint(path, check_content=False)
+    return checkpoint.step, checkpoint.recipe_hash == load_recipe("bf16").hash
+
+
+def _score(weights: Checkpoint, arithmetic: Checkpoint, eval_set: EvalSet, world: World) -> float:
+    config = dataclasses.replace(weights.config, compile=False, backend=arithmetic.config.backend)
+    recipe = load_recipe(arithmetic.recipe_document)
+    assembly = assemble(config, world.device, recipe=recipe, first_weights=False)
+    weights.restore(assembly.model)
+    return eval_set.score(assembly.model).nats

@@ -1,0 +1,169 @@
+"""Several runs at a time on one machine, each trained in a process of its own that gets its share of the threads."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TextIO
+
+import torch
+
+from fp8train.config import RunConfig
+from fp8train.distributed import World
+from fp8train.errors import TrainingError, UserError
+from fp8train.trainer.console import Console
+from fp8train.trainer.loop import Trainer
+from fp8train.trainer.stopping import StopRequest
+
+POLL_SECONDS = 0.5
+FACTS = ("finished", "init_hash", "stream_hash")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run to train: its configuration and what precedes its lines on the console."""
+
+    config: RunConfig
+    label: str
+
+
+@dataclass(kw_only=True, slots=True)
+class _Worker:
+    number: int
+    job: Job
+    slot: int
+    process: BaseProcess
+    outcome: Connection
+
+
+def train_in_processes(
+    jobs: Sequence[Job], processes: int, begin: Callable[[int], None], done: Callable[[int, dict[str, Any]], None]
+) -> bool:
+    """Train the jobs in their order, `processes` at a time.
+
+    SIGTERM, SIGUSR1 or a run that stops early (its time limit) ends them all: each saves a checkpoint, none is begun.
+
+    Args:
+        begin: called with a job's number before it is started, to complete its configuration and to announce it.
+        done: called with its number and FACTS of its result when it has finished.
+
+    Returns:
+        bool: whether all of them finished.
+
+    Raises:
+        UserError, TrainingError: as a run raised it, after the others were stopped.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // processes)
+    waiting, live, stopping = list(range(len(jobs))), list[_Worker](), False
+    with StopRequest() as stop, _ended(live):
+        while live or (waiting and not stopping):
+            while waiting and len(live) < processes and not stopping:
+                number = waiting.pop(0)
+                begin(number)
+                slot = min(set(range(processes)) - {worker.slot for worker in live})
+                live.append(_start(context, number, jobs[number], slot, threads))
+            ready = wait([worker.outcome for worker in live], timeout=POLL_SECONDS)
+            for worker in [worker for worker in live if worker.outcome in ready]:
+                live.remove(worker)
+                facts = _outcome(worker, stopping)
+                if facts["finished"]:
+                    done(worker.number, facts)
+                else:
+                    stopping = True
+            if stop.reason is not None:
+                stopping = True
+            if stopping:
+                for worker in live:
+                    worker.process.terminate()
+    return not waiting and not stopping
+
+
+def _start(context: Any, number: int, job: Job, slot: int, threads: int) -> _Worker:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, slot, threads, sender), name=job.label)
+    process.start()
+    sender.close()  # or the end of the process would not be seen
+    return _Worker(number=number, job=job, slot=slot, process=process, outcome=receiver)
+
+
+def _outcome(worker: _Worker, stopping: bool) -> dict[str, Any]:
+    """FACTS of a finished process; raises what it raised."""
+    try:
+        value = worker.outcome.recv()
+    except EOFError:
+        value = None
+    worker.process.join()
+    if isinstance(value, Exception):
+        raise value
+    if value is None and not stopping:
+        code = worker.process.exitcode
+        raise TrainingError(
+            f"compare: the process of {worker.job.label} ended with status {code}. Its output says why."
+        )
+    return value or dict.fromkeys(FACTS)
+
+
+@contextlib.contextmanager
+def _ended(live: list[_Worker]) -> Iterator[None]:
+    """Leaves no process behind: on an error they are asked to save and stop, and waited for."""
+    try:
+        yield
+    finally:
+        for worker in live:
+            worker.process.terminate()
+        for worker in live:
+            worker.process.join()
+
+
+def _work(job: Job, slot: int, threads: int, outcome: Connection) -> None:
+    """Body of a process."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    device = (
+        torch.device("cuda", slot % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    config = job.config
+    lines = _Lines(sys.stdout)
+    console = Console(config.steps, print_every=config.log.print_every, label=job.label, stream=lines)  # type: ignore[arg-type]
+    try:
+        result = Trainer(config, World(device=device), console).run()
+        outcome.send({name: getattr(result, name) for name in FACTS})
+    except (UserError, TrainingError) as error:
+        outcome.send(error)
+    except KeyboardInterrupt:  # the parent got it too, and says so
+        sys.exit(130)
+
+
+def _stop_with_parent() -> None:
+    """If the parent dies, save and stop: nobody would take the result."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Lines:
+    """Standard output that is no terminal: progress bars of several runs would overwrite one another."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return False

@@ -1,0 +1,95 @@
+"""What is read from two curves: trends, decay, tokens to the same loss, norms, spikes; numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fp8train.report.run_record import TRAIN_KEYS, Table
+from fp8train.report.trajectory import (
+    decay_gap,
+    gap_slope,
+    grad_norm_ratio,
+    spikes,
+    steady,
+    tokens_to_loss,
+    warmup_rows,
+)
+
+ROWS = 400
+STEPS = np.arange(1, ROWS + 1)
+FALL = 2.0 + 3.0 / np.sqrt(STEPS)
+
+
+def curve(loss: np.ndarray, **columns: np.ndarray) -> Table:
+    steps = np.arange(1, len(loss) + 1)
+    known = {key: np.ones(len(loss)) for key in TRAIN_KEYS} | {"loss": loss, "tokens_seen": 1000.0 * steps}
+    return Table(steps=steps, columns=known | columns)
+
+
+def test_slope_is_that_of_the_last_half() -> None:
+    gap = np.where(STEPS <= 200, 5.0, 0.1 + 0.002 * (STEPS - 200))  # percent; 2 % per 1000 steps
+    found = gap_slope(curve(FALL), curve(FALL * (1 + gap / 100)))
+    assert found["percent_per_1000_steps"] == pytest.approx(2.0)
+    assert found["percent_over_half"] == pytest.approx(0.002 * 199)
+    assert gap_slope(curve(FALL[:2]), curve(FALL[:2]))["percent_per_1000_steps"] is None
+
+
+def test_gap_in_the_decay_is_held_against_the_gap_before_it() -> None:
+    lr = np.interp(STEPS, [1, 20, 300, 400], [0.0, 1.0, 1.0, 0.0])  # warm-up, stable, decay
+    gap = np.where(STEPS < 18, 9.0, np.where(STEPS <= 310, 0.1, 0.5))
+    found = decay_gap(curve(FALL, lr=lr), curve(FALL * (1 + gap / 100), lr=lr))
+    assert found["from_step"] == 311, "the last step at 90 % of the peak is 310"
+    assert (found["before_percent"], found["inside_percent"]) == pytest.approx((0.1, 0.5))
+    assert found["change_percent"] == pytest.approx(0.4)
+
+
+def test_constant_learning_rate_has_no_decay() -> None:
+    assert decay_gap(curve(FALL), curve(FALL))["inside_percent"] is None
+
+
+def test_run_that_needs_more_tokens_has_that_ratio() -> None:
+    slow = 2.0 + 3.0 / np.sqrt(STEPS / 1.25)  # reaches at 1.25 n what the other reaches at n
+    found = tokens_to_loss(curve(FALL), curve(slow))
+    # windows of 5 % of the run average over a falling curve of another steepness: below 1 %
+    assert found["common"]["ratio"] == pytest.approx(1.25, rel=0.01)
+    assert [target["share"] for target in found["targets"]] == [0.5, 0.75, 0.9]
+    assert found["targets"][0]["ratio"] == pytest.approx(1.25, rel=0.015)
+    assert found["targets"][2]["ratio"] is None, "0.9 * 1.25 is beyond its end"
+    assert tokens_to_loss(curve(slow), curve(FALL))["common"]["ratio"] == pytest.approx(0.8, rel=0.01)
+
+
+def test_equal_runs_need_equal_tokens_and_a_run_without_loss_has_none() -> None:
+    assert tokens_to_loss(curve(FALL), curve(FALL))["common"]["ratio"] == 1.0
+    nothing = tokens_to_loss(curve(FALL), curve(np.full(ROWS, math.nan)))
+    assert nothing["common"]["ratio"] is None and nothing["targets"] == []
+
+
+def test_norm_ratio_is_the_median_after_warm_up() -> None:
+    base, other = np.full(ROWS, 2.0), np.full(ROWS, 3.0)
+    other[:20] = 100.0
+    assert grad_norm_ratio(curve(FALL, grad_norm=base), curve(FALL, grad_norm=other)) == 1.5
+
+
+def test_spikes_are_counted_once_each_and_noise_is_none() -> None:
+    noise = FALL + 0.02 * np.random.default_rng(0).standard_normal(ROWS)
+    assert spikes(curve(noise)) == 0
+    spiked = noise.copy()
+    spiked[[150, 151, 300]] += 1.0  # two steps in a row are one
+    spiked[200] -= 1.0  # downwards is none
+    assert spikes(curve(spiked)) == 2
+    assert spikes(curve(spiked[:40])) == 0, "too short to know what is usual"
+
+
+def test_spikes_of_a_long_run_are_found_in_every_part() -> None:
+    loss = 2.0 + 0.02 * np.random.default_rng(1).standard_normal(20_000)
+    loss[[5_000, 12_000, 19_000]] += 2.0
+    assert spikes(curve(loss)) == 3
+
+
+@pytest.mark.parametrize(("rows", "skipped"), [(3, 0), (4, 1), (100, 5), (10_000, 20)])
+def test_warm_up_is_a_twentieth_within_limits(rows: int, skipped: int) -> None:
+    assert warmup_rows(rows) == skipped
+    assert len(steady(curve(np.ones(rows)), "loss")) == rows - skipped
