@@ -15,9 +15,10 @@ from tests.shapes import matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # interpreted: sums of at most 128 + K/128 FP32 roundings, 1e-7 squared; on a GPU the tensor core keeps about 14 bits of
-# a partial sum, (2^-14)^2 / 12 and some; BF16 output: rounding errors of at most 2^-9, (2^-9)^2 / 3 = 1.3e-6
+# a partial sum, (2^-14)^2 / 12 and some; BF16 output: 1.4e-6 from rounding, of at most 2^-8 each
 FP32_CALC_DIFF = 1e-12 if DEVICE == "cpu" else 1e-7
 BF16_CALC_DIFF = 5e-6
+FEW = 64  # of fewer numbers than this calc_diff is no mean: one alone may round by 2^-8, 7.6e-6; each has its own bound
 
 
 def quantized(rows: int, cols: int, spec: str, seed: int) -> QTensor:
@@ -65,7 +66,8 @@ def assert_product(y: Tensor, a: QTensor, b: QTensor, plus: Tensor | None = None
         expected, size = expected + plus.double(), size + plus.double().abs()
     low = y.dtype is torch.bfloat16
     limit = BF16_CALC_DIFF if low else FP32_CALC_DIFF
-    assert calc_diff(y.cpu(), expected.cpu()) < limit, what
+    if y.numel() >= FEW:
+        assert calc_diff(y.cpu(), expected.cpu()) < limit, what
     # worst case: 128 roundings of 2^-24 within a block, one per block, some in the epilogue; BF16 output 2^-9
     roundings = (130 + a.shape[1] / 128 + 4) * 2.0**-24 if DEVICE == "cpu" else 2.0**-12
     bound = roundings * size + (2.0**-8 * expected.abs() if low else 0)

@@ -3,7 +3,7 @@
 python -m tests.kernels.sm90 --check    every case compiles, without spills, with the instructions it must have
 python -m tests.kernels.sm90 --write    the same, and the table in kernels/README.md is written anew
 python -m tests.kernels.sm90 --json     the figures, for test_compile_sm90.py
-    python -m tests.kernels.sm90 --others   the plain GEMMs compile to FP8 tensor-core instructions for sm_89 and sm_100
+python -m tests.kernels.sm90 --others   the plain GEMMs compile to FP8 tensor-core instructions for sm_89 and sm_100
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from tests.kernels.products import (  # noqa: E402
     planted,
     quantized,
 )
+from tests.shapes import matrix  # noqa: E402
 
 WEIGHT = "e4m3 128x128"
 variants = pytest.mark.parametrize("config", ["pointer_64x64_s3", "tma_128x128_s4", "ws_128x128_s4"])
@@ -42,7 +43,7 @@ def run(a: QTensor, b: QTensor, **options: object) -> Tensor:
 def test_product_equals_fp64_on_drawn_shapes(config: str, batch: int) -> None:
     for number, (M, N, K) in enumerate(drawn_shapes(16, seed=100 * batch + len(config))):
         a, b = operands(M, N, K, seed=number, scale=("pow2", "fp32")[number % 2])
-        bias = torch.randn(N, device=DEVICE) if number % 3 == 0 else None
+        bias = matrix(1, N, seed=number)[0].to(DEVICE) if number % 3 == 0 else None
         dtype = torch.bfloat16 if number % 4 < 2 else torch.float32
         y = run(a, b, config=config, bias=bias, out_dtype=dtype)
         assert y.shape == (M, N) and y.dtype is dtype
@@ -118,7 +119,7 @@ def test_formats_may_differ(left: str, right: str) -> None:
 @pytest.mark.parametrize(("M", "N", "K"), [(0, 5, 128), (5, 0, 128), (5, 6, 0), (0, 0, 0)])
 def test_empty_sizes(M: int, N: int, K: int) -> None:
     a, b = quantized(M, K, "e4m3 1x128", 1), quantized(N, K, WEIGHT, 2)
-    bias = torch.randn(N, device=DEVICE)
+    bias = matrix(1, N)[0].to(DEVICE)
     assert torch.equal(run(a, b, out_dtype=torch.float32), torch.zeros(M, N, device=DEVICE))
     assert torch.equal(run(a, b, bias=bias, out_dtype=torch.float32), bias.expand(M, N))
 

@@ -18,6 +18,7 @@ from tests.kernels.products import (  # noqa: E402
     planted,
     quantized,
 )
+from tests.shapes import matrix  # noqa: E402
 
 SPEC = "e4m3 1x128"
 variants = pytest.mark.parametrize("config", ["pointer_64x64_s3", "tma_128x128_s4", "ws_128x128_s4"])
@@ -40,7 +41,7 @@ def run(a: QTensor, b: QTensor, **options: object) -> Tensor:
 def test_product_equals_fp64_on_drawn_shapes(config: str, batch: int) -> None:
     for number, (M, N, K) in enumerate(drawn_shapes(16, seed=100 * batch + 50 + len(config))):
         a, b = operands(M, N, K, seed=number, scale=("pow2", "fp32")[number % 2])
-        before = torch.randn(M, N, device=DEVICE) if number % 3 == 0 else None
+        before = matrix(M, N, seed=number).to(DEVICE) if number % 3 == 0 else None
         out = None if before is None else before.clone()
         y = run(a, b, config=config, out=out, accumulate=out is not None)
         assert y.shape == (M, N) and y.dtype is torch.float32
@@ -67,7 +68,7 @@ def test_accumulating_adds_in_fp32_to_the_gradient_and_nothing_beside_it(config:
     a, b = operands(70, 40, 144)
     frame = torch.full((72, 48), 7.0, device=DEVICE)
     out = frame[1:71, :40]
-    before = torch.randn(70, 40, device=DEVICE)
+    before = matrix(70, 40).to(DEVICE)
     out.copy_(before)
     assert run(a, b, config=config, out=out, accumulate=True) is out
     assert torch.equal(out, before + run(a, b, config=config))
