@@ -5,6 +5,7 @@ A sink that fails is announced in one line and dropped; training goes on. wandb 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from fp8train.errors import CheckpointError
 
 Row = Mapping[str, Any]
 Warn = Callable[[str], None]
@@ -197,23 +200,46 @@ def to_json_line(row: Row) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Rows of a metrics.jsonl; a last line that a crash cut short is left out.
+
+    Raises:
+        CheckpointError: another line is damaged; names its number.
+    """
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or "step" not in row:
+                        raise ValueError(f"got {type(row).__name__} without a step")
+                    rows.append(row)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: line {len(rows) + 1} is damaged ({error}); needs one JSON object with its step. Delete the line."
+        ) from error
     return rows
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the rows up to `step`, as if the run had never gone further; no file is no rows."""
+    """Keep the rows up to `step`, as if the run had never gone further; no file is no rows.
+
+    Raises:
+        CheckpointError: a line is damaged, or the disk is full; the file is as it was.
+    """
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(to_json_line(row) for row in kept), encoding="utf-8")
-    os.replace(fresh, path)
+    try:
+        fresh.write_text("".join(to_json_line(row) for row in kept), encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
+            fresh.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
+        ) from error
 
 
 def _strict(value: Any) -> tuple[Any, bool]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fp8train.data.corpus import Corpus
+from fp8train.errors import DataError
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -41,7 +42,11 @@ class PackedDocuments:
         return max(0, (self.tokens - 1) // seq_len)
 
     def read(self, position: int, count: int) -> Sample:
-        """Tokens position .. position + count - 1 of the stream."""
+        """Tokens position .. position + count - 1 of the stream.
+
+        Raises:
+            DataError: an id beyond those that the shards are said to hold: their file was damaged.
+        """
         corpus, order, ends = self._corpus, self._order, self._ends
         tokens = np.empty(count, dtype=np.int64)
         document_ids = np.empty(count, dtype=np.int32)
@@ -57,6 +62,12 @@ class PackedDocuments:
             filled += take
             place += 1
             number += 1
+        largest = int(tokens.max())
+        if corpus.max_token_id is not None and largest > corpus.max_token_id:  # an embedding would not say where from
+            raise DataError(
+                f"data.path: {corpus.name} has the token id {largest}, index.json says at most {corpus.max_token_id} "
+                "(damaged). Find the file with data.verify=true, delete it and index.json, and prepare again."
+            )
         return Sample(tokens=tokens, document_ids=document_ids)
 
 

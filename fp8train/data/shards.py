@@ -9,10 +9,11 @@ tokenizer/        copy of the tokenizer (none for bytes)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def write_shard(
     largest = 0
     waiting = bytearray()
     temporary = _temporary(folder / f"{name}.bin")
-    with temporary.open("wb") as file:
+    with _gone_after_error(temporary), temporary.open("wb") as file:
         for digest, tokens in documents:
             lengths.append(len(tokens))
             hashes.append(digest)
@@ -117,7 +118,7 @@ def write_index(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that its name never stands for half of it."""
     temporary = _temporary(path)
-    with temporary.open("wb") as file:
+    with _gone_after_error(temporary), temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -249,6 +250,16 @@ def _compare_blocks(file: Path, tokens: np.ndarray, checksums: list[int], block_
                 f"data.path: {file} differs from its checksum in block {block} (damaged or foreign). Delete it and "
                 "index.json and prepare again."
             )
+
+
+@contextlib.contextmanager
+def _gone_after_error(temporary: Path) -> Iterator[None]:
+    """Half a file, such as a full disk leaves, is removed; its space may be what the next attempt needs."""
+    try:
+        yield
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _temporary(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -185,6 +186,8 @@ def write_file(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8")
         os.replace(fresh, path)
     except OSError as error:
+        with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
+            fresh.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
         ) from error

@@ -68,6 +68,22 @@ def test_checksums_cover_every_block(
         build_dataset(DataConfig(kind="tokens", path=str(tmp_path / "out"), verify=True), 32, 1)
 
 
+def test_id_in_a_damaged_middle_block_does_not_reach_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path, tmp_path: Path
+) -> None:
+    """The quick check leaves the middle out; reading an id that was never written is refused with a remedy."""
+    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 4096)
+    prepare(PrepareConfig(out=str(tmp_path / "out"), workers=1, data=DataConfig(kind="text", path=str(text_file))))
+    data = tmp_path / "out" / "shard_00000.bin"
+    content = bytearray(data.read_bytes())
+    content[4096 : len(content) - 4096] = b"\xff" * (len(content) - 8192)
+    data.write_bytes(content)
+    dataset = build_dataset(DataConfig(kind="tokens", path=str(tmp_path / "out")), 32, 1)
+    with pytest.raises(DataError, match="token id 65535, index.json says at most 256.*data.verify=true"):
+        for index in range(dataset.samples_per_epoch):  # type: ignore[attr-defined]
+            dataset.sample(index)
+
+
 def truncate(name: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (folder / name).write_bytes((folder / name).read_bytes()[:-2])

@@ -1,0 +1,224 @@
+"""What a user can get wrong, through the commands: exit status 2, one line with the remedy, nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fp8train import export, prepare, train
+from fp8train.errors import exit_code
+from fp8train.metrics import METRICS_FILE
+from fp8train.models import ModelConfig, build_model, initialize, save_hf
+from tests.tiny_run import tiny_arguments, tiny_train
+
+RULES = """
+version: 1
+precisions:
+  fp8:
+    fprop: {x: e4m3 1x128, w: e4m3 128x128}
+    dgrad: {dy: e4m3 1x128, w: e4m3 128x128}
+    wgrad: {dy: e4m3 1x128, x: e4m3 1x128}
+    scale: pow2
+rules:
+"""
+
+Prepared = Callable[[Path], list[str]]
+
+
+def recipe_of(*rules: str) -> Prepared:
+    """A recipe with these rules."""
+
+    def prepared(folder: Path) -> list[str]:
+        (folder / "own.yaml").write_text(RULES + "".join(f"  - {rule}\n" for rule in rules), encoding="utf-8")
+        return [f"recipe={folder / 'own.yaml'}"]
+
+    return prepared
+
+
+def data_of(content: bytes | None, *more: str) -> Prepared:
+    """A text file with this content, or none."""
+
+    def prepared(folder: Path) -> list[str]:
+        if content is not None:
+            (folder / "given.txt").write_bytes(content)
+        return [f"data.path={folder / 'given.txt'}", *more]
+
+    return prepared
+
+
+def given(*arguments: str) -> Prepared:
+    return lambda folder: list(arguments)
+
+
+def foreign_checkpoint(folder: Path) -> list[str]:
+    """A folder that another program wrote."""
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "model.safetensors").write_bytes(b"x" * 100)
+    return [f"resume={folder / 'foreign'}"]
+
+
+def cut_off_model(folder: Path) -> list[str]:
+    """A Hugging Face folder whose weights end too early."""
+    config = ModelConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=1, num_kv_heads=1, max_seq_len=64
+    )
+    model = build_model(config)
+    initialize(model, 1)
+    save_hf(model.state_dict(), config, folder / "hf", "float32", None)
+    weights = folder / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return ["model=hf", f"model.init_from={folder / 'hf'}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(given("optim.lrr=1"), "unknown key 'optim.lrr'; nearest: optim.lr", id="unknown nested key"),
+        pytest.param(given("steps=abc"), "steps: .*'abc'.*needs int", id="wrong type"),
+        pytest.param(
+            recipe_of("{match: '*layrs.*', use: fp8}", "{match: '*', use: bf16}"),
+            r"rule 1 '\*layrs\.\*' matches none of the 8 linears.*Closest.*Correct the rule",
+            id="rule that matches nothing",
+        ),
+        pytest.param(
+            recipe_of("{match: '*layers.*', use: fp8}"), "linear 'lm_head' has no rule.*End the rules", id="no rule"
+        ),
+        pytest.param(
+            given("backend=triton"),
+            "triton cannot be used.*Use backend=auto",
+            id="triton without a GPU",
+            marks=pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU"),
+        ),
+        pytest.param(data_of(None), "given.txt does not exist.*Correct the path", id="missing data"),
+        pytest.param(data_of(b""), "given.txt is empty; needs text", id="empty data"),
+        pytest.param(data_of(b"good \xff\xfe bad" * 900), r"not UTF-8 at byte 5 \(0xff\).*iconv", id="not UTF-8"),
+        pytest.param(data_of(b"hello"), "got 6 tokens.*needs at least 130.*Give more text", id="too little data"),
+        pytest.param(given("model.vocab_size=200"), "token id 256 .*model.vocab_size=257", id="id beyond vocabulary"),
+        pytest.param(given("micro_batch_samples=3"), "needs a divisor of the 8 sequences", id="micro-batch"),
+        pytest.param(foreign_checkpoint, "has no COMPLETE file.*Take another", id="foreign checkpoint"),
+        pytest.param(cut_off_model, "model.safetensors: damaged or cut off.*Fetch", id="init_from cut off"),
+        pytest.param(given("model=hf"), "model: no size is given.*model.init_from=DIR", id="hf without a folder"),
+        pytest.param(given("run_dir="), "run_dir: got an empty text; needs a folder", id="empty run_dir"),
+    ],
+)
+def test_mistake_is_one_line_and_leaves_no_folder(
+    arguments: Prepared, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    base = tiny_arguments(tmp_path)
+    extra = arguments(tmp_path)
+    if "model=hf" in extra:
+        base = [argument for argument in base if not argument.startswith("model.")]
+    assert exit_code(train.main, [*base, *extra]) == 2
+    assert_one_line(capsys, message)
+    assert not (tmp_path / "run").exists()
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_port_in_use_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        assert exit_code(train.main, [*tiny_arguments(tmp_path), "parallel.timeout_seconds=5"]) == 2
+    assert_one_line(capsys, rf"port {port} \(MASTER_PORT\) is in use; needs a free one.*--standalone")
+    assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """write(2) fails in the middle of a file, as on a full disk: no file may grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+class TestDiskThatFillsUp:
+    def test_while_a_run_saves(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The checkpoint before stays, nothing half-written does, and the same command then goes on to the end."""
+        arguments = tiny_arguments(tmp_path, "checkpoint.every=3")
+        tiny_train(tmp_path, "steps=3")
+        with files_of_at_most(100_000):
+            assert exit_code(train.main, arguments) == 2
+        assert_one_line(capsys, "step_00000006: cannot be written: File too large.*make room")
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000003"]
+        assert not temporary_files(tmp_path)
+        assert exit_code(train.main, arguments) == 0
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["finished"]
+
+    def test_while_a_run_begins(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = tiny_arguments(tmp_path)
+        with files_of_at_most(1000):
+            assert exit_code(train.main, arguments) == 2
+        assert_one_line(capsys, "cannot be written .File too large.; needs a writable run_dir with space")
+        assert not temporary_files(tmp_path)
+
+    def test_while_a_resumed_run_cuts_its_metrics(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tiny_train(tmp_path, "steps=3")
+        metrics = tmp_path / "run" / METRICS_FILE
+        padding = json.dumps({"step": 1, "padding": "x" * 200_000})
+        metrics.write_text(metrics.read_text() + padding + "\n")
+        before = metrics.read_bytes()
+        with files_of_at_most(100_000):
+            assert exit_code(train.main, tiny_arguments(tmp_path)) == 2
+        assert_one_line(capsys, "metrics.jsonl: cannot be written .File too large.")
+        assert metrics.read_bytes() == before
+        assert not temporary_files(tmp_path)
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_while_shards_are_written(self, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "long.txt").write_text("many words\n" * 20_000)
+        call = ["data=text", f"data.path={tmp_path}/*.txt", f"out={tmp_path / 'out'}", f"workers={workers}"]
+        call += ["shard_bytes=100000"]
+        with files_of_at_most(50_000):
+            assert exit_code(prepare.main, call) == 2
+        assert_one_line(capsys, "out: .*out cannot be written .File too large..*Free space")
+        assert not temporary_files(tmp_path)
+        assert not (tmp_path / "out" / "index.json").exists()
+        assert exit_code(prepare.main, call) == 0
+
+    def test_while_a_model_is_exported(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = tiny_train(tmp_path, "steps=1").run_dir
+        with files_of_at_most(100_000):
+            assert exit_code(export.main, [f"checkpoint={run}", f"out={tmp_path / 'hf'}"]) == 2
+        assert_one_line(capsys, "hf: cannot be written.*Free space")
+        assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
+
+
+def test_damaged_metrics_are_one_line_that_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_train(tmp_path, "steps=2")
+    metrics = tmp_path / "run" / METRICS_FILE
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([lines[0], '{"step": 2, "lo\n', *lines[1:]]))
+    assert exit_code(train.main, tiny_arguments(tmp_path)) == 2
+    assert_one_line(capsys, "metrics.jsonl: line 2 is damaged.*Delete the line")
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    """stderr is one line, of that form."""
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith("fp8train: error: ") and error.count("\n") == 1, error
+
+
+def temporary_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
