@@ -115,7 +115,7 @@ class TestLoadConfig:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            pytest.param(["global_batch_tokens=1000"], "multiple of seq_len x ranks = 256 x 1.*=1024", id="batch"),
+            pytest.param(["global_batch_tokens=1000"], "multiple of seq_len x ranks = 128 x 1.*=1024", id="batch"),
             pytest.param(["micro_batch_samples=3"], "divisor of the 8 sequences.*1, 2, 4, 8", id="micro-batch"),
             pytest.param(["seq_len=512"], "seq_len: got 512, the model takes at most 256", id="seq_len"),
             pytest.param(["optim.warmup_steps=300"], "got 300; needs fewer than steps=300", id="warmup"),
@@ -129,7 +129,7 @@ class TestLoadConfig:
             load_config(overrides)
 
     def test_batch_must_divide_over_the_ranks(self):
-        config = load_config(["global_batch_tokens=768"])
+        config = load_config(["seq_len=256", "global_batch_tokens=768"])
         config.check(world_size=3)
         with pytest.raises(ConfigError, match="256 x 2 = 512. Nearest: global_batch_tokens=1024"):
             config.check(world_size=2)
@@ -142,7 +142,7 @@ class TestLoadConfig:
             assert config.global_batch_samples % (config.micro_batch(world_size) * world_size) == 0
 
     def test_micro_batch_is_the_largest_divisor_within_the_limit(self):
-        config = load_config(["global_batch_tokens=51200"])  # 200 sequences; 64 of 256 tokens fit 16384
+        config = load_config(["seq_len=256", "global_batch_tokens=51200"])  # 200 sequences; 64 of 256 tokens fit 16384
         assert config.micro_batch(1) == 50
         assert config.micro_batch(2) == 50
         assert load_config(["global_batch_tokens=51200", "micro_batch_samples=4"]).micro_batch(1) == 4
