@@ -194,7 +194,8 @@ def save_checkpoint(
     model = unwrap(model)
     weights, tied = _untie(model.state_dict())
     names = _optimizer_names(model, optimizer)
-    moments = {f"{key}/{name}": value for name, p in names.items() for key, value in optimizer.state[p].items()}
+    # sorted: load_state_dict reorders the keys, and a resumed run should write the same bytes
+    moments = {f"{key}/{name}": value for name, p in names.items() for key, value in sorted(optimizer.state[p].items())}
     assert all(isinstance(value, Tensor) for value in moments.values()), "optimizer state that is not a tensor"
     parameters = {name: list(p.shape) for name, p in names.items()}
     sequence = 1 + max((marker.sequence for marker in _survey(folder)[0].values()), default=0)

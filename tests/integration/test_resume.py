@@ -32,6 +32,8 @@ def assert_same(one: Path, other: Path) -> None:
     left, right = tensors(one), tensors(other)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (open_checkpoint(one).path / file).read_bytes() == (open_checkpoint(other).path / file).read_bytes()
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "deepseek_v3", "bf16"])
