@@ -38,6 +38,7 @@ from fp8train.trainer.run_folder import (
     device_name,
     finished_result,
     on_main,
+    remove_empty,
     saved_evals,
     write_result,
     write_run_files,
@@ -101,15 +102,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:
-        """Inside, no other process can train in the folder; a folder made for a refused run goes again."""
-        made = self.world.main and not self.run_dir.exists()
+        """Inside, no other process can train in the folder; folders made for a refused run go again."""
+        made = [path for path in (self.run_dir, *self.run_dir.parents) if self.world.main and not path.exists()]
         try:
             with contextlib.ExitStack() as stack:
                 on_main(self.world, lambda: stack.enter_context(lock_run_folder(self.run_dir)))
                 yield
         except UserError:
-            if made and self.run_dir.is_dir() and not any(self.run_dir.iterdir()):
-                self.run_dir.rmdir()
+            remove_empty(made)
             raise
 
     def _build(self) -> None:

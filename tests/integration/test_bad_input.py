@@ -114,13 +114,13 @@ def test_mistake_is_one_line_and_leaves_no_folder(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    base = tiny_arguments(tmp_path)
+    base = tiny_arguments(tmp_path, run="made/for/it")
     extra = arguments(tmp_path)
     if "model=hf" in extra:
         base = [argument for argument in base if not argument.startswith("model.")]
     assert exit_code(train.main, [*base, *extra]) == 2
     assert_one_line(capsys, message)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "made").exists()
     assert not any((tmp_path / "here").iterdir())
 
 
