@@ -6,44 +6,32 @@ Text stays text (it takes the page's font and can be selected); long runs are th
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fp8train.report.svg import GRID, INK, MUTED, PAPER, SERIES, TEXT_SIZE, style, to_inline
 
 WIDTH = 920  # SVG units; one unit is one CSS pixel on a wide screen
 LEFT, RIGHT = 72, 150  # margins for tick labels and for the direct labels at the curves' ends
 TOP, BOTTOM = 34, 30  # margins for the axis name and for the steps
 POINTS = 1200  # vertices of a thinned curve: more than the pixels that it covers
 LABEL_GAP = 16  # least distance between two direct labels, in SVG units
-TEXT_SIZE = 12.5
-
-# Colours exist only as placeholders while matplotlib draws; `_to_inline` replaces them by CSS variables.
-INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-SERIES = tuple(f"#0a0a{index:02x}" for index in range(6))
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
-    color: f"--series-{index}" for index, color in enumerate(SERIES)
-}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Curve:
     """One line of a chart.
 
-    label: direct label at its end. slot: number of its colour. steps, values: [n], NaN where there is none.
+    label: direct label at its end. slot: number of its colour. steps, values: [n], NaN where there is none; steps may
+    be another quantity that rises.
     faint: drawn behind, as a thin line; as the range from lowest to highest where it has many points. markers: only
     points, no line. dashed: for a constant.
-    wide: a broad pale line, which stays visible beneath another.
+    wide: a broad pale line, which stays visible beneath another. band: lowest and highest value at each step, shaded.
     """
 
     label: str
@@ -54,6 +42,7 @@ class Curve:
     markers: bool = False
     dashed: bool = False
     wide: bool = False
+    band: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -73,6 +62,7 @@ def line_chart(
     title: str,
     y_label: str,
     x_label: str = "step",
+    x_integer: bool = True,
     height: int = 320,
     y_range: tuple[float, float] | None = None,
     band: tuple[float, float, str] | None = None,
@@ -84,13 +74,14 @@ def line_chart(
         name: prefix of the element ids, unique on the page.
         title: text alternative: what the chart shows, with its main number.
         y_label: quantity and unit, written above the axis.
+        x_integer: ticks at whole numbers only.
         band: (low, high, words): a range of values to read the curves against, shaded; with it a line at zero is drawn.
         y_range: what the axis spans; None fits it to the values.
 
     Returns:
         str: one <svg> element.
     """
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         axes = _axes(figure, height)
         for curve in curves:
@@ -102,8 +93,8 @@ def line_chart(
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         if y_format is not None:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: y_format(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=x_integer, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if x_integer else f"{value:,g}"))
         axes.annotate(
             y_label,
             (0, 1),
@@ -123,13 +114,13 @@ def line_chart(
             va="baseline",
         )
         _label_ends(axes, curves, band, height)
-        return _to_inline(figure, name, title)
+        return to_inline(figure, name, title)
 
 
 def bar_chart(rows: Sequence[Bars], *, name: str, title: str, total: float, row_height: int = 34) -> str:
     """Horizontal stacked bars on one common scale from 0 to `total`, with their numbers written inside."""
     height = row_height * len(rows) + 8
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         left = 150
         axes = figure.add_axes((left / WIDTH, 0, (WIDTH - left) / WIDTH, 1))
@@ -162,7 +153,7 @@ def bar_chart(rows: Sequence[Bars], *, name: str, title: str, total: float, row_
                 ha="right",
                 va="center_baseline",
             )
-        return _to_inline(figure, name, title)
+        return to_inline(figure, name, title)
 
 
 def thin(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -200,6 +191,17 @@ def envelope(
     ]
     at, low, high = zip(*rows, strict=True) if rows else ((), (), ())
     return np.array(at), np.array(low), np.array(high)
+
+
+def band_outline(
+    steps: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int = POINTS // 2
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A band with fewer vertices that still covers all of it: as it is where there are no more than `bins`."""
+    if len(steps) <= bins:
+        return steps, low, high
+    at, lowest, _ = envelope(steps, low, bins)
+    _, _, highest = envelope(steps, high, bins)
+    return at, lowest, highest
 
 
 def spread_labels(wanted: Sequence[float], gap: float) -> list[float]:
@@ -243,6 +245,9 @@ def _draw(axes: Axes, curve: Curve) -> None:
             clip_on=False,
         )
         return
+    if curve.band is not None:
+        at, low, high = band_outline(curve.steps, *curve.band)
+        axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0, zorder=1.6)
     if curve.faint and len(curve.steps) > POINTS:
         at, low, high = envelope(curve.steps, curve.values)
         axes.fill_between(at, low, high, color=color, alpha=0.22, linewidth=0, zorder=1.8)
@@ -281,7 +286,8 @@ def _frame(axes: Axes, curves: Sequence[Curve], y_range: tuple[float, float] | N
     steps = np.concatenate([curve.steps for curve in curves if len(curve.steps)] or [np.array([0, 1])])
     axes.set_xlim(min(0, steps.min()), max(steps.max(), 1))
     if y_range is None:
-        values = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in curves] or [np.array([])])
+        parts = [part for curve in curves for part in (curve.values, *(curve.band or ()))]
+        values = np.concatenate([part[np.isfinite(part)] for part in parts] or [np.array([])])
         low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         y_range = (low - margin, high + margin)
@@ -312,54 +318,6 @@ def _label_ends(axes: Axes, curves: Sequence[Curve], band: tuple[float, float, s
             fontweight=weight,
             annotation_clip=False,
         )
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "fp8train",  # ids without chance: the same numbers give the same file
-        "font.family": "sans-serif",
-        "font.size": TEXT_SIZE,
-        "path.simplify": False,
-        "axes.unicode_minus": True,
-    }
-    with matplotlib.rc_context(settings):
-        yield
-
-
-def _to_inline(figure: Figure, name: str, title: str) -> str:
-    """The figure as one <svg> element: no fixed size, the page's font, CSS variables for colours, ids of its own."""
-    figure.patch.set_alpha(0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # one property, `font`, before matplotlib 3.10
-    text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+)px [^;\"]*", r"font-size: \2px; font-weight: \1", text)
-    text = re.sub(r"font-family: [^;\"]*;\s*", "", text).replace("font-weight: ;", "")
-    text = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", text)
-    # matplotlib's style sheet holds a rule for `*`, which would reach the whole page
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    # the figure's transparent background
-    text = re.sub(r"<g id=\"patch_1\">.*?</g>\s*", "", text, count=1, flags=re.DOTALL)
-    for color, variable in VARIABLES.items():
-        text = text.replace(color, f"var({variable})")
-    text = re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[1]}{name}-", text)
-    head = re.match(r"<svg[^>]*>", text)
-    view = re.search(r'viewBox="[^"]*"', text)
-    assert head is not None and view is not None
-    label = html.escape(title, quote=True)
-    opening = f'<svg {view[0]} class="chart" role="img" aria-label="{label}" stroke-linejoin="round">'
-    return opening + _shorter(text[head.end() :].strip())
-
-
-def _shorter(text: str) -> str:
-    """Coordinates with two decimals (a hundredth of a pixel) instead of six."""
-    return re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), text)
 
 
 def nice_range(values: Sequence[np.ndarray], *, least: float) -> tuple[float, float]:

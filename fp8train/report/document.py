@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.report import page
+from fp8train.report.conclusion import interval_text
+from fp8train.report.costs import memory_section, speed_section
+from fp8train.report.gaps import gap_section
+from fp8train.report.layers import layers_section
 from fp8train.report.page import code, typeset
-from fp8train.report.results import loss_section, memory_section, speed_section
+from fp8train.report.results import loss_section
 from fp8train.report.run_record import Arms, RunRecord, first_run
 from fp8train.report.setup import configuration_section, coverage_section, environment_section, method
+from fp8train.report.verdict import mean
 from fp8train.units import bytes_text, count_text, percent_text, ratio_text, short_count_text, signed_text
 
 
@@ -32,8 +37,10 @@ def build_report(verdict: Mapping[str, Any], arms: Arms) -> str:
     """
     sections = {
         "loss": ("Loss", loss_section(verdict, arms)),
+        "gap": ("Gap", gap_section(verdict)),
         "speed": ("Speed", speed_section(verdict, arms)),
         "memory": ("Memory", memory_section(verdict, arms)),
+        "layers": ("Worst layers", layers_section(verdict, arms)),
         "coverage": ("FP8 coverage", coverage_section(verdict, arms)),
         "configuration": ("Configuration", configuration_section(arms)),
         "environment": ("Environment", environment_section(arms)),
@@ -61,30 +68,36 @@ def _header(verdict: Mapping[str, Any], arms: Arms) -> str:
     eyebrow = "".join(f"<span>{typeset(fact)}</span>" for fact in facts if fact and not fact.startswith("- "))
     status = f'<span class="status">{html.escape(_sentence_case(verdict["status"]))}</span>'
     reason = page.paragraph(f"{_sentence_case(verdict['reason'])}.", "lead")
+    damaged = [line for runs in arms.values() for run in runs.values() for line in run.damaged]
+    if damaged:
+        noun = "line" if len(damaged) == 1 else "lines"
+        reason += page.paragraph(f"{len(damaged)} damaged {noun} of metrics left out, the first: {damaged[0]}", "alert")
     heading = f"<h1>{typeset(verdict['sentence'])}</h1>"
+    if len(verdict["seeds"]) > 1:
+        eyebrow += f"<span>{len(verdict['seeds'])} seeds</span>"
     return f'<div class="eyebrow">{status}{eyebrow}</div>\n{heading}\n{reason}\n{_tiles(verdict)}'
 
 
 def _tiles(verdict: Mapping[str, Any]) -> str:
-    """Key figures of the first arm that is not the baseline."""
-    arm, comparison = next(iter(verdict["comparisons"].items()))
-    new, base = verdict["arms"][arm]["runs"][0], verdict["arms"][comparison["against"]]["runs"][0]
-    mean = comparison["mean"]
-    gap, error = mean["heldout_gap"], mean["relative_loss_error"]
+    """Key figures of the primary comparison."""
+    arm = verdict["primary"]
+    comparison = verdict["comparisons"][arm]
+    new, base = (mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
+    average, test = comparison["mean"], comparison["test"]
+    gap, error = average["heldout_gap"], average["relative_loss_error"]
     share = None if new["fp8_flops_share"] is None else 100 * new["fp8_flops_share"]
-    speeds = f"{count_text(new['tokens_per_second'])} against {count_text(base['tokens_per_second'])}"
+    speeds = f"{ratio_text(average['time_to_loss_ratio'])} to the same loss"
     sizes = f"{bytes_text(new['peak_memory_bytes'])} against {bytes_text(base['peak_memory_bytes'])}"
     largest, final = percent_text(error["ema_max_percent"]), percent_text(error["ema_final_percent"], signed=True)
+    detail = f"{signed_text(gap['nats'])} nats per token"
+    if test["low"] is not None:
+        detail = f"{100 * test['confidence']:.0f} % interval {interval_text(test)}"
     return page.tiles(
         [
-            (
-                "Held-out loss gap",
-                percent_text(gap["percent"], signed=True),
-                f"{signed_text(gap['nats'])} nats per token",
-            ),
+            ("Held-out loss gap", percent_text(gap["percent"], signed=True), detail),
             ("Largest relative loss error", largest, f"{final} at the end"),
-            ("Tokens per second", ratio_text(mean["tokens_per_second_ratio"]), speeds),
-            ("Peak memory", ratio_text(mean["peak_memory_ratio"]), sizes),
+            ("Tokens per second", ratio_text(average["tokens_per_second_ratio"]), speeds),
+            ("Peak memory", ratio_text(average["peak_memory_ratio"]), sizes),
             ("Ran in FP8", percent_text(share, digits=1), "of the FLOPs of all linears"),
         ]
     )

@@ -178,8 +178,8 @@ def listing(text: str) -> str:
 
 
 def typeset(text: str) -> str:
-    """Plain text as HTML: true minus and multiplication signs, and no line break between a number and its unit."""
-    text = html.escape(text, quote=False)
+    """Plain text as HTML: true signs for -, +- and x, and no line break between a number and its unit."""
+    text = html.escape(text, quote=False).replace("+-", "\u00b1")
     text = re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
     text = re.sub(r"(?<![\w.])-(?=$|\))", "\u2013", text)
     text = re.sub(r"(\d)x(?!\w)", "\\1\u00d7", text)

@@ -1,29 +1,31 @@
-"""Sections of the report about what the arms reached: loss, speed, memory. Each returns its parts as HTML."""
+"""Section of the report about the losses: curves with a band over the seeds, their difference, both in tables."""
 
 from __future__ import annotations
 
 import functools
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fp8train.report import page
-from fp8train.report.charts import Bars, Curve, bar_chart, line_chart, nice_range
-from fp8train.report.page import Column, typeset
-from fp8train.report.run_record import Arms, RunRecord, first_run
-from fp8train.report.trajectory import ema, paired
-from fp8train.report.verdict import MARGIN_PERCENT
-from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
-
-LONG_RUN_ROWS = 2000  # from here the first steps would flatten the rest of the loss curve
-TABLE_ROWS = 12
-EMULATING_BACKENDS = ("cpu", "reference")
-EMULATION_NOTE = (
-    "This backend computes the same FP8 numbers with wider instructions, because the machine has none for FP8. "
-    "The losses carry over to a GPU, the speed does not."
+from fp8train.report.arm_rows import (
+    LONG_RUN_ROWS,
+    measured_runs,
+    or_baseline,
+    pair_of,
+    run_columns,
+    run_row,
+    runs_of,
+    thinned,
 )
+from fp8train.report.charts import Curve, line_chart, nice_range
+from fp8train.report.page import Column, typeset
+from fp8train.report.run_record import Arms, Table
+from fp8train.report.trajectory import ema, paired
+from fp8train.units import count_text, loss_text, percent_text, signed_text
+
+TABLE_ROWS = 12
 
 Smooth = Mapping[str, Mapping[int, np.ndarray]]  # arm -> seed -> smoothed training loss [rows]
 
@@ -45,60 +47,87 @@ def _nonfinite_alert(entry: Mapping[str, Any]) -> str:
     return page.paragraph(text, "alert") if count else ""
 
 
+def over_seeds(tables: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Curves (steps, values) of several seeds at the steps that all of them have: steps [n], values [seeds, n]."""
+    common = functools.reduce(np.intersect1d, (steps for steps, _ in tables))
+    return common, np.array([values[np.searchsorted(steps, common)] for steps, values in tables])
+
+
+def banded(label: str, slot: int, tables: Sequence[tuple[np.ndarray, np.ndarray]], **options: Any) -> Curve:
+    """The mean over the seeds, with a band from the lowest to the highest of them where there are several."""
+    steps, values = over_seeds(tables)
+    band = (values.min(0), values.max(0)) if len(values) > 1 and not options.get("markers") else None
+    return Curve(label=label, slot=slot, steps=steps, values=values.mean(0), band=band, **options)
+
+
 def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     """Training loss of every arm, raw and smoothed, and its held-out losses."""
     curves: list[Curve] = []
-    for slot, arm, index, run in _runs(arms):
-        loss, held_out = run.train.columns["loss"], run.evals.columns["eval_loss"]
-        if len(arms[arm]) == 1:
-            curves.append(Curve(label="", slot=slot, steps=run.train.steps, values=loss, faint=True))
-        label = verdict["arms"][arm]["label"] if index == 0 else ""
-        smoothed = list(smooth[arm].values())[index]
-        curves.append(Curve(label=label, slot=slot, steps=run.train.steps, values=smoothed, wide=slot == 0))
-        curves.append(Curve(label="", slot=slot, steps=run.evals.steps, values=held_out, markers=True))
-    y_range, cut = _loss_range(curves, max(len(run.train) for *_, run in _runs(arms)))
+    for slot, (arm, runs) in enumerate(arms.items()):
+        for run in runs.values() if len(runs) == 1 else ():
+            curves.append(
+                Curve(label="", slot=slot, steps=run.train.steps, values=run.train.columns["loss"], faint=True)
+            )
+        tables = [(run.train.steps, smooth[arm][seed]) for seed, run in runs.items()]
+        curves.append(banded(verdict["arms"][arm]["label"], slot, tables, wide=slot == 0))
+        held_out = [(run.evals.steps, run.evals.columns["eval_loss"]) for run in runs.values()]
+        curves.append(banded("", slot, held_out, markers=True))
+    y_range, cut = _loss_range(curves, max(len(run.train) for *_, run in runs_of(arms)))
     title = f"Loss of each arm over the training steps. {verdict['sentence']}"
     chart = line_chart(curves, name="loss", title=title, y_label="loss, nats per token", y_range=y_range, height=380)
-    caption = (
-        "<strong>Training and held-out loss.</strong> Bold: training loss, smoothed (EMA 0.9). Behind it: every logged "
-        f"step{_thinned(arms)}. Circles: held-out loss in the arm's own precision.{cut}"
-    )
-    return page.figure(chart, caption)
+    seeds = len(verdict["seeds"])
+    behind = f"Behind it: every logged step{thinned(arms)}."
+    if seeds > 1:
+        behind = f"It is the mean of {seeds} seeds; shaded: from the lowest to the highest of them."
+    circles = f"Circles: held-out loss in the arm's own precision{', mean of the seeds' * (seeds > 1)}."
+    text = f"Bold: training loss, smoothed (EMA 0.9). {behind} {circles}{cut}"
+    return page.figure(chart, f"<strong>Training and held-out loss.</strong> {text}")
 
 
 def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     """Relative loss error of every arm against the baseline, raw and smoothed, with the held-out gaps."""
-    baseline = list(arms[verdict["baseline"]].values())
-    curves: list[Curve] = []
-    for slot, arm, index, run in _runs(arms):
+    baseline, curves = arms[verdict["baseline"]], list[Curve]()
+    for slot, (arm, runs) in enumerate(arms.items()):
         if arm == verdict["baseline"]:
             continue
-        steps, base, new = paired(baseline[index].train, run.train, "loss")
-        if len(arms[arm]) == 1:
+        pairs = [(baseline[seed], run) for seed, run in runs.items()]
+        if len(pairs) == 1:
+            steps, base, new = paired(pairs[0][0].train, pairs[0][1].train, "loss")
             curves.append(Curve(label="", slot=slot, steps=steps, values=100 * (new - base) / base, faint=True))
-        smooth = ema(base)
-        label = verdict["arms"][arm]["label"] if index == 0 else ""
-        curves.append(Curve(label=label, slot=slot, steps=steps, values=100 * (ema(new) - smooth) / smooth))
-        steps, base, new = paired(baseline[index].evals, run.evals, "eval_loss")
-        curves.append(Curve(label="", slot=slot, steps=steps, values=100 * (new - base) / base, markers=True))
-    margin = f"\u00b1{MARGIN_PERCENT}\u202f%"
+        smooth = [_relative(one.train, other.train, "loss", smoothed=True) for one, other in pairs]
+        curves.append(banded(verdict["arms"][arm]["label"], slot, smooth))
+        held_out = [_relative(one.evals, other.evals, "eval_loss", smoothed=False) for one, other in pairs]
+        curves.append(banded("", slot, held_out, markers=True))
+    limit = verdict["margin_percent"]
+    margin = f"\u00b1{limit:g}\u202f%"
+    shown = [part for curve in curves for part in (curve.values, *(curve.band or ()))]
     chart = line_chart(
         curves,
         name="difference",
         title="Loss relative to the baseline over the training steps: "
         + "; ".join(_error_words(verdict, arm) for arm in verdict["comparisons"]),
         y_label=f"loss relative to {verdict['arms'][verdict['baseline']]['label']}, %",
-        y_range=nice_range([curve.values for curve in curves], least=2 * MARGIN_PERCENT),
-        band=(-MARGIN_PERCENT, MARGIN_PERCENT, margin),
+        y_range=nice_range(shown, least=2 * limit),
+        band=(-limit, limit, margin),
         y_format=lambda value: f"{value:+.3g}".replace("-", "\u2212") if value else "0",
     )
+    several = len(verdict["seeds"]) > 1
+    behind = "shaded in its colour: from the lowest to the highest seed" if several else "behind it: step by step"
+    placebo = " The placebo shows what noise of FP8's size does by chance." if verdict["placebo"] else ""
+    reading = "" if several else ", a scale to read by, not a test"
     caption = (
         "<strong>Difference.</strong> Above zero the arm is worse than the baseline. Bold: both losses smoothed "
-        "first (EMA 0.9); behind it: step by step; "
-        f"circles: held-out loss. Shaded: {margin}, within which DeepSeek-V3 reports its FP8 runs; a scale to "
-        "read by, not a test."
+        f"first (EMA 0.9){', mean of the seeds' * several}; {behind}; circles: held-out loss. Grey: the margin of "
+        f"{margin}{reading}.{placebo}"
     )
     return page.figure(chart, caption)
+
+
+def _relative(baseline: Table, other: Table, column: str, *, smoothed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, difference in percent of the baseline)."""
+    steps, base, new = paired(baseline, other, column)
+    base, new = (ema(base), ema(new)) if smoothed else (base, new)
+    return steps, 100 * (new - base) / base
 
 
 def _loss_range(curves: Sequence[Curve], rows: int) -> tuple[tuple[float, float] | None, str]:
@@ -120,32 +149,32 @@ def _loss_range(curves: Sequence[Curve], rows: int) -> tuple[tuple[float, float]
 def _loss_table(verdict: Mapping[str, Any]) -> str:
     names = ("Held-out loss", "Gap", "Gap, %", "Held-out in BF16", "Gap, %", "Bits per byte", "Training loss (EMA 0.9)")
     rows = []
-    for arm, index, run in _arm_runs(verdict):
-        pair = _pair(verdict, arm, index)
+    for arm, index, run in measured_runs(verdict):
+        pair = pair_of(verdict, arm, index)
         gap, gap_bf16 = (pair[key] if pair else {} for key in ("heldout_gap", "heldout_gap_bf16"))
         cells = [
             loss_text(run["eval_loss"]),
-            _or_baseline(pair, signed_text(gap.get("nats"))),
-            _or_baseline(pair, percent_text(gap.get("percent"), signed=True)),
+            or_baseline(pair, signed_text(gap.get("nats"))),
+            or_baseline(pair, percent_text(gap.get("percent"), signed=True)),
             loss_text(run["eval_loss_bf16"]),
-            _or_baseline(pair, percent_text(gap_bf16.get("percent"), signed=True)),
+            or_baseline(pair, percent_text(gap_bf16.get("percent"), signed=True)),
             loss_text(run["bits_per_byte"]),
             loss_text(run["train_loss_ema"]),
             loss_text(run["train_loss"]),
         ]
-        rows.append(_row(verdict, arm, run, cells))
+        rows.append(run_row(verdict, arm, run, cells))
     caption = (
         "<strong>Loss at the end</strong>, nats per token. <em>Held-out in BF16</em> scores the same weights with BF16 "
         "arithmetic: what is left of the gap there is in the weights."
     )
-    return page.table(caption, _columns(verdict, *names, "Last step"), rows)
+    return page.table(caption, run_columns(verdict, *names, "Last step"), rows)
 
 
 def _error_table(verdict: Mapping[str, Any]) -> str:
     names = ("Last step", "Last step, EMA 0.9", "Largest, EMA 0.9", "at step", "Steps compared")
     rows = []
-    for arm, index, run in _arm_runs(verdict):
-        if pair := _pair(verdict, arm, index):
+    for arm, index, run in measured_runs(verdict):
+        if pair := pair_of(verdict, arm, index):
             error = pair["relative_loss_error"]
             cells = [
                 percent_text(error["final_percent"], signed=True),
@@ -154,9 +183,9 @@ def _error_table(verdict: Mapping[str, Any]) -> str:
                 count_text(error["ema_max_step"]),
                 count_text(error["steps"]),
             ]
-            rows.append(_row(verdict, arm, run, cells))
+            rows.append(run_row(verdict, arm, run, cells))
     caption = "<strong>Relative loss error</strong> of the training loss against the baseline."
-    return page.table(caption, _columns(verdict, *names), rows)
+    return page.table(caption, run_columns(verdict, *names), rows)
 
 
 def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
@@ -182,123 +211,7 @@ def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     return page.table("Training loss, smoothed (EMA 0.9), nats per token.", columns, rows)
 
 
-def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
-    """Throughput over the steps and its median."""
-    names = ("Tokens per second, median", "10th to 90th percentile", "Ratio", "Training time")
-    rows = []
-    for arm, index, run in _arm_runs(verdict):
-        pair = _pair(verdict, arm, index)
-        cells = [
-            count_text(run["tokens_per_second"]),
-            f"{count_text(run['tokens_per_second_p10'])} to {count_text(run['tokens_per_second_p90'])}",
-            _or_baseline(pair, ratio_text(pair.get("tokens_per_second_ratio"))),
-            seconds_text(run["train_seconds"]),
-        ]
-        rows.append(_row(verdict, arm, run, cells))
-    caption = "<strong>Speed</strong>, warm-up steps left out. The arms ran one after the other."
-    emulated = any(run["backend"] in EMULATING_BACKENDS for _, _, run in _arm_runs(verdict))
-    note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
-    return [note, _speed_figure(verdict, arms), page.table(caption, _columns(verdict, *names), rows)]
-
-
-def _speed_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
-    curves: list[Curve] = []
-    words = []
-    for slot, arm, index, run in _runs(arms):
-        speed, entry = run.train.columns["tokens_per_second"], verdict["arms"][arm]
-        curves.append(Curve(label="", slot=slot, steps=run.train.steps, values=speed, faint=True))
-        median = entry["runs"][index]["tokens_per_second"]
-        if median is not None:
-            ends, label = run.train.steps[[0, -1]], entry["label"] if index == 0 else ""
-            curves.append(Curve(label=label, slot=slot, steps=ends, values=np.full(2, median), dashed=slot > 0))
-            words.append(f"{entry['label']} {count_text(median)}")
-    finite = [curve.values[np.isfinite(curve.values)] for curve in curves]
-    highest = max((float(np.percentile(values, 99.5)) for values in finite if len(values)), default=1.0)
-    chart = line_chart(
-        curves,
-        name="speed",
-        title=f"Tokens per second over the training steps; median: {', '.join(words)}",
-        y_label="tokens per second",
-        y_range=(0, 1.12 * highest),
-        height=260,
-        y_format=count_text,
-    )
-    thin = f"Thin: each logged step{_thinned(arms)}."
-    caption = f"<strong>Throughput.</strong> {thin} Bold: the median after warm-up. The axis starts at zero."
-    return page.figure(chart, caption)
-
-
-def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
-    """Peak memory of every run, by kind where the runs tell."""
-    entries = list(_arm_runs(verdict))
-    sizes = [run["peak_memory_bytes"] for _, _, run in entries]
-    if any(size is None for size in sizes):
-        return [page.paragraph("The runs did not measure their memory.", "note")]
-    by_kind = {(arm, run["seed"]): arms[arm][run["seed"]].result.get("memory_bytes") or {} for arm, _, run in entries}
-    kinds = list(dict.fromkeys(kind for amounts in by_kind.values() for kind in amounts))
-    bars, rows = [], []
-    for arm, index, run in entries:
-        pair, size = _pair(verdict, arm, index), run["peak_memory_bytes"]
-        seed = f", seed {run['seed']}" if len(verdict["seeds"]) > 1 else ""
-        slot = list(arms).index(arm)
-        bars.append(Bars(label=verdict["arms"][arm]["label"] + seed, parts=[(size, slot, bytes_text(size))]))
-        cells = [bytes_text(size), _or_baseline(pair, ratio_text(pair.get("peak_memory_ratio")))]
-        cells += [bytes_text(by_kind[arm, run["seed"]].get(kind)) for kind in kinds]
-        rows.append(_row(verdict, arm, run, cells))
-    words = ", ".join(f"{bar.label} {bar.parts[0][2]}" for bar in bars)
-    chart = bar_chart(bars, name="memory", title=f"Peak memory: {words}", total=1.02 * max(sizes))
-    on_gpu = str(first_run(arms).result.get("device") or "cpu") != "cpu"
-    counted = "as the GPU allocator counted it"
-    if not on_gpu:
-        counted = "as the operating system counted it: interpreter, libraries and data are in it"
-    columns = _columns(verdict, "Peak", "Ratio", *(kind.replace("_", " ").capitalize() for kind in kinds))
-    table = page.table("<strong>Memory</strong> of each arm.", columns, rows)
-    return [page.figure(chart, f"<strong>Peak memory</strong> of the training process, {counted}."), table]
-
-
-def _runs(arms: Arms) -> Iterable[tuple[int, str, int, RunRecord]]:
-    """(colour slot of the arm, arm, index of the seed, run) of every run."""
-    for slot, (arm, runs) in enumerate(arms.items()):
-        for index, run in enumerate(runs.values()):
-            yield slot, arm, index, run
-
-
-def _arm_runs(verdict: Mapping[str, Any]) -> Iterable[tuple[str, int, Mapping[str, Any]]]:
-    """(arm, index of the seed, measures) of every run."""
-    return ((arm, index, run) for arm, entry in verdict["arms"].items() for index, run in enumerate(entry["runs"]))
-
-
-def _pair(verdict: Mapping[str, Any], arm: str, index: int) -> Mapping[str, Any]:
-    """The comparison of a run with the baseline; empty for the baseline itself."""
-    return verdict["comparisons"][arm]["seeds"][index] if arm in verdict["comparisons"] else {}
-
-
-def _columns(verdict: Mapping[str, Any], *names: str) -> list[Column]:
-    """Columns of a table with one row a run: arm, seed where there are several, then numbers."""
-    seeds = ["Seed"] if len(verdict["seeds"]) > 1 else []
-    return [Column(heading="Arm"), *(Column(heading=name, number=True) for name in (*seeds, *names))]
-
-
-def _row(verdict: Mapping[str, Any], arm: str, run: Mapping[str, Any], cells: Sequence[str]) -> list[str]:
-    slot = list(verdict["arms"]).index(arm)
-    name = f'<span class="swatch series-{slot % 6}"></span>{html.escape(verdict["arms"][arm]["label"])}'
-    return [
-        f'<span class="key">{name}</span>',
-        *[str(run["seed"])] * (len(verdict["seeds"]) > 1),
-        *(typeset(cell) for cell in cells),
-    ]
-
-
-def _or_baseline(pair: Mapping[str, Any], text: str) -> str:
-    return text if pair else "baseline"
-
-
 def _error_words(verdict: Mapping[str, Any], arm: str) -> str:
     error = verdict["comparisons"][arm]["mean"]["relative_loss_error"]
     largest, final = percent_text(error["ema_max_percent"]), percent_text(error["ema_final_percent"], signed=True)
     return f"{verdict['arms'][arm]['label']} largest {largest}, at the end {final}"
-
-
-def _thinned(arms: Arms) -> str:
-    longest = max(len(run.train) for *_, run in _runs(arms))
-    return f", as the range from lowest to highest ({count_text(longest)} steps)" if longest > LONG_RUN_ROWS else ""

@@ -161,6 +161,23 @@ def method() -> str:
         "(arXiv:2412.19437) smooths alike. Largest: the largest magnitude over all steps.",
         "Indicative": "One pair of runs. Two BF16 runs that differ only in rounding noise drift apart as well; without "
         "further seeds a gap of that size cannot be told from chance, whichever sign it has.",
+        "Equivalence": "The seed is the unit: its arm and its baseline share weights and tokens, and their gap is one "
+        "observation. Two one-sided t-tests at 5 % each, margin in percent of the baseline's held-out loss: "
+        "equivalent if "
+        "the 90 % interval of the mean gap lies within the margin, inferior or superior if it lies beyond, otherwise "
+        "inconclusive. Windows of one run share its trajectory and are no replicates.",
+        "Placebo": "BF16 whose GEMM operands carry unbiased noise as large as FP8's rounding. Its gap is what such "
+        "noise "
+        "does by chance; an arm is only worse than chance if its gap stands out from the placebo's.",
+        "Tokens to loss": "Both training losses are averaged over 5 % of the run; a loss is reached where the average "
+        "first is as low. Read where the baseline is after 50, 75 and 90 % of its tokens, and at the lowest loss that "
+        "both reach.",
+        "Gap in LR decay": "Mean over the steps after the last one at 90 % of the peak learning rate, against the "
+        "mean at "
+        "the peak.",
+        "Spikes": "Steps whose loss strays above the smoothed loss by more than six times what is usual over the 64 "
+        "steps "
+        "before.",
         "Tokens per second": "Median over logged steps after the warm-up (the first 5 %, at least one and at most 20).",
         "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the operations "
         "themselves while training.",

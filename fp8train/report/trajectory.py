@@ -14,7 +14,9 @@ WARMUP_FRACTION = 0.05
 MAX_WARMUP_ROWS = 20
 PEAK_SHARE = 0.9  # of the largest learning rate; below it, and after it, is the decay
 TARGETS = (0.5, 0.75, 0.9)  # of the baseline's tokens: where tokens-to-loss is read, beside the last common loss
-SMOOTHED_SHARE = 0.05  # of the run: window over which a loss counts as reached
+SMOOTHED_SPAN = 0.35  # of ln(tokens): half a window of the curve on which tokens-to-loss is read
+SMOOTHED_POINTS, SMOOTHED_ROWS = 400, 4000  # of that curve, and means of rows that it is made from
+LEAST_ROWS = 8
 SPIKE_ROWS = 64  # rows before a step that say how much its loss usually strays
 SPIKE_SPREADS = 6.0
 
@@ -132,40 +134,51 @@ def decay_gap(baseline: Table, other: Table) -> dict[str, Any]:
 def tokens_to_loss(baseline: Table, other: Table) -> dict[str, Any]:
     """How many times the baseline's tokens the other run needs to get to the same training loss.
 
-    Both curves are averaged over SMOOTHED_SHARE of the run; a loss is reached where the average first is as low, with
-    linear interpolation. `common` is read at the lowest loss that both reach, so that a run which ends above the
-    baseline is charged for it as much as one that ends below is credited.
+    The baseline's curve is smoothed by local lines over ln(tokens), the other's is that curve plus the smoothed paired
+    gap, so that the noise of the batches, which both share, does not decide where a loss is reached. `common` is read
+    at the lowest loss that both reach, so that a run which ends above the baseline is charged for it as much as one
+    that ends below is credited.
 
     Returns:
         targets: [{share of the baseline's tokens, loss, ratio (None where the other run never got there)}];
         common: the same at the last common loss; ratio None without a finite curve.
     """
-    curves = [_reached(table) for table in (baseline, other)]
-    nothing: dict[str, Any] = {"loss": None, "ratio": None}
-    if any(curve is None for curve in curves):
-        return {"targets": [], "common": nothing}
-    (base_tokens, base_loss), (new_tokens, new_loss) = (curve for curve in curves if curve is not None)
+    steps, base, new = paired(baseline, other, "loss")
+    tokens = baseline.columns["tokens_seen"][np.isin(baseline.steps, steps, assume_unique=True)]
+    keep = np.isfinite(tokens) & (tokens > 0) & (np.arange(len(tokens)) >= warmup_rows(len(tokens)))
+    if keep.sum() < LEAST_ROWS:
+        return {"targets": [], "common": {"loss": None, "ratio": None}}
+    at, curve, gap = _smoothed(np.log(tokens[keep]), base[keep], (new - base)[keep])
+    grid = np.exp(at)
+    base_loss, new_loss = np.minimum.accumulate(curve), np.minimum.accumulate(curve + gap)
     targets = []
     for share in TARGETS:
-        loss = float(np.interp(share * base_tokens[-1], base_tokens, base_loss))
-        base, new = _tokens_at(loss, base_tokens, base_loss), _tokens_at(loss, new_tokens, new_loss)
-        ratio = new / base if new is not None and base else None
-        targets.append({"share": share, "loss": loss, "ratio": ratio})
+        loss = float(np.interp(share * grid[-1], grid, base_loss))
+        targets.append({"share": share, "loss": loss, "ratio": _tokens_ratio(loss, grid, base_loss, new_loss)})
     common = max(float(base_loss[-1]), float(new_loss[-1]))
-    base, new = _tokens_at(common, base_tokens, base_loss), _tokens_at(common, new_tokens, new_loss)
-    ratio = new / base if new is not None and base else None
+    ratio = _tokens_ratio(common, grid, base_loss, new_loss)
     return {"targets": targets, "common": {"loss": common, "ratio": ratio}}
 
 
-def _reached(table: Table) -> tuple[np.ndarray, np.ndarray] | None:
-    """(tokens, lowest averaged loss so far) of a run."""
-    finite_rows = np.isfinite(table.columns["loss"]) & np.isfinite(table.columns["tokens_seen"])
-    loss, tokens = table.columns["loss"][finite_rows], table.columns["tokens_seen"][finite_rows]
-    if not len(loss):
-        return None
-    window = max(1, int(SMOOTHED_SHARE * len(loss)))
-    sums = np.concatenate([[0.0], np.cumsum(loss)])
-    return tokens[window - 1 :], np.minimum.accumulate((sums[window:] - sums[:-window]) / window)
+def _smoothed(at: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+    """Local lines through values over `at` (ascending): [points, values there, ...]; tricube weights."""
+    pieces = min(len(at), SMOOTHED_ROWS)
+    columns = [np.array([part.mean() for part in np.array_split(column, pieces)]) for column in (at, *values)]
+    x, *ys = columns
+    points = np.linspace(x[0], at[-1], SMOOTHED_POINTS)
+    # a window narrower than its rows are apart would hold none of them
+    width = np.maximum(SMOOTHED_SPAN, np.interp(points, x, np.gradient(x)) * LEAST_ROWS)
+    distance = x[None, :] - points[:, None]
+    weights = np.clip(1 - np.abs(distance / width[:, None]) ** 3, 0, None) ** 3
+    total, first, second = (np.sum(weights * distance**power, axis=1) for power in (0, 1, 2))
+    bend = total * second - first**2
+    fits = [((weights @ y) * second - (weights * distance) @ y * first) / bend for y in ys]
+    return [points, *fits]
+
+
+def _tokens_ratio(loss: float, tokens: np.ndarray, base: np.ndarray, other: np.ndarray) -> float | None:
+    first, second = _tokens_at(loss, tokens, base), _tokens_at(loss, tokens, other)
+    return None if first is None or second is None else second / first
 
 
 def _tokens_at(loss: float, tokens: np.ndarray, lowest: np.ndarray) -> float | None:

@@ -108,7 +108,7 @@ def test_every_table_has_a_caption_and_headers(outline: Outline) -> None:
 
 def test_every_chart_has_a_text_alternative_and_a_caption(outline: Outline) -> None:
     charts = outline.all("svg")
-    assert len(charts) == 5 == len(outline.all("figure")) == len(outline.all("figcaption"))
+    assert len(charts) == 6 == len(outline.all("figure")) == len(outline.all("figcaption"))
     assert all(chart["role"] == "img" and len(chart["aria-label"] or "") > 20 for chart in charts)
 
 
@@ -167,7 +167,7 @@ def test_steps_without_a_finite_loss_raise_an_alert(tmp_path: Path) -> None:
 
 def test_diverged_arm_still_gets_a_report(tmp_path: Path) -> None:
     outline = Outline(report_of(arms_of(tmp_path, losses=np.full(40, np.nan), eval_loss=np.nan)))
-    assert "cannot be held against" in outline.texts["h1"][0] and len(outline.all("svg")) == 5
+    assert "cannot be held against" in outline.texts["h1"][0] and len(outline.all("svg")) == 6
 
 
 def test_names_of_the_user_are_escaped(tmp_path: Path) -> None:
@@ -177,15 +177,52 @@ def test_names_of_the_user_are_escaped(tmp_path: Path) -> None:
     assert "<script" not in text and "&lt;script&gt;" in text and "a &amp; b" in text
 
 
-def test_many_seeds_have_a_row_each(tmp_path: Path) -> None:
-    arms: dict[str, dict[int, Any]] = {"bf16": {}, "blockwise": {}}
-    for seed in (1, 2, 3):
+def seeds_of(tmp_path: Path, count: int = 3, **gaps: list[float]) -> Arms:
+    """BF16 and arms whose held-out loss is `gaps` percent above it, one value a seed."""
+    arms: dict[str, dict[int, Any]] = {"bf16": {}} | {arm: {} for arm in gaps}
+    for seed in range(1, count + 1):
         for arm in arms:
+            loss = 2.27 * (1 + gaps.get(arm, [0.0] * count)[seed - 1] / 100)
             folder = tmp_path / arm / f"seed_{seed}"
-            arms[arm][seed] = read_run(write_run(folder, recipe=arm, seed=seed, init_hash=f"seed {seed}"))
-    outline = Outline(report_of(arms))
-    assert not outline.unbalanced and outline.texts["th"].count("Seed") == 4
+            run = write_run(folder, recipe=arm, seed=seed, eval_loss=loss, init_hash=f"seed {seed}")
+            arms[arm][seed] = read_run(run)
+    return arms
+
+
+def test_many_seeds_have_a_row_each(tmp_path: Path) -> None:
+    outline = Outline(report_of(seeds_of(tmp_path, blockwise=[0.0, 0.1, 0.2])))
+    assert not outline.unbalanced and outline.texts["th"].count("Seed") == 5
     assert sum(text.strip() == "3" for text in outline.texts["td"]) >= 4
+
+
+def test_seeds_get_intervals_in_a_picture_and_a_table_beside_the_placebo(tmp_path: Path) -> None:
+    arms = seeds_of(tmp_path, placebo=[0.1, -0.1, 0.0], blockwise=[0.3, -0.2, 0.1])
+    text = report_of(arms)
+    outline = Outline(text)
+    assert "Inconclusive" in outline.texts["span"] and "3 seeds" in outline.texts["span"]
+    assert "is not yet told from BF16 at a margin of 0.25" in outline.texts["h1"][0]
+    labels = [chart["aria-label"] or "" for chart in outline.all("svg")]
+    (gaps,) = [label for label in labels if label.startswith("Gap of the held-out loss")]
+    assert "placebo 0.00 % (-0.17 to +0.17 %), chance alone" in gaps and "inconclusive" in gaps
+    cells = {cell.strip() for cell in outline.texts["td"]}
+    assert {"inconclusive", "equivalent", "\u22120.17 to +0.17\u202f%"} <= cells
+    assert "shaded: from the lowest to the highest of them" in text, "the loss curves have a band"
+    assert outline.texts["caption"][0].strip() and not outline.unbalanced
+
+
+def test_damaged_lines_that_were_left_out_raise_an_alert(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path)
+    file = tmp_path / "blockwise" / "seed_1" / "metrics.jsonl"
+    file.write_text("{\n" + file.read_text())
+    damaged = {"bf16": arms["bf16"], "blockwise": {1: read_run(file.parent, skip_damaged=True)}}
+    assert "1 damaged line of metrics left out, the first: " in report_of(damaged)
+
+
+def test_two_by_two_table_shows_what_was_crossed(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path)
+    verdict = make_verdict(arms, baseline="bf16", crossed={"blockwise": {1: {"baseline_weights": 2.2777}}})
+    cells = {text.strip() for text in Outline(build_report(verdict, arms)).texts["td"]}
+    assert {"2.2777", "+0.0073"} <= cells, "the loss of BF16's weights in FP8, and what that costs"
 
 
 @pytest.mark.slow

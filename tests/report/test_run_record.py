@@ -79,3 +79,22 @@ def test_damaged_folder_is_refused(tmp_path: Path, spoil: object, message: str) 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         read_run(tmp_path / "nothing")
+
+
+def test_damaged_lines_are_skipped_and_noted_if_asked(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{ROW}\n{{"step": 2, "lo\n{{"step": 3, "loss": "low"}}\n{{"step": 4, "loss": 2.0}}\n')
+    metrics = read_metrics(path, skip_damaged=True)
+    assert metrics.train.steps.tolist() == [1, 4]
+    assert [line.split(": ")[0] for line in metrics.damaged] == [f"{path}:2", f"{path}:3"]
+
+
+def test_telemetry_rows_are_kept_with_their_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0, "fp8/columns": ["amax"], "fp8/q/x": [1.5]}\n{"step": 2, "loss": 2.0}\n')
+    assert read_metrics(path).telemetry == [{"step": 1, "fp8/columns": ["amax"], "fp8/q/x": [1.5]}]
+
+
+@pytest.mark.parametrize(("recipe", "noise"), [("bf16", 0.0), ("placebo", 0.0265)])
+def test_noise_of_a_recipe_tells_a_placebo(tmp_path: Path, recipe: str, noise: float) -> None:
+    assert read_run(write_run(tmp_path / "run", recipe=recipe)).noise == noise

@@ -50,15 +50,19 @@ def test_constant_learning_rate_has_no_decay() -> None:
     assert decay_gap(curve(FALL), curve(FALL))["inside_percent"] is None
 
 
-def test_run_that_needs_more_tokens_has_that_ratio() -> None:
-    slow = 2.0 + 3.0 / np.sqrt(STEPS / 1.25)  # reaches at 1.25 n what the other reaches at n
-    found = tokens_to_loss(curve(FALL), curve(slow))
-    # windows of 5 % of the run average over a falling curve of another steepness: below 1 %
-    assert found["common"]["ratio"] == pytest.approx(1.25, rel=0.01)
+@pytest.mark.parametrize("factor", [1.25, 1.02, 0.98], ids=["slower", "little slower", "little faster"])
+def test_run_that_needs_more_tokens_has_that_ratio(factor: float) -> None:
+    noise = 0.01 * np.random.default_rng(0).standard_normal(ROWS)  # of the batches, which the runs share
+    slow = 2.0 + 3.0 / np.sqrt(STEPS / factor)  # reaches at `factor` n what the other reaches at n
+    found = tokens_to_loss(curve(FALL + noise), curve(slow + noise))
+    # the gap is exact but for its smoothing; the slope by which it becomes tokens is estimated from the noisy curve, at
+    # its end from about 117 rows over 0.35 of ln(tokens): error 0.01 sqrt(12/117) / 0.35 = 0.009 of 0.075, doubled
+    near = abs(factor - 1) * 0.25 + 0.002
+    assert found["common"]["ratio"] == pytest.approx(factor, abs=near)
     assert [target["share"] for target in found["targets"]] == [0.5, 0.75, 0.9]
-    assert found["targets"][0]["ratio"] == pytest.approx(1.25, rel=0.015)
-    assert found["targets"][2]["ratio"] is None, "0.9 * 1.25 is beyond its end"
-    assert tokens_to_loss(curve(slow), curve(FALL))["common"]["ratio"] == pytest.approx(0.8, rel=0.01)
+    assert found["targets"][0]["ratio"] == pytest.approx(factor, abs=near)
+    if factor > 1.2:
+        assert found["targets"][2]["ratio"] is None, "0.9 * 1.25 is beyond its end"
 
 
 def test_equal_runs_need_equal_tokens_and_a_run_without_loss_has_none() -> None:

@@ -1,0 +1,204 @@
+"""Sections of the report about what the arms cost: speed, time to the same loss, memory. As HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fp8train.report import page
+from fp8train.report.arm_rows import (
+    arm_name,
+    measured_runs,
+    or_baseline,
+    pair_of,
+    run_columns,
+    run_row,
+    runs_of,
+    thinned,
+)
+from fp8train.report.charts import Bars, Curve, bar_chart, line_chart
+from fp8train.report.page import Column, typeset
+from fp8train.report.results import banded
+from fp8train.report.run_record import Arms, first_run
+from fp8train.report.trajectory import TARGETS, ema
+from fp8train.units import NOTHING, bytes_text, count_text, ratio_text, seconds_text
+
+EMULATING_BACKENDS = ("cpu", "cpu_torch", "reference", "dequant_bf16")
+EMULATION_NOTE = (
+    "This backend computes the same FP8 numbers with wider instructions, because the machine has none for FP8. "
+    "The losses carry over to a GPU, the speed does not."
+)
+
+
+def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
+    """Throughput over the steps and its median."""
+    names = ("Tokens per second, median", "10th to 90th percentile", "Ratio", "Training time")
+    rows = []
+    for arm, index, run in measured_runs(verdict):
+        pair = pair_of(verdict, arm, index)
+        cells = [
+            count_text(run["tokens_per_second"]),
+            f"{count_text(run['tokens_per_second_p10'])} to {count_text(run['tokens_per_second_p90'])}",
+            or_baseline(pair, ratio_text(pair.get("tokens_per_second_ratio"))),
+            seconds_text(run["train_seconds"]),
+        ]
+        rows.append(run_row(verdict, arm, run, cells))
+    how = "one after the other" if verdict["parallel"] == 1 else f"{verdict['parallel']} at a time, sharing the machine"
+    caption = f"<strong>Speed</strong>, warm-up steps left out. The runs were trained {how}."
+    emulated = any(run["backend"] in EMULATING_BACKENDS for _, _, run in measured_runs(verdict))
+    note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
+    table = page.table(caption, run_columns(verdict, *names), rows)
+    return [note, _speed_figure(verdict, arms), table, _time_figure(verdict, arms), _time_table(verdict)]
+
+
+def _speed_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
+    curves: list[Curve] = []
+    words = []
+    for slot, arm, index, run in runs_of(arms):
+        speed, entry = run.train.columns["tokens_per_second"], verdict["arms"][arm]
+        curves.append(Curve(label="", slot=slot, steps=run.train.steps, values=speed, faint=True))
+        median = entry["runs"][index]["tokens_per_second"]
+        if median is not None:
+            ends, label = run.train.steps[[0, -1]], entry["label"] if index == 0 else ""
+            curves.append(Curve(label=label, slot=slot, steps=ends, values=np.full(2, median), dashed=slot > 0))
+            words.append(f"{entry['label']} {count_text(median)}")
+    finite = [curve.values[np.isfinite(curve.values)] for curve in curves]
+    highest = max((float(np.percentile(values, 99.5)) for values in finite if len(values)), default=1.0)
+    chart = line_chart(
+        curves,
+        name="speed",
+        title=f"Tokens per second over the training steps; median: {', '.join(words)}",
+        y_label="tokens per second",
+        y_range=(0, 1.12 * highest),
+        height=260,
+        y_format=count_text,
+    )
+    thin = f"Thin: each logged step{thinned(arms)}."
+    caption = f"<strong>Throughput.</strong> {thin} Bold: the median after warm-up. The axis starts at zero."
+    return page.figure(chart, caption)
+
+
+def _time_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
+    """Smoothed training loss against the time that each arm takes at its median speed."""
+    longest = 0.0
+    found = []
+    for slot, (arm, runs) in enumerate(arms.items()):
+        speeds = [run["tokens_per_second"] for run in verdict["arms"][arm]["runs"]]
+        if any(speed is None for speed in speeds):
+            return ""
+        speed = float(np.exp(np.mean(np.log(speeds))))
+        tables = [(run.train.columns["tokens_seen"], ema(run.train.columns["loss"])) for run in runs.values()]
+        if not all(np.isfinite(tokens).all() for tokens, _ in tables):
+            return ""
+        curve = banded(verdict["arms"][arm]["label"], slot, tables, wide=slot == 0)
+        curve.steps = curve.steps / speed
+        longest = max(longest, float(curve.steps[-1]))
+        found.append(curve)
+    size, unit = next(((size, unit) for size, unit in ((3600.0, "h"), (60.0, "min")) if longest > 2 * size), (1.0, "s"))
+    for curve in found:
+        curve.steps = curve.steps / size
+    low = min((float(np.nanmin(curve.values)) for curve in found if np.isfinite(curve.values).any()), default=0.0)
+    high = max((float(_at_tenth(curve)) for curve in found), default=1.0)
+    margin = 0.08 * (high - low) or 0.1
+    chart = line_chart(
+        found,
+        name="time",
+        title="Smoothed training loss over training time at each arm's median speed; time to the same loss: "
+        + "; ".join(_time_words(verdict, arm) for arm in verdict["comparisons"]),
+        y_label="training loss, smoothed (EMA 0.9), nats per token",
+        x_label=unit,
+        x_integer=False,
+        y_range=(low - margin, high + margin),
+        height=300,
+    )
+    caption = (
+        f"<strong>Loss over time</strong>, in {unit}, at each arm's median speed after warm-up. An arm whose curve "
+        "lies "
+        "lower got further in the same time. The first tenth of the fall leaves the frame."
+    )
+    return page.figure(chart, caption)
+
+
+def _at_tenth(curve: Curve) -> float:
+    """Value of a curve a tenth of its way along."""
+    finite = curve.values[len(curve.values) // 10 :]
+    finite = finite[np.isfinite(finite)]
+    return float(finite[0]) if len(finite) else 0.0
+
+
+def _time_words(verdict: Mapping[str, Any], arm: str) -> str:
+    return f"{verdict['arms'][arm]['label']} {ratio_text(verdict['comparisons'][arm]['mean']['time_to_loss_ratio'])}"
+
+
+def _time_table(verdict: Mapping[str, Any]) -> str:
+    """Raw and capability-matched speed ratio of every arm, with intervals over the seeds."""
+    names = ["Raw speed", "95 % interval", *(f"Tokens to loss at {share:.0%}" for share in TARGETS)]
+    names += ["Tokens to last loss", "Time to loss", "95 % interval"]
+    rows = []
+    for arm, comparison in verdict["comparisons"].items():
+        tokens = [pair["tokens_to_loss"] for pair in comparison["seeds"]]
+        ratios = [_average([_at(found, share) for found in tokens]) for share in TARGETS]
+        ratios.append(_average([found["common"]["ratio"] for found in tokens]))
+        raw, timed = (_ratio_cells(comparison["speed"][key]) for key in ("raw", "time_to_loss"))
+        cells = [*raw, *(_precise(ratio) for ratio in ratios), *timed]
+        rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
+    columns = [Column(heading="Arm"), *(Column(heading=name, number=True) for name in names)]
+    caption = (
+        "<strong>Time to loss</strong> against the baseline: raw speed divided by how many times the tokens the arm "
+        "needs "
+        "for the same training loss, so that speed bought with loss does not count. Geometric means over the seeds."
+    )
+    return page.table(caption, columns, rows)
+
+
+def _at(found: Mapping[str, Any], share: float) -> float | None:
+    return next((target["ratio"] for target in found["targets"] if target["share"] == share), None)
+
+
+def _average(ratios: list[float | None]) -> float | None:
+    known = [ratio for ratio in ratios if ratio is not None]
+    return float(np.exp(np.mean(np.log(known)))) if known and len(known) == len(ratios) else None
+
+
+def _precise(ratio: float | None) -> str:
+    """A ratio near 1 in three decimals."""
+    return NOTHING if ratio is None else f"{ratio:.3f}x"
+
+
+def _ratio_cells(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return [NOTHING, NOTHING]
+    interval = "one seed" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
+    return [_precise(found["mean"]), interval]
+
+
+def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
+    """Peak memory of every run, by kind where the runs tell."""
+    entries = list(measured_runs(verdict))
+    sizes = [run["peak_memory_bytes"] for _, _, run in entries]
+    if any(size is None for size in sizes):
+        return [page.paragraph("The runs did not measure their memory.", "note")]
+    by_kind = {(arm, run["seed"]): arms[arm][run["seed"]].result.get("memory_bytes") or {} for arm, _, run in entries}
+    kinds = list(dict.fromkeys(kind for amounts in by_kind.values() for kind in amounts))
+    rows = []
+    for arm, index, run in entries:
+        pair, size = pair_of(verdict, arm, index), run["peak_memory_bytes"]
+        cells = [bytes_text(size), or_baseline(pair, ratio_text(pair.get("peak_memory_ratio")))]
+        cells += [bytes_text(by_kind[arm, run["seed"]].get(kind)) for kind in kinds]
+        rows.append(run_row(verdict, arm, run, cells))
+    bars = []
+    for slot, entry in enumerate(verdict["arms"].values()):
+        size = max(run["peak_memory_bytes"] for run in entry["runs"])
+        bars.append(Bars(label=entry["label"], parts=[(size, slot, bytes_text(size))]))
+    words = ", ".join(f"{bar.label} {bar.parts[0][2]}" for bar in bars)
+    chart = bar_chart(bars, name="memory", title=f"Peak memory: {words}", total=1.02 * max(sizes))
+    on_gpu = str(first_run(arms).result.get("device") or "cpu") != "cpu"
+    counted = "as the GPU allocator counted it"
+    if not on_gpu:
+        counted = "as the operating system counted it: interpreter, libraries and data are in it"
+    columns = run_columns(verdict, "Peak", "Ratio", *(kind.replace("_", " ").capitalize() for kind in kinds))
+    table = page.table("<strong>Memory</strong> of each arm.", columns, rows)
+    most = "; the most of the seeds" if len(verdict["seeds"]) > 1 else ""
+    return [page.figure(chart, f"<strong>Peak memory</strong> of the training process, {counted}{most}."), table]
