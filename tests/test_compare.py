@@ -414,19 +414,26 @@ def text_file(folder: Path) -> Path:
 
 def tiny_arguments(folder: Path, out: str) -> list[str]:
     data = ["data=text", f"data.path={text_file(folder)}", "steps=4", "optim.warmup_steps=1"]
-    return [*TINY, *data, "compare.seeds=2", "compare.arms=[bf16,blockwise]", f"run_dir={folder / out}"]
+    return [*TINY, *data, f"run_dir={folder / out}"]
 
 
 @pytest.mark.slow
-def test_runs_in_parallel_processes_are_those_of_one_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_runs_in_parallel_processes_stopped_and_resumed_are_those_of_one_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(tiny_arguments(tmp_path, "one")) == 0
-    assert main([*tiny_arguments(tmp_path, "many"), "compare.parallel=2"]) == 0
+    parallel = [*tiny_arguments(tmp_path, "many"), "compare.parallel=2"]
+    assert main([*parallel, "time_limit_seconds=0.01"]) == 0  # both save after a step
+    assert not (tmp_path / "many" / "verdict.json").exists()
+    assert "0 of 2 runs are finished; the same command goes on" in capfd.readouterr().out
+    assert main(parallel) == 0
     verdicts = [json.loads((tmp_path / name / "verdict.json").read_text()) for name in ("one", "many")]
     assert verdicts[1]["parallel"] == 2
     for arm in ("bf16", "blockwise"):
         losses = [[run["train_loss"] for run in verdict["arms"][arm]["runs"]] for verdict in verdicts]
         assert losses[0] == losses[1]
-    assert "[blockwise seed 2] step 4/4" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "[blockwise] step 4/4" in output and "[bf16] resumed from" in output
 
     crossed = verdicts[0]["comparisons"]["blockwise"]["seeds"][0]["crossed"]
     assert all(isinstance(value, float) for value in crossed.values())
@@ -444,3 +451,12 @@ def test_run_that_fails_in_a_process_of_its_own_is_one_line(tmp_path: Path, capf
     assert exit_code(main, [*broken, "compare.parallel=2"]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and error.startswith("fp8train: error: ")
+
+
+def test_an_arm_that_cannot_run_is_refused_before_the_first_one_trains(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("version: 1\nrules:\n  - {match: 'nothing.like.this', use: fp32}\n  - {match: '*', use: bf16}\n")
+    for override in (f"recipe={broken}", "backend=te"):
+        with pytest.raises(UserError):
+            plan_arms(configuration(tmp_path / "out", override))
+    assert not (tmp_path / "out").exists()
