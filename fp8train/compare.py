@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(argv, "compare")
     recipe_given = any(argument.partition("=")[0] == "recipe" for argument in argv)
     with init(config.parallel.timeout_seconds) as world:
-        plan = on_main(world, lambda: plan_arms(config, recipe_given=recipe_given, ranks=world.world_size))
+        device, ranks = world.device.type, world.world_size
+        plan = on_main(world, lambda: plan_arms(config, recipe_given=recipe_given, ranks=ranks, device_type=device))
         return train_and_compare(config, plan, world, lambda run, label: _train(run, label, world))
 
 

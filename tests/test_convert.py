@@ -437,6 +437,7 @@ def test_coverage_counts_what_ran(model: Model) -> None:
     up, router = linears["layers.1.up"]["gemms"], linears["layers.1.router"]["gemms"]
     counted = {"fp8_calls": 1, "other_calls": 0, "fp8_rows": 5, "other_rows": 0}
     assert up["wgrad"] == {"planned": "fp8", **counted, "exception": None}
+    assert router["fprop"].pop("exception").startswith("bf16: Block.keep_high_precision")
     assert router["fprop"] == {"planned": "bf16", "fp8_calls": 0, "other_calls": 1, "fp8_rows": 0, "other_rows": 5}
     fp8 = 3 * 2 * (2 * 24 * 40 + 2 * 24 * 40 + 24 * 10)  # two blocks (up, down) and the head
     fp8 -= 2 * 24 * 40  # the input of the first layer has no gradient, so its up runs no dgrad

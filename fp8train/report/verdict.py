@@ -192,10 +192,8 @@ def make_verdict(
         "shared": [{"seed": seed, **facts} for seed, facts in shared.items()],
     }
     for arm in others:
-        losses = (crossed or {}).get(arm, {})
-        pairs = [
-            {"seed": seed, **pair_measures(arms[baseline][seed], arms[arm][seed], losses.get(seed))} for seed in seeds
-        ]
+        losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
+        pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
         verdict["comparisons"][arm] = {"against": baseline, "seeds": pairs, "mean": mean(pairs)}
         verdict["comparisons"][arm] |= {"test": gap_test(pairs, margin_percent), "speed": speed_ratios(pairs)}
     for arm, comparison in verdict["comparisons"].items():

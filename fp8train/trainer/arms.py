@@ -12,8 +12,11 @@ from typing import Any
 import yaml
 
 from fp8train.config import RunConfig, config_to_dict
+from fp8train.convert import convert_model
 from fp8train.errors import ConfigError
+from fp8train.models import build_model
 from fp8train.recipe import load_recipe
+from fp8train.trainer.assembly import resolve_activations
 from fp8train.trainer.console import Console
 
 BASELINE, PLACEBO = "bf16", "placebo"
@@ -38,18 +41,22 @@ class ArmRun:
         return self.arm if self.config.compare.seeds == 1 else f"{self.arm} seed {self.seed}"
 
 
-def plan_arms(config: RunConfig, *, recipe_given: bool = True, ranks: int = 1) -> list[ArmRun]:
+def plan_arms(
+    config: RunConfig, *, recipe_given: bool = True, ranks: int = 1, device_type: str = "cpu"
+) -> list[ArmRun]:
     """The runs of a comparison, seed by seed, the baseline first; writes nothing.
 
     Args:
         config: recipe, compare, run_dir and seed are read.
         recipe_given: the user named a recipe, so that leaving it out of compare.arms would not be what was asked for.
         ranks: that train together.
+        device_type: where they train, "cpu" or "cuda".
 
     Raises:
         ConfigError: fewer than two arms, two that are the same, a way of running that is not there, or a run_dir that
             holds something else or arms of another configuration.
-        RecipeError: no such recipe.
+        RecipeError: no such recipe, or one that does not fit the model.
+        BackendError: the backend cannot run here, or cannot serve a recipe.
     """
     recipes = config.compare.arms if config.compare.arms is not None else _default_arms(config)
     if recipe_given and config.recipe not in recipes:
@@ -78,7 +85,16 @@ def plan_arms(config: RunConfig, *, recipe_given: bool = True, ranks: int = 1) -
     check_run_dir(Path(config.run_dir), config.resume)
     for run in runs:
         _check_begun(run)
+    for run in {run.arm: run for run in runs}.values():  # now, and not after the arms before it have trained for hours
+        check_fits(run.config, device_type)
     return runs
+
+
+def check_fits(config: RunConfig, device_type: str) -> None:
+    """Refuse a recipe or backend that the model cannot have; the model is laid out without memory for it."""
+    recipe = load_recipe(config.recipe)
+    model = build_model(resolve_activations(config.model, recipe), device="meta")
+    convert_model(model, recipe, backend=config.backend, device_type=device_type)
 
 
 def _default_arms(config: RunConfig) -> list[str]:

@@ -155,7 +155,8 @@ def swapped_precisions(assembly: Assembly) -> list[str]:
     """Linears that do not have the precision which the conversion report says."""
     rows = {row.site: row for row in assembly.report.rows}
     return [
-        f"{rows[linear.site].fqn} was converted to {rows[linear.site].precision} and is set to {linear.precision.name}: "
+        f"{rows[linear.site].fqn} was converted to {rows[linear.site].precision} "
+        f"and is set to {linear.precision.name}: "
         "something changed its precision after the conversion"
         for linear in converted_linears(assembly.model)
         if linear.site in rows and linear.precision != rows[linear.site].numbers

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fp8train.trainer import run_lock
 from fp8train.errors import CheckpointError
+from fp8train.trainer import run_lock
 from fp8train.trainer.run_lock import LOCK_FILE, lock_run_folder
 
 HOLD = """
