@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -42,6 +43,7 @@ class _Worker:
     slot: int
     process: BaseProcess
     outcome: Connection
+    stop: Connection  # its end, closed or with this process, asks the worker to save and stop
 
 
 def train_in_processes(
@@ -83,16 +85,18 @@ def train_in_processes(
                 stopping = True
             if stopping:
                 for worker in live:
-                    worker.process.terminate()
+                    worker.stop.close()
     return not waiting and not stopping
 
 
 def _start(context: Any, number: int, job: Job, slot: int, threads: int) -> _Worker:
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, slot, threads, sender), name=job.label)
+    outcome, outcome_sender = context.Pipe(duplex=False)
+    told, stop = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, slot, threads, outcome_sender, told), name=job.label)
     process.start()
-    sender.close()  # or the end of the process would not be seen
-    return _Worker(number=number, job=job, slot=slot, process=process, outcome=receiver)
+    outcome_sender.close()  # or the end of the process would not be seen
+    told.close()
+    return _Worker(number=number, job=job, slot=slot, process=process, outcome=outcome, stop=stop)
 
 
 def _outcome(worker: _Worker, stopping: bool) -> dict[str, Any]:
@@ -119,14 +123,14 @@ def _ended(live: list[_Worker]) -> Iterator[None]:
         yield
     finally:
         for worker in live:
-            worker.process.terminate()
+            worker.stop.close()
         for worker in live:
             worker.process.join()
 
 
-def _work(job: Job, slot: int, threads: int, outcome: Connection) -> None:
+def _work(job: Job, slot: int, threads: int, outcome: Connection, told: Connection) -> None:
     """Body of a process."""
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    threading.Thread(target=_stop_when_told, args=(told,), daemon=True).start()
     torch.set_num_threads(threads)
     device = (
         torch.device("cuda", slot % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
@@ -138,19 +142,26 @@ def _work(job: Job, slot: int, threads: int, outcome: Connection) -> None:
     console = Console(config.steps, print_every=config.log.print_every, label=job.label, stream=lines)  # type: ignore[arg-type]
     try:
         result = Trainer(config, World(device=device), console).run()
-        outcome.send({name: getattr(result, name) for name in FACTS})
+        value: dict[str, Any] | Exception = {name: getattr(result, name) for name in FACTS}
     except (UserError, TrainingError) as error:
-        outcome.send(error)
+        value = error
     except KeyboardInterrupt:  # the parent got it too, and says so
         sys.exit(130)
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone; what was trained is saved
+        outcome.send(value)
 
 
-def _stop_with_parent() -> None:
-    """If the parent dies, save and stop: nobody would take the result."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+def _stop_when_told(told: Connection) -> None:
+    """When the parent closes its end, or dies, save and stop, as at a SIGTERM.
+
+    A scheduler may have signalled the whole process group: then the run knows already, its handler is taken off, and a
+    second signal would end it before it has saved.
+    """
+    with contextlib.suppress(EOFError):
+        told.recv()
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not yet training, or already told
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Lines:
