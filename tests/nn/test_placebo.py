@@ -37,7 +37,7 @@ def test_noise_has_the_size_asked_for_and_no_bias(sizes: tuple[int, int], dtype:
     count = e.numel()
     assert e.square().mean().sqrt().item() == pytest.approx(NOISE, rel=5 / count**0.5)  # u^2 has a std of 0.9
     assert abs(e.mean().item()) < 5 * NOISE / count**0.5  # five standard errors of a mean of `count` draws
-    assert e.abs().max().item() <= NOISE * 3**0.5 * (1 + 1e-4)  # u is in [-1, 1]; FP32 rounds 1 + e to 2^-24
+    assert e.abs().max().item() <= NOISE * 3**0.5 * (1 + 2**-8)  # u is in [-1, 1], kept in BF16
 
 
 def test_rows_and_columns_have_noise_of_their_own() -> None:
@@ -66,7 +66,7 @@ def test_non_finite_values_are_not_laundered() -> None:
     x = normal(4, 8)
     x[0, 0], x[1, 1], x[2] = float("nan"), float("inf"), 0.0
     y = noisy(x, NOISE, torch.float32)
-    assert y[0, 0].isnan() and y[1, 1].isinf() and y[2].abs().max() == 0
+    assert y[0, 0].isnan() and not y[1, 1].isfinite() and y[2].abs().max() == 0
 
 
 @pytest.mark.parametrize("block", ["1x128", "128x128"], ids=["x and dy", "w"])
