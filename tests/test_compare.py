@@ -215,6 +215,9 @@ def test_wandb_gets_the_numbers_of_the_verdict(tmp_path: Path) -> None:
     assert row["step"] == 40 and row["compare/status"] == "indicative"
     assert row["compare/blockwise/heldout_gap.nats"] == pytest.approx(0.0027)
     assert row["compare/blockwise/relative_loss_error.ema_max_percent"] == 0.0
+    assert row["compare/sentence"].startswith("FP8 blockwise ended") and "one seed" in row["compare/reason"]
+    assert row["compare/blockwise/test.status"] == "indicative" and row["compare/blockwise/test.mean"] > 0
+    assert row["compare/blockwise/speed.raw.mean"] > 0 and row["compare/blockwise/speed.time_to_loss.mean"] > 0
 
 
 def test_folders_that_are_there_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

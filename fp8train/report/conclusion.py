@@ -13,6 +13,7 @@ Pairs = Sequence[Mapping[str, Any]]  # one for each seed, as verdict.pair_measur
 
 ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot be told from chance"
 HELD_OUT, TRAINING = "held-out loss", "smoothed training loss"
+SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
 
 def gap_test(pairs: Pairs, margin: float) -> dict[str, Any]:
@@ -66,8 +67,7 @@ def speed_ratios(pairs: Pairs) -> dict[str, Any]:
     """Speed against the baseline over all seeds: `raw` tokens per second, and `time_to_loss`, which divides it by the
     tokens that the arm needs more for the same loss. Geometric means with 95 % intervals; None where a seed lacks one.
     """
-    keys = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}
-    return {name: _ratios([pair[key] for pair in pairs]) for name, key in keys.items()}
+    return {name: _ratios([pair[key] for pair in pairs]) for name, key in SPEED_KEYS.items()}
 
 
 def _ratios(values: Sequence[float | None]) -> dict[str, Any] | None:

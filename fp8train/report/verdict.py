@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8train.errors import ConfigError
 from fp8train.report import trajectory
-from fp8train.report.conclusion import against_placebo, gap_test, interval_text, speed_ratios
+from fp8train.report.conclusion import SPEED_KEYS, against_placebo, gap_test, interval_text, speed_ratios
 from fp8train.report.run_record import Arms, RunRecord, finite
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
 from fp8train.units import loss_text, percent_text, ratio_text
@@ -194,8 +194,13 @@ def make_verdict(
     for arm in others:
         losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
         pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
-        verdict["comparisons"][arm] = {"against": baseline, "seeds": pairs, "mean": mean(pairs)}
-        verdict["comparisons"][arm] |= {"test": gap_test(pairs, margin_percent), "speed": speed_ratios(pairs)}
+        average, speed = mean(pairs), speed_ratios(pairs)
+        for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
+            average[key] = speed[name] and speed[name]["mean"]
+        test = gap_test(pairs, margin_percent)
+        verdict["comparisons"][arm] = {
+            "against": baseline, "seeds": pairs, "mean": average, "test": test, "speed": speed,
+        }  # fmt: skip
     for arm, comparison in verdict["comparisons"].items():
         aside = verdict["comparisons"].get(placebo) if arm != placebo else None
         found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
