@@ -47,8 +47,8 @@ def test_statistics_are_those_of_a_computation_in_numpy(text: str, backend: str)
     centred = wide - wide.mean()
     expected = {
         "amax": np.abs(wide).max(),
-        "scale_inv_max": scales[scales != 1].max(),
-        "scale_inv_min": scales[scales != 1].min(),
+        "scale_inv_max": scales[np.add.reduceat(np.abs(wide), np.arange(0, wide.shape[1], 128), axis=1) != 0].max(),
+        "scale_inv_min": scales[np.add.reduceat(np.abs(wide), np.arange(0, wide.shape[1], 128), axis=1) != 0].min(),
         "underflow_frac": ((decoded == 0) & (wide != 0)).mean(),
         "saturated_frac": 0.0,
         "nonfinite": 0.0,
