@@ -42,13 +42,15 @@ def test_statistics_are_those_of_a_computation_in_numpy(text: str, backend: str)
     q = quantize(x, QuantSpec.parse(text))
     wide, decoded = x.numpy().astype(np.float64), q.dequantize().numpy().astype(np.float64)
     error, scales = wide - decoded, q.scale_inv.numpy()
+    sums = np.add.reduceat(np.abs(wide), np.arange(0, wide.shape[1], 128), axis=1)
+    live = scales[sums != 0] if sums.shape == scales.shape else scales[scales != 1]  # blocks that are not all zero
     rows = np.linalg.norm(wide, axis=1)
     relative = np.sort(np.divide(np.linalg.norm(error, axis=1), rows, out=np.zeros_like(rows), where=rows > 0))
     centred = wide - wide.mean()
     expected = {
         "amax": np.abs(wide).max(),
-        "scale_inv_max": scales[np.add.reduceat(np.abs(wide), np.arange(0, wide.shape[1], 128), axis=1) != 0].max(),
-        "scale_inv_min": scales[np.add.reduceat(np.abs(wide), np.arange(0, wide.shape[1], 128), axis=1) != 0].min(),
+        "scale_inv_max": live.max(),
+        "scale_inv_min": live.min(),
         "underflow_frac": ((decoded == 0) & (wide != 0)).mean(),
         "saturated_frac": 0.0,
         "nonfinite": 0.0,
