@@ -194,13 +194,7 @@ def make_verdict(
     for arm in others:
         losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
         pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
-        average, speed = mean(pairs), speed_ratios(pairs)
-        for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
-            average[key] = speed[name] and speed[name]["mean"]
-        test = gap_test(pairs, margin_percent)
-        verdict["comparisons"][arm] = {
-            "against": baseline, "seeds": pairs, "mean": average, "test": test, "speed": speed,
-        }  # fmt: skip
+        verdict["comparisons"][arm] = _comparison(pairs, baseline, margin_percent)
     for arm, comparison in verdict["comparisons"].items():
         aside = verdict["comparisons"].get(placebo) if arm != placebo else None
         found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
@@ -210,6 +204,15 @@ def make_verdict(
     named = [arm for arm in others if arm != placebo] or others
     verdict["sentence"] = " ".join(sentence(verdict, arm) for arm in named)
     return verdict
+
+
+def _comparison(pairs: Sequence[Mapping[str, Any]], baseline: str, margin_percent: float) -> dict[str, Any]:
+    """One arm against the baseline, over all seeds."""
+    average, speed = mean(pairs), speed_ratios(pairs)
+    for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
+        average[key] = speed[name] and speed[name]["mean"]
+    test = gap_test(pairs, margin_percent)
+    return {"against": baseline, "seeds": list(pairs), "mean": average, "test": test, "speed": speed}
 
 
 def arm_label(arm: str, runs: Mapping[int, RunRecord]) -> str:
