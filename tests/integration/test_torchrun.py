@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.distributed import World
 from fp8train.metrics import read_metrics
-from fp8train.trainer import Trainer
-from fp8train.trainer.console import Console
 from tests.integration import one_step
+from tests.perturbed_run import PerturbedTrainer, losses
 from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,25 +40,9 @@ def test_two_ranks_give_the_gradients_of_one(tmp_path: Path):
         assert difference <= TOKENS * 2**-24, name
 
 
-class Perturbed(Trainer):
-    """Starts from weights that differ by a relative 1e-6."""
-
-    def _build(self) -> None:
-        super()._build()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
-
-
-def losses(run_dir: Path) -> torch.Tensor:
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    return torch.tensor([row["loss"] for row in rows if "loss" in row], dtype=torch.float64)
-
-
 def test_two_ranks_train_like_one(tmp_path: Path):
     one = tiny_train(tmp_path, *STEPS, run="one")
-    Perturbed(tiny_config(tmp_path, *STEPS, run="perturbed"), World(), Console(enabled=False)).run()
+    PerturbedTrainer(tiny_config(tmp_path, *STEPS, run="perturbed")).run()
     done = torchrun("fp8train.train", *tiny_arguments(tmp_path, *STEPS, run="two"))
     assert done.returncode == 0, done.stderr
 
