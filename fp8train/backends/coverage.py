@@ -32,7 +32,9 @@ class CoverageCounter:
         """Record one execution over `rows` tokens."""
         if site == NOT_COUNTED:
             return
-        count = self._counts.setdefault((site, gemm), GemmCount())
+        count = self._counts.get((site, gemm))
+        if count is None:
+            count = self._counts[site, gemm] = GemmCount()
         if fp8:
             count.fp8_calls += 1
             count.fp8_rows += rows

@@ -2,13 +2,15 @@
 
 Registered with torch.library.Library, which costs a third of custom_op per call. Quantisation specifications travel as
 their text ("e4m3 1x128 pow2"), dtypes as torch dtypes, the backend as its name. Each GEMM op counts itself for its site
-(backends/coverage.py).
+(backends/coverage.py). OPS.<name> is the way in: the operator where something traces or watches it, its implementation
+where nothing does.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import check_quantize_input
 
+_NOTHING = contextlib.nullcontext()
 _GEMM = "str backend, int site, str gemm"
 _OPERANDS = "Tensor a, Tensor a_scale, str a_spec, Tensor b, Tensor b_scale, str b_spec"
 _SCHEMAS = {
@@ -108,8 +111,9 @@ def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: st
 
 def _own_dtypes(a: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The caller's autocast must not reach the matmuls that a backend is made of: it would round their FP32 sums."""
-    device = a.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
+    return torch.autocast(a.device.type, enabled=False)
 
 
 def _rows(gemm: str, a: Tensor) -> int:
@@ -184,8 +188,45 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 LIBRARY = torch.library.Library("fp8train", "DEF")
-for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
-    LIBRARY.define(_name + _SCHEMAS[_name])
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"fp8train::{_name}", _fake, lib=LIBRARY)
+OPS = SimpleNamespace()
+
+
+def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define torch.ops.fp8train.<name> on all devices, and OPS.<name>.
+
+    Args:
+        name: of the operator.
+        schema: its arguments and results; the first argument is a tensor.
+        implementation: executes it, on CPU and CUDA tensors.
+        fake: makes results of the right shapes, dtypes and strides.
+    """
+    LIBRARY.define(name + schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"fp8train::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.fp8train, name).default
+
+    def call(first: Tensor, *others: Any) -> Any:
+        return implementation(first, *others) if unwatched(first) else operator(first, *others)
+
+    setattr(OPS, name, call)
+
+
+def unwatched(x: Tensor) -> bool:
+    """Whether an op on x may skip the dispatcher, which costs more time on the host than all else that the op does.
+
+    Not under torch.compile, a dispatch mode (selective checkpointing, fake tensors, FLOP counting) or the profiler, nor
+    for a tensor of another class or without data.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and not x.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+for _name, _functions in _IMPLEMENTATIONS.items():
+    register(_name, _SCHEMAS[_name], *_functions)

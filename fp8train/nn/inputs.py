@@ -89,15 +89,14 @@ class InputCache:
 
     def get(self, x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
         """Operands of x [..., K] as a matrix [M, K]; quantised on a miss. Under torch.compile always: CSE merges."""
-        matrix = as_matrix(x.detach())
         if torch.compiler.is_compiling() or x.is_inference():
-            return quantize_input(matrix, needs, backend)
-        key = (needs, backend)
-        same = self._input is not None and self._input() is x and self._version == x._version and self._key == key
-        if not same or self._operands is None:
-            self._operands = quantize_input(matrix, needs, backend)
-            self._input, self._version, self._key = weakref.ref(x, self._forget), x._version, key
-        return self._operands
+            return quantize_input(as_matrix(x.detach()), needs, backend)
+        same = self._input is not None and self._input() is x and self._version == x._version
+        if same and self._operands is not None and self._key == (needs, backend):
+            return self._operands
+        self._operands = operands = quantize_input(as_matrix(x.detach()), needs, backend)
+        self._input, self._version, self._key = weakref.ref(x, self._forget), x._version, (needs, backend)
+        return operands
 
     def clear(self) -> None:
         """Forget the input, because something that no version counter sees may have written to it."""

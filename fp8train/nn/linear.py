@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fp8train.backends import select_backend
 from fp8train.nn.inputs import InputCache, InputNeeds, QuantizedInput
@@ -34,6 +33,13 @@ class Plan:
     precision: LinearPrecision
     backend: str
     site: int
+    needs: dict[bool, InputNeeds] = field(init=False, compare=False)  # by whether the weight's gradient is wanted
+    common: dict[str, dict[str, Any]] = field(init=False, compare=False)  # by GEMM: what every call of it is told
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", {wgrad: InputNeeds.of(self.precision, wgrad) for wgrad in (False, True)})
+        shared = {"high": self.precision.high, "backend": self.backend, "site": self.site}
+        object.__setattr__(self, "common", {name: {**shared, "name": name} for name in self.precision.gemms})
 
 
 @dataclass(slots=True)
@@ -59,19 +65,23 @@ class _LinearFunction(torch.autograd.Function):
             None,
         plan: Plan, out_dtype: torch.dtype, sink: InplaceGrad | None,
     ) -> Tensor:  # fmt: skip
-        precision = plan.precision
-        if precision.wgrad_source == "requant" and ctx.needs_input_grad[1]:
+        precision, (need_dx, need_dw, *_) = plan.precision, ctx.needs_input_grad
+        if precision.wgrad_source == "requant" and need_dw:
             col, col_scale = row, row_scale
-        ctx.save_for_backward(col, col_scale, *((wt, wt_scale) if ctx.needs_input_grad[0] else (None, None)))
+        ctx.save_for_backward(col, col_scale, *((wt, wt_scale) if need_dx else (None, None)))
         ctx.plan, ctx.sink = plan, sink
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         left = Operand(row, row_scale, precision.fprop.left)
         right = Operand(w, w_scale, precision.fprop.right)
-        return gemm(left, right, bias=bias, out_dtype=out_dtype, **_common(plan, "fprop"))
+        return gemm(left, right, bias=bias, out_dtype=out_dtype, **plan.common["fprop"])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable's check, at less cost
+            raise RuntimeError(
+                "Float8Linear: backward was called with create_graph=True; needs False, since rounding has no "
+                "derivative. Keep nn.Linear where second derivatives are wanted."
+            )
         plan, precision = ctx.plan, ctx.plan.precision
         col, col_scale, wt, wt_scale = ctx.saved_tensors
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
@@ -79,16 +89,12 @@ class _LinearFunction(torch.autograd.Function):
         dx = dw = db = None
         if need_dx:
             right = Operand(wt, wt_scale, precision.dgrad.right)
-            dx = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **_common(plan, "dgrad"))
+            dx = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **plan.common["dgrad"])
         if need_dw:
             dw = _weight_grad(left_t, _wgrad_operand(col, col_scale, plan), plan, ctx.sink)
         if need_db:
             db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, db, *([None] * 11)
-
-
-def _common(plan: Plan, name: str) -> dict[str, Any]:
-    return {"high": plan.precision.high, "backend": plan.backend, "site": plan.site, "name": name}
 
 
 def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
@@ -111,7 +117,7 @@ def _wgrad_operand(col: Tensor, col_scale: Tensor | None, plan: Plan) -> Operand
 
 def _weight_grad(dy_t: Operand, x_t: Operand, plan: Plan, sink: InplaceGrad | None) -> Tensor | None:
     """dw [N, K] in FP32, or None after adding it to the sink."""
-    common = _common(plan, "wgrad")
+    common = plan.common["wgrad"]
     if sink is None:
         return gemm(dy_t, x_t, bias=None, out_dtype=torch.float32, **common)
     gemm_add_(sink.buffer, dy_t, x_t, **common)
@@ -231,6 +237,10 @@ class Float8Linear(nn.Linear):
 
     def refresh_if_stale(self) -> None:
         """As refresh_weight, where the weight was replaced or written in place since."""
+        if self.remedy is None and len(self._seen) == 1:  # the usual case, without a list
+            weight, (then, version) = self.weight, self._seen[0]
+            if weight is then and version == _version(weight):
+                return
         sources = self._sources()
         if len(sources) != len(self._seen) or any(
             weight is not then or version != version_then
@@ -286,33 +296,34 @@ class Float8Linear(nn.Linear):
         if not torch.compiler.is_compiling():
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
-        self._check_input(tensor)
+        out_dtype = self._check_input(tensor)
         if self.remedy is not None:
             self._check_remedy(x)
             x = tensor = self.prepared(tensor)
-        wgrad = torch.is_grad_enabled() and self.weight.requires_grad
-        needs = InputNeeds.of(self.precision, wgrad)
-        if isinstance(x, QuantizedInput):
-            row, col = x.operands(needs)
-        else:
-            row, col = self.inputs.get(tensor, needs, self.backend_name)
+        plan, weight = self.plan, self.weight
+        wgrad = weight.requires_grad and torch.is_grad_enabled()
+        needs = plan.needs[wgrad]
+        row, col = x.operands(needs) if isinstance(x, QuantizedInput) else self.inputs.get(x, needs, plan.backend)
         w, wt = self.provider.operands(self)
         y = _LinearFunction.apply(
-            as_matrix(tensor), self.prepared_weight(), self.bias, *row.tensors(),
+            as_matrix(tensor), weight if self.remedy is None else self.prepared_weight(), self.bias, *row.tensors(),
             *((None, None) if col is None or col is row or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
-            self.plan, _output_dtype(tensor), self.grad_sink,
+            plan, out_dtype, self.grad_sink,
         )  # fmt: skip
-        return y.view(*tensor.shape[:-1], self.out_features)
+        return y if tensor.dim() == 2 else y.view(*tensor.shape[:-1], self.out_features)
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> torch.dtype:
+        """The dtype of the result."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"Float8Linear: x is {list(x.shape)}; needs [..., {self.in_features}].")
         if x.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
                 f"Float8Linear: x is {x.dtype}; needs torch.bfloat16 or torch.float32. Cast it before the layer."
             )
-        if _output_dtype(x) is torch.float16:
+        out_dtype = _output_dtype(x)
+        if out_dtype is torch.float16:
             raise ValueError("Float8Linear: autocast is on in torch.float16; needs torch.bfloat16. Change its dtype.")
+        return out_dtype
 
     def _check_remedy(self, x: Tensor | QuantizedInput) -> None:
         if isinstance(x, QuantizedInput) or (self.channel_scale is not None and self.grad_sink is not None):
@@ -327,6 +338,8 @@ class Float8Linear(nn.Linear):
 
 def _output_dtype(x: Tensor) -> torch.dtype:
     """The input's dtype, or autocast's where it is on."""
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

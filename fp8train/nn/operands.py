@@ -1,23 +1,20 @@
 """GEMM operands: FP8 codes with scales, or a high-precision matrix, as plain tensors that torch.compile can trace.
 
-Everything here calls torch.ops.fp8train.*, so that eager and compiled runs execute the same code.
+Everything here calls the operators of backends/ops.py, so that eager and compiled runs execute the same code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp8train.backends import ops as _ops  # noqa: F401  registers torch.ops.fp8train
+from fp8train.backends.ops import OPS
 from fp8train.quant.formats import QuantSpec
 
-OPS = torch.ops.fp8train
 
-
-@dataclass(frozen=True, slots=True)
-class Operand:
+class Operand(NamedTuple):
     """A K-major matrix [rows, cols] of one GEMM: FP8 if spec is set, otherwise `data` itself in bf16 or fp32."""
 
     data: Tensor
@@ -31,7 +28,9 @@ class Operand:
 
 def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]; any size may be 0."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
 
 
 def quantized(

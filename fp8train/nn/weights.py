@@ -74,12 +74,12 @@ class LocalWeight:
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand]:
         """(w [N, K] for fprop, w.T [K, N] for dgrad)."""
         precision = linear.precision
-        high = linear.w_high if _has_high_copy(precision) else linear.weight.detach()
-        fprop = Operand(high) if precision.fprop.right is None else None
-        dgrad = Operand(high.t()) if precision.dgrad.right is None else None
+        fprop, dgrad = precision.fprop.right, precision.dgrad.right
+        if fprop is None or dgrad is None:
+            high = linear.w_high if _has_high_copy(precision) else linear.weight.detach()
         return (
-            fprop or Operand(linear.w_qdata, linear.w_scale_inv, precision.fprop.right),
-            dgrad or Operand(linear.wt_qdata, linear.wt_scale_inv, precision.dgrad.right),
+            Operand(high) if fprop is None else Operand(linear.w_qdata, linear.w_scale_inv, fprop),
+            Operand(high.t()) if dgrad is None else Operand(linear.wt_qdata, linear.wt_scale_inv, dgrad),
         )
 
 

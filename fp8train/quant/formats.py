@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -60,6 +60,7 @@ class QuantSpec:
     format: Format
     block: Block
     scale: ScaleKind = "pow2"
+    _text: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.block, list):
@@ -70,6 +71,8 @@ class QuantSpec:
             raise ValueError(f"QuantSpec: block is {self.block!r}; needs 'tensor', 'row' or two positive sizes.")
         if self.scale not in ("pow2", "fp32"):
             raise ValueError(f"QuantSpec: scale is {self.scale!r}; needs 'pow2' or 'fp32'.")
+        block = self.block if isinstance(self.block, str) else f"{self.block[0]}x{self.block[1]}"
+        object.__setattr__(self, "_text", f"{self.format.name} {block} {self.scale}")  # operators ask for it each call
 
     @staticmethod
     def parse(text: str, scale: str = "pow2") -> QuantSpec:
@@ -81,8 +84,7 @@ class QuantSpec:
         return _parse(text, scale)
 
     def __str__(self) -> str:
-        block = self.block if isinstance(self.block, str) else f"{self.block[0]}x{self.block[1]}"
-        return f"{self.format.name} {block} {self.scale}"
+        return self._text
 
     def block_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Block size for a matrix [rows, cols]; sizes are at least 1, so that an empty matrix has a block too."""
