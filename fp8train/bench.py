@@ -5,6 +5,7 @@ fp8train bench linear rows=2048 in_features=1024 out_features=1024   forward and
 fp8train bench gemm rows=[4096] gemms=[fprop]                        GEMMs alone, every backend that runs here
 fp8train bench quantize cases=[both]                                 quantisers against a copy
 fp8train bench telemetry model=quickstart                            a sampled step against a plain one
+fp8train bench host                                                  time on the host of a converted linear
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fp8train.arguments import nearest
 from fp8train.distributed import World, init
 from fp8train.errors import ConfigError, exit_code
 
-SUBJECTS = ("step", "linear", "gemm", "quantize", "telemetry")
+SUBJECTS = ("step", "linear", "gemm", "quantize", "telemetry", "host")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -60,6 +60,7 @@ json.dump(environment(torch.device('cuda')), open(sys.argv[1], 'w'), indent=2)" 
 # correctness first: codes and scales bit for bit, then every entry of the launch table
 step test_quantisers 90 "$python" -m pytest -q -p no:cacheprovider tests/kernels -k quantize
 step test_gemms 120 "$python" -m pytest -q -p no:cacheprovider tests/kernels -k gemm
+step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
 step bench_quantize 60 "$python" -m fp8train.bench quantize rounds=15 out="$out/quantize.json"
 step bench_gemm 150 "$python" -m fp8train.bench gemm rounds=11 out="$out/gemm.json"
 for size in 4096 8192; do

@@ -87,6 +87,16 @@ def test_quantize_bench_checks_every_result_bitwise(monkeypatch: pytest.MonkeyPa
     assert exit_code(bench.main, [*arguments, "cases=[both]"]) == 1
 
 
+def test_host_bench_counts_what_a_converted_linear_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "host.json"
+    assert exit_code(bench.main, ["host", "rounds=3", "calls=20", f"out={out}"]) == 0
+    facts = json.loads(out.read_text())["results"][0]
+    each = facts["microseconds"]
+    # two quantisers and three GEMMs allocate eight results more than nn.Linear does, whatever the machine
+    assert facts["extra_microseconds"] == each["blockwise"] - each["nn.Linear"] > 4 * each["torch.empty"]
+    assert "more than nn.Linear" in capsys.readouterr().out
+
+
 def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["model.num_layers=1", "model.hidden_size=64", "model.intermediate_size=64", "model.num_heads=1"]
     out = tmp_path / "step.json"

@@ -2,8 +2,8 @@
 
 Registered with torch.library.Library, which costs a third of custom_op per call. Quantisation specifications travel as
 their text ("e4m3 1x128 pow2"), dtypes as torch dtypes, the backend as its name. Each GEMM op counts itself for its site
-(backends/coverage.py). OPS.<name> is the way in: the operator where something traces or watches it, its implementation
-where nothing does.
+(backends/coverage.py). OPS.<name> is the way in, with specifications as they are: it calls the operator where something
+traces or watches it, its implementation where nothing does.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ _SCHEMAS = {
 def quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of x [M, K], or of x.T."""
     check_quantize_input(x)
-    q = get_backend(backend).quantize(x, QuantSpec.parse(spec), transpose)
+    q = get_backend(backend).quantize(x, _spec(spec), transpose)
     return q.qdata, q.scale_inv
 
 
 def quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row copy of x [M, K] and transposed column copy [K, M], each with its scales."""
     check_quantize_input(x)
-    q, qt = get_backend(backend).quantize_dual(x, QuantSpec.parse(row), QuantSpec.parse(col))
+    q, qt = get_backend(backend).quantize_dual(x, _spec(row), _spec(col))
     return q.qdata, q.scale_inv, qt.qdata, qt.scale_inv
 
 
 def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -> tuple[Tensor, Tensor]:
     """Decode x [M, K] and quantise x.T: the column copy made from the row copy."""
     executor = get_backend(backend)
-    x = executor.dequantize(QTensor(q, scale_inv, QuantSpec.parse(spec)), torch.float32)
-    qt = executor.quantize(x, QuantSpec.parse(to), True)
+    x = executor.dequantize(QTensor(q, scale_inv, _spec(spec)), torch.float32)
+    qt = executor.quantize(x, _spec(to), True)
     return qt.qdata, qt.scale_inv
 
 
 def dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
     """Decode to bf16 or fp32."""
-    return get_backend(backend).dequantize(QTensor(q, scale_inv, QuantSpec.parse(spec)), dtype)
+    return get_backend(backend).dequantize(QTensor(q, scale_inv, _spec(spec)), dtype)
 
 
 def noisy(x: Tensor, rms: float, dtype: torch.dtype) -> Tensor:
@@ -78,7 +78,7 @@ def scaled_mm(
 ) -> Tensor:  # fmt: skip
     """a [M, K] @ b [N, K].T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
-    left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
+    left, right = QTensor(a, a_scale, _spec(a_spec)), QTensor(b, b_scale, _spec(b_spec))
     with _own_dtypes(a):
         return get_backend(backend).scaled_mm(left, right, bias, None, False, out_dtype)
 
@@ -90,7 +90,7 @@ def scaled_mm_add_(
 ) -> None:  # fmt: skip
     """out [M, N] fp32 += a @ b.T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
-    left, right = QTensor(a, a_scale, QuantSpec.parse(a_spec)), QTensor(b, b_scale, QuantSpec.parse(b_spec))
+    left, right = QTensor(a, a_scale, _spec(a_spec)), QTensor(b, b_scale, _spec(b_spec))
     with _own_dtypes(a):
         get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
 
@@ -107,6 +107,10 @@ def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: st
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
     with _own_dtypes(a):
         get_backend(backend).mm(a, b, None, out, True, torch.float32)
+
+
+def _spec(spec: str | QuantSpec) -> QuantSpec:
+    return QuantSpec.parse(spec) if isinstance(spec, str) else spec
 
 
 def _own_dtypes(a: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -136,7 +140,7 @@ def _span(size: int) -> int:
 
 def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
     rows, cols = reversed(x.shape) if transpose else x.shape
-    parsed = QuantSpec.parse(spec)
+    parsed = _spec(spec)
     if pads_codes(backend) and parsed.block in ((1, 128), (128, 128)):
         return codes_like(x, parsed, rows, cols, transpose)
     return _codes_like(x, parsed, rows, cols)
@@ -207,7 +211,9 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
     operator = getattr(torch.ops.fp8train, name).default
 
     def call(first: Tensor, *others: Any) -> Any:
-        return implementation(first, *others) if unwatched(first) else operator(first, *others)
+        if unwatched(first):
+            return implementation(first, *others)
+        return operator(first, *[str(other) if isinstance(other, QuantSpec) else other for other in others])
 
     setattr(OPS, name, call)
 

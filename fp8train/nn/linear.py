@@ -300,13 +300,13 @@ class Float8Linear(nn.Linear):
         if self.remedy is not None:
             self._check_remedy(x)
             x = tensor = self.prepared(tensor)
-        plan, weight = self.plan, self.weight
+        plan, weight, bias = self.plan, self.weight, self.bias
         wgrad = weight.requires_grad and torch.is_grad_enabled()
         needs = plan.needs[wgrad]
         row, col = x.operands(needs) if isinstance(x, QuantizedInput) else self.inputs.get(x, needs, plan.backend)
         w, wt = self.provider.operands(self)
         y = _LinearFunction.apply(
-            as_matrix(tensor), weight if self.remedy is None else self.prepared_weight(), self.bias, *row.tensors(),
+            as_matrix(tensor), weight if self.remedy is None else self.prepared_weight(), bias, *row.tensors(),
             *((None, None) if col is None or col is row or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
             plan, out_dtype, self.grad_sink,
         )  # fmt: skip

@@ -40,7 +40,7 @@ def quantized(
     if spec is None:
         cast = OPS.noisy(x, noise, high) if noise else x.to(high)
         return Operand(cast.t() if transpose else cast)
-    data, scale_inv = OPS.quantize(x, str(spec), transpose, backend)
+    data, scale_inv = OPS.quantize(x, spec, transpose, backend)
     return Operand(data, scale_inv, spec)
 
 
@@ -53,13 +53,13 @@ def quantized_both(
         return cast, Operand(cast.data.t())
     if row is None or col is None:
         return quantized(x, row, high, False, backend, noise), quantized(x, col, high, True, backend, noise)
-    q, scale, qt, scale_t = OPS.quantize_dual(x, str(row), str(col), backend)
+    q, scale, qt, scale_t = OPS.quantize_dual(x, row, col, backend)
     return Operand(q, scale, row), Operand(qt, scale_t, col)
 
 
 def requantized(row: Operand, col: QuantSpec, backend: str) -> Operand:
     """The column operand made from the FP8 row copy: exact with pow2 scales, one more rounding with fp32 ones."""
-    data, scale_inv = OPS.requantize(row.data, row.scale_inv, str(row.spec), str(col), backend)
+    data, scale_inv = OPS.requantize(row.data, row.scale_inv, row.spec, col, backend)
     return Operand(data, scale_inv, col)
 
 
@@ -76,7 +76,7 @@ def gemm(
 ) -> Tensor:
     """left [M, K] @ right [N, K].T in FP8 if both operands are, otherwise in `high` with FP32 sums."""
     if left.spec is not None and right.spec is not None:
-        a, b = (left.data, left.scale_inv, str(left.spec)), (right.data, right.scale_inv, str(right.spec))
+        a, b = (left.data, left.scale_inv, left.spec), (right.data, right.scale_inv, right.spec)
         return OPS.scaled_mm(*a, *b, bias, out_dtype, backend, site, name)
     return OPS.mm(widened(left, high, backend), widened(right, high, backend), bias, out_dtype, backend, site, name)
 
@@ -86,7 +86,7 @@ def gemm_add_(
 ) -> None:
     """out [M, N] fp32 += left @ right.T, accumulated by the GEMM."""
     if left.spec is not None and right.spec is not None:
-        a, b = (left.data, left.scale_inv, str(left.spec)), (right.data, right.scale_inv, str(right.spec))
+        a, b = (left.data, left.scale_inv, left.spec), (right.data, right.scale_inv, right.spec)
         OPS.scaled_mm_add_(out, *a, *b, backend, site, name)
         return
     OPS.mm_add_(out, widened(left, high, backend), widened(right, high, backend), backend, site, name)
@@ -96,4 +96,4 @@ def widened(operand: Operand, high: torch.dtype, backend: str) -> Tensor:
     """The operand in high precision: an FP8 one is decoded, as a GEMM with a single FP8 operand needs it."""
     if operand.spec is None:
         return operand.data
-    return OPS.dequantize(operand.data, operand.scale_inv, str(operand.spec), high, backend)
+    return OPS.dequantize(operand.data, operand.scale_inv, operand.spec, high, backend)

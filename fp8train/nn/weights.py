@@ -75,11 +75,12 @@ class LocalWeight:
         """(w [N, K] for fprop, w.T [K, N] for dgrad)."""
         precision = linear.precision
         fprop, dgrad = precision.fprop.right, precision.dgrad.right
+        held: dict[str, Any] = linear._buffers  # an attribute of a module is looked up in Python, for 1 us or more each
         if fprop is None or dgrad is None:
-            high = linear.w_high if _has_high_copy(precision) else linear.weight.detach()
+            high = held["w_high"] if _has_high_copy(precision) else linear.weight.detach()
         return (
-            Operand(high) if fprop is None else Operand(linear.w_qdata, linear.w_scale_inv, fprop),
-            Operand(high.t()) if dgrad is None else Operand(linear.wt_qdata, linear.wt_scale_inv, dgrad),
+            Operand(high) if fprop is None else Operand(held["w_qdata"], held["w_scale_inv"], fprop),
+            Operand(high.t()) if dgrad is None else Operand(held["wt_qdata"], held["wt_scale_inv"], dgrad),
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fp8train.quant.formats import Block, QuantSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: eight are made per linear and step, and frozen ones take 1 us each
 class QTensor:
     """A matrix in FP8: x ~ qdata * scale_inv, one scale per block.
 

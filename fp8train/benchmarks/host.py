@@ -1,0 +1,111 @@
+"""What a converted linear costs the host: forward and backward with kernels that compute nothing, against nn.Linear."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fp8train.arguments import parse_arguments
+from fp8train.backends import selection
+from fp8train.backends.cpu import CpuBackend
+from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
+from fp8train.distributed import World
+from fp8train.nn.linear import Float8Linear
+from fp8train.quant.formats import QuantSpec
+from fp8train.quant.qtensor import QTensor
+from fp8train.recipe import load_recipe
+
+BACKEND = "no-op"
+SIZE = 8  # of every dimension: nn.Linear's own arithmetic is then nothing beside its calls
+
+
+@dataclass(kw_only=True, slots=True)
+class HostArguments(BenchArguments):
+    """Time on the host of one linear, forward and backward, with kernels that only allocate their results.
+
+    recipe: its first FP8 precision is timed
+    calls: forward and backward passes in a round
+    """
+
+    recipe: str = "blockwise"
+    calls: int = 200
+
+
+class NoKernels(CpuBackend):
+    """Allocates what kernels would write, and runs none."""
+
+    name = BACKEND
+
+    def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
+        """See Backend."""
+        rows, cols = reversed(x.shape) if transpose else x.shape
+        return QTensor(
+            torch.empty(rows, cols, dtype=spec.format.dtype), torch.empty(spec.scale_shape(rows, cols)), spec
+        )
+
+    def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        return self.quantize(x, row, False), self.quantize(x, col, True)
+
+    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+        """See Backend."""
+        return self.quantize(x, spec, False), self.quantize(x, spec, True)
+
+    def scaled_mm(
+        self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See Backend."""
+        return torch.empty(a.qdata.shape[0], b.qdata.shape[0], dtype=out_dtype)
+
+
+def run(argv: Sequence[str], world: World) -> int:
+    """Print time per call of nn.Linear, of the converted linear, and of one torch.empty, by which to judge the machine.
+
+    Raises:
+        RecipeError: no such recipe.
+    """
+    arguments, device = parse_arguments(argv, HostArguments), torch.device("cpu")
+    selection.BACKENDS[BACKEND] = NoKernels
+    precision = next(found for found in load_recipe(arguments.recipe).precisions.values() if found.any_fp8)
+    linears = {
+        "nn.Linear": nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16),
+        arguments.recipe: Float8Linear(SIZE, SIZE, bias=False, precision=precision, backend=BACKEND),
+    }
+    calls = {name: _repeated(_forward_backward(linear), arguments.calls) for name, linear in linears.items()}
+    calls["torch.empty"] = _repeated(lambda: torch.empty(SIZE), arguments.calls)
+    timings = interleaved(calls, arguments, device)
+    each = {name: 1e6 * timing.median_seconds / arguments.calls for name, timing in timings.items()}
+    extra = each[arguments.recipe] - each["nn.Linear"]
+    facts = {"calls": arguments.calls, "microseconds": each, "extra_microseconds": extra}
+    title = f"host, {arguments.calls} x forward + backward of one linear without arithmetic"
+    result, reason = BenchResult(title=title, timings=timings, facts=facts), "kernels that compute nothing"
+    sys.stdout.write(machine_lines(device, reason, arguments) + table(result))
+    sys.stdout.write(", ".join(f"{name} {time:.1f} us" for name, time in each.items()) + " a call; ")
+    sys.stdout.write(f"a converted linear costs {extra:.1f} us more than nn.Linear\n")
+    write_results("host", [result], device, reason, arguments)
+    return 0
+
+
+def _forward_backward(linear: nn.Module) -> Callable[[], None]:
+    x = torch.randn(SIZE, SIZE).bfloat16().requires_grad_()
+    dy = torch.randn(SIZE, SIZE).bfloat16()
+
+    def call() -> None:
+        linear.weight.grad = x.grad = None
+        if isinstance(linear, Float8Linear):
+            linear.inputs.clear()  # as the first reader of an input; k, v and up find it quantised
+        linear(x).backward(dy)
+
+    return call
+
+
+def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return calls
