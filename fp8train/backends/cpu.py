@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import cpu_library
+from fp8train.backends.producers import Producers
 from fp8train.quant import reference
 from fp8train.quant.formats import E5M2, LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -26,7 +27,7 @@ TILE = 128  # tile of cpu_kernels.cpp
 SCALE_RANGE = (2.0**-50, 2.0**50)
 
 
-class CpuBackend:
+class CpuBackend(Producers):
     """Fast CPU execution, bit-identical codes."""
 
     name = "cpu"

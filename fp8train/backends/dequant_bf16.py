@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import device_gemm
+from fp8train.backends.producers import Producers
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 
-class DequantBackend:
+class DequantBackend(Producers):
     """Quantises by the definition, multiplies in BF16."""
 
     name = "dequant_bf16"

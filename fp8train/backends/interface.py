@@ -1,4 +1,4 @@
-"""What a backend is: four plain functions and a probe."""
+"""What a backend is: quantisers, GEMMs, what feeds a linear, and a probe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
+
+Copies = tuple[QTensor, QTensor | None]  # row copy and, where it is wanted, column copy
 
 
 class Backend(Protocol):
@@ -44,3 +46,28 @@ class Backend(Protocol):
         self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
     ) -> Tensor:
         """a @ b.T of high-precision operands (both bf16 or both fp32), products summed in FP32."""
+
+    def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
+        """Whether the `*_quantize` below are one kernel each, which never writes what it quantises."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(y [M, K] in dtype, rstd [M] fp32): y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps), in FP32."""
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """h = silu(gate) * up [M, K]; silu(gate) and h are rounded to the dtype of gate."""
+
+    def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """dgate = dh * up * silu'(gate), dup = dh * silu(gate); they, dh * up and silu(gate) are rounded like gate."""
+
+    def rmsnorm_quantize(
+        self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
+    ) -> tuple[Copies, Tensor]:
+        """Copies of rms_norm's y, bit for bit, and rstd."""
+
+    def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
+        """Copies of swiglu's h, bit for bit."""
+
+    def swiglu_backward_quantize(
+        self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
+    ) -> tuple[Copies, Copies]:
+        """Copies of swiglu_backward's dgate and of its dup, bit for bit."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp8train.backends.producers import Producers
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 
-class ReferenceBackend:
+class ReferenceBackend(Producers):
     """The definition of quant/reference.py as a backend."""
 
     name = "reference"

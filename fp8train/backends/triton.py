@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm
 from fp8train.backends.admission import Admission
+from fp8train.backends.interface import Copies
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
+from fp8train.backends.producers import Producers
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -41,7 +44,7 @@ def triton_refusal() -> str | None:
     return None
 
 
-class TritonBackend:
+class TritonBackend(Producers):
     """Blockwise FP8 by our kernels, everything else by torch on the same device."""
 
     name = "triton"
@@ -84,6 +87,50 @@ class TritonBackend:
             return made, made.transpose()
         q, scale, qt, scale_t = kernel("quantize_weight").quantize_weight(_rows_dense(x), **_format(spec))
         return QTensor(q, scale, spec), QTensor(qt, scale_t, spec)
+
+    def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
+        """See Backend."""
+        return row.block == ROW and (col is None or (col.block == ROW and col.format is row.format))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        return kernel("rmsnorm_quantize").rmsnorm(_rows_dense(x), weight, eps=eps, out_dtype=dtype)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """See Backend."""
+        return kernel("swiglu_quantize").swiglu(_rows_dense(gate), _rows_dense(up))
+
+    def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        run = kernel("swiglu_backward_quantize").swiglu_backward
+        return run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up))
+
+    def rmsnorm_quantize(
+        self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
+    ) -> tuple[Copies, Tensor]:
+        """See Backend."""
+        if not self.fuses(row, col):
+            return super().rmsnorm_quantize(x, weight, eps, dtype, row, col)
+        run = kernel("rmsnorm_quantize").rmsnorm_quantize
+        *copies, rstd = run(_rows_dense(x), weight, eps=eps, out_dtype=dtype, **_formats(row, col))
+        return _copies(copies, row, col), rstd
+
+    def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
+        """See Backend."""
+        if not self.fuses(row, col):
+            return super().swiglu_quantize(gate, up, row, col)
+        run = kernel("swiglu_quantize").swiglu_quantize
+        return _copies(run(_rows_dense(gate), _rows_dense(up), **_formats(row, col)), row, col)
+
+    def swiglu_backward_quantize(
+        self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
+    ) -> tuple[Copies, Copies]:
+        """See Backend."""
+        if not self.fuses(row, col):
+            return super().swiglu_backward_quantize(dh, gate, up, row, col)
+        run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
+        dgate, dup = run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up), **_formats(row, col))
+        return _copies(dgate, row, col), _copies(dup, row, col)
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
         """See Backend."""
@@ -171,6 +218,15 @@ def _table_entries(operation: str, device: torch.device, M: int, N: int, K: int)
 
 def _format(spec: QuantSpec) -> dict[str, Any]:
     return {"fp8_dtype": spec.format.dtype, "fp8_max": spec.format.max, "pow2": spec.scale == "pow2"}
+
+
+def _formats(row: QuantSpec, col: QuantSpec | None) -> dict[str, Any]:
+    return {**_format(row), "col_pow2": (row if col is None else col).scale == "pow2", "columns": col is not None}
+
+
+def _copies(tensors: Sequence[Tensor], row: QuantSpec, col: QuantSpec | None) -> Copies:
+    q, scale, qt, scale_t = tensors
+    return QTensor(q, scale, row), None if col is None else QTensor(qt, scale_t, col)
 
 
 def _rows_dense(x: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""Operators of backends/producers.py, registered beside those of backends/ops.py and in the same way.
+
+Each returns a list: (codes, scale_inv) of the row copy, the same of the column copy if `col` is given, and what else
+is said. `col` null: no column copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8train.backends import producers
+from fp8train.backends.interface import Copies
+from fp8train.backends.ops import register
+from fp8train.backends.selection import get_backend
+from fp8train.quant.formats import QuantSpec
+from fp8train.quant.reference import check_quantize_input
+
+_QUANTIZE = "str row, str? col, str backend"
+_SCHEMAS = {
+    "rms_norm": "(Tensor x, Tensor weight, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    "rmsnorm_quantize": f"(Tensor x, Tensor weight, float eps, ScalarType dtype, {_QUANTIZE}) -> Tensor[]",
+    "swiglu": "(Tensor gate, Tensor up, str backend) -> Tensor",
+    "swiglu_backward": "(Tensor dh, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
+    "swiglu_quantize": f"(Tensor gate, Tensor up, {_QUANTIZE}) -> Tensor[]",
+    "swiglu_backward_quantize": f"(Tensor dh, Tensor gate, Tensor up, {_QUANTIZE}) -> Tensor[]",
+}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    """(y [M, K], rstd [M]), with the numbers that rmsnorm_quantize quantises."""
+    return get_backend(backend).rms_norm(x, weight, eps, dtype)
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx [M, K], dweight [K]); on CUDA by torch's own kernel of the same formula."""
+    if dy.device.type == "cuda":
+        wide = (dy.float(), x.float(), list(weight.shape), rstd.unsqueeze(-1), weight)
+        dx, dweight = torch.ops.aten._fused_rms_norm_backward(*wide, [True, True])
+        return dx.to(x.dtype), dweight
+    return producers.rms_norm_backward(dy, x, weight, rstd)
+
+
+def rmsnorm_quantize(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: str, col: str | None, backend: str
+) -> list[Tensor]:
+    """Copies of rms_norm's y; and rstd [M], fp32."""
+    check_quantize_input(x)
+    copies, rstd = get_backend(backend).rmsnorm_quantize(x, weight, eps, dtype, *_specs(row, col))
+    return [*_tensors(copies), rstd]
+
+
+def swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    """h [M, K], with the numbers that swiglu_quantize quantises."""
+    return get_backend(backend).swiglu(gate, up)
+
+
+def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """(dgate, dup), with the numbers that swiglu_backward_quantize quantises."""
+    return get_backend(backend).swiglu_backward(dh, gate, up)
+
+
+def swiglu_quantize(gate: Tensor, up: Tensor, row: str, col: str | None, backend: str) -> list[Tensor]:
+    """Copies of swiglu's h."""
+    check_quantize_input(gate)
+    return _tensors(get_backend(backend).swiglu_quantize(gate, up, *_specs(row, col)))
+
+
+def swiglu_backward_quantize(
+    dh: Tensor, gate: Tensor, up: Tensor, row: str, col: str | None, backend: str
+) -> list[Tensor]:
+    """Copies of swiglu_backward's dgate, then those of its dup."""
+    check_quantize_input(dh)
+    dgate, dup = get_backend(backend).swiglu_backward_quantize(dh, gate, up, *_specs(row, col))
+    return _tensors(dgate) + _tensors(dup)
+
+
+def _specs(row: str, col: str | None) -> tuple[QuantSpec, QuantSpec | None]:
+    return QuantSpec.parse(row), None if col is None else QuantSpec.parse(col)
+
+
+def _tensors(copies: Copies) -> list[Tensor]:
+    return [tensor for copy in copies if copy is not None for tensor in (copy.qdata, copy.scale_inv)]
+
+
+def _fake_copies(x: Tensor, row: str, col: str | None, backend: str) -> list[Tensor]:
+    """As the quantisers of backends/ops.py promise them."""
+    quantize = torch.ops.fp8train.quantize
+    return [*quantize(x, row, False, backend), *([] if col is None else quantize(x, col, True, backend))]
+
+
+def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _fake_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _fake_rmsnorm_quantize(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: str, col: str | None, backend: str
+) -> list[Tensor]:
+    return [*_fake_copies(x, row, col, backend), x.new_empty(x.shape[:1], dtype=torch.float32)]
+
+
+def _fake_swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _fake_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _fake_swiglu_quantize(gate: Tensor, up: Tensor, row: str, col: str | None, backend: str) -> list[Tensor]:
+    return _fake_copies(gate, row, col, backend)
+
+
+def _fake_swiglu_backward_quantize(
+    dh: Tensor, gate: Tensor, up: Tensor, row: str, col: str | None, backend: str
+) -> list[Tensor]:
+    return _fake_copies(gate, row, col, backend) + _fake_copies(gate, row, col, backend)
+
+
+for _implementation, _fake in (
+    (rms_norm, _fake_rms_norm),
+    (rms_norm_backward, _fake_rms_norm_backward),
+    (rmsnorm_quantize, _fake_rmsnorm_quantize),
+    (swiglu, _fake_swiglu),
+    (swiglu_backward, _fake_swiglu_backward),
+    (swiglu_quantize, _fake_swiglu_quantize),
+    (swiglu_backward_quantize, _fake_swiglu_backward_quantize),
+):
+    register(_implementation.__name__, _SCHEMAS[_implementation.__name__], _implementation, _fake)

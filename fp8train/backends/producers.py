@@ -1,0 +1,77 @@
+"""What makes the input of a linear, with the quantiser behind it: RMSNorm, SwiGLU and SwiGLU's backward.
+
+The arithmetic of the plain modules, bit for bit on the CPU: products in FP32, silu(gate) and the gradients rounded to
+the dtype of gate. Every backend inherits it; one whose kernels quantise what they compute says so with `fuses`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8train.backends.interface import Backend, Copies
+from fp8train.quant.formats import QuantSpec
+
+
+class Producers:
+    """What a backend inherits: each product is computed, written, and read again by the backend's own quantiser."""
+
+    def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
+        """See Backend."""
+        return False
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        wide = x.float()
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * rstd * weight).to(dtype), rstd.squeeze(-1)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """See Backend."""
+        return F.silu(gate) * up
+
+    def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        return torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)
+
+    def rmsnorm_quantize(
+        self: Backend, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
+    ) -> tuple[Copies, Tensor]:
+        """See Backend."""
+        y, rstd = self.rms_norm(x, weight, eps, dtype)
+        return _copies(self, y, row, col), rstd
+
+    def swiglu_quantize(self: Backend, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
+        """See Backend."""
+        return _copies(self, self.swiglu(gate, up), row, col)
+
+    def swiglu_backward_quantize(
+        self: Backend, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
+    ) -> tuple[Copies, Copies]:
+        """See Backend."""
+        dgate, dup = self.swiglu_backward(dh, gate, up)
+        return _copies(self, dgate, row, col), _copies(self, dup, row, col)
+
+
+def _copies(backend: Backend, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
+    return (backend.quantize(x, row, False), None) if col is None else backend.quantize_dual(x, row, col)
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of RMSNorm in FP32, with the roundings of autograd through F.rms_norm on the CPU.
+
+    g = dy * weight; dx = g * rstd - x * rstd^3 * mean(g * x); dweight = sum over rows of dy * x * rstd.
+
+    Args:
+        dy, x: [M, K] bf16 or fp32.
+        weight: [K] fp32.
+        rstd: [M] fp32, as rms_norm returned it.
+
+    Returns:
+        (dx [M, K] in x's dtype, dweight [K] fp32).
+    """
+    wide, dy, rstd = x.float(), dy.float(), rstd.unsqueeze(-1)
+    g = dy * weight
+    dmean = (g * wide).sum(-1, keepdim=True) * -0.5 * rstd.pow(3) / x.shape[-1]
+    return (g * rstd + dmean * (2 * wide)).to(x.dtype), (dy * (wide * rstd)).sum(0)
