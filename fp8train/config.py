@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fp8train._layout import folder
 from fp8train.arguments import describe, merged, nearest, parse_arguments, parse_assignments, structure
+from fp8train.convert import FUSED
 from fp8train.data import DataConfig
 from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, resolve_config
@@ -176,6 +177,8 @@ class RunConfig:
 
     recipe: precision of every linear: name of a file in recipes/, or a path
     backend: what executes FP8: auto, reference, cpu, triton, cublaslt
+    fused: norms and MLPs that make the FP8 input of linears themselves: auto (those that the backend has kernels for),
+        always (all that the precisions permit) or never
     steps: optimizer steps in all
     seed: of initial weights and data order
     run_dir: run folder; null: runs/MODEL-RECIPE-seedN
@@ -192,6 +195,7 @@ class RunConfig:
 
     recipe: str = "blockwise"
     backend: str = "auto"
+    fused: str = "auto"
     steps: int = 300
     seed: int = 1
     run_dir: str | None = None
@@ -217,6 +221,7 @@ class RunConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
+        _one_of("fused", self.fused, FUSED)
         _one_of("activation_checkpointing", self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
         for name in ("steps", "seq_len", "global_batch_tokens", "micro_batch_samples"):
             _at_least(name, getattr(self, name), 1)

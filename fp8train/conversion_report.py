@@ -132,6 +132,29 @@ class ConversionRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProducerRow:
+    """A norm before linears, or an MLP, and whether it makes their FP8 input itself (nn/fused.py).
+
+    Args:
+        fqn: module path.
+        linears: module paths of the linears that read it, or that it consists of.
+        refusal: why it stays as it was; None where it was fused.
+    """
+
+    fqn: str
+    linears: tuple[str, ...]
+    refusal: str | None
+
+    def text(self) -> str:
+        """In words, e.g. "layers.0.input_layernorm -> q_proj, k_proj, v_proj"."""
+        return f"{self.fqn} -> {', '.join(linear.rpartition('.')[2] for linear in self.linears)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain values, for JSON."""
+        return {"fqn": self.fqn, "linears": list(self.linears), "fused": self.refusal is None, "reason": self.refusal}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport:
     """What convert_model did.
 
@@ -142,6 +165,7 @@ class ConversionReport:
         backend_reason: one line: why this one, and why not the others.
         rows: one for each linear, in the order of the model.
         others: (module path, class) of modules with matrices that are no nn.Linear: recipes do not reach them.
+        producers: norms and MLPs of known classes.
     """
 
     recipe: str
@@ -150,6 +174,7 @@ class ConversionReport:
     backend_reason: str
     rows: tuple[ConversionRow, ...]
     others: tuple[tuple[str, str], ...] = ()
+    producers: tuple[ProducerRow, ...] = ()
 
     def planned_fp8_share(self) -> float:
         """Share of the linears' FLOPs that are planned in FP8, if every linear sees the same number of rows."""
@@ -189,6 +214,7 @@ class ConversionReport:
             "planned_fp8_share": self.planned_fp8_share(),
             "linears": [row.to_dict() for row in self.rows],
             "not_linears": [{"fqn": fqn, "class": kind} for fqn, kind in self.others],
+            "producers": [row.to_dict() for row in self.producers],
         }
 
     def coverage(self) -> dict[str, Any]:

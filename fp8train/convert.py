@@ -13,9 +13,12 @@ from torch import nn
 
 from fp8train.backends import select_backend
 from fp8train.backends.coverage import NOT_COUNTED
+from fp8train.backends.interface import Backend
 from fp8train.backends.selection import Selection
-from fp8train.conversion_report import ConversionReport, ConversionRow
+from fp8train.conversion_report import ConversionReport, ConversionRow, ProducerRow
 from fp8train.errors import ConfigError, RecipeError
+from fp8train.nn.fused import FusedMLP, FusedRMSNorm, fused_mlp, fused_norm, mlp_refusal, plain_module, refusal
+from fp8train.nn.fused_layouts import Producer, find_producers
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.remedies import InputRemedy
@@ -24,6 +27,7 @@ from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
 
+FUSED = ("auto", "always", "never")
 _PLAIN_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta")))
 _GATED = ("gate_proj", "up_proj")  # what a SwiGLU calls the two factors of its product
 _HOOKS = tuple(sorted(name for name in _PLAIN_ATTRIBUTES if name.endswith("_hooks")))
@@ -43,6 +47,7 @@ def convert_model(
     recipe: Recipe | str | Path | Mapping[str, Any],
     backend: str = "auto",
     device_type: str | None = None,
+    fused: str = "auto",
 ) -> ConversionReport:
     """Give every nn.Linear of a model the precision that a recipe names, in place.
 
@@ -60,15 +65,21 @@ def convert_model(
         recipe: a Recipe, or what load_recipe takes.
         backend: "auto", or a backend's name.
         device_type: where the model will run; None takes the device of its parameters.
+        fused: which norms before linears and which MLPs make the FP8 inputs of linears themselves (nn/fused.py): "auto"
+            those that the backend has kernels for, "always" all that the precisions permit, "never" none. Their numbers
+            are those of the plain modules on the CPU, and up to the last place those of torch's kernels on a GPU.
 
     Returns:
         ConversionReport: one row for each linear.
 
     Raises:
+        ValueError: fused is none of the three.
         RecipeError: the recipe does not fit the model; the message names the rule or the module.
         ConfigError: a linear cannot be replaced without loss; the message says why.
         BackendError: the backend cannot run here, or cannot serve a precision of the recipe.
     """
+    if fused not in FUSED:
+        raise ValueError(f"convert_model: fused is {fused!r}; needs one of {', '.join(FUSED)}.")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     linears = _find_linears(model)
     shapes = {path: (found.module.out_features, found.module.in_features) for found in linears for path in found.paths}
@@ -82,6 +93,7 @@ def convert_model(
     _swap(swappable, precisions, selection.backend.name)
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
+    producers = _fuse(model, fused, selection.backend)
     return ConversionReport(
         recipe=recipe.name,
         recipe_hash=recipe.hash,
@@ -89,6 +101,7 @@ def convert_model(
         backend_reason=selection.reason,
         rows=tuple(_row(found, assigned[found.paths[0]], selection) for found in linears),
         others=tuple(_others(model)),
+        producers=tuple(producers),
     )
 
 
@@ -235,6 +248,56 @@ def _set_remedies(model: nn.Module, swiglu: SwigluRemedy | None, treated: Collec
             remedy = InputRemedy(clamp=swiglu.clamp, smooth=smooth)
         if remedy != module.remedy:
             module.set_remedy(remedy)
+
+
+def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
+    """Put fused modules in the place of norms and MLPs whose linears permit, and plain ones back where they do not."""
+    slots: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                slots.setdefault(id(child), []).append((parent, name))
+    for held in slots.values():
+        parent, name = held[0]
+        child = getattr(parent, name)
+        if isinstance(child, FusedRMSNorm | FusedMLP):
+            setattr(parent, name, plain_module(child))
+    rows = []
+    for producer in list(find_producers(model)):
+        parent_path, _, name = producer.fqn.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        module = getattr(parent, name)
+        linears = [linear for fqn in producer.linears if isinstance(linear := model.get_submodule(fqn), Float8Linear)]
+        why = _why_plain(module, linears, producer, fused, backend)
+        if why is None and len(slots.get(id(module), (0,))) > 1:
+            why = "the model uses it in several places"
+        if why is None and producer.norm is not None:
+            eps, rounds_early = getattr(module, producer.norm.eps), producer.norm.rounds_early
+            setattr(parent, name, fused_norm(module, linears, eps=eps, rounds_early=rounds_early))
+        elif why is None:
+            setattr(parent, name, fused_mlp(module))
+        rows.append(ProducerRow(fqn=producer.fqn, linears=producer.linears, refusal=why))
+    return rows
+
+
+def _why_plain(
+    module: nn.Module, linears: Sequence[Float8Linear], producer: Producer, fused: str, backend: Backend
+) -> str | None:
+    """Why a norm or an MLP is not fused, or None."""
+    if fused == "never":
+        return "fused=never"
+    if len(linears) < len(producer.linears):
+        return "one of its linears is a subclass of nn.Linear that was left as it is"
+    if why := (mlp_refusal(*linears) if producer.norm is None else refusal(linears)):
+        return why
+    if "forward" in vars(module):
+        return "it has a forward of its own"
+    made = [(linears[-1].precision.fprop.left, linears[-1].precision.wgrad.right)]
+    if producer.norm is None:
+        made.append((linears[0].precision.dgrad.left, linears[0].precision.wgrad.left))
+    if fused == "auto" and not all(row is not None and backend.fuses(row, col) for row, col in made):
+        return f"backend {backend.name} has no kernel for it"
+    return None
 
 
 def _replacement(found: _Found, precision: LinearPrecision, backend: str) -> Float8Linear:

@@ -6,6 +6,7 @@ The model is laid out on the meta device, so that a laptop can explain a recipe 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import nn
 
 from fp8train.backends.coverage import GEMMS
 from fp8train.config import load_config
-from fp8train.conversion_report import ConversionReport, align
+from fp8train.conversion_report import ConversionReport, ProducerRow, align, index_ranges
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
@@ -34,6 +35,9 @@ Prints, for every linear of the model: shape, precision of each GEMM, the rule t
   --all        one line for each linear; without it, linears that differ only in their indices share one
   --json       the same as JSON, one entry for each linear
 """
+
+
+INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer in a module path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, model = (
         (config.model.name, build_model(config.model, "meta")) if request.hf is None else hf_layout(request.hf)
     )
-    report = convert_model(model, recipe, config.backend)
+    report = convert_model(model, recipe, config.backend, fused=config.fused)
     if request.as_json:
         sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
     else:
@@ -161,7 +165,23 @@ def _remarks(report: ConversionReport) -> list[str]:
         lines += [f"  {count} {kind}, e.g. {first[kind]}" for kind, count in kinds.items()]
     shared = [row for row in report.rows if row.other_names]
     lines += [f"one module: {row.fqn} = {' = '.join(row.other_names)}" for row in shared]
+    lines += _producer_lines(report.producers)
     return ["\n".join(lines)] if lines else []
+
+
+def _producer_lines(producers: Sequence[ProducerRow]) -> list[str]:
+    """Which norms and MLPs make the FP8 input of linears themselves, and why the others do not."""
+    fused: dict[str, list[int]] = {}
+    for row in producers:
+        if row.refusal is None:
+            pattern, indices = INDEX.sub("{}", row.text(), count=1), INDEX.findall(row.text())
+            fused.setdefault(pattern, []).extend(map(int, indices[:1]))
+    lines = ["fused with the casts of their linears:"] if fused else []
+    lines += [f"  {pattern.replace('{}', index_ranges(indices), 1)}" for pattern, indices in fused.items()]
+    plain = Counter(row.refusal for row in producers if row.refusal is not None)
+    first = {row.refusal: row for row in reversed(producers)}
+    lines += ["norms and MLPs that are not fused with the casts of their linears:"] if plain else []
+    return lines + [f"  {count}, e.g. {first[why].text()}: {why}" for why, count in plain.items()]
 
 
 def _totals(report: ConversionReport) -> str:

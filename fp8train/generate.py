@@ -118,7 +118,7 @@ def restore_model(checkpoint: Checkpoint, device: torch.device, backend: str) ->
         ) from error
     model.tie_weights()
     model.to(device).eval()
-    convert_model(model, recipe, backend=backend, device_type=device.type)
+    convert_model(model, recipe, backend=backend, device_type=device.type, fused=checkpoint.config.fused)
     return model
 
 

@@ -46,6 +46,21 @@ class QuantizedInput:
     row: Operand
     col: Operand | None
 
+    @property
+    def shape(self) -> torch.Size:
+        """[..., K], for modules that pass an input on without reading it."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As shape."""
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As shape."""
+        return self.x.device
+
     def operands(self, needs: InputNeeds) -> tuple[Operand, Operand | None]:
         """Row and column operand for a linear with those needs.
 

@@ -94,7 +94,7 @@ def check_fits(config: RunConfig, device_type: str) -> None:
     """Refuse a recipe or backend that the model cannot have; the model is laid out without memory for it."""
     recipe = load_recipe(config.recipe)
     model = build_model(resolve_activations(config.model, recipe), device="meta")
-    convert_model(model, recipe, backend=config.backend, device_type=device_type)
+    convert_model(model, recipe, backend=config.backend, device_type=device_type, fused=config.fused)
 
 
 def _default_arms(config: RunConfig) -> list[str]:

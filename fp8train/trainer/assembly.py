@@ -41,7 +41,7 @@ def assemble(
     """Build, fill and convert the model of a run.
 
     Args:
-        config: model, recipe, backend, seed, activation_checkpointing and compile are read.
+        config: model, recipe, backend, fused, seed, activation_checkpointing and compile are read.
         device: where the model is to be; it is laid out there, never anywhere else first.
         recipe: None loads config.recipe.
         first_weights: fill it from model.init_from, or else from the seed; False leaves that to a checkpoint.
@@ -57,7 +57,7 @@ def assemble(
         load_hf(model, config.model.init_from)
     elif first_weights:
         initialize(model, config.seed)
-    report = convert_model(model, recipe, backend=config.backend, device_type=device.type)
+    report = convert_model(model, recipe, backend=config.backend, device_type=device.type, fused=config.fused)
     model.checkpointing = config.activation_checkpointing
     if config.compile:
         model.compile()

@@ -195,6 +195,8 @@ def _judge(
 class _Forward:
     """Forward hook: counts the rows that enter, and those whose gradient comes back."""
 
+    reads_values = False  # so that fused producers stay fused while they are audited, see nn/fused.py
+
     def __init__(self, demand: Demand) -> None:
         self._demand = demand
 
