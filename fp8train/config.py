@@ -176,7 +176,7 @@ class RunConfig:
     """One training run.
 
     recipe: precision of every linear: name of a file in recipes/, or a path
-    backend: what executes FP8: auto, reference, cpu, triton, cublaslt
+    backend: what executes FP8: auto (the best that can run here) or a name; fp8train explain says which and why
     fused: norms and MLPs that make the FP8 input of linears themselves: auto (those that the backend has kernels for),
         always (all that the precisions permit) or never
     steps: optimizer steps in all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -123,3 +124,18 @@ def test_without_torchrun_nothing_is_recorded(monkeypatch, capsys):
 
     assert rank_exit_code(main, []) == 2
     assert capsys.readouterr().err == "fp8train: error: wrong.\n"
+
+
+def test_launcher_refuses_a_port_in_use_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        several = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / "torchrun.sh")],
+            env=os.environ | several, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"torchrun.sh: port {port} is in use on this machine; needs a free one. Set MASTER_PORT to another, alike on "
+        "every machine.\n"
+    )
