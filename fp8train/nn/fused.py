@@ -79,7 +79,7 @@ class FusedRMSNorm(nn.Module):
             y, rstd = OPS.rms_norm(matrix, weight, fusion.eps, out_dtype, backend)
             return _RMSNorm.apply(x, self.weight, rstd, out_dtype, y.view(x.shape))
         row, col = _input_specs(precision, _train(fusion.readers))
-        *copies, rstd = OPS.rmsnorm_quantize(matrix, weight, fusion.eps, out_dtype, str(row), _text(col), backend)
+        *copies, rstd = OPS.rmsnorm_quantize(matrix, weight, fusion.eps, out_dtype, row, col, backend)
         return _quantized_input(_RMSNorm.apply(x, self.weight, rstd, out_dtype, None), copies, row, col, precision)
 
     def _serves(self, x: Tensor, out_dtype: torch.dtype) -> bool:
@@ -167,7 +167,7 @@ def _swiglu(
         w, wt = linear.provider.operands(linear)
         products.append(gemm(x_row, w, bias=None, out_dtype=out_dtype, **linear.plan.common["fprop"]))
         transposed += wt.tensors()
-    copies = OPS.swiglu_quantize(*products, str(row), _text(col), gate.backend_name)
+    copies = OPS.swiglu_quantize(*products, row, col, gate.backend_name)
     h = _SwiGLU.apply(
         as_matrix(tensor), gate.weight, up.weight, *products, *((None, None) if x_col is None else x_col.tensors()),
         *transposed, (gate.plan, up.plan), (gate.grad_sink, up.grad_sink),
@@ -198,7 +198,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up, col, col_scale, *weights = ctx.saved_tensors
         need_dx, *need_dw = ctx.needs_input_grad[:3]
         precision, backend = ctx.plans[0].precision, ctx.plans[0].backend
-        specs = str(precision.dgrad.left), _text(precision.wgrad.left if any(need_dw) else None)
+        specs = precision.dgrad.left, precision.wgrad.left if any(need_dw) else None
         copies = OPS.swiglu_backward_quantize(dh.contiguous(), gate, up, *specs, backend)
         dx: Tensor | None = None
         dw: list[Tensor | None] = [None, None]
@@ -304,7 +304,3 @@ def _quantized_input(
 def _unwritten(like: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of that shape without memory of its own: autograd's handle on what exists in FP8 only."""
     return like.new_full((), float("nan"), dtype=dtype).expand(like.shape)
-
-
-def _text(spec: QuantSpec | None) -> str | None:
-    return None if spec is None else str(spec)
