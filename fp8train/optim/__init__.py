@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from fp8train.optim.adamw import AdamWBF16Moments, build_optimizer, describe_groups, parameter_groups, set_learning_rate
+from fp8train.optim.adamw import (
+    AdamWBF16Moments,
+    build_optimizer,
+    checkpoint_bytes,
+    describe_groups,
+    parameter_groups,
+    set_learning_rate,
+)
 from fp8train.optim.clipping import clip_grad_norm, global_norm
 from fp8train.optim.config import OptimConfig
 from fp8train.optim.schedule import learning_rate, warmup_steps
@@ -11,6 +18,7 @@ __all__ = [
     "AdamWBF16Moments",
     "OptimConfig",
     "build_optimizer",
+    "checkpoint_bytes",
     "clip_grad_norm",
     "describe_groups",
     "global_norm",

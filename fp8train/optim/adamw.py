@@ -85,6 +85,13 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> str:
     return "\n".join(lines)
 
 
+def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the weights that are trained and their two moments, which a checkpoint holds at least."""
+    moment = 2 if isinstance(optimizer, AdamWBF16Moments) else 4
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return sum(weight.numel() * (weight.element_size() + 2 * moment) for weight in weights)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Learning rate of every group."""
     for group in optimizer.param_groups:

@@ -22,7 +22,7 @@ from fp8train.distributed import World, wrap_ddp
 from fp8train.errors import TrainingError, UserError
 from fp8train.metrics import Metrics, peak_flops
 from fp8train.models import count_parameters, flops_per_token
-from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
+from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
 from fp8train.trainer.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
 from fp8train.trainer.console import Console
 from fp8train.trainer.determinism import deterministic_algorithms
@@ -35,6 +35,7 @@ from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
     check_same_run,
+    check_space,
     device_name,
     finished_result,
     on_main,
@@ -127,6 +128,7 @@ class Trainer:
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
         self.replica: nn.Module = wrap_ddp(self.model, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
+        on_main(world, lambda: check_space(self.run_dir, checkpoint_bytes(self.optimizer)))
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(self._introduction(dataset.describe(), size))
 
@@ -354,15 +356,13 @@ class Trainer:
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))
-        if stopped_by is None:
-            self.console.info(
-                f"finished {result.steps} steps in {result.train_seconds:.1f} s of training: {self.run_dir}"
-            )
-        else:
-            self.console.info(
+        ended = f"finished {result.steps} steps in {result.train_seconds:.1f} s of training: {self.run_dir}"
+        if stopped_by is not None:
+            ended = (
                 f"stopped by {stopped_by} after step {result.steps} of {self.config.steps}; saved {saved}. "
-                f"The same command goes on from there."
+                "The same command goes on from there."
             )
+        self.console.info(ended)
         return result
 
     def _result(self, stopped_by: str | None, started: float) -> RunResult:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
+from fp8train.units import bytes_text
 
 T = TypeVar("T")
 
@@ -199,6 +201,21 @@ def write_file(path: Path, text: str) -> None:
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
         ) from error
+
+
+def check_space(path: Path, needed_bytes: int) -> None:
+    """Refuse to train where not even one checkpoint can be written; a run overnight must not find out in the morning.
+
+    Raises:
+        CheckpointError: the disk has less than that left.
+    """
+    folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed_bytes)} for one "
+            "checkpoint. Make room, or give a run_dir on another disk."
+        )
 
 
 def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> None:

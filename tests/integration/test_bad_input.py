@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import resource
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -164,6 +165,26 @@ class TestDiskThatFillsUp:
         assert not temporary_files(tmp_path)
         assert exit_code(train.main, arguments) == 0
         assert json.loads((tmp_path / "run" / "result.json").read_text())["finished"]
+
+    @pytest.mark.parametrize(("recipe", "each"), [("blockwise", 12), ("deepseek_v3", 8)], ids=str)
+    def test_before_a_run_begins_for_want_of_a_checkpoints_space(
+        self,
+        recipe: str,
+        each: int,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A parameter takes 4 bytes and its two moments 8 in FP32, 4 in BF16."""
+        tiny_train(tmp_path, run="size")
+        size = each * json.loads((tmp_path / "size" / "result.json").read_text())["parameters"]
+        usage, arguments = shutil.disk_usage(tmp_path), tiny_arguments(tmp_path, f"recipe={recipe}")
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size - 1))
+        assert exit_code(train.main, arguments) == 2
+        assert_one_line(capsys, "run_dir: the disk of .* free; needs .* for one checkpoint")
+        assert not (tmp_path / "run").exists()
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size))
+        assert exit_code(train.main, arguments) == 0
 
     def test_while_a_run_begins(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = tiny_arguments(tmp_path)
