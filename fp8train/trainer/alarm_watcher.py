@@ -30,9 +30,10 @@ PROBE_ROWS = 1024
 class AlarmWatcher:
     """Decides from numbers that are the same on every rank; the worst linear is that of all ranks together.
 
-    The worst is the one, among those that quantise, whose operands lose most when the step's first micro-batch runs
-    once more: non-finite values first, then the 99th percentile of the rows' errors. Linears that read the same input
-    are demoted with it. What happened is a line of events.jsonl.
+    The step's first micro-batch runs once more. The worst is the linear, among those that quantise, at which the first
+    non-finite number turns up, in the order in which forward and then backward run; with none, the one whose operands
+    lose most by the 99th percentile of their rows' errors. Linears that read the same input are demoted with it. What
+    happened is a line of events.jsonl.
 
     Args:
         alarm: the recipe's.
@@ -125,7 +126,7 @@ class AlarmWatcher:
         pass_apart(self._model, self._batch, self._world.device, self._control.linears.values())
         row = {"step": step, **to_row(observer.end(), (), 0.0)}
         every = [sample for rank_row in self._world.all_gather_object(row) for sample in samples(rank_row)]
-        return worst(every, 1)[0]
+        return first_nonfinite(every, list(candidates)) or worst(every, 1)[0]
 
     def _log(self, step: int, cause: str, demoted: Sequence[str], sample: Sample, result: StepResult) -> None:
         if not self._world.main:
@@ -143,3 +144,17 @@ class AlarmWatcher:
         }
         with (self._run_dir / EVENTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event, allow_nan=False) + "\n")
+
+
+def first_nonfinite(found: Sequence[Sample], order: Sequence[str]) -> Sample | None:
+    """The sample at which non-finite numbers begin; None if there are none. What comes after it only hands them on.
+
+    Args:
+        found: samples of one pass.
+        order: module paths of the linears in the order of forward.
+    """
+    broken = [sample for sample in found if sample.stats["nonfinite"]]
+    forward = [sample for sample in broken if sample.operand != "dy"]
+    if forward:
+        return min(forward, key=lambda sample: (order.index(sample.fqn), sample.operand))
+    return max(broken, key=lambda sample: order.index(sample.fqn), default=None)

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fp8train.metrics import read_metrics
-from tests.integration import one_step
+from fp8train.recipe import load_recipe
+from fp8train.trainer.blackbox import read_dump
+from tests.integration import breaking_run, one_step
 from tests.perturbed_run import PerturbedTrainer, losses
 from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
 
@@ -59,6 +63,31 @@ def test_two_ranks_train_like_one(tmp_path: Path):
     resumed = tiny_train(tmp_path, *STEPS, "steps=9", run="two")
     straight = tiny_train(tmp_path, *STEPS, "steps=9", run="one")
     assert resumed.finished and resumed.stream_hash == straight.stream_hash != one.stream_hash
+
+
+def test_ranks_agree_on_what_is_demoted_and_each_keeps_its_part_of_the_step(tmp_path: Path):
+    """One rank alone meets a NaN: all go back, demote the same linears, and the black box has every micro-batch."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(load_recipe("blockwise").document | {"alarm": {"on": ["nonfinite"]}}))
+    arguments = tiny_arguments(tmp_path, f"recipe={recipe}", "steps=6", "checkpoint.every=3")
+    done = torchrun("tests.integration.breaking_run", str(tmp_path / "ranks.json"), *arguments)
+    assert done.returncode == 0, done.stderr
+
+    one, two = json.loads((tmp_path / "ranks.json").read_text())
+    assert one == two
+    high = {fqn for fqn, precision in one["precisions"].items() if precision == "bf16"}
+    parent = breaking_run.BAD_LINEAR.rpartition(".")[0]
+    assert high == {f"{parent}.gate_proj", f"{parent}.up_proj", "lm_head"}
+    (event,) = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert (event["step"], event["worst"]["fqn"]) == (breaking_run.BAD_STEP, breaking_run.BAD_LINEAR)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["loss"] is not None for row in rows)
+
+    dump, ranks = read_dump(tmp_path / "run" / "blackbox" / f"step_{breaking_run.BAD_STEP:08d}")
+    assert dump.world_size == len(ranks) == 2
+    samples = [{number for batch in rank.batches for number in batch.sample_ids} for rank in ranks]
+    first = (breaking_run.BAD_STEP - 1) * 8  # sequences a step
+    assert samples[0] | samples[1] == set(range(first, first + 8)) and not samples[0] & samples[1]
 
 
 def test_error_of_the_configuration_is_shown_once(tmp_path: Path):

@@ -13,11 +13,13 @@ from fp8train.checkpoint import open_checkpoint
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError
 from fp8train.eval import evaluation_config, score_checkpoint
+from fp8train.generate import restore_model
 from fp8train.metrics import read_metrics
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
 from fp8train.telemetry.observer import named_linears
-from fp8train.trainer.alarm_watcher import AlarmWatcher
+from fp8train.telemetry.table import Sample
+from fp8train.trainer.alarm_watcher import AlarmWatcher, first_nonfinite
 from fp8train.trainer.assembly import assemble
 from fp8train.trainer.precision_control import PrecisionControl
 from fp8train.trainer.rollback import RollBack
@@ -136,6 +138,9 @@ class TestAlarm:
         checkpoint = open_checkpoint(tmp_path / "run")
         row = score_checkpoint(checkpoint, evaluation_config(checkpoint, []), World())
         assert row["eval_loss"] == pytest.approx(result.evals[-1]["eval_loss"], rel=1e-6)  # sums over other batches
+        demoted = checkpoint.state.progress["watchers"]["alarm"]["demoted"]
+        linears = named_linears(restore_model(checkpoint, torch.device("cpu"), "auto"))
+        assert demoted and [fqn for fqn in linears if linears[fqn].precision == BF16] == [*demoted, "lm_head"]
 
 
 class TestCauses:
@@ -184,3 +189,24 @@ class TestCauses:
         with pytest.raises(RollBack):
             watcher.after_step(1, step_result(float("nan"), updated=False))
         assert watcher._control.demoted == [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
+
+    @pytest.mark.parametrize(
+        ("nonfinite", "first"),
+        [
+            ({("b", "w"): 1, ("c", "x"): 9, ("a", "dy"): 99}, ("b", "w")),
+            ({("c", "x"): 9, ("c", "dy"): 9}, ("c", "x")),
+            ({("a", "dy"): 99, ("b", "dy"): 1}, ("b", "dy")),
+            ({}, None),
+        ],
+        ids=["a weight before what it feeds", "forward before backward", "backward runs the other way", "none"],
+    )
+    def test_non_finite_numbers_are_traced_to_where_they_begin(self, nonfinite: dict[Any, int], first: Any):
+        found = [
+            Sample(
+                step=1, fqn=fqn, operand=operand, stats={"nonfinite": nonfinite.get((fqn, operand), 0)}, what_if=False
+            )
+            for fqn in "cab"
+            for operand in ("x", "w", "dy")
+        ]
+        sample = first_nonfinite(found, ["a", "b", "c"])
+        assert (None if sample is None else (sample.fqn, sample.operand)) == first
