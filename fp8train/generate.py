@@ -21,6 +21,7 @@ from fp8train.errors import CheckpointError, ConfigError, exit_code
 from fp8train.models import Decoder, build_model
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import resolve_activations
+from fp8train.trainer.precision_control import follow_run
 
 INCOMPLETE = "\ufffd"  # stands for a character of which some bytes are still to come
 
@@ -107,7 +108,7 @@ def trained_tokenizer(data: DataConfig, name: str | None = None) -> Tokenizer:
 
 
 def restore_model(checkpoint: Checkpoint, device: torch.device, backend: str) -> Decoder:
-    """The model of a checkpoint, converted by the checkpoint's own recipe, on `device`."""
+    """The model of a checkpoint in the precisions that its run had there: recipe, schedule and demotions."""
     recipe = load_recipe(checkpoint.recipe_document)
     model = build_model(resolve_activations(checkpoint.config.model, recipe), "meta")
     try:
@@ -119,6 +120,7 @@ def restore_model(checkpoint: Checkpoint, device: torch.device, backend: str) ->
     model.tie_weights()
     model.to(device).eval()
     convert_model(model, recipe, backend=backend, device_type=device.type, fused=checkpoint.config.fused)
+    follow_run(model, recipe, checkpoint)
     return model
 
 
