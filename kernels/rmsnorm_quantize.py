@@ -6,150 +6,33 @@ y = (x * rstd) * weight in FP32, rounded to out_dtype: given rstd, the very prod
 differs by the order of a sum: `rmsnorm` is the same without the quantiser, and the definition of y and rstd.
 Two kernels: rows to rstd, then one program per tile of 128x128, which reads x again: column blocks need 128 whole rows,
 which fit no SM.
-What quantize.py has too is the same there, held by tests: kernel files import no other.
+How a tile is scaled and stored is in tile.py.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; RMSNorm: arXiv:1910.07467. Measured: not on hardware yet.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128
-NUM_WARPS = 8
-SIZE_LIMIT = 2**31
+from fp8train.kernels.tile import (
+    BLOCK,
+    NUM_WARPS,
+    check_format,
+    check_matrix,
+    empty_copies,
+    leading_strides,
+    load_quarter,
+    max_bits,
+    quarter,
+    store_quarters,
+    store_tile,
+)
+
 RSTD_ROWS, RSTD_COLS = 4, 1024  # tile of the first kernel: 32 numbers a thread with 4 warps
 RSTD_WARPS = 4
-
-INF_BITS = tl.constexpr(0x7F800000)
-ONE_BITS = tl.constexpr(0x3F800000)
-MIN_NORMAL = tl.constexpr(2.0**-126)
-MIN_NORMAL_BITS = tl.constexpr(0x00800000)
-
-
-@triton.jit
-def _scales(amax_bits, MAX_BITS: tl.constexpr, POW2: tl.constexpr):
-    """Bits of amax -> scale_inv and encode_scale = 1 / scale_inv, fp32; MAX_BITS: those of the format's maximum."""
-    if POW2:
-        # amax / max <= 2^k just where amax <= max * 2^k, so the division and its inverse are integer sums on the bits
-        scale_bits = (amax_bits + (0x7FFFFF - MAX_BITS % 0x800000)) & INF_BITS
-        scale_bits = tl.maximum(scale_bits - (MAX_BITS // 0x800000 - 127) * 0x800000, MIN_NORMAL_BITS)
-        scale_bits = tl.where(amax_bits == 0, ONE_BITS, scale_bits)
-        scale_inv = scale_bits.to(tl.float32, bitcast=True)
-        encode_scale = (0x7F000000 - scale_bits).to(tl.float32, bitcast=True)
-    else:
-        limit = tl.full([], MAX_BITS, tl.int32).to(tl.float32, bitcast=True)
-        scale_inv = tl.maximum(tl.div_rn(amax_bits.to(tl.float32, bitcast=True), limit), MIN_NORMAL)
-        scale_inv = tl.where(amax_bits == 0, 1.0, scale_inv)
-        encode_scale = tl.div_rn(1.0, scale_inv)
-    finite = amax_bits < INF_BITS
-    return tl.where(finite, scale_inv, float("nan")), tl.where(finite, encode_scale, float("nan"))
-
-
-@triton.jit
-def _magnitude_bits(x):
-    """Bits of |x|, whose maximum is that of the numbers, or a NaN's: a floating-point maximum drops NaN."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _quarter(i, m, k, M, K):
-    """Rows [32] and columns [128] of quarter i of the tile at (m, k), from its corner, and which are inside [M, K]."""
-    rows, cols = 4 * tl.arange(0, 32) + i, tl.arange(0, 128)
-    return rows, cols, (rows < (M - m).to(tl.int32))[:, None] & (cols < (K - k).to(tl.int32))[None, :]
-
-
-@triton.jit
-def _store_rows(
-    x, m, k, M, K,  # quarters of a tile as in _store_tile
-    qdata_ptr,  # [M, K] fp8
-    scale_inv_ptr,  # [M, ceil(K/128)] fp32
-    stride_qm, stride_sk, MAX_BITS: tl.constexpr, POW2: tl.constexpr,
-):  # fmt: skip
-    """Write the row copy of a tile."""
-    qdata_ptr += m * stride_qm + k
-    scale_inv_ptr += k // 128 * stride_sk + m
-    for i in tl.static_range(4):
-        rows, cols, inside = _quarter(i, m, k, M, K)
-        scale_inv, encode_scale = _scales(tl.max(_magnitude_bits(x[i]), axis=1), MAX_BITS, POW2)
-        qdata = (encode_scale[:, None] * x[i]).to(qdata_ptr.dtype.element_ty)
-        tl.store(qdata_ptr + rows.to(tl.int64)[:, None] * stride_qm + cols[None, :], qdata, mask=inside)
-        tl.store(scale_inv_ptr + rows, scale_inv, mask=rows < (M - m).to(tl.int32))
-
-
-@triton.jit
-def _column_scales(x, MAX_BITS: tl.constexpr, POW2: tl.constexpr):
-    """scale_inv and encode_scale [128] of the columns of a tile, from its quarters."""
-    low = tl.maximum(_magnitude_bits(x[0]), _magnitude_bits(x[1]))
-    high = tl.maximum(_magnitude_bits(x[2]), _magnitude_bits(x[3]))
-    return _scales(tl.max(tl.maximum(low, high), axis=0), MAX_BITS, POW2)
-
-
-@triton.jit
-def _store_columns(
-    x, m, k, K,  # quarters of a tile as in _store_tile
-    qdata_ptr,  # [K, M] fp8
-    scale_inv_ptr,  # [K, ceil(M/128)] fp32
-    stride_qk, stride_sm, MAX_BITS: tl.constexpr, POW2: tl.constexpr,
-):  # fmt: skip
-    """Write the transposed column copy of a tile."""
-    scale_inv, encode_scale = _column_scales(x, MAX_BITS, POW2)
-    encode_scale = encode_scale[None, :]
-    codes = (
-        (encode_scale * x[0]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * x[1]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * x[2]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * x[3]).to(qdata_ptr.dtype.element_ty),
-    )
-    _store_transposed(codes, m, k, K, qdata_ptr, stride_qk)
-    cols = tl.arange(0, 128)
-    tl.store(scale_inv_ptr + m // 128 * stride_sm + k + cols, scale_inv, mask=cols < (K - k).to(tl.int32))
-
-
-@triton.jit
-def _word_byte(code, SHIFT: tl.constexpr):
-    """An FP8 code as a byte of an int32."""
-    return code.to(tl.uint8, bitcast=True).to(tl.int32) << SHIFT
-
-
-@triton.jit
-def _store_transposed(codes, m, k, K, qdata_ptr, stride_qk):
-    """Store the FP8 quarters [32, 128] of the tile at (m, k) transposed, in qdata [K, M]; its rows are stored whole.
-
-    Four rows become one 32-bit word within a thread and the words are transposed: a fourth of the shared memory
-    accesses, and no FP8 tile is ever transposed, which ptxas 12.x miscompiles (triton-lang/triton#11111).
-    """
-    words = _word_byte(codes[0], 0) | _word_byte(codes[1], 8) | _word_byte(codes[2], 16) | _word_byte(codes[3], 24)
-    cols = tl.arange(0, 128)[:, None]
-    words_ptr = (qdata_ptr + k * stride_qk + m).to(tl.pointer_type(tl.int32), bitcast=True)
-    words_ptr += cols.to(tl.int64) * (stride_qk // 4) + tl.arange(0, 32)[None, :]
-    tl.store(words_ptr, tl.trans(words), mask=cols < (K - k).to(tl.int32))
-
-
-@triton.jit
-def _store_tile(
-    x,  # 4 quarters [32, 128] fp32 of a tile: rows 4 j + i; zero outside [M, K]
-    m, k, M, K,  # its corner, int64; the sizes of the matrix
-    row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row, stride_row_scale, stride_col, stride_col_scale,
-    MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr,
-):  # fmt: skip
-    """Write the copies of a tile that are asked for."""
-    if ROW:
-        _store_rows(x, m, k, M, K, row_ptr, row_scale_ptr, stride_row, stride_row_scale, MAX_BITS, ROW_POW2)
-    if COL:
-        _store_columns(x, m, k, K, col_ptr, col_scale_ptr, stride_col, stride_col_scale, MAX_BITS, COL_POW2)
-
-
-@triton.jit
-def _load(x_ptr, stride_xm, i, m, k, M, K):
-    """Quarter i of the tile at (m, k) of x [M, K], fp32, zero outside."""
-    rows, cols, inside = _quarter(i, m, k, M, K)
-    x_ptr += m * stride_xm + k + rows.to(tl.int64)[:, None] * stride_xm + cols[None, :]
-    return tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -173,20 +56,11 @@ def _rstd_kernel(
 @triton.jit
 def _normalize(x_ptr, rstd_ptr, weight_ptr, stride_xm, i, m, k, M, K, DTYPE: tl.constexpr):
     """x * rstd * weight of quarter i, rounded to DTYPE, fp32."""
-    rows, cols, _ = _quarter(i, m, k, M, K)
-    x = _load(x_ptr, stride_xm, i, m, k, M, K)
+    rows, cols, _ = quarter(i, m, k, M, K)
+    x = load_quarter(x_ptr, stride_xm, i, m, k, M, K)
     rstd = tl.load(rstd_ptr + m + rows, mask=rows < (M - m).to(tl.int32), other=0.0)
     weight = tl.load(weight_ptr + k + cols, mask=cols < (K - k).to(tl.int32), other=0.0)
     return (x * rstd[:, None] * weight[None, :]).to(DTYPE).to(tl.float32)
-
-
-@triton.jit
-def _store_quarters(x, m, k, M, K, out_ptr, stride_om):
-    """Write the quarters of a tile, unquantised."""
-    for i in tl.static_range(4):
-        rows, cols, inside = _quarter(i, m, k, M, K)
-        offsets = m * stride_om + k + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
-        tl.store(out_ptr + offsets, x[i].to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -210,12 +84,12 @@ def _rmsnorm_quantize_kernel(
         _normalize(x_ptr, rstd_ptr, weight_ptr, stride_xm, 3, m, k, M, K, DTYPE),
     )
     if QUANTIZE:
-        _store_tile(
+        store_tile(
             y, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
             stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL,
         )  # fmt: skip
     else:
-        _store_quarters(y, m, k, M, K, out_ptr, stride_om)
+        store_quarters(y, m, k, M, K, out_ptr, stride_om)
 
 
 def _compile_cases() -> list[tuple]:
@@ -280,14 +154,10 @@ def rmsnorm_quantize(
         ValueError: x, weight, a dtype or the block do not fit.
     """
     _check("rmsnorm_quantize", x, weight, out_dtype, fp8_dtype, block)
-    M, K = x.shape
-    row, row_scale = _empty_codes(x, M, K, fp8_dtype, 16), _empty_scales(x, M, K)
-    col = _empty_codes(x, K, M, fp8_dtype, BLOCK) if columns else None
-    col_scale = _empty_scales(x, K, M) if columns else None
-    kinds = _max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    rstd = _rstd(x, eps)
-    _launch(x, rstd, weight, out_dtype, None, row, row_scale, col, col_scale, kinds)
-    return row, row_scale, col, col_scale, rstd
+    copies, rstd = empty_copies(x, fp8_dtype, columns), _rstd(x, eps)
+    kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
+    _launch(x, rstd, weight, out_dtype, None, *copies, kinds)
+    return *copies, rstd
 
 
 def rmsnorm(x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
@@ -320,8 +190,7 @@ def _launch(
     M, K = x.shape
     if M == 0 or K == 0:
         return
-    strides = [0 if tensor is None else tensor.stride(axis) for tensor, axis in
-               ((out, 0), (row, 0), (row_scale, 1), (col, 0), (col_scale, 1))]  # fmt: skip
+    strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
     _rmsnorm_quantize_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
         x, rstd, weight, out, row, row_scale, col, col_scale, M, K, x.stride(0), *strides,
         BF16=out_dtype is torch.bfloat16, MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2],
@@ -329,42 +198,12 @@ def _launch(
     )  # fmt: skip
 
 
-def _empty_codes(x: Tensor, rows: int, cols: int, dtype: torch.dtype, multiple: int) -> Tensor:
-    """[rows, cols] with a leading stride that is a multiple of `multiple`: TMA wants 16 bytes, whole tiles 128."""
-    padded = -(-cols // multiple) * multiple
-    return torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :cols]
-
-
-def _empty_scales(x: Tensor, rows: int, cols: int) -> Tensor:
-    """[rows, ceil(cols/128)] fp32, rows contiguous; a GEMM tile of up to 256 rows may read beyond the last one."""
-    padded = -(-(rows + 255) // 16) * 16
-    return torch.empty(-(-cols // BLOCK), padded, dtype=torch.float32, device=x.device).t()[:rows]
-
-
-def _max_bits(fp8_max: float) -> int:
-    """Bit pattern of fp8_max as an fp32 number."""
-    fraction, exponent = math.frexp(fp8_max)
-    return (exponent + 126 << 23) | int((2 * fraction - 1) * 2**23)
-
-
 def _check(name: str, x: Tensor, weight: Tensor, out_dtype: torch.dtype, fp8_dtype: torch.dtype, block: int) -> None:
     """Raise ValueError unless x is row-major, weight fits it, and dtypes and block are ones that the kernel serves."""
-    high = (torch.bfloat16, torch.float32)
-    if x.dim() != 2 or x.dtype not in high:
-        raise ValueError(
-            f"{name}: x is {list(x.shape)} {x.dtype}; needs [M, K] in torch.bfloat16 or torch.float32. "
-            "Reshape or cast it."
-        )
-    if x.shape[1] > 1 and x.shape[0] > 0 and x.stride(1) != 1:
-        raise ValueError(f"{name}: x has strides {x.stride()}; needs (any, 1). Pass x.contiguous().")
-    if max(x.shape) >= SIZE_LIMIT:
-        raise ValueError(f"{name}: x is {list(x.shape)}; needs dimensions below 2^31. Split it.")
+    check_matrix(name, "x", x)
     if weight.shape != x.shape[1:] or weight.dtype is not torch.float32 or not weight.is_contiguous():
         wanted = f"[{x.shape[1]}] torch.float32, contiguous"
         raise ValueError(f"{name}: weight is {list(weight.shape)} {weight.dtype}; needs {wanted}.")
-    if out_dtype not in high:
+    if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name}: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32.")
-    if fp8_dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise ValueError(f"{name}: fp8_dtype is {fp8_dtype}; needs torch.float8_e4m3fn or torch.float8_e5m2.")
-    if block != BLOCK:
-        raise ValueError(f"{name}: block is {block}; needs {BLOCK}. Use the unfused path for others.")
+    check_format(name, fp8_dtype, block)

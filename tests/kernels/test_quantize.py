@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +14,6 @@ from fp8train.quant.qtensor import QTensor  # noqa: E402
 from tests.kernels.products import DEVICE  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 from tests.shapes import matrices, matrix  # noqa: E402
-from tests.source_tree import ROOT  # noqa: E402
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 formats = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=list(FORMATS))
@@ -184,20 +180,3 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
     arguments = {"x": torch.zeros(4, 4), **options(QuantSpec(E4M3, (1, 128)))} | change
     with pytest.raises(ValueError, match=f"quantize_rows: .*{message}"):
         quantize_rows(**arguments)  # type: ignore[arg-type]
-
-
-def test_kernel_files_that_share_a_function_have_the_same_one() -> None:
-    """They import no other, so what defines the codes is repeated; a correction must reach every file."""
-    own = {"_check", "_launch", "_compile_cases"}
-    found: dict[str, set[str]] = {}
-    for path in sorted((ROOT / "kernels").glob("*quantize*.py")):
-        for name, text in functions(path).items():
-            found.setdefault(name, set()).add(text)
-    assert {"_scales", "_store_transposed"} < set(found)
-    assert not [name for name, texts in found.items() if len(texts) > 1 and name not in own]
-
-
-def functions(path: Path) -> dict[str, str]:
-    text = path.read_text(encoding="utf-8")
-    defined = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    return {node.name: ast.get_source_segment(text, node) or "" for node in defined}
