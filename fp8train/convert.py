@@ -65,9 +65,8 @@ def convert_model(
         recipe: a Recipe, or what load_recipe takes.
         backend: "auto", or a backend's name.
         device_type: where the model will run; None takes the device of its parameters.
-        fused: which norms before linears and which MLPs make the FP8 inputs of linears themselves (nn/fused.py): "auto"
-            those that the backend has kernels for, "always" all that the precisions permit, "never" none. Their numbers
-            are those of the plain modules on the CPU, and up to the last place those of torch's kernels on a GPU.
+        fused: which norms and MLPs make the FP8 inputs of linears themselves (nn/fused.py): "auto" those that the
+            backend has kernels for, "always" all that the precisions permit, "never" none.
 
     Returns:
         ConversionReport: one row for each linear.

@@ -59,6 +59,7 @@ from fp8train.trainer.run_folder import environment
 json.dump(environment(torch.device('cuda')), open(sys.argv[1], 'w'), indent=2)" "$out/environment.json"
 # correctness first: codes and scales bit for bit, then every entry of the launch table
 step test_quantisers 90 "$python" -m pytest -q -p no:cacheprovider tests/kernels -k quantize
+step test_fused 90 "$python" -m pytest -q -p no:cacheprovider tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck"
 step test_gemms 120 "$python" -m pytest -q -p no:cacheprovider tests/kernels -k gemm
 step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
 step bench_quantize 60 "$python" -m fp8train.bench quantize rounds=15 out="$out/quantize.json"
@@ -72,6 +73,8 @@ layers="model=llama3_8b model.num_layers=4 experiment=null seq_len=4096 global_b
 step bench_step_eager 90 "$python" -m fp8train.bench step $layers rounds=9 out="$out/step_eager.json"
 # shellcheck disable=SC2086
 step bench_step_compiled 120 "$python" -m fp8train.bench step $layers compile=true rounds=9 out="$out/step_compiled.json"
+# shellcheck disable=SC2086
+step bench_step_fused 60 "$python" -m fp8train.bench step $layers baseline=unfused rounds=9 out="$out/step_fused.json"
 step train 90 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare"
 
 cp "$out/compare/verdict.json" "$out/compare/report.html" "$out/" 2>/dev/null

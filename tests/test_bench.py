@@ -104,6 +104,9 @@ def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys
     assert exit_code(bench.main, ["step", *small]) == 0
     assert "tok/s" in capsys.readouterr().out
     assert set(json.loads(out.read_text())["results"][0]["timings"]) == {"bf16", "blockwise"}
+    assert exit_code(bench.main, ["step", "baseline=unfused", "fused=always", *small]) == 0
+    assert "; 3 of 3 norms and MLPs fused" in capsys.readouterr().out  # the last contestant; the first has none
+    assert list(json.loads(out.read_text())["results"][0]["timings"]) == ["unfused", "blockwise"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,7 @@ def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys
     [
         (["stepp"], "step"),
         (["step", "recipe=bf16"], "baseline"),
+        (["step", "baseline=fp8"], "needs bf16 or unfused"),
         (["linear", "rounds=0"], "rounds >= 1"),
         (["linear", "recipe=bf16"], "no FP8 precision"),
         (["gemm", "gemms=[fwd]"], "fwd"),

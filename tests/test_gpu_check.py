@@ -50,8 +50,10 @@ def test_every_step_has_a_row(tmp_path: Path, pretender: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "out" / "summary.md").read_text().splitlines()[2:]
     names = [row.split("|")[1].strip() for row in rows]
-    assert names[:4] == ["machine", "environment", "test_quantisers", "test_gemms"], "correctness comes first"
-    assert {"bench_gemm", "bench_quantize", "bench_linear_4096", "bench_step_eager", "train"} <= set(names)
+    tests = ["test_quantisers", "test_fused", "test_gemms"]
+    assert names[:5] == ["machine", "environment", *tests], "correctness comes first"
+    assert {"bench_gemm", "bench_quantize", "bench_linear_4096", "bench_step_eager", "bench_step_fused"} <= set(names)
+    assert names[-1] == "train"
     assert all("passed" in row for row in rows)
 
 

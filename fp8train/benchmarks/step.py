@@ -1,10 +1,10 @@
-"""One training step in BF16 and in a recipe: forward, backward, update."""
+"""One training step in a recipe, and in BF16 or without fused modules: forward, backward, update."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,27 +21,44 @@ from fp8train.trainer.step import train_step
 from fp8train.units import bytes_text, count_text
 
 BASELINE = "bf16"
-OWN_KEYS = ("rounds", "warmup", "threads", "out")
+UNFUSED = "unfused"
+
+
+@dataclass(kw_only=True, slots=True)
+class StepArguments(BenchArguments):
+    """One training step of config.recipe; every key of a run may be given too.
+
+    baseline: bf16, or unfused: the same recipe with fused=never
+    """
+
+    baseline: str = BASELINE
+
+    def __post_init__(self) -> None:
+        if self.baseline not in (BASELINE, UNFUSED):
+            raise ConfigError(f"bench: baseline is {self.baseline!r}; needs {BASELINE} or {UNFUSED}.")
+        # not super(): a class with slots is made anew by the decorator, and super() would mean the first one
+        BenchArguments.__post_init__(self)
 
 
 def run(argv: Sequence[str], world: World) -> int:
-    """Time a step of config.recipe against one of BF16 on the same batch, over and over.
+    """Time a step of config.recipe against one of the baseline on the same batch, over and over.
 
     Raises:
         ConfigError: the recipe is the baseline itself.
     """
-    own = [argument for argument in argv if argument.partition("=")[0] in OWN_KEYS]
-    arguments = parse_arguments(own, BenchArguments)
+    own = [argument for argument in argv if argument.partition("=")[0] in StepArguments.__dataclass_fields__]
+    arguments = parse_arguments(own, StepArguments)
     config = load_config([argument for argument in argv if argument not in own], "bench")
     if config.recipe == BASELINE:
         raise ConfigError("bench: recipe is bf16, which is the baseline itself; needs another. Try recipe=blockwise.")
     steps: dict[str, Callable[[], Any]] = {}
     peaks: dict[str, int] = {}
     reason = ""
-    for recipe in (BASELINE, config.recipe):
-        steps[recipe], reason = training_step(config, recipe, world)
+    baseline = replace(config, recipe=BASELINE) if arguments.baseline == BASELINE else replace(config, fused="never")
+    for name, arm in ((arguments.baseline, baseline), (config.recipe, config)):
+        steps[name], reason = training_step(arm, world)
         if world.device.type == "cuda":
-            peaks[recipe] = _peak_bytes(steps[recipe])
+            peaks[name] = _peak_bytes(steps[name])
     title = f"training step, model {config.model.name}, {count_text(config.global_batch_tokens)} tokens"
     timings = interleaved(steps, arguments, world.device)
     facts = {"model": config.model.name, "tokens": config.global_batch_tokens, "peak_bytes": peaks}
@@ -57,16 +74,16 @@ def run(argv: Sequence[str], world: World) -> int:
     return 0
 
 
-def training_step(config: RunConfig, recipe: str, world: World) -> tuple[Callable[[], Any], str]:
-    """A step of that recipe on the first global batch, and the line that says which backend runs it."""
-    arm = copy.deepcopy(config)
-    arm.recipe = recipe
-    assembly = assemble(arm, world.device)
-    optimizer = build_optimizer(assembly.model, arm.optim, assembly.recipe.moments)
-    dataset = build_dataset(arm.data, arm.seq_len, arm.seed)
-    batches = Batcher(dataset, arm.global_batch_samples, arm.micro_batch(1), 0, 1).micro_batches(0)
-    clip = arm.optim.clip_grad_norm
-    return lambda: train_step(assembly.model, optimizer, batches, world, clip=clip), assembly.report.backend_reason
+def training_step(config: RunConfig, world: World) -> tuple[Callable[[], Any], str]:
+    """A step on the first global batch, and the line that says which backend runs it and what is fused."""
+    assembly = assemble(config, world.device)
+    optimizer = build_optimizer(assembly.model, config.optim, assembly.recipe.moments)
+    dataset = build_dataset(config.data, config.seq_len, config.seed)
+    batches = Batcher(dataset, config.global_batch_samples, config.micro_batch(1), 0, 1).micro_batches(0)
+    clip = config.optim.clip_grad_norm
+    fused = sum(row.refusal is None for row in assembly.report.producers)
+    line = f"{assembly.report.backend_reason}; {fused} of {len(assembly.report.producers)} norms and MLPs fused"
+    return lambda: train_step(assembly.model, optimizer, batches, world, clip=clip), line
 
 
 def _peak_bytes(step: Callable[[], Any]) -> int:

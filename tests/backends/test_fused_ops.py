@@ -95,9 +95,8 @@ def assert_copies(copies: list[Tensor], x: Tensor, row: str, col: str | None) ->
     for spec, transpose, place in ((row, False, 0), (col, True, 2)):
         if spec is not None:
             parsed = QuantSpec.parse(spec)
-            assert same_codes(
-                QTensor(copies[place], copies[place + 1], parsed), reference.quantize(x, parsed, transpose=transpose)
-            )
+            made = QTensor(copies[place].cpu(), copies[place + 1].cpu(), parsed)
+            assert same_codes(made, reference.quantize(x.cpu(), parsed, transpose=transpose))
 
 
 @backends

@@ -30,12 +30,14 @@ FITTING = ("blockwise", "fp32-scales", "requant", "requant-fp32-scales", "gradie
 fitting = pytest.mark.parametrize("precision", [PRECISIONS[name] for name in FITTING], ids=FITTING)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 TRITON = pytest.param("triton", marks=needs_triton)
+BACKEND = "cpu" if DEVICE == "cpu" else "triton"
+same_bits = pytest.mark.skipif(DEVICE != "cpu", reason="torch's norm and exp on a GPU differ from ours in a last place")
 
 
 class Part(nn.Module):
     """A norm, and the MLP that reads it: half of a decoder layer, on weights that its arguments fix."""
 
-    def __init__(self, precision: LinearPrecision = BLOCKWISE, backend: str = "cpu") -> None:
+    def __init__(self, precision: LinearPrecision = BLOCKWISE, backend: str = BACKEND) -> None:
         super().__init__()
         sizes = {"vocab_size": 8, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "max_seq_len": 8}
         self.norm = RMSNorm(K, 1e-5)
@@ -108,7 +110,7 @@ FUSED_TYPES = [("norm", QuantizedInput), ("down", QuantizedInput)]
 PLAIN_TYPES = [("norm", Tensor), ("down", Tensor)]
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's own norm and exp differ in the last place")
+@same_bits
 @fitting
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -193,7 +195,7 @@ def test_linears_keep_half_of_their_inputs_in_bf16() -> None:
     assert saved_bytes(part.linears(), lambda: part(x)) - of_others <= 0.52 * 2 * M * (K + INNER)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's own norm and exp differ in the last place")
+@same_bits
 @pytest.mark.parametrize(
     "frozen",
     [("gate_proj",), ("up_proj",), ("gate_proj", "up_proj"), ("down_proj",), ("gate_proj", "up_proj", "down_proj")],
@@ -210,6 +212,7 @@ def test_frozen_weights_get_no_gradient_and_cost_no_copy(frozen: tuple[str, ...]
     assert (handed.col is None) == ({"gate_proj", "up_proj"} <= set(frozen))
 
 
+@same_bits
 def test_input_without_gradient_is_served() -> None:
     x, dy = inputs()
     found = []
@@ -221,6 +224,7 @@ def test_input_without_gradient_is_served() -> None:
     assert len(found[0]) == 3
 
 
+@same_bits
 def test_without_gradients_there_are_row_copies_only() -> None:
     x, _ = inputs()
     fused, plain = Part().fuse(), Part()
@@ -256,7 +260,7 @@ def test_every_gemm_is_counted_once() -> None:
     assert all(count.fp8_calls == 1 for gemms in snapshots[1] for count in gemms.values())
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's own norm and exp differ in the last place")
+@same_bits
 def test_precision_may_change_at_any_time() -> None:
     """Whatever the linears have at a forward, the bits are the plain modules', fused where they permit."""
     x, dy = inputs()
@@ -280,6 +284,7 @@ def test_precision_may_change_at_any_time() -> None:
         assert seen == types
 
 
+@same_bits
 def test_edits_of_a_weight_are_seen() -> None:
     x, _ = inputs()
     plain, fused = Part(), Part().fuse()
@@ -322,7 +327,7 @@ def test_mlps_that_do_not_permit_are_refused() -> None:
     assert "its linears differ in backend" in str(mlp_refusal(*part.linears()))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's own norm and exp differ in the last place")
+@same_bits
 def test_biased_down_projection_is_served() -> None:
     x, dy = inputs()
     parts = [Part(), Part()]
@@ -331,6 +336,7 @@ def test_biased_down_projection_is_served() -> None:
     assert_same(step(parts[0], x, dy), step(parts[1].fuse(), x, dy))
 
 
+@same_bits
 def test_autocast_decides_the_dtype_as_it_does_of_plain_modules() -> None:
     x, dy = inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
