@@ -1,6 +1,6 @@
 """Time FP8 against BF16, interleaved in one process: `fp8train bench SUBJECT key=value ...`.
 
-fp8train bench step model=quickstart recipe=blockwise rounds=20     one training step: forward, backward, update
+fp8train bench step model=quickstart recipe=blockwise rounds=20     one training step, against BF16 or baseline=unfused
 fp8train bench linear rows=2048 in_features=1024 out_features=1024   forward and backward of one linear
 fp8train bench gemm rows=[4096] gemms=[fprop]                        GEMMs alone, every backend that runs here
 fp8train bench quantize cases=[both]                                 quantisers against a copy
