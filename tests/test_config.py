@@ -115,7 +115,7 @@ class TestLoadConfig:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            pytest.param(["global_batch_tokens=1000"], "multiple of seq_len x ranks = 128 x 1.*=1024", id="batch"),
+            pytest.param(["global_batch_tokens=1000"], "multiple of seq_len x ranks = 96 x 1.*=960", id="batch"),
             pytest.param(["micro_batch_samples=3"], "divisor of the 8 sequences.*1, 2, 4, 8", id="micro-batch"),
             pytest.param(["seq_len=512"], "seq_len: got 512, the model takes at most 256", id="seq_len"),
             pytest.param(["optim.warmup_steps=300"], "got 300; needs fewer than steps=300", id="warmup"),
@@ -145,7 +145,7 @@ class TestLoadConfig:
         config = load_config(["seq_len=256", "global_batch_tokens=51200"])  # 200 sequences; 64 of 256 tokens fit 16384
         assert config.micro_batch(1) == 50
         assert config.micro_batch(2) == 50
-        assert load_config(["global_batch_tokens=51200", "micro_batch_samples=4"]).micro_batch(1) == 4
+        assert load_config(["seq_len=128", "global_batch_tokens=51200", "micro_batch_samples=4"]).micro_batch(1) == 4
 
     def test_resolved_configuration_survives_yaml(self):
         config = load_config(["experiment=quickstart", "data.path=[a,b]", "profile.steps=[3,5]", "log.wandb=off"])
