@@ -19,7 +19,6 @@ from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
 from fp8train.generate import trained_tokenizer
 from fp8train.metrics import to_json_line
-from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import assemble
 from fp8train.trainer.evaluation import EvalSet, evaluate
 from fp8train.trainer.precision_control import follow_run
@@ -99,7 +98,7 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
     check_vocabulary(dataset, config.model.vocab_size)
     size = config.micro_batch_samples or 8
     eval_set = EvalSet(Batcher(dataset, size * world.world_size, size, world.rank, world.world_size), world)
-    recipe = load_recipe(checkpoint.recipe_document)
+    recipe = checkpoint.recipe
     assembly = assemble(config, world.device, recipe=recipe, first_weights=False)
     checkpoint.restore(assembly.model)
     follow_run(assembly.model, recipe, checkpoint)
@@ -107,7 +106,7 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
     return {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
-        "recipe": Path(checkpoint.config.recipe).stem,
+        "recipe": recipe.name,
         "backend": assembly.report.backend,
         **scores,
         "eval_hash": eval_set.hash,

@@ -16,7 +16,7 @@ from fp8train.errors import ConfigError, exit_code
 from fp8train.generate import trained_tokenizer
 from fp8train.models import count_parameters, save_hf
 from fp8train.nn.remedies import fold_channel_scale
-from fp8train.recipe import Recipe, load_recipe
+from fp8train.recipe import Recipe
 
 DTYPES = ("bfloat16", "float32")
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"{line}\n")
     model = checkpoint.config.model
     tokenizer = None if arguments.tokenizer == "none" else _tokenizer_path(checkpoint, arguments.tokenizer)
-    state, notes = fold_remedies(checkpoint.load_model_state(), load_recipe(checkpoint.recipe_document))
+    state, notes = fold_remedies(checkpoint.load_model_state(), checkpoint.recipe)
     for line in notes:
         sys.stderr.write(f"{line}\n")
     save_hf(state, model, arguments.out, arguments.dtype, tokenizer)

@@ -19,7 +19,6 @@ from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.distributed import init
 from fp8train.errors import CheckpointError, ConfigError, exit_code
 from fp8train.models import Decoder, build_model
-from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import resolve_activations
 from fp8train.trainer.precision_control import follow_run
 
@@ -109,7 +108,7 @@ def trained_tokenizer(data: DataConfig, name: str | None = None) -> Tokenizer:
 
 def restore_model(checkpoint: Checkpoint, device: torch.device, backend: str) -> Decoder:
     """The model of a checkpoint in the precisions that its run had there: recipe, schedule and demotions."""
-    recipe = load_recipe(checkpoint.recipe_document)
+    recipe = checkpoint.recipe
     model = build_model(resolve_activations(checkpoint.config.model, recipe), "meta")
     try:
         model.load_state_dict(checkpoint.load_model_state(), assign=True)  # no second copy of the weights

@@ -215,18 +215,19 @@ def available_recipes() -> list[str]:
     return sorted(path.stem for path in folder("recipes").glob("*.yaml"))
 
 
-def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, Any], *, name: str = "custom") -> Recipe:
     """Load and check a recipe.
 
     Args:
         source: name of a shipped recipe ("blockwise"), path of a YAML file (a Path, or text with a separator or ending
             in .yaml or .yml), or the document as a mapping.
+        name: of the recipe where source is a mapping; a file has its own.
 
     Raises:
         RecipeError: there is no such recipe, or the document is not a recipe; the message says where and the remedy.
     """
     if isinstance(source, Mapping):
-        return _parse(source, name="custom", source="recipe")
+        return _parse(source, name=name, source="recipe")
     path = Path(source)
     if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and path.name == source:
         path = folder("recipes") / f"{source}.yaml"

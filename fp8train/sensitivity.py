@@ -21,7 +21,7 @@ from fp8train.data.dataset import PackedDataset
 from fp8train.distributed import World
 from fp8train.errors import ConfigError, DataError, exit_code
 from fp8train.eval import evaluation_config
-from fp8train.recipe import Recipe, load_recipe
+from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import Assembly, assemble
 from fp8train.trainer.run_folder import write_file
 
@@ -96,7 +96,7 @@ def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunCon
     checkpoint = None if arguments.checkpoint is None else open_checkpoint(arguments.checkpoint)
     config = load_config(rest, command) if checkpoint is None else evaluation_config(checkpoint, rest)
     named = checkpoint is None or any(argument.startswith("recipe=") for argument in rest)
-    recipe: Recipe = load_recipe(config.recipe if checkpoint is None or named else checkpoint.recipe_document)
+    recipe = load_recipe(config.recipe) if checkpoint is None or named else checkpoint.recipe
     world = World()
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     check_vocabulary(dataset, config.model.vocab_size)

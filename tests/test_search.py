@@ -19,7 +19,7 @@ from fp8train.search import Choice, SearchArguments, choose, end_layers, main, m
 from fp8train.sensitivity import main as sensitivity
 from fp8train.telemetry.observer import named_linears
 from tests.planted import LAYERS, PLANTED, own_text, planted_model
-from tests.tiny_run import tiny_arguments
+from tests.tiny_run import tiny_arguments, tiny_train
 
 CPU = torch.device("cpu")
 NAMES = [f"layers.{i}.{part}" for i in range(4) for part in (
@@ -196,6 +196,11 @@ class TestCommands:
         assert set(content["linears"][0]["gemms"]["dgrad"]) == {
             "loss_change", "loss_rms", "sqnr_db", "gradient_cosine"
         }  # fmt: skip
+
+    def test_checkpoint_is_judged_under_its_own_recipe_by_name(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        tiny_train(tmp_path, "steps=1", "recipe=rowwise")
+        assert sensitivity([f"checkpoint={tmp_path / 'run'}", "windows=2"]) == 0
+        assert f"{tmp_path / 'run'}; recipe rowwise; 128 tokens" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("extra", "message"),

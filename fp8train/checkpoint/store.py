@@ -31,6 +31,7 @@ from fp8train.checkpoint.random_state import restore_random_state
 from fp8train.config import RunConfig, config_from_dict
 from fp8train.distributed import unwrap
 from fp8train.errors import CheckpointError
+from fp8train.recipe import Recipe, load_recipe
 
 FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"
@@ -88,9 +89,9 @@ class Checkpoint:
         return config_from_dict(self.state.config, who=str(self.path / STATE_FILE))
 
     @property
-    def recipe_document(self) -> dict[str, Any]:
-        """The recipe as parsed, for load_recipe."""
-        return self.state.recipe_document
+    def recipe(self) -> Recipe:
+        """The recipe that it was trained under, by the name that the run gave it."""
+        return load_recipe(self.state.recipe_document, name=Path(self.config.recipe).stem)
 
     @property
     def recipe_hash(self) -> str:

@@ -94,7 +94,7 @@ def _state(path: Path) -> tuple[int, bool]:
 
 def _score(weights: Checkpoint, arithmetic: Checkpoint, eval_set: EvalSet, world: World) -> float:
     config = dataclasses.replace(weights.config, compile=False, backend=arithmetic.config.backend)
-    recipe = load_recipe(arithmetic.recipe_document)
+    recipe = arithmetic.recipe
     assembly = assemble(config, world.device, recipe=recipe, first_weights=False)
     weights.restore(assembly.model)
     return eval_set.score(assembly.model).nats

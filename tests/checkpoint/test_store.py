@@ -168,7 +168,7 @@ def test_checkpoint_tells_step_config_and_recipe(tmp_path):
     checkpoint = open_checkpoint(path)
     assert path == tmp_path / "checkpoints" / "step_00000007"
     assert (checkpoint.step, checkpoint.config.steps, checkpoint.recipe_hash) == (7, 10, "abc")
-    assert checkpoint.recipe_document["rules"][0]["use"] == "bf16"
+    assert (checkpoint.recipe.name, checkpoint.recipe.rules[0].use) == ("blockwise", "bf16")
     assert checkpoint.state.versions["torch"] == torch.__version__
 
 
