@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.hardware import requires_gpu  # noqa: E402
-from tests.interpreter import install_exact_casts  # noqa: E402
+from tests.interpreter import make_exact  # noqa: E402
 
 __all__ = ["requires_gpu"]
 
@@ -29,7 +29,7 @@ def pytest_configure() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-        install_exact_casts()
+        make_exact()
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,10 @@
-"""Exact casts for Triton's CPU interpreter, which tests of kernels use where there is no GPU.
+"""What Triton's CPU interpreter needs to be exact; tests of kernels use it where there is no GPU.
 
 Triton 3.6 to 3.9 (TRITON_INTERPRET=1) round FP32 to FP8 half away from zero, lose the carry into the exponent (1.9868
 becomes 1.0), do not saturate, and truncate to BF16. The device rounds to nearest even, saturates at the largest finite
 number and keeps NaN. This replaces the one function that is wrong; it can go when triton-lang/triton issue 8322 is
-fixed in every version of the range in pyproject.toml.
+fixed in every version of the range in pyproject.toml. Besides, Triton 3.6 makes an integer of an array of one element,
+which NumPy refuses since 2.4.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 
-def install_exact_casts() -> None:
+def make_exact() -> None:
     """Make the interpreter cast between FP32, FP16, BF16, E4M3 and E5M2 as the device does. Idempotent."""
     import triton.language as tl
     from triton.runtime import interpreter
@@ -38,6 +39,13 @@ def install_exact_casts() -> None:
 
     convert.exact = True  # type: ignore[attr-defined]
     interpreter._convert_float = convert
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _cast(data: np.ndarray, source: torch.dtype, target: torch.dtype) -> np.ndarray:
