@@ -185,10 +185,8 @@ class _SwiGLU(torch.autograd.Function):
         gate_wt: Tensor, gate_wt_scale: Tensor | None, up_wt: Tensor, up_wt_scale: Tensor | None,
         plans: tuple[Plan, Plan], sinks: tuple[InplaceGrad | None, InplaceGrad | None],
     ) -> Tensor:  # fmt: skip
-        need_dx, *need_dw = ctx.needs_input_grad[:3]
-        x_saved = (col, col_scale) if any(need_dw) else (None, None)
-        w_saved = (gate_wt, gate_wt_scale, up_wt, up_wt_scale) if need_dx else (None, None, None, None)
-        ctx.save_for_backward(gate, up, *x_saved, *w_saved)
+        weights = (gate_wt, gate_wt_scale, up_wt, up_wt_scale) if ctx.needs_input_grad[0] else (None, None, None, None)
+        ctx.save_for_backward(gate, up, col, col_scale, *weights)
         ctx.plans, ctx.sinks, ctx.x_dtype = plans, sinks, x.dtype
         return _unwritten(gate, gate.dtype)
 

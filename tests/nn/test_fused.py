@@ -134,6 +134,22 @@ def test_hooks_that_look_see_numbers_and_change_none(backend: str, name: str) ->
     assert len(read) == 6 and all(type(tensor) is Tensor and bool(tensor.isfinite().all()) for tensor in read)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_every_kind_of_hook_is_noticed(kind: str) -> None:
+    x, _ = inputs()
+    for number in range(3):
+        part = Part().fuse()
+        handle = getattr(part.linears()[number], f"register_{kind}_hook")(lambda *_: None)
+        seen = spied(part)
+        part(x)
+        norms_reader = number < 2
+        assert seen == [PLAIN_TYPES[0] if norms_reader else FUSED_TYPES[0], PLAIN_TYPES[1]]
+        handle.remove()
+        seen.clear()
+        part(x)
+        assert seen == FUSED_TYPES
+
+
 @needs_triton
 def test_kernels_numbers_are_torchs_but_for_a_last_place() -> None:
     x, dy = inputs()
@@ -222,6 +238,18 @@ def test_input_without_gradient_is_served() -> None:
         found.append({name: p.grad for name, p in part.named_parameters() if p.grad is not None})
     assert_same(*found)
     assert len(found[0]) == 3
+
+
+def test_weights_are_kept_for_the_gradient_of_the_input_only() -> None:
+    part = Part().fuse()
+    part.norm.weight.requires_grad_(False)
+    for needed in (True, False):
+        saved = []
+        x = inputs()[0].requires_grad_(needed)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()), lambda _: None):
+            part(x)
+        for linear in part.linears()[:2]:
+            assert (linear.wt_qdata.data_ptr() in saved) == needed
 
 
 @same_bits

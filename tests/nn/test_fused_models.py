@@ -21,7 +21,7 @@ from fp8train.models.norm import RMSNorm
 from fp8train.nn.fused import FusedMLP, FusedRMSNorm
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import converted_linears, evaluation_precision
-from fp8train.quant.formats import BF16
+from fp8train.quant.formats import BF16, BLOCKWISE
 from fp8train.recipe import load_recipe
 from fp8train.telemetry.observer import Observer, named_linears
 from fp8train.trainer.strict_coverage import StepAudit
@@ -113,6 +113,17 @@ def test_compiled_model_has_the_eager_ones_bits(checkpointing: str, residual: st
     eager = train(copy.deepcopy(model), steps=1)
     compiled = train(model, 1, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False))
     assert_same(compiled, eager)
+
+
+def test_compiled_model_follows_a_change_of_precision() -> None:
+    torch.compiler.reset()
+    model = decoder("always")[0]
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    for precision in (None, BF16, BLOCKWISE):
+        for linear in [] if precision is None else [*converted_linears(model), *converted_linears(eager)]:
+            linear.set_precision(precision)
+        assert_same(train(model, 1, compiled), train(eager, 1))
 
 
 def test_fp32_residual_gets_the_same_forward_and_gradients_within_roundings_of_its_sum() -> None:
