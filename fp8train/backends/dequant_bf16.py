@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import device_gemm
-from fp8train.backends.producers import Producers
-from fp8train.quant import reference
-from fp8train.quant.formats import LinearPrecision, QuantSpec
+from fp8train.backends.reference import ReferenceBackend
 from fp8train.quant.qtensor import QTensor
 
 
-class DequantBackend(Producers):
+class DequantBackend(ReferenceBackend):
     """Quantises by the definition, multiplies in BF16."""
 
     name = "dequant_bf16"
@@ -27,27 +25,6 @@ class DequantBackend(Producers):
         if device_type == "cuda" and not torch.cuda.is_available():
             return f"torch {torch.__version__} finds no CUDA GPU"
         return None
-
-    def unsupported(self, precision: LinearPrecision) -> str | None:
-        """None: it serves every precision."""
-        return None
-
-    def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
-        """See Backend."""
-        return reference.quantize(x, spec, transpose=transpose)
-
-    def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
-        """See Backend."""
-        return self.quantize(x, row, False), self.quantize(x, col, True)
-
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
-        """See Backend."""
-        q = self.quantize(x, spec, False)
-        return q, q.transpose()
-
-    def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
-        """See Backend."""
-        return reference.dequantize(q, dtype)
 
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
