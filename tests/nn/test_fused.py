@@ -267,6 +267,15 @@ def test_precision_may_change_at_any_time() -> None:
 
 
 @same_bits
+def test_dtypes_that_quantisers_do_not_read_take_the_plain_way() -> None:
+    x, dy = inputs(torch.float64)
+    assert_same(step(Part(), x, dy), step(Part().fuse(), x, dy))
+    part = Part().fuse()
+    part.norm.to(torch.bfloat16)
+    assert isinstance(part.norm(x.float()), Tensor)
+
+
+@same_bits
 def test_edits_of_a_weight_are_seen() -> None:
     x, _ = inputs()
     plain, fused = Part(), Part().fuse()
