@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from fp8train.checkpoint.random_state import random_state, restore_random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError
 from fp8train.optim import OptimConfig, build_optimizer
+from tests.full_disk import files_of_at_most
 
 MOMENTS = ["fp32", "bf16"]
 
@@ -383,37 +383,26 @@ def test_leftovers_of_a_killed_save_are_cleared_away(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-@pytest.fixture
-def file_size_limit():
-    """A real failure of write(2) in the middle of a file: files may not grow beyond 1000 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_write_that_fails_leaves_no_half_checkpoint_and_the_earlier_ones(tmp_path, file_size_limit):
+def test_write_that_fails_leaves_no_half_checkpoint_and_the_earlier_ones(tmp_path):
     _save(tmp_path, 10)
     model, optimizer = _start()
     state = _state()
-    file_size_limit()
-    with pytest.raises(CheckpointError, match=r"step_00000020: cannot be written: File too large") as caught:
+    with (
+        files_of_at_most(1000),
+        pytest.raises(CheckpointError, match=r"step_00000020: cannot be written: File too large") as caught,
+    ):
         save_checkpoint(tmp_path, 20, model, optimizer, state, keep_last=1)
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000010"]
     assert find_resume(tmp_path, "auto").step == 10
 
 
-def test_write_that_fails_leaves_the_checkpoint_of_the_same_step(tmp_path, file_size_limit):
+def test_write_that_fails_leaves_the_checkpoint_of_the_same_step(tmp_path):
     path = _save(tmp_path, 10)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     model, optimizer = _start()
     state = _state()
-    file_size_limit()
-    with pytest.raises(CheckpointError):
+    with files_of_at_most(1000), pytest.raises(CheckpointError):
         save_checkpoint(tmp_path, 10, model, optimizer, state)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import resource
 import shutil
-import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from fp8train import export, prepare, train
 from fp8train.errors import exit_code
 from fp8train.metrics import METRICS_FILE
 from fp8train.models import ModelConfig, build_model, initialize, save_hf
+from tests.full_disk import files_of_at_most
 from tests.tiny_run import tiny_arguments, tiny_train
 
 RULES = """
@@ -138,19 +136,6 @@ def test_port_in_use_is_one_line_and_leaves_no_folder(
         assert exit_code(train.main, [*tiny_arguments(tmp_path), "parallel.timeout_seconds=5"]) == 2
     assert_one_line(capsys, rf"port {port} \(MASTER_PORT\) is in use; needs a free one.*--standalone")
     assert not (tmp_path / "run").exists()
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """write(2) fails in the middle of a file, as on a full disk: no file may grow beyond `size` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 class TestDiskThatFillsUp:
