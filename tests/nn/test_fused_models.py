@@ -340,6 +340,13 @@ def test_transformers_models_are_fused_with_the_same_bits(family: str) -> None:
         assert (results[1][1][name] - gradient).norm() <= 2.0**-15 * gradient.norm(), name
 
 
+def test_transformers_mlp_with_another_activation_is_no_swiglu() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4, hidden_act="gelu"))
+    convert_model(model, "blockwise", backend="cpu", fused="always")
+    assert fused_modules(model) == [f"model.{EVERY[0]}", f"model.{EVERY[1]}"]
+
+
 def test_transformers_norm_of_bf16_stays_plain_since_it_rounds_early() -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
