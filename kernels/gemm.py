@@ -11,11 +11,22 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_K = tl.constexpr(128)  # also the block of K that shares a scale
-TILE_ORDER = {"GROUP_M": 8}  # neighbouring tiles share rows of a and b in L2
+from fp8train.kernels import gemm_tile
+from fp8train.kernels.gemm_tile import (
+    BLOCK_K,
+    FP8,
+    TILE_ORDER,
+    multiprocessors,
+    num_blocks,
+    overlap,
+    scratch,
+    tile_at,
+    tma_reads,
+)
+
 # Tiles that fit the registers: 256x128 and 128x256 spill 140 to 936 bytes, 128x128 by pointers with odd strides 3644.
 # Warp specialisation splits BLOCK_M = 128 into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with
-# num_warps=8 the pass does nothing.
+# num_warps=8 the pass does nothing. Entries with MATH_GROUPS are in gemm_gluon.py: TMA, 64 rows to a warpgroup.
 CONFIGS = {
     "pointer_64x64_s3": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
@@ -23,24 +34,10 @@ CONFIGS = {
     "ws_128x128_s3": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3, "WARP_SPECIALIZE": True},
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
     "ws_128x128_s5": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5, "WARP_SPECIALIZE": True},
+    "gluon_192x128_s4": {"MATH_GROUPS": 3, "BLOCK_N": 128, "STAGES": 4, "IN_FLIGHT": 1},
+    "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2},
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@triton.jit
-def _blocks(size, BLOCK: tl.constexpr):
-    """Number of blocks in size >= 1. Not tl.cdiv: size + BLOCK - 1 would overflow just below 2^31."""
-    return (size - 1) // BLOCK + 1
-
-
-@triton.jit
-def _tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of the tile with that index: columns of GROUP_M tiles, one after the other."""
-    width = GROUP_M * _blocks(N, BLOCK_N)
-    first = index // width * GROUP_M
-    height = min(_blocks(M, BLOCK_M) - first, GROUP_M)
-    return first + index % width % height, index % width // height
 
 
 @triton.jit
@@ -54,7 +51,7 @@ def _gemm_pointer_kernel(
     M, N, K, stride_am, stride_bn, stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -63,7 +60,7 @@ def _gemm_pointer_kernel(
     a_scale_ptrs = a_scale_ptr + tl.minimum(rows, M - 1) * stride_sam
     b_scale_ptrs = b_scale_ptr + tile_n.to(tl.int64) * BLOCK_N // 128 * stride_sbn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, _blocks(K, BLOCK_K)):
+    for k in range(0, num_blocks(K, BLOCK_K)):
         inside = depth[None, :] < K - k * BLOCK_K
         a = tl.load(a_ptrs, mask=(rows[:, None] < M) & inside, other=0.0)
         b = tl.load(b_ptrs, mask=(cols[:, None] < N) & inside, other=0.0)
@@ -97,15 +94,15 @@ def _gemm_tma_kernel(
     if TMA_STORE:
         c_desc = tl.make_tensor_descriptor(c_ptr, [M, N], [stride_cm, 1], [BLOCK_M, BLOCK_N])
     a_step, b_step = tl.cast(stride_sak, tl.int64), tl.cast(stride_sbk, tl.int64)
-    tiles = _blocks(M, BLOCK_M) * _blocks(N, BLOCK_N)
+    tiles = num_blocks(M, BLOCK_M) * num_blocks(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE):
-        tile_m, tile_n = _tile(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         a_scale_ptrs = a_scale_ptr + tl.minimum(rows, M - 1) * stride_sam
         b_scale_ptrs = b_scale_ptr + tile_n.to(tl.int64) * BLOCK_N // 128 * stride_sbn
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, _blocks(K, BLOCK_K)):
+        for k in range(0, num_blocks(K, BLOCK_K)):
             a = a_desc.load([tile_m * BLOCK_M, k * BLOCK_K])
             b = b_desc.load([tile_n * BLOCK_N, k * BLOCK_K])
             a_scale = tl.load(a_scale_ptrs + k * a_step)
@@ -131,6 +128,8 @@ def _compile_cases():
     outputs = {"bf16": ("*bf16", {"BIAS": False}), "fp32 bias": ("*fp32", {"BIAS": True})}
     cases = []
     for name, entry in CONFIGS.items():
+        if "MATH_GROUPS" in entry:
+            continue  # compiled by gemm_gluon.compile_cases
         kernel = _gemm_tma_kernel if "WARP_SPECIALIZE" in entry else _gemm_pointer_kernel
         tile = {key: value for key, value in entry.items() if key.isupper()} | TILE_ORDER | {"stride_sam": 1}
         options = {key: value for key, value in entry.items() if key.islower()} | {"enable_fp_fusion": True}
@@ -172,16 +171,21 @@ def gemm(
         raise ValueError(f"gemm: out is {out.dtype}; needs torch.bfloat16 or torch.float32.")
     if min(M, N, K) == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand(M, N))
-    name = config or next(name for name in PLAIN if refusal(name, a, b) is None)
-    if reason := refusal(name, a, b):
+    operands = (a, b, a_scale, b_scale)
+    name = config or next(name for name in PLAIN if refusal(name, *operands) is None)
+    if reason := refusal(name, *operands):
         raise ValueError(f"gemm: {reason}. Leave config=None.")
     options = dict(CONFIGS[name])
+    if "MATH_GROUPS" in options:
+        from fp8train.kernels import gemm_gluon  # experimental in Triton: the other entries do without it
+
+        return gemm_gluon.launch(*operands, out, options, b_rows=128, bias=bias)
     grid = -(-M // options["BLOCK_M"]) * -(-N // options["BLOCK_N"])
     kernel = _gemm_pointer_kernel
     if "WARP_SPECIALIZE" in options:
-        kernel, grid = _gemm_tma_kernel, min(grid, _multiprocessors(a.device))
-        options["TMA_STORE"] = out.dtype is torch.bfloat16 and _tma_reads(out)
-        triton.set_allocator(_scratch)  # per thread: backward runs in another one
+        kernel, grid = _gemm_tma_kernel, min(grid, multiprocessors(a.device))
+        options["TMA_STORE"] = out.dtype is torch.bfloat16 and tma_reads(out)
+        triton.set_allocator(scratch)  # per thread: backward runs in another one
     with torch.cuda.device(a.device.index if a.is_cuda else -1):
         kernel[(grid,)](
             a, b, out, a_scale, b_scale, bias, M, N, K, a.stride(0), b.stride(0), out.stride(0), *a_scale.stride(),
@@ -190,31 +194,9 @@ def gemm(
     return out
 
 
-def refusal(config: str, a: torch.Tensor, b: torch.Tensor) -> str | None:
+def refusal(config: str, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor) -> str | None:
     """Why an entry of CONFIGS cannot multiply these operands, or None."""
-    if config not in CONFIGS:
-        return f"config is {config!r}; needs one of {', '.join(CONFIGS)}"
-    if "WARP_SPECIALIZE" not in CONFIGS[config]:
-        return None
-    if a.is_cuda and torch.cuda.get_device_capability(a.device) < (9, 0):
-        return f"config {config!r} uses TMA; needs sm_90"
-    if not (_tma_reads(a) and _tma_reads(b)):
-        return f"config {config!r} reads by TMA; needs rows that start at multiples of 16 bytes"
-    return None
-
-
-def _tma_reads(x: torch.Tensor) -> bool:
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
-
-
-def _multiprocessors(device: torch.device) -> int:
-    # three on a CPU, where tests interpret: fewer than tiles, so that a program takes several
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    return gemm_tile.refusal(config, CONFIGS, a, b)
 
 
 def _check(a, b, a_scale, b_scale, bias, out) -> tuple[int, int, int]:
@@ -242,15 +224,6 @@ def _check(a, b, a_scale, b_scale, bias, out) -> tuple[int, int, int]:
         if out.stride(1) != 1 and N > 1:
             raise ValueError(f"gemm: out has strides {out.stride()}; needs the last to be 1. Call .contiguous().")
         for name, x in (("a", a), ("b", b), ("a_scale", a_scale), ("b_scale", b_scale), ("bias", bias)):
-            if x is not None and _overlap(out, x):
+            if x is not None and overlap(out, x):
                 raise ValueError(f"gemm: out shares memory with {name}; needs memory of its own. Allocate another.")
     return M, N, K
-
-
-def _overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether the spans of memory between first and last element meet."""
-    spans = []
-    for t in (x, y):
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size() if t.numel() else t.data_ptr()))
-    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]

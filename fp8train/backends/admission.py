@@ -110,8 +110,9 @@ def _fingerprint(operation: str, index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     parts = [
         properties.name, f"{properties.major}.{properties.minor}", torch.__version__, str(torch.version.cuda),
-        triton.__version__, (folder("kernels") / f"{operation}.py").read_text(), Path(__file__).read_text(),
+        triton.__version__, operation, Path(__file__).read_text(),
     ]  # fmt: skip
+    parts += [path.read_text() for path in sorted(folder("kernels").glob("gemm*.py"))]  # they share code
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -132,8 +133,8 @@ def check(
         for positive in (False, True):
             a = _operand(M, K, "1x128", 2 * number, positive, device)
             b = _operand(N, K, right, 2 * number + 1, positive, device)
-            if module.refusal(entry, a.qdata, b.qdata):
-                return f"{entry} refuses operands of its table: {module.refusal(entry, a.qdata, b.qdata)}"
+            if reason := module.refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv):
+                return f"{entry} refuses operands of its table: {reason}"
             for arguments, plus, limit in _variants(operation, M, N, device):
                 y = launch(a.qdata, b.qdata, a.scale_inv, b.scale_inv, config=entry, **arguments)
                 expected = a.dequantize().double() @ b.dequantize().double().T + plus.double()

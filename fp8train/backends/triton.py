@@ -179,7 +179,7 @@ class TritonBackend(Producers):
         (M, K), N = a.shape, b.shape[0]
         device = a.qdata.device
         for entry in _table_entries(operation, device, M, N, K):
-            if kernel(operation).refusal(entry, a.qdata, b.qdata) is not None:
+            if kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv) is not None:
                 continue
             if self._admission.admits(operation, entry, device):
                 return entry

@@ -12,6 +12,7 @@ import argparse
 import collections
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -32,19 +33,20 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Figures:
-    """What the assembler made of one case. The last four are of the innermost loop with tensor-core instructions."""
+    """What the assembler made of one case. Instructions are those of the innermost loop with tensor-core ones."""
 
     name: str
     registers: int
     math_registers: int  # after setmaxnreg; 0 where warps are not specialised
     spilled_bytes: int
     shared_bytes: int
-    fp8_mma: int
-    promotion_fma: int  # per thread and K block
+    fp8_mma: int  # this and the next two per math thread and K block
+    promotion_fma: int
     loop_instructions: int
     expected_fma: int  # accumulators per thread: each is promoted once per K block
     flushes: bool  # some instruction flushes subnormal numbers to zero
     warnings: list[str]
+    ring: list[str]  # what is wrong with the barriers of a kernel whose warps are specialised by hand
 
     def row(self) -> str:
         """A line of the table."""
@@ -57,7 +59,7 @@ class Figures:
         """What must not be, in words; [] where all is well."""
         found = [f"{self.spilled_bytes} bytes spilled"] if self.spilled_bytes else []
         found += ["flushes subnormal numbers"] if self.flushes else []
-        found += [f"assembler: {line}" for line in self.warnings]
+        found += [f"assembler: {line}" for line in self.warnings] + self.ring
         if self.expected_fma:
             found += [] if self.fp8_mma >= 4 else [f"{self.fp8_mma} FP8 tensor-core instructions per K block; needs 4"]
             if self.promotion_fma != self.expected_fma:
@@ -66,10 +68,14 @@ class Figures:
 
 
 def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """COMPILE_CASES of all kernel files that have some."""
+    """COMPILE_CASES of all kernel files that have some, and the Gluon entries of the GEMMs."""
+    from fp8train.kernels import gemm_gluon
+
     found = []
     for path in sorted(README.parent.glob("*.py")):
-        found += getattr(importlib.import_module(f"fp8train.kernels.{path.stem}"), "COMPILE_CASES", [])
+        module = importlib.import_module(f"fp8train.kernels.{path.stem}")
+        found += getattr(module, "COMPILE_CASES", [])
+        found += gemm_gluon.compile_cases(path.stem, getattr(module, "CONFIGS", {}))
     return found
 
 
@@ -103,23 +109,58 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
     loop = _innermost_loop(_disassembled(made.asm["cubin"]).splitlines())
     mix = collections.Counter(filter(None, map(_opcode, loop)))
     constants = case[3]
-    accumulators = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0)
-    # the math warps of a specialised kernel are two groups of four, whatever num_warps says
-    threads = 256 if constants.get("WARP_SPECIALIZE") else 32 * case[4].get("num_warps", 4)
+    groups, in_flight = constants.get("MATH_GROUPS", 0), constants.get("IN_FLIGHT", 1)
+    accumulators = constants.get("BLOCK_M", 64 * groups) * constants.get("BLOCK_N", 0)
     limits = [int(count) for count in re.findall(r"setmaxnreg\.inc\S+\s+(\d+)", ptx)]
+    # the math warps of a specialised kernel are two groups of four, or MATH_GROUPS, whatever num_warps says
+    threads = 256 if constants.get("WARP_SPECIALIZE") else 128 * groups or 32 * case[4].get("num_warps", 4)
     return Figures(
         name=case[0],
         registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
-        math_registers=min(limits, default=0),
+        math_registers=constants.get("MATH_REGISTERS") or min(limits, default=0),
         spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         shared_bytes=made.metadata.shared,
-        fp8_mma=mix["QGMMA"],
-        promotion_fma=mix["FFMA"],
-        loop_instructions=sum(mix.values()),
+        fp8_mma=mix["QGMMA"] // in_flight,
+        promotion_fma=mix["FFMA"] // in_flight,
+        loop_instructions=sum(mix.values()) // in_flight,
         expected_fma=accumulators // threads,
         flushes=".ftz" in ptx,
         warnings=[line.strip() for line in said.splitlines() if "arning" in line or "serializ" in line.lower()],
+        ring=ring_faults(ptx, constants) if groups else [],
     )
+
+
+def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
+    """What is wrong with the barriers of a Gluon GEMM.
+
+    A warpgroup waits once and arrives once for each block of K that its code multiplies; it arrives only behind a
+    barrier of its own 128 threads, since each of its warps waits for its own part of the multiplication; a box goes to
+    global memory only behind a fence and such a barrier. The producer announces the bytes of all boxes of a slot.
+    """
+    groups, rows = constants["MATH_GROUPS"], constants["BLOCK_N"] + 64 * constants["MATH_GROUPS"]
+    multiplied = groups * (1 if constants["IN_FLIGHT"] == 1 else constants["IN_FLIGHT"] + 1)  # a pair, and the odd one
+    scales = constants["B_ROWS"] == 1  # those of b come with the slot
+    wanted = {
+        r"mbarrier\.try_wait": multiplied + 1,
+        r"mbarrier\.arrive\.shared": multiplied,
+        rf"mbarrier\.arrive\.expect_tx\S+ _, \[\S+\], {128 * rows + 4 * scales * constants['BLOCK_N']};": 1,
+        r"mbarrier::complete_tx": groups + 1 + scales,
+        r"wgmma\.mma_async": 4 * multiplied,
+        rf"setmaxnreg\S+\s+{constants['MATH_REGISTERS']};": groups,
+        r"wgmma\.wait_group\.sync\.aligned\s+1;": groups * (constants["IN_FLIGHT"] - 1),
+    }
+    found = [
+        f"{len(re.findall(what, ptx))} of {what}; needs {n}"
+        for what, n in wanted.items()
+        if len(re.findall(what, ptx)) != n
+    ]
+    marks = "wgmma.wait_group|bar.sync|mbarrier.arrive.shared|fence.proxy.async|tensor.2d.global.shared"
+    order = [mark for mark, _ in itertools.groupby(re.findall(marks.replace(".", "[.]"), ptx))]
+    before = {"mbarrier.arrive.shared": "wgmma.wait_group", "tensor.2d.global.shared": "fence.proxy.async"}
+    for at, mark in enumerate(order):
+        if mark in before and order[at - 2 : at] != [before[mark], "bar.sync"]:
+            found.append(f"{mark} behind {', '.join(order[max(at - 2, 0) : at])}; needs {before[mark]}, bar.sync")
+    return found
 
 
 def other_architectures() -> list[str]:
@@ -127,7 +168,7 @@ def other_architectures() -> list[str]:
     found = []
     for case in cases():
         words = case[0].split()
-        if not words[0].startswith("gemm") or words[1].startswith("ws_"):
+        if not words[0].startswith("gemm") or words[1].startswith(("ws_", "gluon_")):
             continue
         wanted = {100: "tcgen05.mma"} | ({89: "e4m3.f32"} if words[1].startswith("pointer") else {})
         for capability, instruction in wanted.items():
@@ -173,7 +214,8 @@ def _innermost_loop(lines: list[str]) -> list[str]:
     for number, line in enumerate(lines):
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = number
-        jump = re.search(r"BRA[^`]*`\((\.L_x_\d+)\)", line)
+        # conditional: the way back from a wait that is kept out of line is no loop
+        jump = re.search(r"@!?U?P\d\s+BRA[^`]*`\((\.L_x_\d+)\)", line)
         if jump and jump[1] in labels:
             spans.append(lines[labels[jump[1]] : number + 1])
     return min((span for span in spans if any("QGMMA" in line for line in span)), key=len, default=[])

@@ -31,7 +31,9 @@ def in_compiling_process(option: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=sm90.README.parents[1], capture_output=True, text=True)
 
 
-def test_nothing_spills_flushes_or_serialises_and_every_sum_is_promoted(rows: list[sm90.Figures]) -> None:
+def test_nothing_spills_flushes_serialises_or_lacks_a_barrier_and_every_sum_is_promoted(
+    rows: list[sm90.Figures],
+) -> None:
     assert [f"{row.name}: {fault}" for row in rows for fault in row.faults()] == []
 
 
@@ -46,6 +48,8 @@ def test_every_entry_of_the_launch_table_is_compiled(rows: list[sm90.Figures]) -
 def test_specialised_entries_have_their_own_math_warps(rows: list[sm90.Figures]) -> None:
     specialised = [row for row in rows if row.name.split()[1].startswith("ws_")]
     assert specialised and all(row.math_registers >= 200 for row in specialised)
+    by_hand = {row.name.split()[1]: row.math_registers for row in rows if row.name.split()[1].startswith("gluon_")}
+    assert by_hand == {"gluon_192x128_s4": 160, "gluon_192x128_s5": 160, "gluon_128x128_k2_s6": 232}
 
 
 def test_readme_gives_these_figures(rows: list[sm90.Figures]) -> None:
@@ -62,7 +66,7 @@ def test_plain_gemms_compile_for_ada_and_blackwell() -> None:
 
 
 def test_a_spill_a_missing_promotion_and_a_flush_are_faults() -> None:
-    good = sm90.Figures("gemm x", 168, 232, 0, 1024, 4, 64, 130, 64, False, [])
+    good = sm90.Figures("gemm x", 168, 232, 0, 1024, 4, 64, 130, 64, False, [], [])
     assert good.faults() == []
-    bad = sm90.Figures("gemm x", 255, 0, 8, 1024, 0, 0, 130, 64, True, ["C7510 wgmma serialized"])
-    assert [fault.split()[0] for fault in bad.faults()] == ["8", "flushes", "assembler:", "0", "0"]
+    bad = sm90.Figures("gemm x", 255, 0, 8, 1024, 0, 0, 130, 64, True, ["C7510 wgmma serialized"], ["lost barrier"])
+    assert [fault.split()[0] for fault in bad.faults()] == ["8", "flushes", "assembler:", "lost", "0", "0"]

@@ -1,0 +1,130 @@
+"""The Gluon GEMMs: what they refuse, and that the model which runs them without a GPU sees the faults it is there for.
+
+Their numbers are tested with those of every other entry, in test_gemm.py and test_gemm_wgrad.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.kernels import gemm, gemm_gluon, gemm_tile, gemm_wgrad  # noqa: E402
+from tests.kernels import sm90  # noqa: E402
+from tests.kernels.gluon_model import Hazard, Kernel  # noqa: E402
+from tests.kernels.products import DEVICE, assert_product, m_contiguous, quantized  # noqa: E402
+
+ENTRIES = [
+    (module, name) for module in (gemm, gemm_wgrad) for name, entry in module.CONFIGS.items() if "MATH_GROUPS" in entry
+]
+on_a_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="the model stands in for a GPU only where there is none")
+
+
+def product(module: object, config: str) -> None:
+    """Multiply, several tiles and more than a ring of slots to each program; assert that the product is right."""
+    operation = "gemm" if module is gemm else "gemm_wgrad"
+    a = quantized(300, 1104, "e4m3 1x128", 1)
+    b = quantized(400, 1104, "e4m3 128x128" if module is gemm else "e4m3 1x128", 2)
+    scale = b.scale_inv if module is gemm else m_contiguous(b.scale_inv)
+    options = {"out_dtype": torch.bfloat16} if module is gemm else {}
+    y = getattr(module, operation)(a.qdata, b.qdata, a.scale_inv, scale, config=config, **options)
+    assert_product(y, a, b)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("module", "config"), ENTRIES, ids=lambda x: getattr(x, "__name__", x))
+def test_any_order_of_events_gives_the_product(
+    module: object, config: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the fixture's model, which this one takes apart again
+    monkeypatch.setattr(gemm_tile, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(gemm_gluon, seed=seed))
+    product(module, config)
+
+
+FAULTS = {
+    "the producer waits for slots that nobody has used": ("    phase = 1  # of barriers", "    phase = 0  # of"),
+    "a slot is free as soon as one warpgroup has read it": ("count=MATH_GROUPS", "count=1"),
+    "the parity does not turn": ("        phase ^= 1", "        phase ^= 0"),
+    "too few bytes are announced": ("* BLOCK_K + (0 if", "* BLOCK_K - 128 + (0 if"),
+    "a product is used before it is there": ("_wait(0, deps=(partial,))", "_wait(1, deps=(partial,))"),
+    "the result is overwritten while it is stored": ("tma.store_wait(0)  # the tile", "pass  # "),
+    "no fence stands before the store": ("            fence_async_shared()\n", ""),
+    "the last store is not awaited": ("    if c_desc is not None:\n        tma.store_wait(0)\n", ""),
+    "a warpgroup reads the rows of another": ("slot * MATH_GROUPS + GROUP)", "slot * MATH_GROUPS)"),
+    "the scales of the block before are used": ("k + 1, blocks, a_step", "k, blocks, a_step"),
+}  # fmt: skip
+
+
+@on_a_cpu
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_model_sees(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(gemm_gluon.__file__).read_text(encoding="utf-8")
+    assert FAULTS[fault][0] in text
+    path = tmp_path / "faulty.py"
+    path.write_text(text.replace(*FAULTS[fault]), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    assert spec is not None and spec.loader is not None
+    faulty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(faulty))
+    with pytest.raises((Hazard, AssertionError, AttributeError, TypeError)):
+        for _ in range(5):
+            product(gemm, "gluon_192x128_s4")
+
+
+def test_entries_for_hopper_are_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = quantized(32, 128, "e4m3 1x128", 1), quantized(32, 128, "e4m3 1x128", 2)
+    for here in ((0, 0), (8, 9), (10, 0)):
+        monkeypatch.setattr(gemm_tile, "capability", lambda device, here=here: here)
+        for module, config in ENTRIES:
+            reason = module.refusal(config, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+            assert reason == f"config {config!r} is Gluon for Hopper, which no CPU interprets; needs a GPU of sm_90"
+
+
+def test_scales_that_tma_cannot_read_are_refused() -> None:
+    a, b = quantized(32, 256, "e4m3 1x128", 1), quantized(36, 256, "e4m3 1x128", 2)
+    for scale in (b.scale_inv, m_contiguous(b.scale_inv)[1:], torch.empty(2, 37, device=DEVICE).T[:36]):
+        rows = b.qdata[: scale.shape[0]]
+        with pytest.raises(ValueError, match="reads b_scale by TMA; needs N contiguous, from a multiple of 16 bytes"):
+            gemm_wgrad.gemm_wgrad(a.qdata, rows, a.scale_inv, scale, config="gluon_192x128_s5")
+
+
+def test_one_block_of_scales_may_have_any_step() -> None:
+    a, b = quantized(40, 128, "e4m3 1x128", 1), quantized(36, 128, "e4m3 1x128", 2)
+    assert b.scale_inv.stride() == (1, 1)
+    y = gemm_wgrad.gemm_wgrad(a.qdata, b.qdata, a.scale_inv, b.scale_inv, config="gluon_192x128_s5")
+    assert_product(y, a, b)
+
+
+CODE = """
+setmaxnreg.dec.sync.aligned.u32 232;
+wgmma.mma_async; wgmma.mma_async; wgmma.mma_async; wgmma.mma_async; mbarrier.try_wait
+wgmma.wait_group.sync.aligned 0; bar.sync 0, 128; mbarrier.arrive.shared::cta.b64
+fence.proxy.async; bar.sync 0, 128; cp.async.bulk.tensor.2d.global.shared
+setmaxnreg.inc.sync.aligned.u32 232;
+wgmma.mma_async; wgmma.mma_async; wgmma.mma_async; wgmma.mma_async; mbarrier.try_wait
+wgmma.wait_group.sync.aligned 0; bar.sync 2, 128; bar.sync 2, 128; mbarrier.arrive.shared::cta.b64
+fence.proxy.async; bar.sync 2, 128; cp.async.bulk.tensor.2d.global.shared
+mbarrier.try_wait @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 32768;
+mbarrier::complete_tx mbarrier::complete_tx mbarrier::complete_tx
+"""
+
+
+def test_machine_code_without_a_barrier_that_it_must_have_is_a_fault() -> None:
+    constants = {"MATH_GROUPS": 2, "BLOCK_N": 128, "IN_FLIGHT": 1, "B_ROWS": 128, "MATH_REGISTERS": 232}
+    assert sm90.ring_faults(CODE, constants) == []
+    for lost in (
+        "bar.sync 0, 128; mbarrier",
+        "bar.sync 2, 128; cp",
+        "fence",
+        "32768",
+        "mbarrier.try_wait",
+        "wgmma.mma",
+        "u32 232",
+    ):
+        assert sm90.ring_faults(CODE.replace(lost, lost.split("; ")[-1] if ";" in lost else "-", 1), constants), lost
