@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp8train.backends import producers
 from fp8train.backends.interface import Copies
-from fp8train.backends.ops import _spec, register
+from fp8train.backends.ops import as_spec, register
 from fp8train.backends.selection import get_backend
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.reference import check_quantize_input
@@ -77,7 +77,7 @@ def swiglu_backward_quantize(
 
 
 def _specs(row: str, col: str | None) -> tuple[QuantSpec, QuantSpec | None]:
-    return _spec(row), None if col is None else _spec(col)
+    return as_spec(row), None if col is None else as_spec(col)
 
 
 def _tensors(copies: Copies) -> list[Tensor]:

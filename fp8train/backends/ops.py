@@ -43,28 +43,28 @@ _SCHEMAS = {
 def quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of x [M, K], or of x.T."""
     check_quantize_input(x)
-    q = get_backend(backend).quantize(x, _spec(spec), transpose)
+    q = get_backend(backend).quantize(x, as_spec(spec), transpose)
     return q.qdata, q.scale_inv
 
 
 def quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row copy of x [M, K] and transposed column copy [K, M], each with its scales."""
     check_quantize_input(x)
-    q, qt = get_backend(backend).quantize_dual(x, _spec(row), _spec(col))
+    q, qt = get_backend(backend).quantize_dual(x, as_spec(row), as_spec(col))
     return q.qdata, q.scale_inv, qt.qdata, qt.scale_inv
 
 
 def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -> tuple[Tensor, Tensor]:
     """Decode x [M, K] and quantise x.T: the column copy made from the row copy."""
     executor = get_backend(backend)
-    x = executor.dequantize(QTensor(q, scale_inv, _spec(spec)), torch.float32)
-    qt = executor.quantize(x, _spec(to), True)
+    x = executor.dequantize(QTensor(q, scale_inv, as_spec(spec)), torch.float32)
+    qt = executor.quantize(x, as_spec(to), True)
     return qt.qdata, qt.scale_inv
 
 
 def dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
     """Decode to bf16 or fp32."""
-    return get_backend(backend).dequantize(QTensor(q, scale_inv, _spec(spec)), dtype)
+    return get_backend(backend).dequantize(QTensor(q, scale_inv, as_spec(spec)), dtype)
 
 
 def noisy(x: Tensor, rms: float, dtype: torch.dtype) -> Tensor:
@@ -78,7 +78,7 @@ def scaled_mm(
 ) -> Tensor:  # fmt: skip
     """a [M, K] @ b [N, K].T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
-    left, right = QTensor(a, a_scale, _spec(a_spec)), QTensor(b, b_scale, _spec(b_spec))
+    left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
     with _own_dtypes(a):
         return get_backend(backend).scaled_mm(left, right, bias, None, False, out_dtype)
 
@@ -90,7 +90,7 @@ def scaled_mm_add_(
 ) -> None:  # fmt: skip
     """out [M, N] fp32 += a @ b.T, both FP8."""
     COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
-    left, right = QTensor(a, a_scale, _spec(a_spec)), QTensor(b, b_scale, _spec(b_spec))
+    left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
     with _own_dtypes(a):
         get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
 
@@ -109,7 +109,8 @@ def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: st
         get_backend(backend).mm(a, b, None, out, True, torch.float32)
 
 
-def _spec(spec: str | QuantSpec) -> QuantSpec:
+def as_spec(spec: str | QuantSpec) -> QuantSpec:
+    """A specification from its text, as operators pass it, or as it is, as eager calls do."""
     return QuantSpec.parse(spec) if isinstance(spec, str) else spec
 
 
@@ -140,7 +141,7 @@ def _span(size: int) -> int:
 
 def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
     rows, cols = reversed(x.shape) if transpose else x.shape
-    parsed = _spec(spec)
+    parsed = as_spec(spec)
     if pads_codes(backend) and parsed.block in ((1, 128), (128, 128)):
         return codes_like(x, parsed, rows, cols, transpose)
     return _codes_like(x, parsed, rows, cols)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from fp8train.backends import fused_ops as _fused_ops  # noqa: F401  registers the operators
 from fp8train.backends.producers import rms_norm_backward
 from fp8train.nn.inputs import QuantizedInput
-from fp8train.nn.linear import Float8Linear, InplaceGrad, Plan, _weight_grad, _wgrad_operand
+from fp8train.nn.linear import Float8Linear, InplaceGrad, Plan, weight_grad, wgrad_operand
 from fp8train.nn.operands import OPS, Operand, as_matrix, gemm
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 
@@ -156,7 +156,7 @@ def _swiglu(
         gate.refresh_if_stale()
         up.refresh_if_stale()
     tensor = x.x if isinstance(x, QuantizedInput) else x
-    out_dtype, needs = gate._check_input(tensor), gate.plan.needs[_train((gate, up))]
+    out_dtype, needs = gate.checked_input(tensor), gate.plan.needs[_train((gate, up))]
     if isinstance(x, QuantizedInput):
         x_row, x_col = x.operands(needs)
     else:
@@ -209,7 +209,7 @@ class _SwiGLU(torch.autograd.Function):
                 dx = part if dx is None else dx + part
             if need_dw[half]:
                 dy_t = Operand(col_copy[0], col_copy[1], precision.wgrad.left)
-                dw[half] = _weight_grad(dy_t, _wgrad_operand(col, col_scale, plan), plan, ctx.sinks[half])
+                dw[half] = weight_grad(dy_t, wgrad_operand(col, col_scale, plan), plan, ctx.sinks[half])
         return dx, *dw, *([None] * 10)
 
 

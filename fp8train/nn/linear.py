@@ -91,7 +91,7 @@ class _LinearFunction(torch.autograd.Function):
             right = Operand(wt, wt_scale, precision.dgrad.right)
             dx = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **plan.common["dgrad"])
         if need_dw:
-            dw = _weight_grad(left_t, _wgrad_operand(col, col_scale, plan), plan, ctx.sink)
+            dw = weight_grad(left_t, wgrad_operand(col, col_scale, plan), plan, ctx.sink)
         if need_db:
             db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, db, *([None] * 11)
@@ -107,7 +107,7 @@ def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tup
     return only, only
 
 
-def _wgrad_operand(col: Tensor, col_scale: Tensor | None, plan: Plan) -> Operand:
+def wgrad_operand(col: Tensor, col_scale: Tensor | None, plan: Plan) -> Operand:
     """x.T [K, M] as forward saved it: the column copy itself, or with source "requant" made from the row copy."""
     precision = plan.precision
     if precision.wgrad_source == "requant" and precision.wgrad.right is not None:
@@ -115,7 +115,7 @@ def _wgrad_operand(col: Tensor, col_scale: Tensor | None, plan: Plan) -> Operand
     return Operand(col, col_scale, precision.wgrad.right)
 
 
-def _weight_grad(dy_t: Operand, x_t: Operand, plan: Plan, sink: InplaceGrad | None) -> Tensor | None:
+def weight_grad(dy_t: Operand, x_t: Operand, plan: Plan, sink: InplaceGrad | None) -> Tensor | None:
     """dw [N, K] in FP32, or None after adding it to the sink."""
     common = plan.common["wgrad"]
     if sink is None:
@@ -296,7 +296,7 @@ class Float8Linear(nn.Linear):
         if not torch.compiler.is_compiling():
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
-        out_dtype = self._check_input(tensor)
+        out_dtype = self.checked_input(tensor)
         if self.remedy is not None:
             self._check_remedy(x)
             x = tensor = self.prepared(tensor)
@@ -312,8 +312,8 @@ class Float8Linear(nn.Linear):
         )  # fmt: skip
         return y if tensor.dim() == 2 else y.view(*tensor.shape[:-1], self.out_features)
 
-    def _check_input(self, x: Tensor) -> torch.dtype:
-        """The dtype of the result."""
+    def checked_input(self, x: Tensor) -> torch.dtype:
+        """Raise ValueError unless x fits; gives the dtype of the result."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"Float8Linear: x is {list(x.shape)}; needs [..., {self.in_features}].")
         if x.dtype not in (torch.bfloat16, torch.float32):

@@ -88,8 +88,8 @@ def gemm_without_bias(patch: pytest.MonkeyPatch) -> None:
 
 
 def bf16_weight_gradient(patch: pytest.MonkeyPatch) -> None:
-    weight_grad = linear._weight_grad
-    patch.setattr(linear, "_weight_grad", lambda *args: weight_grad(*args).bfloat16().float())
+    weight_grad = linear.weight_grad
+    patch.setattr(linear, "weight_grad", lambda *args: weight_grad(*args).bfloat16().float())
 
 
 def bf16_accumulation(patch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def gradient_doubled_by_recompute(patch: pytest.MonkeyPatch) -> None:
 
 
 def recompute_counted_twice(patch: pytest.MonkeyPatch) -> None:
-    run_layer, weight_grad = decoder.run_layer, linear._weight_grad
+    run_layer, weight_grad = decoder.run_layer, linear.weight_grad
     recomputes = []
 
     def noting(choice: str, layer: nn.Module, *args: Any) -> Tensor:
@@ -153,7 +153,7 @@ def recompute_counted_twice(patch: pytest.MonkeyPatch) -> None:
         return weight_grad(*args)
 
     patch.setattr(decoder, "run_layer", noting)
-    patch.setattr(linear, "_weight_grad", twice)
+    patch.setattr(linear, "weight_grad", twice)
 
 
 def eval_in_bf16(patch: pytest.MonkeyPatch) -> None:
