@@ -4,7 +4,7 @@ A small table instead of a racing autotune: the same shape takes the same kernel
 if it compiles without spills (kernels/README.md), and used only after a check on the device
 (fp8train/backends/admission.py). Where the table has none, or none passes, the launcher's plain variant runs. Order of
 preference: not measured on hardware yet; by instructions per K block and pipeline depth. The Gluon entries of CONFIGS
-join when `bench gemm entries=[...]` (launch/gpu_check.sh) has measured them.
+join when `bench gemm backends=[triton:ENTRY]` (launch/gpu_check.sh) has measured them.
 """
 
 import torch

@@ -25,7 +25,8 @@ def pretender(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python").write_text(
-        f'#!/bin/bash\nfor a in "$@"; do grep -qxF -e "$a" {folder}/fail && exit 7; done\nexit 0\n'
+        f'#!/bin/bash\nfor a in "$@"; do grep -qxF -e "$a" {folder}/fail && exit 7; done\n'
+        '[[ "$*" == *CONFIGS* ]] && echo gluon_1x1 ws_1x1\nexit 0\n'
     )
     (folder / "nvidia-smi").write_text("#!/bin/bash\nexit 0\n")
     (folder / "fail").write_text("nothing\n")
@@ -52,15 +53,18 @@ def test_every_step_has_a_row(tmp_path: Path, pretender: Path) -> None:
     names = [row.split("|")[1].strip() for row in rows]
     tests = ["test_quantisers", "test_fused", "test_gemms"]
     assert names[:5] == ["machine", "environment", *tests], "correctness comes first"
+    assert set(names[5:7]) == {"test_gluon_1x1", "test_ws_1x1"}, "each in its own process"
     assert {"bench_gemm", "bench_quantize", "bench_linear_4096", "bench_step_eager", "bench_step_fused"} <= set(names)
     assert names[-1] == "train"
     assert all("passed" in row for row in rows)
 
 
 def test_a_step_that_fails_costs_its_own_row_and_the_status(tmp_path: Path, pretender: Path) -> None:
-    (pretender / "fail").write_text("gemm\n")
-    done = run_script(tmp_path / "out", pretender / "python", pretender)
-    assert done.returncode == 1
-    rows = (tmp_path / "out" / "summary.md").read_text().splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows if "failed with status 7" in row] == ["test_gemms", "bench_gemm"]
-    assert sum("passed" in row for row in rows) == len(rows) - 2
+    for argument in ("quantize", "gemm and gluon_1x1"):
+        (pretender / "fail").write_text(f"{argument}\n")
+        done = run_script(tmp_path / argument, pretender / "python", pretender)
+        assert done.returncode == 1
+        rows = (tmp_path / argument / "summary.md").read_text().splitlines()[2:]
+        failed = {"quantize": ["test_quantisers", "bench_quantize"]}.get(argument, ["test_gluon_1x1"])
+        assert [row.split("|")[1].strip() for row in rows if "failed with status 7" in row] == failed
+        assert sum("passed" in row for row in rows) == len(rows) - len(failed)

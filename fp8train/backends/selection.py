@@ -58,6 +58,8 @@ def get_backend(name: str) -> Backend:
     kind, _, options = name.partition(":")
     if kind == "hopper":
         return hopper_backend(options)
+    if kind == "triton" and options:  # bench gemm measures one entry of the GEMMs' CONFIGS so
+        return TritonBackend(options)
     if name not in BACKENDS:
         raise BackendError(f"backend: {name!r} is not known; needs one of auto, {', '.join(BACKENDS)}, hopper.")
     return BACKENDS[name]()

@@ -23,6 +23,7 @@ from fp8train.backends.admission import Admission
 from fp8train.backends.interface import Copies
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
 from fp8train.backends.producers import Producers
+from fp8train.errors import BackendError
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -49,8 +50,10 @@ class TritonBackend(Producers):
 
     name = "triton"
 
-    def __init__(self) -> None:
-        self.note = "own FP8 kernels"
+    def __init__(self, entry: str = "") -> None:
+        """With an entry of a GEMM's CONFIGS, that one and no other multiplies: to measure it."""
+        self.note = f"own FP8 kernels, GEMMs by {entry} only" if entry else "own FP8 kernels"
+        self._only = (entry,) if entry else ()
         self._admission = Admission()
 
     def unavailable(self, device_type: str) -> str | None:
@@ -178,11 +181,14 @@ class TritonBackend(Producers):
         """The first entry of the launch table that reads these operands and is admitted; None for the plain one."""
         (M, K), N = a.shape, b.shape[0]
         device = a.qdata.device
-        for entry in _table_entries(operation, device, M, N, K):
-            if kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv) is not None:
-                continue
-            if self._admission.admits(operation, entry, device):
+        for entry in self._only or _table_entries(operation, device, M, N, K):
+            reason = kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+            if reason is None and self._admission.admits(operation, entry, device):
                 return entry
+            if self._only:
+                raise BackendError(f"backend: triton:{entry}: {reason or '; '.join(self._admission.refused)}.")
+            if reason is not None:
+                continue
             self.note = f"own FP8 kernels; refused on this machine: {'; '.join(self._admission.refused)}"
         return None
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends import admission  # noqa: E402
+from fp8train.backends import admission, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission, check  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
+from fp8train.errors import BackendError  # noqa: E402
 from tests.hardware import devices  # noqa: E402
 from tests.kernels.products import quantized  # noqa: E402
 
@@ -160,6 +161,20 @@ def test_the_backend_takes_the_next_entry_and_says_which_were_refused(
     assert backend.note == "own FP8 kernels; refused on this machine: gemm ws_128x128_s4: it hung"
     a, b = quantized(64, 33, "e4m3 1x128", 1), quantized(64, 33, "e4m3 128x128", 2)
     assert backend._entry("gemm", a, b) is None and len(asked) == 2
+
+
+def test_a_backend_of_one_entry_takes_it_or_says_why_not(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = {"ws_128x128_s5": None, "ws_128x128_s3": "it hung"}
+    monkeypatch.setattr(admission, "_verdict", lambda operation, entry, index: verdicts[entry])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    a, b = quantized(64, 128, "e4m3 1x128", 1), quantized(64, 128, "e4m3 128x128", 2)
+    chosen = get_backend("triton:ws_128x128_s5")
+    assert isinstance(chosen, TritonBackend) and chosen.note == "own FP8 kernels, GEMMs by ws_128x128_s5 only"
+    assert chosen._entry("gemm", a, b) == "ws_128x128_s5"
+    with pytest.raises(BackendError, match="backend: triton:ws_128x128_s3: gemm ws_128x128_s3: it hung"):
+        TritonBackend("ws_128x128_s3")._entry("gemm", a, b)
+    with pytest.raises(BackendError, match="backend: triton:ws_1x1: config is 'ws_1x1'; needs one of pointer"):
+        TritonBackend("ws_1x1")._entry("gemm", a, b)
 
 
 def test_table_lists_entries_that_exist_and_serves_each_class_of_shapes() -> None:
