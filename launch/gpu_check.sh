@@ -2,8 +2,9 @@
 # Proves and measures the kernels on a GPU, in one call of at most nine minutes: ./launch/gpu_check.sh OUT_DIR [WHEELS_DIR]
 # Needs torch, Triton and pytest; uses no network. WHEELS_DIR holds wheels of what else is missing (hydra-core, omegaconf,
 # antlr4-python3-runtime, safetensors, matplotlib ...), made elsewhere with: pip wheel -w WHEELS_DIR hydra-core ...
-# Every step is a process of its own with a time limit, so that one that hangs costs its own rows only. OUT_DIR gets one log
-# and one JSON file a step, and summary.md. PYTHON names the interpreter (python3).
+# Every step is a process of its own with a time limit, so that one that hangs costs its own rows only. OUT_DIR gets
+# summary.md, results.json (for kernels/results/DATE.json, see kernels/README.md), logs.tar.gz and report.html. PYTHON names
+# the interpreter (python3).
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -93,6 +94,16 @@ step bench_step_fused 60 "$python" -m fp8train.bench step $layers baseline=unfus
 step train 90 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare"
 
 cp "$out/compare/verdict.json" "$out/compare/report.html" "$out/" 2>/dev/null
+# one file of figures and one of logs
+"$python" - "$out" <<'END' && (cd "$out" && tar -czf logs.tar.gz -- *.log && rm -f -- *.log)
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+parts = sorted(path for path in out.glob("*.json") if path.name != "results.json")
+content = {path.stem: json.loads(path.read_text()) for path in parts} | {"machine": (out / "machine.log").read_text()}
+(out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+for path in parts:
+    path.unlink()
+END
 rm -rf "$out/packages" "$out/compare"
 cat "$summary"
 exit $failed

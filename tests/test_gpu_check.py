@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -37,8 +40,6 @@ def pretender(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path) -> None:
-    import sys
-
     done = subprocess.run(
         [SCRIPT, tmp_path / "out"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
     )
@@ -57,6 +58,20 @@ def test_every_step_has_a_row(tmp_path: Path, pretender: Path) -> None:
     assert {"bench_gemm", "bench_quantize", "bench_linear_4096", "bench_step_eager", "bench_step_fused"} <= set(names)
     assert names[-1] == "train"
     assert all("passed" in row for row in rows)
+
+
+def test_figures_and_logs_are_bundled(tmp_path: Path, pretender: Path) -> None:
+    """With the real interpreter for what is read from standard input: the bundling itself."""
+    python = pretender / "python"
+    python.write_text(python.read_text().replace("exit 0", f'[[ $1 == - ]] && exec {sys.executable} "$@"\nexit 0'))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "gemm.json").write_text('{"subject": "gemm"}')
+    assert run_script(out, python, pretender).returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == ["logs.tar.gz", "results.json", "summary.md"]
+    assert json.loads((out / "results.json").read_text()) == {"gemm": {"subject": "gemm"}, "machine": ""}
+    with tarfile.open(out / "logs.tar.gz") as logs:
+        assert {"machine.log", "bench_gemm.log", "test_ws_1x1.log"} <= set(logs.getnames())
 
 
 def test_a_step_that_fails_costs_its_own_row_and_the_status(tmp_path: Path, pretender: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -268,6 +269,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": _triton_version(),
         "platform": platform.platform(),
         "host": platform.node(),
         "device": {"name": name, "memory_bytes": memory},
@@ -276,6 +278,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_kernels": library.functions is not None,
         "cpu_kernels_reason": library.reason,
     }
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

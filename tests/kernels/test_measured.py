@@ -1,0 +1,42 @@
+"""kernels/README.md says of hardware what kernels/results/ holds, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.kernels import measured
+
+
+def test_readme_has_what_was_measured() -> None:
+    assert measured.section_in_readme() == measured.section(measured.RESULTS)
+
+
+def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
+    assert measured.section(tmp_path).splitlines()[1:-1] == ["", "Not measured on hardware yet.", ""]
+
+
+def test_figures_are_those_of_the_files_newest_first(tmp_path: Path) -> None:
+    environment = {
+        "torch": "2.11", "triton": "3.6.0", "cuda": "13.0", "python": "3.12", "git_commit": "0123456789abcdef",
+        "git_dirty": False, "device": {"name": "NVIDIA H200"},
+    }  # fmt: skip
+    timings = {
+        "bf16": {"median_seconds": 0.002, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0},
+        "triton": {"median_seconds": 0.001, "ratio": 0.5, "ratio_low": 0.48, "ratio_high": 0.53},
+    }
+    gemm = {"title": "fprop M 4096", "timings": timings, "flops": 1e12, "wrong": {"triton": 0.1}}
+    both = {"title": "quantize both", "timings": timings, "bytes": {"bf16": 4e9, "triton": 3e9}}
+    step = {"title": "training step", "timings": timings, "tokens": 8192}
+    bench = {"subject": "gemm", "arguments": {"rounds": 11}}
+    for date in ("2026-12-01", "2026-12-02"):
+        content = {"environment": environment, "machine": "name, clock\nNVIDIA H200, 1980 MHz\n"}
+        content |= {"gemm": bench | {"results": [gemm, both, step]}}
+        (tmp_path / f"{date}.json").write_text(json.dumps(content))
+    text = measured.section(tmp_path)
+    assert text.index("### 2026-12-02: NVIDIA H200") < text.index("### 2026-12-01: NVIDIA H200")
+    assert "`NVIDIA H200, 1980 MHz`" in text and "at 0123456789ab; torch 2.11, triton 3.6.0, cuda 13.0" in text
+    assert "| fprop M 4096 | bf16 | 2.000 ms | 1.00 (1.00 ... 1.00) | 500 TFLOP/s |" in text
+    assert "| fprop M 4096 | triton, WRONG | 1.000 ms | 0.50 (0.48 ... 0.53) | 1000 TFLOP/s |" in text
+    assert "| quantize both | triton | 1.000 ms | 0.50 (0.48 ... 0.53) | 3000 GB/s |" in text
+    assert "| training step | triton | 1.000 ms | 0.50 (0.48 ... 0.53) | 8,192,000 tok/s |" in text
