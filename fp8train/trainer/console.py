@@ -8,6 +8,12 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TextIO
 
+from fp8train.config import RunConfig
+from fp8train.conversion_report import ConversionReport
+from fp8train.data import Batcher
+from fp8train.distributed import World
+from fp8train.models import count_parameters
+
 GIB = 2**30
 
 
@@ -116,3 +122,19 @@ def _numbers(row: Mapping[str, Any]) -> str:
     if row.get("memory_bytes") is not None:
         parts.append(f"mem {row['memory_bytes'] / GIB:.1f}GiB")
     return " ".join(parts)
+
+
+def introduction(config: RunConfig, world: World, report: ConversionReport, batcher: Batcher) -> str:
+    """What a run is about to do, in lines."""
+    step = f"{batcher.num_micro_batches} x {batcher.micro_batch_samples} sequences"
+    ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
+    return "\n".join(
+        [
+            f"model {config.model.name}: {count_parameters(config.model):,} parameters, seq_len {config.seq_len}",
+            f"data {batcher.dataset.describe()}",
+            f"recipe {report.recipe}: {report.planned_fp8_share():.1%} of the linears' FLOPs planned in FP8",
+            report.backend_reason,
+            f"step of {config.global_batch_tokens:,} tokens = {step} on {ranks}",
+            f"run folder {config.run_dir}",
+        ]
+    )

@@ -24,7 +24,7 @@ from fp8train.metrics import Metrics, peak_flops
 from fp8train.models import count_parameters, flops_per_token
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
 from fp8train.trainer.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
-from fp8train.trainer.console import Console
+from fp8train.trainer.console import Console, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
@@ -130,21 +130,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
         on_main(world, lambda: check_space(self.run_dir, checkpoint_bytes(self.optimizer)))
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
-        self.console.info(self._introduction(dataset.describe(), size))
-
-    def _introduction(self, data: str, micro_batch: int) -> str:
-        config, world, report = self.config, self.world, self.assembly.report
-        steps, ranks = self.batcher.num_micro_batches, f"{world.world_size} rank{'s' * (world.world_size > 1)}"
-        return "\n".join(
-            [
-                f"model {config.model.name}: {count_parameters(config.model):,} parameters, seq_len {config.seq_len}",
-                f"data {data}",
-                f"recipe {report.recipe}: {report.planned_fp8_share():.1%} of the linears' FLOPs planned in FP8",
-                report.backend_reason,
-                f"step of {config.global_batch_tokens:,} tokens = {steps} x {micro_batch} sequences on {ranks}",
-                f"run folder {self.run_dir}",
-            ]
-        )
+        self.console.info(introduction(config, world, self.assembly.report, self.batcher))
 
     def _restore(self) -> None:
         """Put everything back as the checkpoint has it that resume names, if there is one."""
