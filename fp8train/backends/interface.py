@@ -34,6 +34,10 @@ class Backend(Protocol):
     def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
         """(q, q.transpose()) for a transposable spec, from one read of x."""
 
+    def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
+        """What its quantiser counts while it rounds all of x: int64 [5], bits of the finite amax, elements flushed to
+        zero, saturated, not finite, and all elements; None from one that does not count."""
+
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
         """As quant.reference.dequantize."""
 

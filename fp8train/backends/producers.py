@@ -21,6 +21,10 @@ class Producers:
         """See Backend."""
         return False
 
+    def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
+        """See Backend; most quantisers do not count."""
+        return None
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See Backend."""
         wide = x.float()

@@ -135,6 +135,15 @@ class TritonBackend(Producers):
         dgate, dup = run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up), **_formats(row, col))
         return _copies(dgate, row, col), _copies(dup, row, col)
 
+    def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
+        """See Backend; counted by the kernels that round in blocks of 1x128 and 128x128."""
+        if spec.block not in (ROW, SQUARE):
+            return None
+        counted = torch.zeros(5, dtype=torch.int64, device=x.device)
+        run = kernel("quantize").quantize_rows if spec.block == ROW else kernel("quantize_weight").quantize_weight
+        run(_rows_dense(x), **_format(spec), stats=counted)
+        return counted
+
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
         """See Backend."""
         return reference.dequantize(q, dtype)

@@ -33,7 +33,8 @@ def operand_statistics(
 ) -> Tensor:
     """The numbers named by STATS for x rounded to `spec`; NaN where one is not defined. Waits for no device.
 
-    Blocks that hold a NaN or Inf enter none of them but amax and nonfinite.
+    Blocks that hold a NaN or Inf enter none of them but amax and nonfinite. Where the backend's quantiser counts, its
+    counts of what is flushed, saturated or not finite are taken, which are of all rows.
 
     Args:
         x: [M, K] bf16 or fp32.
@@ -52,8 +53,16 @@ def operand_statistics(
     part = _spread(x, spec, rows).contiguous()
     if scale_inv is None and spec.block == "tensor":
         scale_inv = scale_inv_from_amax(bits, spec.format, spec.scale).reshape(1, 1)
-    q = get_backend(backend).quantize(part, spec, False) if scale_inv is None else _rounded(part, spec, scale_inv)
-    return torch.stack([bits.view(torch.float32).double(), *_of_codes(part.float(), q, (~x.isfinite()).sum())])
+    executor = get_backend(backend)
+    q = executor.quantize(part, spec, False) if scale_inv is None else _rounded(part, spec, scale_inv)
+    values = [bits.view(torch.float32).double(), *_of_codes(part.float(), q, (~x.isfinite()).sum())]
+    counted = executor.counters(x, spec) if scale_inv is None else None
+    if counted is not None:
+        _, flushed, saturated, nonfinite, elements = counted.double()
+        counts = {"underflow_frac": flushed / elements, "saturated_frac": saturated / elements, "nonfinite": nonfinite}
+        for name, value in counts.items():
+            values[STATS.index(name)] = value
+    return torch.stack(values)
 
 
 def _of_codes(x: Tensor, q: QTensor, nonfinite: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from fp8train.quant.formats import E4M3, E5M2, QuantSpec
 from fp8train.quant.reference import quantize
 from fp8train.telemetry.statistics import STATS, as_numbers, operand_statistics
+from tests.kernels.products import DEVICE
 
 SPECS = [
     "e4m3 1x128 pow2",
@@ -119,3 +120,24 @@ def test_all_zero_operand_has_no_sqnr_and_no_error():
     found = as_numbers(operand_statistics(torch.zeros(3, 128), QuantSpec(E4M3, (1, 128))))
     assert dict(zip(STATS, found, strict=True))["sqnr_db"] is None
     assert dict(zip(STATS, found, strict=True))["row_error_max"] == 0.0
+
+
+@pytest.mark.parametrize("text", ["e4m3 1x128 pow2", "e4m3 1x128 fp32", "e4m3 128x128 pow2"])
+def test_counters_of_the_kernels_are_the_numbers_of_the_definition_for_all_rows(text: str):
+    pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+    x = heavy_tailed()
+    expected = stats(x, text)
+    assert stats(x.to(DEVICE), text, backend="triton") == pytest.approx(expected, rel=1e-6)  # sums in another order
+    # the outlier channel flushes only in the upper half: a sample of rows would not give the share of all
+    x[150:, 3] = 1.0
+    few, every = stats(x.to(DEVICE), text, backend="triton", rows=128), stats(x, text)
+    counted = ("underflow_frac", "saturated_frac", "nonfinite")
+    assert [few[name] for name in counted] == [every[name] for name in counted]
+    assert stats(x, text, rows=128)["underflow_frac"] != every["underflow_frac"] > 0
+
+
+def test_counters_say_how_many_are_not_finite():
+    pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+    x = heavy_tailed()
+    x[3, 7], x[200, 9] = math.nan, math.inf
+    assert stats(x.to(DEVICE), SPECS[0], backend="triton")["nonfinite"] == 2
