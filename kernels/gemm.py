@@ -11,18 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fp8train.kernels import gemm_tile
-from fp8train.kernels.gemm_tile import (
-    BLOCK_K,
-    FP8,
-    TILE_ORDER,
-    multiprocessors,
-    num_blocks,
-    overlap,
-    scratch,
-    tile_at,
-    tma_reads,
-)
+from fp8train.kernels.gemm_launch import Gemm
+from fp8train.kernels.gemm_tile import BLOCK_K, TILE_ORDER, num_blocks, tile_at
 
 # Tiles that fit the registers: 256x128 and 128x256 spill 140 to 936 bytes, 128x128 by pointers with odd strides 3644.
 # Warp specialisation splits BLOCK_M = 128 into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with
@@ -34,8 +24,8 @@ CONFIGS = {
     "ws_128x128_s3": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3, "WARP_SPECIALIZE": True},
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
     "ws_128x128_s5": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5, "WARP_SPECIALIZE": True},
-    "gluon_192x128_s4": {"MATH_GROUPS": 3, "BLOCK_N": 128, "STAGES": 4, "IN_FLIGHT": 1},
-    "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2},
+    "gluon_192x128_s4": {"MATH_GROUPS": 3, "BLOCK_N": 128, "STAGES": 4, "IN_FLIGHT": 1, "GROUP_M": 4},
+    "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2, "GROUP_M": 8},
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 
@@ -143,9 +133,11 @@ def _compile_cases():
     return cases
 
 
-COMPILE_CASES = (
-    _compile_cases()
-)  # (name, kernel, signature, constexprs, options); integers are multiples of 16 unless odd
+# (name, kernel, signature, constexprs, options); integers are multiples of 16 but those in options["odd"]
+COMPILE_CASES = _compile_cases()
+
+
+GEMM = Gemm("gemm", 128, (torch.bfloat16, torch.float32), CONFIGS, PLAIN, _gemm_pointer_kernel, _gemm_tma_kernel)
 
 
 def gemm(
@@ -164,66 +156,9 @@ def gemm(
     Raises:
         ValueError: dtype, layout or shape of an operand, an `out` that overlaps one, an entry that cannot read them.
     """
-    M, N, K = _check(a, b, a_scale, b_scale, bias, out)
-    if out is None:
-        out = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    if out.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"gemm: out is {out.dtype}; needs torch.bfloat16 or torch.float32.")
-    if min(M, N, K) == 0:
-        return out.zero_() if bias is None else out.copy_(bias.expand(M, N))
-    operands = (a, b, a_scale, b_scale)
-    name = config or next(name for name in PLAIN if refusal(name, *operands) is None)
-    if reason := refusal(name, *operands):
-        raise ValueError(f"gemm: {reason}. Leave config=None.")
-    options = dict(CONFIGS[name])
-    if "MATH_GROUPS" in options:
-        from fp8train.kernels import gemm_gluon  # experimental in Triton: the other entries do without it
-
-        return gemm_gluon.launch(*operands, out, options, b_rows=128, bias=bias)
-    grid = -(-M // options["BLOCK_M"]) * -(-N // options["BLOCK_N"])
-    kernel = _gemm_pointer_kernel
-    if "WARP_SPECIALIZE" in options:
-        kernel, grid = _gemm_tma_kernel, min(grid, multiprocessors(a.device))
-        options["TMA_STORE"] = out.dtype is torch.bfloat16 and tma_reads(out)
-        triton.set_allocator(scratch)  # per thread: backward runs in another one
-    with torch.cuda.device(a.device.index if a.is_cuda else -1):
-        kernel[(grid,)](
-            a, b, out, a_scale, b_scale, bias, M, N, K, a.stride(0), b.stride(0), out.stride(0), *a_scale.stride(),
-            *b_scale.stride(), BIAS=bias is not None, **TILE_ORDER, **options, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    return GEMM(a, b, a_scale, b_scale, bias, out, out_dtype, False, config)
 
 
 def refusal(config: str, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor) -> str | None:
     """Why an entry of CONFIGS cannot multiply these operands, or None."""
-    return gemm_tile.refusal(config, CONFIGS, a, b)
-
-
-def _check(a, b, a_scale, b_scale, bias, out) -> tuple[int, int, int]:
-    """M, N, K of operands that fit."""
-    for name, x in (("a", a), ("b", b)):
-        if x.dim() != 2 or x.dtype not in FP8:
-            raise ValueError(
-                f"gemm: {name} is {list(x.shape)} {x.dtype}; needs a matrix in float8_e4m3fn or float8_e5m2."
-            )
-        if x.stride(1) != 1 and x.shape[1] > 1:
-            raise ValueError(f"gemm: {name} has strides {x.stride()}; needs the last to be 1. Call .contiguous().")
-    (M, K), (N, b_K) = a.shape, b.shape
-    if b_K != K:
-        raise ValueError(f"gemm: b is {[N, b_K]}; needs [N, {K}], the K of a {[M, K]}.")
-    if max(M, N, K) >= 2**31:
-        raise ValueError(f"gemm: M, N, K are {M}, {N}, {K}; needs each below 2^31. Split the operand.")
-    blocks = -(-K // 128)
-    shapes = {"a_scale": (M, blocks), "b_scale": (-(-N // 128), blocks), "bias": (N,), "out": (M, N)}
-    for (name, shape), x in zip(shapes.items(), (a_scale, b_scale, bias, out), strict=True):
-        if x is not None and (x.shape != shape or x.device != a.device):
-            raise ValueError(f"gemm: {name} is {list(x.shape)} on {x.device}; needs {list(shape)} on {a.device}.")
-        if name.endswith("scale") and x.dtype is not torch.float32:
-            raise ValueError(f"gemm: {name} is {x.dtype}; needs torch.float32.")
-    if out is not None:
-        if out.stride(1) != 1 and N > 1:
-            raise ValueError(f"gemm: out has strides {out.stride()}; needs the last to be 1. Call .contiguous().")
-        for name, x in (("a", a), ("b", b), ("a_scale", a_scale), ("b_scale", b_scale), ("bias", bias)):
-            if x is not None and overlap(out, x):
-                raise ValueError(f"gemm: out shares memory with {name}; needs memory of its own. Allocate another.")
-    return M, N, K
+    return GEMM.refusal(config, a, b, b_scale)

@@ -10,6 +10,8 @@ IN_FLIGHT = 2 starts a second block of K before the first is promoted.
 Structure as in DeepGEMM. Measured: not yet; registers, spills and instructions in kernels/README.md.
 """
 
+from collections.abc import Hashable, Mapping
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,7 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fp8train.kernels.gemm_tile import BLOCK_K, TILE_ORDER, multiprocessors, num_blocks, scale_rows, tile_at, tma_reads
+from fp8train.kernels.gemm_tile import BLOCK_K, multiprocessors, num_blocks, scale_rows, tile_at, tma_reads
+from fp8train.kernels.launch import first_launch
 
 BOX_M = gl.constexpr(64)  # rows of a warpgroup
 # renamed between Triton 3.6 and 3.9, where the old names raise; the second goes with Triton 3.6
@@ -51,8 +54,8 @@ def _next_slot(slot, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    a_desc, b_desc, b_scale_desc, ring, M, N, K,
-    MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m,
+    MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the slots: every block of K of every tile of this program."""
     a_smem, b_smem, b_scale_smem, full, empty = ring
@@ -62,7 +65,7 @@ def _produce(
     slot = 0
     phase = 1  # of barriers that have completed nothing, this parity counts as complete: the first round does not wait
     for index in range(gl.program_id(0), num_blocks(M, BLOCK_M) * num_blocks(N, BLOCK_N), gl.num_programs(0)):
-        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, group_m)
         for k in range(0, num_blocks(K, BLOCK_K)):
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(full.index(slot), BYTES)
@@ -155,9 +158,9 @@ def _sum(
 
 @gluon.jit
 def _multiply(
-    c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides,
-    GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m,
+    GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """Rows GROUP * 64 and on of every tile of this program, by one warpgroup."""
     BLOCK_M: gl.constexpr = MATH_GROUPS * BOX_M
@@ -169,7 +172,7 @@ def _multiply(
     slot = 0
     phase = 0
     for index in range(gl.program_id(0), num_blocks(M, BLOCK_M) * num_blocks(N, BLOCK_N), gl.num_programs(0)):
-        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, group_m)
         first = gl.cast(tile_m, gl.int64) * BLOCK_M + GROUP * BOX_M
         rows = first + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
         cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))  # of the tile: 32-bit numbers fit the registers
@@ -200,7 +203,7 @@ def _multiply(
         tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["group_m"])
 def _gemm_gluon_kernel(
     a_desc,  # [M, K] fp8, boxes of 64x128
     b_desc,  # [N, K] fp8, boxes of BLOCK_Nx128
@@ -211,7 +214,8 @@ def _gemm_gluon_kernel(
     b_scale_ptr,  # [ceil(N/128), ceil(K/128)]
     bias_ptr,  # [N]
     M, N, K, stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk,
-    MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    group_m,  # rows of tiles that follow each other, a column at a time
+    MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
     MATH_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -233,21 +237,21 @@ def _gemm_gluon_kernel(
     # fmt: off
     if MATH_GROUPS == 2:
         gl.warp_specialize([
-            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, 0,
-                MATH_GROUPS, BLOCK_N, GROUP_M, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
-            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, 1,
-                MATH_GROUPS, BLOCK_N, GROUP_M, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
-            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, MATH_GROUPS, BLOCK_N, GROUP_M, STAGES)),
+            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 0,
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
+            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 1,
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, MATH_GROUPS, BLOCK_N, STAGES)),
         ], [4, 1], [MATH_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, 0,
-                MATH_GROUPS, BLOCK_N, GROUP_M, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
-            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, 1,
-                MATH_GROUPS, BLOCK_N, GROUP_M, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
-            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, 2,
-                MATH_GROUPS, BLOCK_N, GROUP_M, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
-            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, MATH_GROUPS, BLOCK_N, GROUP_M, STAGES)),
+            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 0,
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
+            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 1,
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
+            (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 2,
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, MATH_GROUPS, BLOCK_N, STAGES)),
         ], [4, 4, 1], [MATH_REGISTERS, MATH_REGISTERS, PRODUCER_REGISTERS])
     # fmt: on
 
@@ -256,6 +260,7 @@ def compile_cases(operation, configs):
     """Their Gluon entries as launched on aligned operands: (name, kernel, signature, constexprs, options)."""
     scalars = ("M", "N", "K", "stride_cm", "stride_sak", "stride_sbk")
     signature = {"c_ptr": "*fp32", "a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"} | dict.fromkeys(scalars, "i32")
+    signature |= {"group_m": "i32"}
     if operation == "gemm":
         signature |= {"stride_sbn": "i32"}
         outputs = {"bf16": {"c_ptr": "*bf16", "c_desc": ("bf16", BOX_M.value, 128)}, "fp32 bias": {"bias_ptr": "*fp32"}}
@@ -270,43 +275,54 @@ def compile_cases(operation, configs):
         for output, types in outputs.items():
             boxes = {"a_desc": ("fp8e4nv", BOX_M.value, 128), "b_desc": ("fp8e4nv", entry["BLOCK_N"], 128)} | types
             made = signature | {key: kind if isinstance(kind, str) else _box_type(*kind) for key, kind in boxes.items()}
-            constants = entry | _registers(entry) | flags | TILE_ORDER | {"stride_sam": 1, "BIAS": "bias_ptr" in types}
-            options = {"gluon": True, "num_warps": 4, "enable_fp_fusion": True}
+            constants = entry | _registers(entry) | flags | {"stride_sam": 1, "BIAS": "bias_ptr" in types}
+            constants = {key: value for key, value in constants.items() if key != "GROUP_M"}
+            options = {"gluon": True, "num_warps": 4, "enable_fp_fusion": True, "odd": ("group_m",)}
             cases.append((f"{operation} {name} {output}".rstrip(), _gemm_gluon_kernel, made, constants, options))
     return cases
 
 
 def launch(
+    key: Hashable,
     a: torch.Tensor,
     b: torch.Tensor,
+    out: torch.Tensor,
     a_scale: torch.Tensor,
     b_scale: torch.Tensor,
-    out: torch.Tensor,
-    entry: dict[str, int],
-    *,
+    bias: torch.Tensor | None,
+    entry: Mapping[str, int],
     b_rows: int,
-    bias: torch.Tensor | None = None,
-    accumulate: bool = False,
-) -> torch.Tensor:
-    """out = a @ b.T + bias, or out += a @ b.T; operands as gemm.py and gemm_wgrad.py have checked them.
+    accumulate: bool,
+) -> None:
+    """out = a @ b.T + bias, or out += a @ b.T, the first time with operands of these properties.
 
     Args:
-        entry: of their CONFIGS.
+        key: as for first_launch.
+        a, b, out, a_scale, b_scale, bias: as gemm_launch.py has checked them.
+        entry: of the operation's CONFIGS.
         b_rows: rows of a block of b, 128 or 1.
     """
     (M, K), N = a.shape, b.shape[0]
+    constants = {name: value for name, value in entry.items() if name != "GROUP_M"}
     box_n = entry["BLOCK_N"]
-    c_desc = _described(out, BOX_M.value, box_n) if out.dtype is torch.bfloat16 and tma_reads(out) else None
-    b_scale_desc = _described(scale_rows(b_scale), 1, box_n) if b_rows == 1 else None
+    boxes = {"a_desc": _described(a, BOX_M.value, BLOCK_K.value), "b_desc": _described(b, box_n, BLOCK_K.value)}
+    tensors = {"a_desc": 0, "b_desc": 1, "c_ptr": 2, "a_scale_ptr": 3, "b_scale_ptr": 4, "bias_ptr": 5}
+    if b_rows == 1:
+        boxes["b_scale_desc"] = _described(scale_rows(b_scale), 1, box_n)
+        tensors["b_scale_desc"] = 4
+    if out.dtype is torch.bfloat16 and tma_reads(out):
+        boxes["c_desc"] = _described(out, BOX_M.value, box_n)
+        tensors["c_desc"] = 2
     tiles = -(-M // (entry["MATH_GROUPS"] * BOX_M.value)) * -(-N // box_n)
-    with torch.cuda.device(a.device.index if a.is_cuda else -1):
-        _gemm_gluon_kernel[(min(tiles, multiprocessors(a.device)),)](
-            _described(a, BOX_M.value, BLOCK_K.value), _described(b, box_n, BLOCK_K.value), b_scale_desc, c_desc,
-            out, a_scale, b_scale, bias, M, N, K, out.stride(0), *a_scale.stride(), *b_scale.stride(),
-            **entry, **_registers(entry), **TILE_ORDER, B_ROWS=b_rows, BIAS=bias is not None, ACCUMULATE=accumulate,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    arguments = {
+        "b_scale_desc": None, "c_desc": None, **boxes, "c_ptr": out, "a_scale_ptr": a_scale, "b_scale_ptr": b_scale,
+        "bias_ptr": bias, "M": M, "N": N, "K": K, "group_m": entry["GROUP_M"], "stride_cm": out.stride(0),
+        "stride_sam": a_scale.stride(0), "stride_sak": a_scale.stride(1), "stride_sbn": b_scale.stride(0),
+        "stride_sbk": b_scale.stride(1), "B_ROWS": b_rows, "BIAS": bias is not None, "ACCUMULATE": accumulate,
+        **constants, **_registers(entry),
+    }  # fmt: skip
+    grid = (min(tiles, multiprocessors(a.device)),)
+    first_launch(key, _gemm_gluon_kernel, grid, arguments, tensors, a.device, num_warps=4, enable_fp_fusion=True)
 
 
 def _described(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
@@ -323,6 +339,6 @@ def _box_type(kind: str, rows: int, cols: int) -> str:
     return f"tensordesc<{kind}[{rows}, {cols}],{_box_layout(rows, size)!r}>"
 
 
-def _registers(entry: dict[str, int]) -> dict[str, int]:
+def _registers(entry: Mapping[str, int]) -> dict[str, int]:
     math, producer = REGISTERS[entry["MATH_GROUPS"]]
     return {"MATH_REGISTERS": math, "PRODUCER_REGISTERS": producer}

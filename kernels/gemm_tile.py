@@ -16,32 +16,12 @@ def num_blocks(size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M):
     """Row and column of the tile with that index: columns of GROUP_M tiles, one after the other."""
     width = GROUP_M * num_blocks(N, BLOCK_N)
     first = index // width * GROUP_M
     height = min(num_blocks(M, BLOCK_M) - first, GROUP_M)
     return first + index % width % height, index % width // height
-
-
-def refusal(config: str, configs: dict[str, dict[str, object]], a: torch.Tensor, b: torch.Tensor) -> str | None:
-    """Why an entry of these CONFIGS cannot multiply a and b, or None."""
-    if config not in configs:
-        return f"config is {config!r}; needs one of {', '.join(configs)}"
-    if config.startswith("pointer"):
-        return None
-    if "MATH_GROUPS" in configs[config] and capability(a.device)[0] != 9:
-        return f"config {config!r} is Gluon for Hopper, which no CPU interprets; needs a GPU of sm_90"
-    if a.is_cuda and capability(a.device) < (9, 0):
-        return f"config {config!r} uses TMA; needs sm_90"
-    if not (tma_reads(a) and tma_reads(b)):
-        return f"config {config!r} reads by TMA; needs rows that start at multiples of 16 bytes"
-    return None
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (0, 0) of a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def tma_reads(x: torch.Tensor) -> bool:
@@ -60,17 +40,3 @@ def multiprocessors(device: torch.device) -> int:
     """Programs of a persistent kernel."""
     # three on a CPU, where tests interpret: fewer than tiles, so that a program takes several
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory for descriptors made on the device."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether the spans of memory between first and last element meet."""
-    spans = []
-    for t in (x, y):
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size() if t.numel() else t.data_ptr()))
-    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]

@@ -11,19 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fp8train.kernels import gemm_tile
-from fp8train.kernels.gemm_tile import (
-    BLOCK_K,
-    FP8,
-    TILE_ORDER,
-    multiprocessors,
-    num_blocks,
-    overlap,
-    scale_rows,
-    scratch,
-    tile_at,
-    tma_reads,
-)
+from fp8train.kernels.gemm_launch import Gemm
+from fp8train.kernels.gemm_tile import BLOCK_K, TILE_ORDER, num_blocks, tile_at
 
 # Tiles that fit the registers: 128x256 spills 204 bytes, 128x128 by pointers 176. Warp specialisation splits
 # BLOCK_M = 128 into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does
@@ -35,8 +24,8 @@ CONFIGS = {
     "ws_128x128_s3": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3, "WARP_SPECIALIZE": True},
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
     "ws_128x128_s5": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5, "WARP_SPECIALIZE": True},
-    "gluon_192x128_s5": {"MATH_GROUPS": 3, "BLOCK_N": 128, "STAGES": 5, "IN_FLIGHT": 1},
-    "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2},
+    "gluon_192x128_s5": {"MATH_GROUPS": 3, "BLOCK_N": 128, "STAGES": 5, "IN_FLIGHT": 1, "GROUP_M": 4},
+    "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2, "GROUP_M": 8},
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 
@@ -140,9 +129,11 @@ def _compile_cases():
     return cases
 
 
-COMPILE_CASES = (
-    _compile_cases()
-)  # (name, kernel, signature, constexprs, options); integers are multiples of 16 unless odd
+# (name, kernel, signature, constexprs, options); integers are multiples of 16 but those in options["odd"]
+COMPILE_CASES = _compile_cases()
+
+
+GEMM = Gemm("gemm_wgrad", 1, (torch.float32,), CONFIGS, PLAIN, _gemm_wgrad_pointer_kernel, _gemm_wgrad_tma_kernel)
 
 
 def gemm_wgrad(
@@ -160,73 +151,11 @@ def gemm_wgrad(
     Raises:
         ValueError: dtype, layout or shape of an operand, an `out` that overlaps one, an entry that cannot read them.
     """
-    M, N, K = _check(a, b, a_scale, b_scale, out)
-    if out is None:
-        if accumulate:
-            raise ValueError("gemm_wgrad: accumulate is set without out; needs the matrix to add to. Pass out=.")
-        out = torch.empty((M, N), dtype=torch.float32, device=a.device)
-    if min(M, N, K) == 0:
-        return out if accumulate else out.zero_()
-    operands = (a, b, a_scale, b_scale)
-    name = config or next(name for name in PLAIN if refusal(name, *operands) is None)
-    if reason := refusal(name, *operands):
-        raise ValueError(f"gemm_wgrad: {reason}. Leave config=None.")
-    options = dict(CONFIGS[name])
-    if "MATH_GROUPS" in options:
-        from fp8train.kernels import gemm_gluon  # experimental in Triton: the other entries do without it
-
-        return gemm_gluon.launch(*operands, out, options, b_rows=1, accumulate=accumulate)
-    grid = -(-M // options["BLOCK_M"]) * -(-N // options["BLOCK_N"])
-    kernel = _gemm_wgrad_pointer_kernel
-    if "WARP_SPECIALIZE" in options:
-        kernel, grid = _gemm_wgrad_tma_kernel, min(grid, multiprocessors(a.device))
-        triton.set_allocator(scratch)  # per thread: backward runs in another one
-    with torch.cuda.device(a.device.index if a.is_cuda else -1):
-        kernel[(grid,)](
-            a, b, out, a_scale, b_scale, M, N, K, a.stride(0), b.stride(0), out.stride(0), *a_scale.stride(),
-            *b_scale.stride(), ACCUMULATE=accumulate, **TILE_ORDER, **options, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    if out is None and accumulate:
+        raise ValueError("gemm_wgrad: accumulate is set without out; needs the matrix to add to. Pass out=.")
+    return GEMM(a, b, a_scale, b_scale, None, out, torch.float32, accumulate, config)
 
 
 def refusal(config: str, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor) -> str | None:
     """Why an entry of CONFIGS cannot multiply these operands, or None."""
-    if reason := gemm_tile.refusal(config, CONFIGS, a, b):
-        return reason
-    if "MATH_GROUPS" in CONFIGS[config] and not tma_reads(scale_rows(b_scale)):
-        return f"config {config!r} reads b_scale by TMA; needs N contiguous, from a multiple of 16 bytes to the next"
-    return None
-
-
-def _check(a, b, a_scale, b_scale, out) -> tuple[int, int, int]:
-    """M, N, K of operands that fit."""
-    for name, x in (("a", a), ("b", b)):
-        if x.dim() != 2 or x.dtype not in FP8:
-            raise ValueError(
-                f"gemm_wgrad: {name} is {list(x.shape)} {x.dtype}; needs a matrix in float8_e4m3fn or float8_e5m2."
-            )
-        if x.stride(1) != 1 and x.shape[1] > 1:
-            raise ValueError(
-                f"gemm_wgrad: {name} has strides {x.stride()}; needs the last to be 1. Call .contiguous()."
-            )
-    (M, K), (N, b_K) = a.shape, b.shape
-    if b_K != K:
-        raise ValueError(f"gemm_wgrad: b is {[N, b_K]}; needs [N, {K}], the K of a {[M, K]}.")
-    if max(M, N, K) >= 2**31:
-        raise ValueError(f"gemm_wgrad: M, N, K are {M}, {N}, {K}; needs each below 2^31. Split the operand.")
-    blocks = -(-K // 128)
-    shapes = {"a_scale": (M, blocks), "b_scale": (N, blocks), "out": (M, N)}
-    for (name, shape), x in zip(shapes.items(), (a_scale, b_scale, out), strict=True):
-        if x is not None and (x.shape != shape or x.device != a.device):
-            raise ValueError(f"gemm_wgrad: {name} is {list(x.shape)} on {x.device}; needs {list(shape)} on {a.device}.")
-        if x is not None and x.dtype is not torch.float32:
-            raise ValueError(f"gemm_wgrad: {name} is {x.dtype}; needs torch.float32.")
-    if out is not None:
-        if out.stride(1) != 1 and N > 1:
-            raise ValueError(f"gemm_wgrad: out has strides {out.stride()}; needs the last to be 1. Call .contiguous().")
-        for name, x in (("a", a), ("b", b), ("a_scale", a_scale), ("b_scale", b_scale)):
-            if overlap(out, x):
-                raise ValueError(
-                    f"gemm_wgrad: out shares memory with {name}; needs memory of its own. Allocate another."
-                )
-    return M, N, K
+    return GEMM.refusal(config, a, b, b_scale)

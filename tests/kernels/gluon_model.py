@@ -324,6 +324,7 @@ class Kernel:
     def __init__(self, module: types.ModuleType, name: str = "_gemm_gluon_kernel", seed: int = 0) -> None:
         self.source, self.name, self.draw = dict(vars(module)), name, random.Random(seed)
         self.kernel = self.source[name].fn
+        self.arg_names = list(inspect.signature(self.kernel).parameters)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def run(*arguments: Any, num_warps: int, enable_fp_fusion: bool, **options: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.kernels import gemm, gemm_gluon, gemm_tile, gemm_wgrad  # noqa: E402
+from fp8train.kernels import gemm, gemm_gluon, gemm_launch, gemm_wgrad  # noqa: E402
 from tests.kernels import sm90  # noqa: E402
 from tests.kernels.gluon_model import Hazard, Kernel  # noqa: E402
 from tests.kernels.products import DEVICE, assert_product, m_contiguous, quantized  # noqa: E402
@@ -41,7 +41,7 @@ def test_any_order_of_events_gives_the_product(
     module: object, config: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # the fixture's model, which this one takes apart again
-    monkeypatch.setattr(gemm_tile, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm_launch, "capability", lambda device: (9, 0))
     monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(gemm_gluon, seed=seed))
     product(module, config)
 
@@ -80,7 +80,7 @@ def test_the_model_sees(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_entries_for_hopper_are_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = quantized(32, 128, "e4m3 1x128", 1), quantized(32, 128, "e4m3 1x128", 2)
     for here in ((0, 0), (8, 9), (10, 0)):
-        monkeypatch.setattr(gemm_tile, "capability", lambda device, here=here: here)
+        monkeypatch.setattr(gemm_launch, "capability", lambda device, here=here: here)
         for module, config in ENTRIES:
             reason = module.refusal(config, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
             assert reason == f"config {config!r} is Gluon for Hopper, which no CPU interprets; needs a GPU of sm_90"
