@@ -122,7 +122,7 @@ def _compare(
             wrong[name] = diff
     facts = {"gemm": gemm, "M": M, "N": N, "K": K, "flops": 2.0 * M * N * K, "wrong": wrong}
     title = f"{gemm} M {M}, N {N}, K {K}"
-    return BenchResult(title=title, timings=interleaved(calls, arguments, device), facts=facts)
+    return BenchResult(title=title, timings=interleaved(calls, arguments, device, kernels_only=True), facts=facts)
 
 
 def _quantised(backend: Backend, gemm: str, a: Tensor, b: Tensor) -> tuple[QTensor, QTensor]:

@@ -62,7 +62,7 @@ def run(argv: Sequence[str], world: World) -> int:
         linear = Float8Linear(K, N, bias=False, precision=precision, backend=backend, device=world.device)
         calls[name] = _forward_backward(linear, x, dy)
         saved[name] = saved_bytes(linear, lambda linear=linear: linear(x))  # type: ignore[misc]
-    timings = interleaved(calls, arguments, world.device)
+    timings = interleaved(calls, arguments, world.device, kernels_only=True)
     facts = {"M": M, "N": N, "K": K, "saved_bytes": saved}
     result = BenchResult(title=f"linear forward + backward, M {M}, N {N}, K {K}", timings=timings, facts=facts)
     sys.stdout.write(machine_lines(world.device, selection.reason, arguments) + table(result))

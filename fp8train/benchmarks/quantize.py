@@ -100,7 +100,7 @@ def _compare(
     made = call()
     written = sum(q.qdata.nbytes + 4 * q.scale_inv.numel() for q in made)
     traffic = {BASELINE: 2.0 * x.nbytes, case: float(x.nbytes + written)}
-    timings = interleaved({BASELINE: lambda: target.copy_(x), case: call}, arguments, device)
+    timings = interleaved({BASELINE: lambda: target.copy_(x), case: call}, arguments, device, kernels_only=True)
     share = traffic[case] / timings[case].median_seconds / (traffic[BASELINE] / timings[BASELINE].median_seconds)
     facts: dict[str, Any] = {
         "case": case,

@@ -6,6 +6,7 @@ Ratios are formed within a round, contestant against baseline, and quoted as med
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,13 +69,27 @@ class BenchResult:
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], Any]], arguments: BenchArguments, device: torch.device
+    contestants: Mapping[str, Callable[[], Any]],
+    arguments: BenchArguments,
+    device: torch.device,
+    *,
+    kernels_only: bool = False,
 ) -> dict[str, Timing]:
     """Time callables in turn; the first is the baseline of the ratios.
 
-    On CUDA the level-2 cache is overwritten before each call and the time is the GPU's own, from event to event.
+    On CUDA the level-2 cache is overwritten before each call and the time is from event to event on the GPU's stream.
+
+    Args:
+        contestants: by name.
+        arguments: number of rounds.
+        device: where they compute.
+        kernels_only: the GPU is kept busy until the host has enqueued the whole call, so that the time is that of the
+            kernels; otherwise it is that of whichever is slower, host or GPU.
     """
-    clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
+    clock: Callable[[Callable[[], Any]], float] = _cpu_clock
+    if device.type == "cuda":
+        longest = max(map(_host_seconds, contestants.values())) if kernels_only else 0.0
+        clock = _cuda_clock(device, longest)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(-arguments.warmup, arguments.rounds):
         for name, call in contestants.items():
@@ -91,12 +106,34 @@ def _cpu_clock(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+def _host_seconds(call: Callable[[], Any]) -> float:
+    """Time until the host has enqueued a call, after one to warm up."""
+    call()
+    torch.cuda.synchronize()
+    taken = _cpu_clock(call)
+    torch.cuda.synchronize()
+    return taken
+
+
+def _cuda_clock(device: torch.device, busy_seconds: float) -> Callable[[Callable[[], Any]], float]:
+    """Times a call after overwriting the level-2 cache once, and as often as takes the GPU twice busy_seconds."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def overwrite(times: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(times):
+            flush.zero_()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / times
+
+    times = 1 if busy_seconds == 0.0 else 1 + math.ceil(2 * busy_seconds / overwrite(8))
 
     def clock(call: Callable[[], Any]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
+        for _ in range(times):
+            flush.zero_()
         begin.record()
         call()
         end.record()
