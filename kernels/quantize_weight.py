@@ -52,20 +52,15 @@ def _quantize_weight_kernel(
     low = tl.maximum(magnitude_bits(w[0]), magnitude_bits(w[1]))
     high = tl.maximum(magnitude_bits(w[2]), magnitude_bits(w[3]))
     scale_inv, encode_scale = scales(tl.max(tl.maximum(low, high)), MAX_BITS, POW2)
-    codes = (
-        (encode_scale * w[0]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * w[1]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * w[2]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * w[3]).to(qdata_ptr.dtype.element_ty),
-    )
     if STRAIGHT:
         for i in tl.static_range(4):
             rows, cols, inside = quarter(i, n, k, N, K)
             offsets = n * stride_qn + k + rows.to(tl.int64)[:, None] * stride_qn + cols[None, :]
-            tl.store(qdata_ptr + offsets, codes[i], mask=inside)
+            tl.store(qdata_ptr + offsets, (encode_scale * w[i]).to(qdata_ptr.dtype.element_ty), mask=inside)
         tl.store(scale_inv_ptr + tile_n * tiles_k + tile_k, scale_inv)
     if TRANSPOSED:
-        store_transposed(codes, n, k, K, qdata_t_ptr, stride_qk)
+        scaled = encode_scale * w[0], encode_scale * w[1], encode_scale * w[2], encode_scale * w[3]
+        store_transposed(scaled, n, k, K, qdata_t_ptr, stride_qk)
         tl.store(scale_inv_t_ptr + tile_k * tiles_n + tile_n, scale_inv)
     if STATS and STRAIGHT:
         amax_bits, counts = tl.zeros([32], tl.int32), tl.zeros([32], tl.int32)

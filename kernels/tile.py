@@ -104,35 +104,25 @@ def store_columns(
     """Write the transposed column copy of a tile."""
     scale_inv, encode_scale = column_scales(x, MAX_BITS, POW2)
     encode_scale = encode_scale[None, :]
-    codes = (
-        (encode_scale * x[0]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * x[1]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * x[2]).to(qdata_ptr.dtype.element_ty),
-        (encode_scale * x[3]).to(qdata_ptr.dtype.element_ty),
-    )
-    store_transposed(codes, m, k, K, qdata_ptr, stride_qk)
+    scaled = encode_scale * x[0], encode_scale * x[1], encode_scale * x[2], encode_scale * x[3]
+    store_transposed(scaled, m, k, K, qdata_ptr, stride_qk)
     cols = tl.arange(0, 128)
     tl.store(scale_inv_ptr + m // 128 * stride_sm + k + cols, scale_inv, mask=cols < (K - k).to(tl.int32))
 
 
 @triton.jit
-def word_byte(code, SHIFT: tl.constexpr):
-    """An FP8 code as a byte of an int32."""
-    return code.to(tl.uint8, bitcast=True).to(tl.int32) << SHIFT
+def store_transposed(x, m, k, K, qdata_ptr, stride_qk):
+    """Store the scaled quarters of the tile at (m, k) as FP8, transposed, in qdata [K, M]; its rows are stored whole.
 
-
-@triton.jit
-def store_transposed(codes, m, k, K, qdata_ptr, stride_qk):
-    """Store the FP8 quarters [32, 128] of the tile at (m, k) transposed, in qdata [K, M]; its rows are stored whole.
-
-    Four rows become one 32-bit word within a thread and the words are transposed: a fourth of the shared memory
-    accesses, and no FP8 tile is ever transposed, which ptxas 12.x miscompiles (triton-lang/triton#11111).
+    Neighbours in a tensor are converted in pairs. Here they are rows, so that a pair is half of a word of qdata, and
+    that no conversion is shared with a row copy: ptxas 12.x loses bytes of an FP8 pair that is stored both straight and
+    transposed (triton-lang/triton#11111).
     """
-    words = word_byte(codes[0], 0) | word_byte(codes[1], 8) | word_byte(codes[2], 16) | word_byte(codes[3], 24)
+    pairs = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+    codes = tl.permute(tl.reshape(pairs, [32, 128, 4]).to(qdata_ptr.dtype.element_ty), (1, 0, 2))
     cols = tl.arange(0, 128)[:, None]
-    words_ptr = (qdata_ptr + k * stride_qk + m).to(tl.pointer_type(tl.int32), bitcast=True)
-    words_ptr += cols.to(tl.int64) * (stride_qk // 4) + tl.arange(0, 32)[None, :]
-    tl.store(words_ptr, tl.trans(words), mask=cols < (K - k).to(tl.int32))
+    offsets = k * stride_qk + m + cols.to(tl.int64) * stride_qk + tl.arange(0, 128)[None, :]
+    tl.store(qdata_ptr + offsets, tl.reshape(codes, [128, 128]), mask=cols < (K - k).to(tl.int32))
 
 
 @triton.jit
