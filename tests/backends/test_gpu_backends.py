@@ -16,7 +16,9 @@ from fp8train.backends.interface import Backend
 from fp8train.errors import BackendError
 from fp8train.quant import reference
 from fp8train.quant.formats import BF16, BLOCKWISE, GemmPrecision, LinearPrecision, QuantSpec
+from fp8train.quant.qtensor import QTensor
 from tests.backends import vendor_doubles
+from tests.hardware import requires_gpu
 from tests.quant.specs import same_codes
 from tests.quant.test_reference_gemm import calc_diff, exact, operands
 from tests.shapes import matrix
@@ -214,15 +216,30 @@ def test_dequant_bf16_products(M: int, N: int, K: int, left: str, right: str) ->
 @shapes
 def test_cublas_products_of_whole_tensors_and_rows(M: int, N: int, K: int, left: str, right: str) -> None:
     """On a CPU by torch's own implementation of the same function."""
-    if not torch.cuda.is_available() and torch.__version__ < "2.13":
+    if torch.__version__ < "2.13":
         pytest.skip(f"torch {torch.__version__} has no _scaled_mm for CPUs")
     assert_products(get_backend("cublaslt"), M, N, K, left, right)
+
+
+@requires_gpu(sm=90)
+@pytest.mark.parametrize(("left", "right"), [*WHOLE_PAIRS.values(), *BLOCK_PAIRS.values()])
+@pytest.mark.parametrize(("M", "N", "K"), [(128, 128, 128), (33, 50, 300), (0, 5, 128)])
+def test_cublas_products_on_a_gpu(M: int, N: int, K: int, left: str, right: str) -> None:
+    a, b = operands(M, N, K, left, right)
+    y = get_backend("cublaslt").scaled_mm(on_gpu(a), on_gpu(b), None, None, False, torch.bfloat16)
+    assert y.shape == (M, N) and (0 in y.shape or calc_diff(y.cpu(), exact(a, b)) < BF16_CALC_DIFF)
+
+
+def on_gpu(q: QTensor) -> QTensor:
+    return QTensor(q.qdata.cuda(), q.scale_inv.cuda(), q.spec)
 
 
 @pytest.mark.parametrize("text", ["e4m3 1x128 pow2", "e4m3 1x128 fp32", "e4m3 128x128 pow2", "e4m3 row fp32"])
 @pytest.mark.parametrize(("rows", "cols"), [(128, 256), (303, 300), (0, 128)])
 def test_te_quantiser_returns_the_definitions_codes(vendors: None, text: str, rows: int, cols: int) -> None:
-    backend, spec, x = get_backend("te"), QuantSpec.parse(text), matrix(rows, cols)
+    # sizes that TE does not serve go to our own kernels, which on a GPU want x there
+    own = rows % 128 != 0 and torch.cuda.is_available()
+    backend, spec, x = get_backend("te"), QuantSpec.parse(text), matrix(rows, cols).to("cuda" if own else "cpu")
     for transpose in (False, True):
         assert same_codes(backend.quantize(x, spec, transpose), reference.quantize(x, spec, transpose=transpose))
     made, turned = backend.quantize_dual(x, spec, spec)
