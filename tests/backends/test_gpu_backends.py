@@ -23,6 +23,7 @@ from tests.quant.specs import same_codes
 from tests.quant.test_reference_gemm import calc_diff, exact, operands
 from tests.shapes import matrix
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # before a fixture says that there is a GPU
 GPU_BACKENDS = ("triton", "cublaslt", "te", "deepgemm")
 BLOCK_PAIRS = {
     "fprop": ("e4m3 1x128 pow2", "e4m3 128x128 pow2"),
@@ -238,8 +239,8 @@ def on_gpu(q: QTensor) -> QTensor:
 @pytest.mark.parametrize(("rows", "cols"), [(128, 256), (303, 300), (0, 128)])
 def test_te_quantiser_returns_the_definitions_codes(vendors: None, text: str, rows: int, cols: int) -> None:
     # sizes that TE does not serve go to our own kernels, which on a GPU want x there
-    own = rows % 128 != 0 and torch.cuda.is_available()
-    backend, spec, x = get_backend("te"), QuantSpec.parse(text), matrix(rows, cols).to("cuda" if own else "cpu")
+    device = DEVICE if rows % 128 else "cpu"
+    backend, spec, x = get_backend("te"), QuantSpec.parse(text), matrix(rows, cols).to(device)
     for transpose in (False, True):
         assert same_codes(backend.quantize(x, spec, transpose), reference.quantize(x, spec, transpose=transpose))
     made, turned = backend.quantize_dual(x, spec, spec)
