@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +30,7 @@ from fp8train.quant.qtensor import QTensor
 
 OLDEST, BELOW = (3, 6), (3, 10)  # versions of Triton that the kernels are compiled with in the tests
 ROW, SQUARE = (1, 128), (128, 128)
+MOST_SHAPES = 4096  # of operands, for which the choice of an entry is kept; a model has tens
 
 
 def triton_refusal() -> str | None:
@@ -55,6 +56,7 @@ class TritonBackend(Producers):
         self.note = f"own FP8 kernels, GEMMs by {entry} only" if entry else "own FP8 kernels"
         self._only = (entry,) if entry else ()
         self._admission = Admission()
+        self._entries: dict[Hashable, str | None] = {}
 
     def unavailable(self, device_type: str) -> str | None:
         """See Backend."""
@@ -188,18 +190,38 @@ class TritonBackend(Producers):
 
     def _entry(self, operation: str, a: QTensor, b: QTensor) -> str | None:
         """The first entry of the launch table that reads these operands and is admitted; None for the plain one."""
+        left, right, scale = a.qdata, b.qdata, b.scale_inv
+        # all that kernel(operation).refusal and the launch table look at
+        key = (
+            operation, left.device, left.shape, left.stride(), left.data_ptr() % 16, right.shape, right.stride(),
+            right.data_ptr() % 16, scale.stride(), scale.data_ptr() % 16,
+        )  # fmt: skip
+        try:
+            return self._entries[key]
+        except KeyError:
+            return self._chosen(key, operation, a, b)
+
+    def _chosen(self, key: Hashable, operation: str, a: QTensor, b: QTensor) -> str | None:
+        """As _entry, from the verdicts, which never change in a process: so the choice is kept under the key."""
         (M, K), N = a.shape, b.shape[0]
-        device = a.qdata.device
-        for entry in self._only or _table_entries(operation, device, M, N, K):
+        device, chosen, refused = a.qdata.device, None, False
+        candidates = self._only or _table_entries(operation, device, M, N, K)
+        for entry in candidates:
             reason = kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
             if reason is None and self._admission.admits(operation, entry, device):
-                return entry
+                chosen = entry
+                break
             if self._only:
                 raise BackendError(f"backend: triton:{entry}: {reason or '; '.join(self._admission.refused)}.")
-            if reason is not None:
-                continue
+            refused = refused or reason is None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return chosen  # an entry that has no verdict was passed over, not refused: the next call asks again
+        if refused:
             self.note = f"own FP8 kernels; refused on this machine: {'; '.join(self._admission.refused)}"
-        return None
+        if len(self._entries) >= MOST_SHAPES:
+            self._entries.clear()
+        self._entries[key] = chosen
+        return chosen
 
 
 @functools.cache
@@ -226,7 +248,6 @@ def codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int, transposed: boo
     return codes, x.new_empty((blocks[1], padded), dtype=torch.float32).t()[:rows]
 
 
-@functools.lru_cache(maxsize=4096)  # a model has few shapes, and asking the driver for its device costs microseconds
 def _table_entries(operation: str, device: torch.device, M: int, N: int, K: int) -> tuple[str, ...]:
     return kernel("gemm_table").device_entries(operation, device, M, N, K)
 

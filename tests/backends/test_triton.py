@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends import get_backend  # noqa: E402
+from fp8train.backends import get_backend, triton  # noqa: E402
 from fp8train.backends import ops as _ops  # noqa: E402, F401  registers torch.ops.fp8train
+from fp8train.backends.triton import TritonBackend  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
 from tests.backends.test_gpu_backends import assert_products  # noqa: E402
@@ -89,3 +93,101 @@ def test_sums_of_positive_products_are_promoted(K: int) -> None:
         expected = a.dequantize().double() @ b.dequantize().double().T
         y = TRITON.scaled_mm(a, b, None, None, False, torch.float32)
         assert abs(float((y.double() / expected - 1).mean())) < 1e-3
+
+
+class Verdicts:
+    """In place of Admission: answers from a table, and counts what it is asked. None: there is no verdict yet."""
+
+    def __init__(self, admitted: dict[str, bool | None]) -> None:
+        self.admitted, self.asked = admitted, []
+
+    @property
+    def refused(self) -> list[str]:
+        return [f"gemm {entry}: it hung" for entry, good in self.admitted.items() if good is False]
+
+    def admits(self, operation: str, entry: str, device: torch.device) -> bool:
+        self.asked.append(entry)
+        return bool(self.admitted[entry])
+
+
+@pytest.fixture
+def chooser(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
+    """A backend that may take tma_128x128_s4, and to which ws_128x128_s4 is refused."""
+    monkeypatch.setattr(triton, "_table_entries", lambda *shape: ("ws_128x128_s4", "tma_128x128_s4"))
+    backend = TritonBackend()
+    backend._admission = Verdicts({"ws_128x128_s4": False, "tma_128x128_s4": True})  # type: ignore[assignment]
+    return backend
+
+
+def operand(rows: int, cols: int, **properties: Any) -> Any:
+    """As much of a QTensor on a GPU as the choice of an entry looks at."""
+    device = torch.device("cuda", 0)
+
+    def matrix(stride: int, address: int) -> Any:
+        layout = {"shape": (rows, cols), "stride": lambda *axis: (stride, 1)[axis[0]] if axis else (stride, 1)}
+        return SimpleNamespace(device=device, data_ptr=lambda: address, **layout)
+
+    codes = matrix(properties.get("stride", cols), properties.get("address", 0))
+    scale = matrix(1, properties.get("scale_address", 0))
+    return SimpleNamespace(qdata=codes, scale_inv=scale, shape=(rows, cols))
+
+
+def test_entry_is_chosen_once_for_operands_of_a_kind(chooser: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    looks: list[str] = []
+    monkeypatch.setattr(triton.kernel("gemm"), "refusal", lambda entry, *operands: looks.append(entry))
+    for _ in range(3):
+        assert chooser._entry("gemm", operand(256, 512), operand(384, 512)) == "tma_128x128_s4"
+    asked = chooser._admission.asked  # type: ignore[attr-defined]
+    assert asked == looks == ["ws_128x128_s4", "tma_128x128_s4"]
+    assert chooser.note == "own FP8 kernels; refused on this machine: gemm ws_128x128_s4: it hung"
+    del chooser.note  # written where something is refused, and not in every call
+    chooser._entry("gemm", operand(256, 512), operand(384, 512))
+    assert "note" not in vars(chooser)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"stride": 520}, {"address": 8}, {"scale_address": 4}, {"rows": 300}],
+    ids=["stride", "alignment", "scale's alignment", "size"],
+)
+def test_operands_of_another_kind_are_looked_at_anew(
+    other: dict[str, int], chooser: TritonBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    looks: list[str] = []
+    for name in ("gemm", "gemm_wgrad"):
+        monkeypatch.setattr(triton.kernel(name), "refusal", lambda entry, *operands: looks.append(entry))
+    chooser._entry("gemm", operand(256, 512), operand(384, 512))
+    chooser._entry("gemm", operand(256, 512), operand(**{"rows": 384, "cols": 512} | other))
+    assert len(looks) == 4
+    chooser._entry("gemm_wgrad", operand(256, 512), operand(384, 512))
+    chooser._entry("gemm", operand(256, 512), operand(384, 512))
+    assert len(looks) == 6 and len(chooser._entries) == 3
+
+
+def test_what_a_captured_graph_takes_is_not_kept(chooser: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    # an entry without a verdict is not checked while a graph is captured; afterwards it is
+    verdicts = chooser._admission.admitted  # type: ignore[attr-defined]
+    monkeypatch.setattr(triton.kernel("gemm"), "refusal", lambda entry, *operands: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    verdicts.update({"ws_128x128_s4": None, "tma_128x128_s4": None})
+    assert chooser._entry("gemm", operand(256, 512), operand(384, 512)) is None
+    assert chooser._entries == {} and chooser.note == "own FP8 kernels"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    verdicts["ws_128x128_s4"] = True
+    assert chooser._entry("gemm", operand(256, 512), operand(384, 512)) == "ws_128x128_s4"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked again"))
+    assert chooser._entry("gemm", operand(256, 512), operand(384, 512)) == "ws_128x128_s4"
+
+
+def test_choices_are_forgotten_before_they_fill_the_memory(
+    chooser: TritonBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # batches of ever other lengths
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton.kernel("gemm"), "refusal", lambda entry, *operands: None)
+    monkeypatch.setattr(triton, "MOST_SHAPES", 3)
+    for rows in range(1, 9):
+        assert chooser._entry("gemm", operand(rows, 512), operand(384, 512)) == "tma_128x128_s4"
+        assert len(chooser._entries) <= 3
