@@ -25,6 +25,10 @@ from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import check_quantize_input
 
 _NOTHING = contextlib.nullcontext()
+# looked up once, for they are asked in every call
+_AUTOCASTS = torch._C._is_any_autocast_enabled
+_DISPATCH_MODES = torch._C._len_torch_dispatch_stack
+_PROFILES = torch.autograd._profiler_enabled
 _GEMM = "str backend, int site, str gemm"
 _OPERANDS = "Tensor a, Tensor a_scale, str a_spec, Tensor b, Tensor b_scale, str b_spec"
 _SCHEMAS = {
@@ -47,7 +51,9 @@ def quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tenso
     return q.qdata, q.scale_inv
 
 
-def quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_dual(
+    x: Tensor, row: str | QuantSpec, col: str | QuantSpec, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row copy of x [M, K] and transposed column copy [K, M], each with its scales."""
     check_quantize_input(x)
     q, qt = get_backend(backend).quantize_dual(x, as_spec(row), as_spec(col))
@@ -73,14 +79,17 @@ def noisy(x: Tensor, rms: float, dtype: torch.dtype) -> Tensor:
 
 
 def scaled_mm(
-    a: Tensor, a_scale: Tensor, a_spec: str, b: Tensor, b_scale: Tensor, b_spec: str,
+    a: Tensor, a_scale: Tensor, a_spec: str | QuantSpec, b: Tensor, b_scale: Tensor, b_spec: str | QuantSpec,
     bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str,
 ) -> Tensor:  # fmt: skip
     """a [M, K] @ b [N, K].T, both FP8."""
-    COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
+    COUNTS.add(site, gemm, _rows(gemm, a), True)
     left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
+    run = get_backend(backend).scaled_mm
+    if not _AUTOCASTS():  # to enter a context that does nothing takes time too
+        return run(left, right, bias, None, False, out_dtype)
     with _own_dtypes(a):
-        return get_backend(backend).scaled_mm(left, right, bias, None, False, out_dtype)
+        return run(left, right, bias, None, False, out_dtype)
 
 
 def scaled_mm_add_(
@@ -89,7 +98,7 @@ def scaled_mm_add_(
     backend: str, site: int, gemm: str,
 ) -> None:  # fmt: skip
     """out [M, N] fp32 += a @ b.T, both FP8."""
-    COUNTS.add(site, gemm, _rows(gemm, a), fp8=True)
+    COUNTS.add(site, gemm, _rows(gemm, a), True)
     left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
     with _own_dtypes(a):
         get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
@@ -97,14 +106,14 @@ def scaled_mm_add_(
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str) -> Tensor:
     """a [M, K] @ b [N, K].T in high precision."""
-    COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
+    COUNTS.add(site, gemm, _rows(gemm, a), False)
     with _own_dtypes(a):
         return get_backend(backend).mm(a, b, bias, None, False, out_dtype)
 
 
 def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: str) -> None:
     """out [M, N] fp32 += a @ b.T in high precision."""
-    COUNTS.add(site, gemm, _rows(gemm, a), fp8=False)
+    COUNTS.add(site, gemm, _rows(gemm, a), False)
     with _own_dtypes(a):
         get_backend(backend).mm(a, b, None, out, True, torch.float32)
 
@@ -116,9 +125,7 @@ def as_spec(spec: str | QuantSpec) -> QuantSpec:
 
 def _own_dtypes(a: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The caller's autocast must not reach the matmuls that a backend is made of: it would round their FP32 sums."""
-    if not torch._C._is_any_autocast_enabled():
-        return _NOTHING
-    return torch.autocast(a.device.type, enabled=False)
+    return torch.autocast(a.device.type, enabled=False) if _AUTOCASTS() else _NOTHING
 
 
 def _rows(gemm: str, a: Tensor) -> int:
@@ -225,13 +232,7 @@ def unwatched(x: Tensor) -> bool:
     Not under torch.compile, a dispatch mode (selective checkpointing, fake tensors, FLOP counting) or the profiler, nor
     for a tensor of another class or without data.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and not x.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.autograd._profiler_enabled()
-    )
+    return not (torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta or _DISPATCH_MODES() or _PROFILES())
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,21 +1,26 @@
 """GEMM operands: FP8 codes with scales, or a high-precision matrix, as plain tensors that torch.compile can trace.
 
-Everything here calls the operators of backends/ops.py, so that eager and compiled runs execute the same code.
+Everything here calls the operators of backends/ops.py, so that eager and compiled runs execute the same code; the two
+that every FP8 linear calls most go to the implementation without a detour where nothing watches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp8train.backends.ops import OPS
+from fp8train.backends.ops import OPS, quantize_dual, scaled_mm, unwatched
 from fp8train.quant.formats import QuantSpec
 
 
 class Operand(NamedTuple):
-    """A K-major matrix [rows, cols] of one GEMM: FP8 if spec is set, otherwise `data` itself in bf16 or fp32."""
+    """A K-major matrix [rows, cols] of one GEMM: FP8 if spec is set, otherwise `data` itself in bf16 or fp32.
+
+    Operators take its fields in this order.
+    """
 
     data: Tensor
     scale_inv: Tensor | None = None
@@ -53,7 +58,7 @@ def quantized_both(
         return cast, Operand(cast.data.t())
     if row is None or col is None:
         return quantized(x, row, high, False, backend, noise), quantized(x, col, high, True, backend, noise)
-    q, scale, qt, scale_t = OPS.quantize_dual(x, row, col, backend)
+    q, scale, qt, scale_t = (quantize_dual if unwatched(x) else OPS.quantize_dual)(x, row, col, backend)
     return Operand(q, scale, row), Operand(qt, scale_t, col)
 
 
@@ -76,8 +81,8 @@ def gemm(
 ) -> Tensor:
     """left [M, K] @ right [N, K].T in FP8 if both operands are, otherwise in `high` with FP32 sums."""
     if left.spec is not None and right.spec is not None:
-        a, b = (left.data, left.scale_inv, left.spec), (right.data, right.scale_inv, right.spec)
-        return OPS.scaled_mm(*a, *b, bias, out_dtype, backend, site, name)
+        run: Callable[..., Tensor] = scaled_mm if unwatched(left.data) else OPS.scaled_mm
+        return run(*left, *right, bias, out_dtype, backend, site, name)
     return OPS.mm(widened(left, high, backend), widened(right, high, backend), bias, out_dtype, backend, site, name)
 
 
@@ -86,8 +91,7 @@ def gemm_add_(
 ) -> None:
     """out [M, N] fp32 += left @ right.T, accumulated by the GEMM."""
     if left.spec is not None and right.spec is not None:
-        a, b = (left.data, left.scale_inv, left.spec), (right.data, right.scale_inv, right.spec)
-        OPS.scaled_mm_add_(out, *a, *b, backend, site, name)
+        OPS.scaled_mm_add_(out, *left, *right, backend, site, name)
         return
     OPS.mm_add_(out, widened(left, high, backend), widened(right, high, backend), backend, site, name)
 
