@@ -21,11 +21,10 @@ from torch.autograd.function import once_differentiable
 from fp8train.backends import fused_ops as _fused_ops  # noqa: F401  registers the operators
 from fp8train.backends.producers import rms_norm_backward
 from fp8train.nn.inputs import QuantizedInput
-from fp8train.nn.linear import Float8Linear, InplaceGrad, Plan, weight_grad, wgrad_operand
+from fp8train.nn.linear import HIGH, Float8Linear, InplaceGrad, Plan, weight_grad, wgrad_operand
 from fp8train.nn.operands import OPS, Operand, as_matrix, gemm
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 
-HIGH = (torch.bfloat16, torch.float32)
 T = TypeVar("T", bound=nn.Module)
 
 

@@ -23,6 +23,7 @@ from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import BUFFERS, LocalWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
 
+HIGH = (torch.bfloat16, torch.float32)  # dtypes of an input
 _SITES = itertools.count(1)  # 0 is coverage.NOT_COUNTED
 
 
@@ -56,24 +57,27 @@ class InplaceGrad:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """One linear with its three GEMMs. Operands come quantised; x and weight are there for autograd's sake."""
+    """One linear with its three GEMMs. Operands come quantised; x and weight are there for autograd's sake.
+
+    Each argument costs autograd time, a tensor most, and so does each node: the operands come as one tuple, and x with
+    its leading dimensions.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0913
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, row_scale: Tensor | None,
-        col: Tensor | None, col_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, wt: Tensor, wt_scale: Tensor |
-            None,
-        plan: Plan, out_dtype: torch.dtype, sink: InplaceGrad | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        operands: tuple[Operand, Operand | None, Operand, Operand], plan: Plan, out_dtype: torch.dtype,
+        sink: InplaceGrad | None,
     ) -> Tensor:  # fmt: skip
-        precision, (need_dx, need_dw, *_) = plan.precision, ctx.needs_input_grad
-        if precision.wgrad_source == "requant" and need_dw:
-            col, col_scale = row, row_scale
-        ctx.save_for_backward(col, col_scale, *((wt, wt_scale) if need_dx else (None, None)))
-        ctx.plan, ctx.sink = plan, sink
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-        left = Operand(row, row_scale, precision.fprop.left)
-        right = Operand(w, w_scale, precision.fprop.right)
-        return gemm(left, right, bias=bias, out_dtype=out_dtype, **plan.common["fprop"])
+        row, col, w, wt = operands
+        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            *(col[:2] if need_dw and col is not None else (None, None)), *(wt[:2] if need_dx else (None, None))
+        )
+        ctx.call = plan, sink, x.dtype, bias.dtype if bias is not None and need_db else None
+        y = gemm(row, w, bias=bias, out_dtype=out_dtype, **plan.common["fprop"])
+        # detached, since autograd forbids writing in place to a view that a Function made
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,19 +86,21 @@ class _LinearFunction(torch.autograd.Function):
                 "Float8Linear: backward was called with create_graph=True; needs False, since rounding has no "
                 "derivative. Keep nn.Linear where second derivatives are wanted."
             )
-        plan, precision = ctx.plan, ctx.plan.precision
+        plan, sink, x_dtype, bias_dtype = ctx.call
         col, col_scale, wt, wt_scale = ctx.saved_tensors
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+        lead, dy = dy.shape[:-1], as_matrix(dy)
         left, left_t = _quantized_grad(dy.contiguous(), plan, need_dx, need_dw)
         dx = dw = db = None
         if need_dx:
-            right = Operand(wt, wt_scale, precision.dgrad.right)
-            dx = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **plan.common["dgrad"])
+            right = Operand(wt, wt_scale, plan.precision.dgrad.right)
+            dx = gemm(left, right, bias=None, out_dtype=x_dtype, **plan.common["dgrad"])
+            dx = dx if len(lead) == 1 else dx.view(*lead, dx.shape[1])
         if need_dw:
-            dw = weight_grad(left_t, wgrad_operand(col, col_scale, plan), plan, ctx.sink)
+            dw = weight_grad(left_t, wgrad_operand(col, col_scale, plan), plan, sink)
         if need_db:
-            db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw, db, *([None] * 11)
+            db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
+        return dx, dw, db, None, None, None, None
 
 
 def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
@@ -238,7 +244,7 @@ class Float8Linear(nn.Linear):
     def refresh_if_stale(self) -> None:
         """As refresh_weight, where the weight was replaced or written in place since."""
         if self.remedy is None and len(self._seen) == 1:  # the usual case, without a list
-            weight, (then, version) = self.weight, self._seen[0]
+            weight, (then, version) = self._parameters.get("weight"), self._seen[0]
             if weight is then and version == _version(weight):
                 return
         sources = self._sources()
@@ -297,33 +303,36 @@ class Float8Linear(nn.Linear):
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
         out_dtype = self.checked_input(tensor)
+        parameters: dict[str, Any] = self._parameters  # asked of the module, each is looked up in Python, for 1 us
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # a parametrisation has taken its place
+            weight, bias = self.weight, self.bias
+        wgrad = weight.requires_grad and torch.is_grad_enabled()
         if self.remedy is not None:
             self._check_remedy(x)
             x = tensor = self.prepared(tensor)
-        plan, weight, bias = self.plan, self.weight, self.bias
-        wgrad = weight.requires_grad and torch.is_grad_enabled()
+            weight = self.prepared_weight()
+        plan = self.plan
         needs = plan.needs[wgrad]
         row, col = x.operands(needs) if isinstance(x, QuantizedInput) else self.inputs.get(x, needs, plan.backend)
         w, wt = self.provider.operands(self)
-        y = _LinearFunction.apply(
-            as_matrix(tensor), weight if self.remedy is None else self.prepared_weight(), bias, *row.tensors(),
-            *((None, None) if col is None or col is row or not wgrad else col.tensors()), *w.tensors(), *wt.tensors(),
-            plan, out_dtype, self.grad_sink,
-        )  # fmt: skip
-        return y if tensor.dim() == 2 else y.view(*tensor.shape[:-1], self.out_features)
+        return _LinearFunction.apply(tensor, weight, bias, (row, col, w, wt), plan, out_dtype, self.grad_sink)
 
     def checked_input(self, x: Tensor) -> torch.dtype:
         """Raise ValueError unless x fits; gives the dtype of the result."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"Float8Linear: x is {list(x.shape)}; needs [..., {self.in_features}].")
-        if x.dtype not in (torch.bfloat16, torch.float32):
+        dtype = x.dtype
+        if dtype not in HIGH:
             raise ValueError(
-                f"Float8Linear: x is {x.dtype}; needs torch.bfloat16 or torch.float32. Cast it before the layer."
+                f"Float8Linear: x is {dtype}; needs torch.bfloat16 or torch.float32. Cast it before the layer."
             )
-        out_dtype = _output_dtype(x)
-        if out_dtype is torch.float16:
-            raise ValueError("Float8Linear: autocast is on in torch.float16; needs torch.bfloat16. Change its dtype.")
-        return out_dtype
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            if dtype is torch.float16:
+                raise ValueError("Float8Linear: autocast is on in torch.float16; needs torch.bfloat16. Change it.")
+        return dtype
 
     def _check_remedy(self, x: Tensor | QuantizedInput) -> None:
         if isinstance(x, QuantizedInput) or (self.channel_scale is not None and self.grad_sink is not None):
@@ -334,14 +343,6 @@ class Float8Linear(nn.Linear):
         gemms = ", ".join(f"{name}: {self.precision.describe(name)}" for name in self.precision.gemms)
         shape = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
         return f"{shape}, precision={self.precision.name} ({gemms}), backend={self.backend_name}"
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
-    """The input's dtype, or autocast's where it is on."""
-    if not torch._C._is_any_autocast_enabled():
-        return x.dtype
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _version(weight: Tensor) -> int:

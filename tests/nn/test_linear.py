@@ -9,10 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8train
 from fp8train.backends.coverage import COUNTS, GemmCount
 from fp8train.errors import BackendError
+from fp8train.nn import operands
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.operands import quantized_both
@@ -109,6 +112,38 @@ def test_leading_dimensions_are_those_of_the_input(lead: tuple[int, ...], dtype:
     assert result.y.shape == (*lead, 40) and result.dx.shape == x.shape and result.y.dtype is result.dx.dtype is dtype
     for name in ("y", "dx", "dw", "db"):
         assert torch.equal(getattr(result, name).flatten(), getattr(flat, name).flatten()), name
+
+
+def test_output_with_leading_dimensions_is_of_one_node_and_may_be_written_in_place() -> None:
+    linear = made(1, 40, 130, BLOCKWISE)
+    x, dy = normal(2, 3, 130).requires_grad_(True), normal(2, 3, 40, seed=1)
+    y = linear(x)
+    inputs = [node.variable for node, _ in y.grad_fn.next_functions if node is not None]
+    assert len(inputs) == 3 and all(a is b for a, b in zip(inputs, (x, linear.weight, linear.bias), strict=True))
+    y += 1
+    y.backward(dy)
+    assert torch.equal(x.grad, run(linear, x.detach(), dy).dx)
+
+
+def test_eager_code_skips_the_dispatcher_unless_a_mode_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    direct: list[str] = []
+    for name in ("quantize_dual", "scaled_mm"):
+        kept = getattr(operands, name)
+        monkeypatch.setattr(operands, name, lambda *args, name=name, kept=kept: (direct.append(name), kept(*args))[1])
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    linear, x, seen = made(1, 40, 130, BLOCKWISE), normal(6, 130).requires_grad_(True), []
+    linear(x).sum().backward()
+    assert sorted(direct) == ["quantize_dual"] * 2 + ["scaled_mm"] * 3
+    direct.clear()
+    linear.inputs.clear()
+    with Watch():
+        linear(x).sum().backward()
+    assert direct == [] and sum(name.startswith("fp8train.") for name in seen) == 5
 
 
 @precisions
@@ -266,6 +301,19 @@ def test_from_linear_keeps_parameter_objects_mode_and_numbers() -> None:
     assert (linear.in_features, linear.out_features) == (130, 40) and isinstance(linear, nn.Linear)
     x = normal(5, 130)
     assert torch.allclose(linear(x), plain(x), rtol=0, atol=130 * 2.0**-24 * 8)  # |x w| sums below 8
+
+
+def test_parametrised_weight_is_no_entry_of_the_parameters_and_is_served() -> None:
+    class Twice(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 2 * w
+
+    linear, x, dy = made(5, 40, 130, BLOCKWISE), normal(5, 130), normal(5, 40, seed=1)
+    expected = run(linear, 2 * x, dy)  # pow2 scales: twice the weight gives twice the output
+    parametrize.register_parametrization(linear, "weight", Twice())
+    assert torch.equal(linear(x), expected.y)
+    linear(x).backward(dy)
+    assert torch.equal(linear.parametrizations.weight.original.grad, expected.dw)
 
 
 def test_public_name_makes_a_blockwise_linear() -> None:
