@@ -103,6 +103,11 @@ class _LinearFunction(torch.autograd.Function):
         return dx, dw, db, None, None, None, None
 
 
+# what Function.apply comes to where there is no transform of torch.func, which it looks for in every argument for 3 us
+_APPLY: Any = super(torch.autograd.Function, _LinearFunction).apply
+_TRANSFORMS = torch._C._are_functorch_transforms_active
+
+
 def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
     """dy as dgrad's and wgrad's left operand; the one that is not needed is the other."""
     precision = plan.precision
@@ -299,7 +304,8 @@ class Float8Linear(nn.Linear):
         Raises:
             ValueError: the last dimension, the dtype or the ready-made codes of x do not fit; autocast is on in FP16.
         """
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
         out_dtype = self.checked_input(tensor)
@@ -317,7 +323,8 @@ class Float8Linear(nn.Linear):
         needs = plan.needs[wgrad]
         row, col = x.operands(needs) if isinstance(x, QuantizedInput) else self.inputs.get(x, needs, plan.backend)
         w, wt = self.provider.operands(self)
-        return _LinearFunction.apply(tensor, weight, bias, (row, col, w, wt), plan, out_dtype, self.grad_sink)
+        apply = _LinearFunction.apply if compiling or _TRANSFORMS() else _APPLY
+        return apply(tensor, weight, bias, (row, col, w, wt), plan, out_dtype, self.grad_sink)
 
     def checked_input(self, x: Tensor) -> torch.dtype:
         """Raise ValueError unless x fits; gives the dtype of the result."""

@@ -146,6 +146,12 @@ def test_eager_code_skips_the_dispatcher_unless_a_mode_watches(monkeypatch: pyte
     assert direct == [] and sum(name.startswith("fp8train.") for name in seen) == 5
 
 
+def test_transforms_of_torch_func_are_refused() -> None:
+    linear, x = made(1, 40, 130, BLOCKWISE), normal(6, 130)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.vmap(lambda factor: linear(x) * factor)(torch.ones(3))
+
+
 @precisions
 def test_without_tokens_the_weight_gradient_is_allocated_and_zero(precision: LinearPrecision) -> None:
     # a data-parallel reduction waits for every parameter's gradient
