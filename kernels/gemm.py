@@ -21,9 +21,7 @@ CONFIGS = {
     "pointer_64x64_s3": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
     "tma_64x128_s4": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": False},
-    "ws_128x128_s3": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3, "WARP_SPECIALIZE": True},
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
-    "ws_128x128_s5": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5, "WARP_SPECIALIZE": True},
     "gluon_192x128_s4": {"MATH_GROUPS": 3, "BLOCK_N": 128, "STAGES": 4, "IN_FLIGHT": 1, "GROUP_M": 4},
     "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2, "GROUP_M": 8},
 }

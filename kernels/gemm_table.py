@@ -1,48 +1,56 @@
-"""Which launch configuration a GEMM takes: entries of CONFIGS of gemm.py and gemm_wgrad.py, by device and shape.
+"""Which launch entries a GEMM takes: entries of CONFIGS of gemm.py and gemm_wgrad.py, by device and shape.
 
-A small table instead of a racing autotune: the same shape takes the same kernel in every run. An entry is listed only
-if it compiles without spills (kernels/README.md), and used only after a check on the device
-(fp8train/backends/admission.py). Where the table has none, or none passes, the launcher's plain variant runs. Order of
-preference: not measured on hardware yet; by instructions per K block and pipeline depth. The Gluon entries of CONFIGS
-join when `bench gemm backends=[triton:ENTRY]` (launch/gpu_check.sh) has measured them.
+A small table instead of a racing autotune: the same shape takes the same kernel in every run. It holds, per device, the
+rate of each entry while all multiprocessors are busy; the time of a GEMM is then that of the waves of tiles which the
+multiprocessors work through, and entries are tried in the order of these times. An entry is listed only if it compiles
+without spills (kernels/README.md), and used only after a check on the device (fp8train/backends/admission.py). Where
+the table has none, or none passes, the launcher's plain variant runs.
 """
+
+from __future__ import annotations
 
 import torch
 
-TILE = 128
-# (operation, major compute capability) -> class of shapes -> entries in order of preference
+# (operation, major compute capability) -> entry -> (rows, columns of its tile, TFLOP/s of full waves)
+# NVIDIA H100 80GB HBM3, Triton 3.6.0, 2026-11-26: M, N, K = 8192
 TABLE = {
     ("gemm", 9): {
-        "few_tiles": ("tma_64x128_s4",),
-        "short_k": ("ws_128x128_s3", "tma_128x128_s4"),
-        "large": ("ws_128x128_s4", "ws_128x128_s3", "tma_128x128_s4"),
+        "gluon_192x128_s4": (192, 128, 1245),
+        "gluon_128x128_k2_s6": (128, 128, 1068),
+        "tma_128x128_s4": (128, 128, 868),
+        "tma_64x128_s4": (64, 128, 721),
     },
     ("gemm_wgrad", 9): {
-        "few_tiles": ("tma_64x128_s4",),
-        "short_k": ("ws_128x128_s3", "tma_128x128_s4"),
-        "large": ("ws_128x128_s4", "ws_128x128_s3", "tma_128x128_s4"),
+        "gluon_192x128_s5": (192, 128, 1012),
+        "gluon_128x128_k2_s6": (128, 128, 959),
+        "ws_128x128_s4": (128, 128, 714),
+        "tma_64x128_s4": (64, 128, 417),
     },
 }
 
 
-def shape_class(M: int, N: int, K: int, multiprocessors: int) -> str:
-    """few_tiles: half of the multiprocessors would be idle; short_k: four stages are not filled; large: the rest."""
-    if -(-M // TILE) * -(-N // TILE) * 2 <= multiprocessors:
-        return "few_tiles"
-    return "short_k" if K <= 4 * TILE else "large"
+def listed(capability: tuple[int, int]) -> list[tuple[str, str]]:
+    """Operation and entry of all that the table has for a device."""
+    return [
+        (operation, entry) for (operation, major), rows in TABLE.items() if major == capability[0] for entry in rows
+    ]
 
 
-def entries(
-    operation: str, capability: tuple[int, int], M: int, N: int, K: int, multiprocessors: int
-) -> tuple[str, ...]:
-    """Entries for a GEMM [M, K] x [N, K] on such a device, in order of preference; () where only the plain one runs."""
-    classes = TABLE.get((operation, capability[0]), {})
-    return classes.get(shape_class(M, N, K, multiprocessors), ())
+def entries(operation: str, capability: tuple[int, int], M: int, N: int, multiprocessors: int) -> tuple[str, ...]:
+    """Entries for a result [M, N] on such a device, the fastest first; () where only the plain one runs."""
+
+    def time(entry: str) -> float:
+        rows, cols, rate = listed_here[entry]
+        waves = -(-(-(-M // rows) * -(-N // cols)) // multiprocessors)
+        return waves * rows * cols / rate
+
+    listed_here = TABLE.get((operation, capability[0]), {})
+    return tuple(sorted(listed_here, key=time))
 
 
-def device_entries(operation: str, device: torch.device, M: int, N: int, K: int) -> tuple[str, ...]:
+def device_entries(operation: str, device: torch.device, M: int, N: int) -> tuple[str, ...]:
     """As entries, for a CUDA device."""
     if device.type != "cuda":
         return ()
     properties = torch.cuda.get_device_properties(device)
-    return entries(operation, (properties.major, properties.minor), M, N, K, properties.multi_processor_count)
+    return entries(operation, (properties.major, properties.minor), M, N, properties.multi_processor_count)

@@ -1,9 +1,10 @@
-"""Whether an entry of the launch table may be used on this device: checked once, in a process of its own, and kept.
+"""Whether a kernel may be used on this device: checked once, in a process of its own, and kept.
 
-A warp-specialised kernel that a toolchain compiles wrongly gives wrong numbers or never ends. So before its first use
-on a new combination of GPU, versions and kernel source, an entry multiplies test operands in a child process with a
-time limit, against FP64; a wrong number, a crash and a hang all refuse it by name, and the next entry or the plain
-variant runs in its place.
+A toolchain may compile a kernel wrongly: ptxas 12.8 lost bytes of a transposed FP8 copy on an H100, and a
+warp-specialised kernel may give wrong numbers or never end. So before the first use on a new combination of GPU,
+versions and kernel sources, child processes with a time limit check every entry of the launch table and every quantiser
+(admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a kernel by name; the next entry, or
+the plain way, runs in its place. `python -m fp8train.backends.admission` makes the checks ahead of time.
 """
 
 from __future__ import annotations
@@ -17,69 +18,94 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fp8train._layout import folder
-from fp8train.quant.formats import QuantSpec
-from fp8train.quant.qtensor import QTensor
-from fp8train.quant.reference import quantize
+from fp8train.backends.admission_checks import QUANTISERS, check
 
 LOG = logging.getLogger("fp8train")
-SECONDS = 180  # of which about 20 for the imports and a compilation; the products take milliseconds
+SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
+AT_ONCE = 8  # processes, each with half a GiB of GPU memory
 WRONG, UNDECIDED = 1, 3  # exit statuses of the check
-SHAPES = ((128, 128, 128), (300, 200, 272), (1, 512, 1040), (513, 129, 64), (2048, 1536, 1024), (384, 256, 16384))
-FP32_CALC_DIFF = 1e-7  # the tensor core keeps about 14 bits of a partial sum: (2^-14)^2 and some
-BF16_CALC_DIFF = 5e-6  # rounding to BF16 is 1.3e-6
-SIGNED_BIAS = 1e-3  # of a sum of positive products; without promotion it grows with K
+Kernel = tuple[str, str]  # operation and entry
 
 
 class Admission:
-    """Verdicts on the entries of this process's devices."""
+    """Verdicts on the kernels of this process's devices."""
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple[str, str, int], str | None] = {}
 
     @property
     def refused(self) -> list[str]:
-        """Entries that were refused, each with its reason."""
+        """Kernels that were refused, each with its reason."""
         return sorted(f"{op} {entry}: {reason}" for (op, entry, _), reason in self._verdicts.items() if reason)
 
     def admits(self, operation: str, entry: str, device: torch.device) -> bool:
-        """Whether the entry passed its check on that device; the check is made now if it never was."""
-        key = (operation, entry, device.index if device.index is not None else torch.cuda.current_device())
-        if key not in self._verdicts:
+        """Whether the kernel passed its check on that device; the checks are made now if they never were.
+
+        On a CPU, where kernels are interpreted, all pass.
+        """
+        if device.type != "cuda":
+            return True
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        if (operation, entry, index) not in self._verdicts:
             if torch.cuda.is_current_stream_capturing():
-                return False  # a graph that is being captured must not wait for a check; the plain variant serves it
-            self._verdicts[key] = _verdict(*key)
-        return self._verdicts[key] is None
+                return False  # a graph that is being captured must not wait for a check; the plain way serves it
+            for (op, name), reason in verdicts(index, [(operation, entry)]).items():
+                self._verdicts[op, name, index] = reason
+        return self._verdicts[operation, entry, index] is None
 
 
-def _verdict(operation: str, entry: str, index: int) -> str | None:
-    """Why the entry is refused, or None; from the cache, or checked now and, where decided, put there."""
-    path = cache_folder() / f"kernels_{_fingerprint(operation, index)}.json"
+def verdicts(index: int, wanted: Iterable[Kernel] = ()) -> dict[Kernel, str | None]:
+    """Why each kernel is refused on a GPU, or None; from the cache, or checked now and, where decided, put there.
+
+    Args:
+        index: of the GPU.
+        wanted: kernels to answer for besides those of the launch table and the quantisers.
+    """
+    path = cache_folder() / f"kernels_{_fingerprint(index)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine check once
         known = json.loads(path.read_text()) if path.is_file() else {}
-        if entry in known:
-            return known[entry]
-        reason, decided = _check_in_child(operation, entry, index)
+        found: dict[Kernel, str | None] = {_kernel(name): reason for name, reason in known.items()}
+        missing = [kernel for kernel in dict.fromkeys([*wanted, *_used(index)]) if kernel not in found]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            made = dict(zip(missing, pool.map(lambda kernel: _check_in_child(kernel, index), missing), strict=True))
+        decided = {" ".join(kernel): reason for kernel, (reason, final) in made.items() if final}
         if decided:
-            path.write_text(json.dumps(known | {entry: reason}, indent=1, sort_keys=True))
-    device = torch.cuda.get_device_name(index)
-    if reason is None:
-        LOG.info("kernels: %s entry %s checked on %s: correct", operation, entry, device)
-    else:
-        LOG.warning("kernels: %s entry %s refused on %s: %s; the next entry is used", operation, entry, device, reason)
-    return reason
+            path.write_text(json.dumps(known | decided, indent=1, sort_keys=True))
+    _log(made, torch.cuda.get_device_name(index))
+    return found | {kernel: reason for kernel, (reason, _) in made.items()}
 
 
-def _check_in_child(operation: str, entry: str, index: int) -> tuple[str | None, bool]:
-    """(reason against the entry or None, whether that is decided for good)."""
-    command = [sys.executable, "-m", "fp8train.backends.admission", operation, entry, str(index)]
+def _kernel(name: str) -> Kernel:
+    operation, _, entry = name.partition(" ")
+    return operation, entry
+
+
+def _used(index: int) -> list[Kernel]:
+    """What the backend uses on such a GPU."""
+    table = importlib.import_module("fp8train.kernels.gemm_table")
+    return [*table.listed(torch.cuda.get_device_capability(index)), *QUANTISERS]
+
+
+def _log(made: dict[Kernel, tuple[str | None, bool]], device: str) -> None:
+    good = [" ".join(kernel) for kernel, (reason, _) in made.items() if reason is None]
+    if good:
+        LOG.info("kernels: checked on %s and correct: %s", device, ", ".join(good))
+    for (operation, entry), (reason, _) in made.items():
+        if reason is not None:
+            LOG.warning("kernels: %s %s refused on %s: %s; another takes its place", operation, entry, device, reason)
+
+
+def _check_in_child(kernel: Kernel, index: int) -> tuple[str | None, bool]:
+    """(reason against the kernel or None, whether that is decided for good)."""
+    command = [sys.executable, "-m", "fp8train.backends.admission", *kernel, "--device", str(index)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -104,88 +130,33 @@ def cache_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="fp8train-"))
 
 
-def _fingerprint(operation: str, index: int) -> str:
-    """What a verdict depends on: the GPU, the versions that compile for it, the kernel's source and the check's."""
+def _fingerprint(index: int) -> str:
+    """What a verdict depends on: the GPU, the versions that compile for it, the kernels' sources and the checks'."""
     triton = importlib.import_module("triton")
     properties = torch.cuda.get_device_properties(index)
     parts = [
         properties.name, f"{properties.major}.{properties.minor}", torch.__version__, str(torch.version.cuda),
-        triton.__version__, operation, Path(__file__).read_text(),
+        triton.__version__,
     ]  # fmt: skip
-    parts += [path.read_text() for path in sorted(folder("kernels").glob("gemm*.py"))]  # they share code
+    here = Path(__file__)
+    sources = [*sorted(folder("kernels").glob("*.py")), here, here.with_name("admission_checks.py")]
+    parts += [path.read_text() for path in sources]  # kernels share code
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def check(
-    operation: str, entry: str, device: torch.device, shapes: Sequence[tuple[int, int, int]] = SHAPES
-) -> str | None:
-    """Multiply random and positive operands with an entry; what is wrong with the product, or None.
-
-    Args:
-        operation: "gemm" or "gemm_wgrad".
-        entry: a key of its CONFIGS.
-        device: where to multiply.
-        shapes: M, N, K of the products.
-    """
-    module = importlib.import_module(f"fp8train.kernels.{operation}")
-    launch, right = getattr(module, operation), "128x128" if operation == "gemm" else "1x128"
-    for number, (M, N, K) in enumerate(shapes):
-        for positive in (False, True):
-            a = _operand(M, K, "1x128", 2 * number, positive, device)
-            b = _operand(N, K, right, 2 * number + 1, positive, device)
-            if reason := module.refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv):
-                return f"{entry} refuses operands of its table: {reason}"
-            for arguments, plus, limit in _variants(operation, M, N, device):
-                y = launch(a.qdata, b.qdata, a.scale_inv, b.scale_inv, config=entry, **arguments)
-                expected = a.dequantize().double() @ b.dequantize().double().T + plus.double()
-                if reason := _difference(y, expected, limit, positive):
-                    return f"{reason} for M, N, K = {M}, {N}, {K}"
-    return None
-
-
-def _operand(rows: int, cols: int, block: str, seed: int, positive: bool, device: torch.device) -> QTensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, cols, generator=generator) * torch.exp2(torch.randint(-8, 9, (rows, 1), generator=generator))
-    q = quantize(x.abs() if positive else x, QuantSpec.parse(f"e4m3 {block}"))
-    return QTensor(q.qdata.to(device), q.scale_inv.t().contiguous().t().to(device), q.spec)
-
-
-def _variants(operation: str, M: int, N: int, device: torch.device) -> list[tuple[dict[str, object], Tensor, float]]:
-    """Arguments of the launcher, what they add to the product, and the calc_diff that is allowed."""
-    nothing, bias = torch.zeros((), device=device), torch.linspace(-1, 1, N, device=device)
-    filled = torch.full((M, N), float("nan"), device=device)
-    if operation == "gemm":
-        return [
-            ({"out": filled.to(torch.bfloat16)}, nothing, BF16_CALC_DIFF),
-            ({"out": filled, "bias": bias}, bias, FP32_CALC_DIFF),
-        ]
-    before = bias.repeat(M, 1)
-    return [
-        ({"out": filled}, nothing, FP32_CALC_DIFF),
-        ({"out": before.clone(), "accumulate": True}, before, FP32_CALC_DIFF),
-    ]
-
-
-def _difference(y: Tensor, expected: Tensor, limit: float, positive: bool) -> str | None:
-    error = y.double() - expected
-    energy = (y.double() ** 2 + expected**2).sum(dim=1)
-    diff = float(((error**2).sum(dim=1) / energy).max())  # by rows: their magnitudes differ by up to 2^16
-    if not diff <= limit:  # NaN too
-        return f"its product has calc_diff {diff:.1e} against FP64, above {limit:.0e}"
-    bias = float(error.sum() / expected.sum()) if positive else 0.0
-    if abs(bias) > SIGNED_BIAS:
-        return f"its sums of positive products are off by {bias:.1e}, more than {SIGNED_BIAS:.0e}"
-    return None
-
-
 def main(argv: Sequence[str]) -> int:
-    """Check one entry on one GPU; the last line printed says what is wrong."""
+    """Check one kernel on one GPU, or all that are used there; the last line printed says what is wrong."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("operation", choices=("gemm", "gemm_wgrad"))
-    parser.add_argument("entry")
-    parser.add_argument("index", type=int)
+    parser.add_argument("operation", nargs="?")
+    parser.add_argument("entry", nargs="?")
+    parser.add_argument("--device", type=int, default=0)
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda", arguments.index)
+    device = torch.device("cuda", arguments.device)
+    if arguments.entry is None:
+        found = verdicts(arguments.device)
+        for (operation, entry), reason in sorted(found.items()):
+            sys.stdout.write(f"{operation} {entry}: {reason or 'correct'}\n")
+        return WRONG if any(found.values()) else 0
     try:
         torch.empty(2**28, dtype=torch.uint8, device=device)
     except torch.cuda.OutOfMemoryError as error:

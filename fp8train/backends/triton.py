@@ -57,6 +57,7 @@ class TritonBackend(Producers):
         self._only = (entry,) if entry else ()
         self._admission = Admission()
         self._entries: dict[Hashable, str | None] = {}
+        self._served: dict[Hashable, bool] = {}
 
     def unavailable(self, device_type: str) -> str | None:
         """See Backend."""
@@ -73,13 +74,16 @@ class TritonBackend(Producers):
             return turned if transpose else made
         if spec.block != ROW:
             return reference.quantize(x, spec, transpose=transpose)
+        if not self._admitted("quantize", "columns" if transpose else "rows", x.device):
+            return _as_defined(x, spec, transpose)
         run = kernel("quantize").quantize_columns if transpose else kernel("quantize").quantize_rows
         qdata, scale_inv = run(_rows_dense(x), **_format(spec))
         return QTensor(qdata, scale_inv, spec)
 
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
         """See Backend."""
-        if row.block != ROW or col.block != ROW or row.format is not col.format:
+        together = row.block == ROW and col.block == ROW and row.format is col.format
+        if not together or not self._admitted("quantize", "dual", x.device):
             return self.quantize(x, row, False), self.quantize(x, col, True)
         run = kernel("quantize").quantize_dual
         q, scale, qt, scale_t = run(_rows_dense(x), **_format(row), col_pow2=col.scale == "pow2")
@@ -90,7 +94,11 @@ class TritonBackend(Producers):
         if spec.block != SQUARE:
             made = self.quantize(x, spec, False)
             return made, made.transpose()
-        q, scale, qt, scale_t = kernel("quantize_weight").quantize_weight(_rows_dense(x), **_format(spec))
+        one_read = self._admitted("quantize_weight", "one_read", x.device)
+        if not one_read and not self._admitted("quantize_weight", "two_launches", x.device):
+            return _as_defined(x, spec, False), _as_defined(x, spec, True)
+        run = kernel("quantize_weight").quantize_weight
+        q, scale, qt, scale_t = run(_rows_dense(x), two_launches=not one_read, **_format(spec))
         return QTensor(q, scale, spec), QTensor(qt, scale_t, spec)
 
     def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
@@ -114,7 +122,7 @@ class TritonBackend(Producers):
         self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Tensor]:
         """See Backend."""
-        if not self.fuses(row, col):
+        if not (self.fuses(row, col) and self._admitted("rmsnorm_quantize", "fused", x.device)):
             return super().rmsnorm_quantize(x, weight, eps, dtype, row, col)
         run = kernel("rmsnorm_quantize").rmsnorm_quantize
         *copies, rstd = run(_rows_dense(x), weight, eps=eps, out_dtype=dtype, **_formats(row, col))
@@ -122,7 +130,7 @@ class TritonBackend(Producers):
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """See Backend."""
-        if not self.fuses(row, col):
+        if not (self.fuses(row, col) and self._admitted("swiglu_quantize", "fused", gate.device)):
             return super().swiglu_quantize(gate, up, row, col)
         run = kernel("swiglu_quantize").swiglu_quantize
         return _copies(run(_rows_dense(gate), _rows_dense(up), **_formats(row, col)), row, col)
@@ -131,7 +139,7 @@ class TritonBackend(Producers):
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Copies]:
         """See Backend."""
-        if not self.fuses(row, col):
+        if not (self.fuses(row, col) and self._admitted("swiglu_backward_quantize", "fused", gate.device)):
             return super().swiglu_backward_quantize(dh, gate, up, row, col)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
         dgate, dup = run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up), **_formats(row, col))
@@ -201,11 +209,26 @@ class TritonBackend(Producers):
         except KeyError:
             return self._chosen(key, operation, a, b)
 
+    def _admitted(self, operation: str, variant: str, device: torch.device) -> bool:
+        """Whether a quantiser passed its check on the device; a verdict never changes in a process."""
+        key = (operation, variant, device)
+        served = self._served.get(key)
+        if served is not None:
+            return served
+        served = self._admission.admits(operation, variant, device)
+        if served or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self._served[key] = served
+            self._note_refused()
+        return served
+
+    def _note_refused(self) -> None:
+        if self._admission.refused:
+            self.note = f"own FP8 kernels; refused on this machine: {'; '.join(self._admission.refused)}"
+
     def _chosen(self, key: Hashable, operation: str, a: QTensor, b: QTensor) -> str | None:
         """As _entry, from the verdicts, which never change in a process: so the choice is kept under the key."""
-        (M, K), N = a.shape, b.shape[0]
         device, chosen, refused = a.qdata.device, None, False
-        candidates = self._only or _table_entries(operation, device, M, N, K)
+        candidates = self._only or _table_entries(operation, device, a.shape[0], b.shape[0])
         for entry in candidates:
             reason = kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
             if reason is None and self._admission.admits(operation, entry, device):
@@ -217,7 +240,7 @@ class TritonBackend(Producers):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return chosen  # an entry that has no verdict was passed over, not refused: the next call asks again
         if refused:
-            self.note = f"own FP8 kernels; refused on this machine: {'; '.join(self._admission.refused)}"
+            self._note_refused()
         if len(self._entries) >= MOST_SHAPES:
             self._entries.clear()
         self._entries[key] = chosen
@@ -248,8 +271,18 @@ def codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int, transposed: boo
     return codes, x.new_empty((blocks[1], padded), dtype=torch.float32).t()[:rows]
 
 
-def _table_entries(operation: str, device: torch.device, M: int, N: int, K: int) -> tuple[str, ...]:
-    return kernel("gemm_table").device_entries(operation, device, M, N, K)
+def _as_defined(x: Tensor, spec: QuantSpec, transposed: bool) -> QTensor:
+    """The definition's codes in the strides of the kernels, for a kernel that was refused."""
+    made = reference.quantize(x, spec, transpose=transposed and spec.block != SQUARE)
+    made = made.transpose() if transposed and spec.block == SQUARE else made
+    rows, cols = made.shape
+    codes, scale_inv = codes_like(x, spec, rows, cols, transposed)
+    codes.view(torch.uint8).copy_(made.qdata.view(torch.uint8))
+    return QTensor(codes, scale_inv.copy_(made.scale_inv), spec)
+
+
+def _table_entries(operation: str, device: torch.device, M: int, N: int) -> tuple[str, ...]:
+    return kernel("gemm_table").device_entries(operation, device, M, N)
 
 
 def _format(spec: QuantSpec) -> dict[str, Any]:

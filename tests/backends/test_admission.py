@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,16 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends import admission, get_backend  # noqa: E402
-from fp8train.backends.admission import Admission, check  # noqa: E402
+from fp8train.backends.admission import Admission  # noqa: E402
+from fp8train.backends.admission_checks import QUANTISERS, check_codes, check_product  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
+from fp8train.quant.formats import QuantSpec  # noqa: E402
+from fp8train.quant.qtensor import QTensor  # noqa: E402
 from tests.hardware import devices  # noqa: E402
 from tests.kernels.products import quantized  # noqa: E402
+from tests.quant.specs import same_codes  # noqa: E402
+from tests.shapes import matrix  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ((1, 128, 128), (130, 140, 272))
@@ -29,7 +35,7 @@ operations = pytest.mark.parametrize("operation", ["gemm", "gemm_wgrad"])
 @operations
 @pytest.mark.parametrize("device", devices())
 def test_the_kernels_pass_their_own_check(operation: str, device: str) -> None:
-    assert check(operation, "ws_128x128_s4", torch.device(device), SMALL) is None
+    assert check_product(operation, "ws_128x128_s4", torch.device(device), SMALL) is None
 
 
 def wrong_scale(y: Tensor) -> Tensor:
@@ -54,20 +60,50 @@ def test_a_wrong_product_is_refused(
     module = kernel(operation)
     launch = getattr(module, operation)
     monkeypatch.setattr(module, operation, lambda *args, **kwargs: spoil(launch(*args, **kwargs)))
-    assert "calc_diff" in str(check(operation, "tma_128x128_s4", CPU, SMALL[1:]))
+    assert "calc_diff" in str(check_product(operation, "tma_128x128_s4", CPU, SMALL[1:]))
 
 
 def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:
-    assert "reads by TMA" in str(check("gemm", "ws_128x128_s4", CPU, ((5, 5, 33),)))
+    assert "reads by TMA" in str(check_product("gemm", "ws_128x128_s4", CPU, ((5, 5, 33),)))
+
+
+@pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
+@pytest.mark.parametrize("device", devices())
+def test_the_quantisers_pass_their_own_check(operation: str, variant: str, device: str) -> None:
+    assert check_codes(operation, variant, torch.device(device), ((128, 128), (77, 131))) is None
+
+
+@pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
+def test_a_wrong_byte_in_any_copy_is_refused(operation: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an assembler made them: one byte in four of a copy is lost."""
+    module = kernel(operation)
+    name = f"quantize_{variant}" if operation == "quantize" else operation
+    run = getattr(module, name)
+    copies = {"rows": 1, "columns": 1}.get(variant, 4 if operation == "swiglu_backward_quantize" else 2)
+    for spoilt in range(copies):
+
+        def spoil(*args: Any, spoilt: int = spoilt, **kwargs: Any) -> Any:
+            made = run(*args, **kwargs)
+            halves = made if operation == "swiglu_backward_quantize" else [made]
+            flat = [tensor for half in halves for tensor in half if tensor.element_size() == 1]
+            flat[spoilt].view(torch.uint8)[1::4] = 0
+            return made
+
+        monkeypatch.setattr(module, name, spoil)
+        assert "differs from the definition for [128, 256] bfloat16" in str(
+            check_codes(operation, variant, CPU, ((128, 256),))
+        )
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine with one GPU, as far as the verdicts look at it; its cache folder."""
+    """A machine with one GPU that uses one kernel, as far as the verdicts look at it; its cache folder."""
     monkeypatch.setattr(admission, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(admission, "_fingerprint", lambda operation, index: f"{operation}-of-this-machine")
+    monkeypatch.setattr(admission, "_fingerprint", lambda index: "of-this-machine")
+    monkeypatch.setattr(admission, "_used", lambda index: [("gemm", "ws_128x128_s4")])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return tmp_path
 
 
@@ -88,8 +124,35 @@ def test_a_verdict_is_kept_for_the_next_process(machine: Path, monkeypatch: pyte
     device = torch.device("cuda", 0)
     for _ in range(3):
         assert Admission().admits("gemm", "ws_128x128_s4", device)
-    assert run.calls == [["gemm", "ws_128x128_s4", "0"]]  # type: ignore[attr-defined]
-    assert json.loads((machine / "kernels_gemm-of-this-machine.json").read_text()) == {"ws_128x128_s4": None}
+    assert run.calls == [["gemm", "ws_128x128_s4", "--device", "0"]]  # type: ignore[attr-defined]
+    assert json.loads((machine / "kernels_of-this-machine.json").read_text()) == {"gemm ws_128x128_s4": None}
+
+
+def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = [("gemm", "a"), ("gemm_wgrad", "a"), ("quantize", "dual")]
+    monkeypatch.setattr(admission, "_used", lambda index: used)
+    gate, names = threading.Barrier(3, timeout=20), []
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        gate.wait()  # passes only if the three run side by side
+        names.append(tuple(command[3:5]))
+        return SimpleNamespace(returncode=0, stdout="correct", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    caplog.set_level("INFO", logger="fp8train")
+    verdicts = Admission()
+    assert all(verdicts.admits(*kernel, torch.device("cuda", 0)) for kernel in used)
+    assert sorted(names) == sorted(used)
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels: checked on NVIDIA Test GPU and correct: gemm a, gemm_wgrad a, quantize dual"
+    ]
+
+
+def test_on_a_cpu_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a child was started"))
+    assert Admission().admits("gemm", "ws_128x128_s4", CPU)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +175,7 @@ def test_a_refusal_is_kept_logged_and_reported(
     assert not verdicts.admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
     assert verdicts.refused == [f"gemm ws_128x128_s4: {reason}"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"kernels: gemm entry ws_128x128_s4 refused on NVIDIA Test GPU: {reason}; the next entry is used"
+        f"kernels: gemm ws_128x128_s4 refused on NVIDIA Test GPU: {reason}; another takes its place"
     ]
     monkeypatch.setattr(subprocess, "run", child(0, "correct"))
     assert not Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
@@ -124,8 +187,8 @@ def test_a_check_that_does_not_end_refuses_the_entry(machine: Path, monkeypatch:
 
     monkeypatch.setattr(subprocess, "run", hang)
     verdicts = Admission()
-    assert not verdicts.admits("gemm_wgrad", "ws_128x128_s3", torch.device("cuda", 0))
-    assert "did not end in 180 seconds" in verdicts.refused[0]
+    assert not verdicts.admits("gemm_wgrad", "tma_128x128_s4", torch.device("cuda", 0))
+    assert all("did not end in 180 seconds" in reason for reason in verdicts.refused) and len(verdicts.refused) == 2
 
 
 def test_an_undecided_check_is_made_again_by_the_next_process(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,17 +205,23 @@ def test_no_check_is_made_while_a_graph_is_captured(machine: Path, monkeypatch: 
     assert not Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
 
 
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, reasons: dict[str, str | None]) -> list[str]:
+    """Verdicts as if operands on the CPU were on a GPU; which were asked for."""
+    asked: list[str] = []
+
+    def admits(self: Admission, operation: str, entry: str, device: torch.device) -> bool:
+        asked.append(entry)
+        self._verdicts[operation, entry, 0] = reasons[entry]
+        return reasons[entry] is None
+
+    monkeypatch.setattr(Admission, "admits", admits)
+    return asked
+
+
 def test_the_backend_takes_the_next_entry_and_says_which_were_refused(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-
-    def verdict(operation: str, entry: str, index: int) -> str | None:
-        asked.append(entry)
-        return "it hung" if entry.startswith("ws") else None
-
-    monkeypatch.setattr(admission, "_verdict", verdict)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    asked = on_a_gpu(monkeypatch, {"ws_128x128_s4": "it hung", "tma_64x128_s4": None})
     monkeypatch.setattr("fp8train.backends.triton._table_entries", lambda *shape: ("ws_128x128_s4", "tma_64x128_s4"))
     backend = TritonBackend()
     a, b = quantized(64, 128, "e4m3 1x128", 1), quantized(64, 128, "e4m3 128x128", 2)
@@ -164,27 +233,59 @@ def test_the_backend_takes_the_next_entry_and_says_which_were_refused(
 
 
 def test_a_backend_of_one_entry_takes_it_or_says_why_not(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = {"ws_128x128_s5": None, "ws_128x128_s3": "it hung"}
-    monkeypatch.setattr(admission, "_verdict", lambda operation, entry, index: verdicts[entry])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    on_a_gpu(monkeypatch, {"ws_128x128_s4": None, "tma_64x128_s4": "it hung"})
     a, b = quantized(64, 128, "e4m3 1x128", 1), quantized(64, 128, "e4m3 128x128", 2)
-    chosen = get_backend("triton:ws_128x128_s5")
-    assert isinstance(chosen, TritonBackend) and chosen.note == "own FP8 kernels, GEMMs by ws_128x128_s5 only"
-    assert chosen._entry("gemm", a, b) == "ws_128x128_s5"
-    with pytest.raises(BackendError, match="backend: triton:ws_128x128_s3: gemm ws_128x128_s3: it hung"):
-        TritonBackend("ws_128x128_s3")._entry("gemm", a, b)
+    chosen = get_backend("triton:ws_128x128_s4")
+    assert isinstance(chosen, TritonBackend) and chosen.note == "own FP8 kernels, GEMMs by ws_128x128_s4 only"
+    assert chosen._entry("gemm", a, b) == "ws_128x128_s4"
+    with pytest.raises(BackendError, match="backend: triton:tma_64x128_s4: gemm tma_64x128_s4: it hung"):
+        TritonBackend("tma_64x128_s4")._entry("gemm", a, b)
     with pytest.raises(BackendError, match="backend: triton:ws_1x1: config is 'ws_1x1'; needs one of pointer"):
         TritonBackend("ws_1x1")._entry("gemm", a, b)
 
 
-def test_table_lists_entries_that_exist_and_serves_each_class_of_shapes() -> None:
+def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever kernels are refused, codes, scales and strides are those of the kernels that are right."""
+    row, square = QuantSpec.parse("e4m3 1x128"), QuantSpec.parse("e4m3 128x128")
+    x, gate, up = (matrix(140, 270, seed=seed).bfloat16() for seed in range(3))
+    weight = torch.linspace(0.5, 1.5, 270)
+
+    def everything(backend: TritonBackend) -> list[QTensor]:
+        norm, _ = backend.rmsnorm_quantize(x, weight, 1e-5, torch.bfloat16, row, row)
+        dgate, dup = backend.swiglu_backward_quantize(x, gate, up, row, row)
+        made = [*backend.quantize_dual(x, row, row), *backend.quantize_square(x.float(), square), *norm]
+        return [*made, *backend.swiglu_quantize(gate, up, row, row), *dgate, *dup]
+
+    wanted = everything(TritonBackend())
+    for admitted in ([], [("quantize", "rows"), ("quantize_weight", "two_launches")]):
+        asked = []
+
+        def admits(
+            self: Admission, op: str, name: str, device: torch.device, admitted: object = admitted, asked: Any = asked
+        ) -> bool:
+            asked.append((op, name))
+            right = (op, name) in admitted  # type: ignore[operator]
+            self._verdicts[op, name, 0] = None if right else "it loses bytes"
+            return right
+
+        monkeypatch.setattr(Admission, "admits", admits)
+        backend = TritonBackend()
+        for q, right in zip(everything(backend), wanted, strict=True):
+            assert same_codes(q, right)
+            assert (q.qdata.stride(), q.scale_inv.stride()) == (right.qdata.stride(), right.scale_inv.stride())
+        assert len(asked) == len(set(asked)), "each is asked once"
+        assert "swiglu_quantize fused: it loses bytes" in backend.note
+
+
+@pytest.mark.parametrize("operation", ["gemm", "gemm_wgrad"])
+def test_table_orders_entries_by_the_waves_of_their_tiles(operation: str) -> None:
     table = kernel("gemm_table")
-    for (operation, _), classes in table.TABLE.items():
-        assert set(classes) == {
-            table.shape_class(*shape, 132) for shape in ((1, 4096, 4096), (4096, 4096, 512), (4096,) * 3)
-        }
-        for entries in classes.values():
-            assert set(entries) <= set(kernel(operation).CONFIGS)
-    assert table.entries("gemm", (9, 0), 4096, 4096, 4096, 132)[0] == "ws_128x128_s4"
-    assert table.entries("gemm", (8, 9), 4096, 4096, 4096, 132) == ()
-    assert table.device_entries("gemm", CPU, 4096, 4096, 4096) == ()
+    for (name, _), rows in table.TABLE.items():
+        for entry, (height, width, rate) in rows.items():
+            assert f"_{height}x{width}_" in entry and entry in kernel(name).CONFIGS and rate > 0
+    many = table.entries(operation, (9, 0), 8192, 8192, 132)
+    assert many[0].startswith("gluon_192x128") and set(many) == set(table.TABLE[operation, 9])
+    assert table.entries(operation, (9, 0), 4096, 512, 132)[0] == "gluon_128x128_k2_s6", "128 tiles, and 88 of 192 rows"
+    assert table.entries("gemm", (9, 0), 64, 4096, 132)[0] == "tma_64x128_s4", "others would pad half of their rows"
+    assert table.entries(operation, (8, 9), 4096, 4096, 132) == ()
+    assert table.device_entries(operation, CPU, 4096, 4096) == ()

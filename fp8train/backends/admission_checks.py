@@ -1,0 +1,181 @@
+"""What a kernel must get right on a GPU before it may be used there: products against FP64, codes bit for bit.
+
+Run by admission.py in a process of its own, since a kernel that a toolchain compiles wrongly may crash or never end.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8train.quant.formats import QuantSpec
+from fp8train.quant.qtensor import QTensor
+from fp8train.quant.reference import quantize
+
+GEMMS = ("gemm", "gemm_wgrad")
+SHAPES = ((128, 128, 128), (300, 200, 272), (1, 512, 1040), (513, 129, 64), (2048, 1536, 1024), (384, 256, 16384))
+# Hopper cuts each of 32 products and their sum so far to 14 bits of the largest. In that model (backends/hopper.py) the
+# first shape's rows have a calc_diff of 7e-9 on average and 6e-8 at most; rows of positive products, whose cuts all go
+# one way, 2.4e-7 and 5.5e-7, and their sums are 6e-4 too small. A wrong tile gives more than 1e-3.
+FP32_CALC_DIFF = 1e-7  # mean over rows
+ROW_CALC_DIFF = 1e-6  # of any row
+BF16_CALC_DIFF = 5e-6  # of any row; rounding to BF16 is 1.3e-6
+SIGNED_BIAS = 1e-3  # of a sum of positive products; without promotion it grows with K
+# (operation, variant) of the quantisers, each with the plain way that takes its place where it is refused
+QUANTISERS = (
+    ("quantize", "rows"), ("quantize", "columns"), ("quantize", "dual"), ("quantize_weight", "one_read"),
+    ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "fused"), ("swiglu_quantize", "fused"),
+    ("swiglu_backward_quantize", "fused"),
+)  # fmt: skip
+MATRICES = ((256, 384), (300, 200), (77, 131))  # rows of 16 bytes and whole blocks; neither; odd
+
+
+def check(operation: str, entry: str, device: torch.device) -> str | None:
+    """What is wrong with a kernel on a device, or None.
+
+    Args:
+        operation: a file of kernels/.
+        entry: of its launch entries, or a variant of QUANTISERS.
+        device: where to run it.
+    """
+    if operation in GEMMS:
+        return check_product(operation, entry, device)
+    return check_codes(operation, entry, device)
+
+
+def check_product(
+    operation: str, entry: str, device: torch.device, shapes: Sequence[tuple[int, int, int]] = SHAPES
+) -> str | None:
+    """Multiply random and positive operands with an entry; what is wrong with the product, or None.
+
+    Args:
+        operation: of GEMMS.
+        entry: a key of its CONFIGS.
+        device: where to multiply.
+        shapes: M, N, K of the products.
+    """
+    module = importlib.import_module(f"fp8train.kernels.{operation}")
+    launch, right = getattr(module, operation), "128x128" if operation == "gemm" else "1x128"
+    for number, (M, N, K) in enumerate(shapes):
+        for positive in (False, True):
+            a = _operand(M, K, "1x128", 2 * number, positive, device)
+            b = _operand(N, K, right, 2 * number + 1, positive, device)
+            if reason := module.refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv):
+                return f"{entry} refuses operands of its table: {reason}"
+            for arguments, plus in _variants(operation, M, N, device):
+                y = launch(a.qdata, b.qdata, a.scale_inv, b.scale_inv, config=entry, **arguments)
+                expected = a.dequantize().double() @ b.dequantize().double().T + plus.double()
+                if reason := _difference(y, expected, positive):
+                    return f"{reason} for M, N, K = {M}, {N}, {K}"
+    return None
+
+
+def _operand(rows: int, cols: int, block: str, seed: int, positive: bool, device: torch.device) -> QTensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cols, generator=generator) * torch.exp2(torch.randint(-8, 9, (rows, 1), generator=generator))
+    q = quantize(x.abs() if positive else x, QuantSpec.parse(f"e4m3 {block}"))
+    return QTensor(q.qdata.to(device), q.scale_inv.t().contiguous().t().to(device), q.spec)
+
+
+def _variants(operation: str, M: int, N: int, device: torch.device) -> list[tuple[dict[str, object], Tensor]]:
+    """Arguments of the launcher, and what they add to the product."""
+    nothing, bias = torch.zeros((), device=device), torch.linspace(-1, 1, N, device=device)
+    filled = torch.full((M, N), float("nan"), device=device)
+    if operation == "gemm":
+        return [({"out": filled.to(torch.bfloat16)}, nothing), ({"out": filled, "bias": bias}, bias)]
+    before = bias.repeat(M, 1)
+    return [({"out": filled}, nothing), ({"out": before.clone(), "accumulate": True}, before)]
+
+
+def _difference(y: Tensor, expected: Tensor, positive: bool) -> str | None:
+    error = y.double() - expected
+    energy = (y.double() ** 2 + expected**2).sum(dim=1)
+    rows = (error**2).sum(dim=1) / energy  # each by itself: their magnitudes differ by up to 2^16
+    limits = [(float(rows.max()), BF16_CALC_DIFF if y.dtype is torch.bfloat16 else ROW_CALC_DIFF)]
+    if y.dtype is torch.float32 and not positive:
+        limits.append((float(rows.mean()), FP32_CALC_DIFF))
+    for diff, limit in limits:
+        if not diff <= limit:  # NaN too
+            return f"its product has calc_diff {diff:.1e} against FP64, above {limit:.0e}"
+    bias = float(error.sum() / expected.sum()) if positive else 0.0
+    if abs(bias) > SIGNED_BIAS:
+        return f"its sums of positive products are off by {bias:.1e}, more than {SIGNED_BIAS:.0e}"
+    return None
+
+
+def check_codes(
+    operation: str, variant: str, device: torch.device, matrices: Sequence[tuple[int, int]] = MATRICES
+) -> str | None:
+    """Quantise matrices with a kernel; which copy of which differs from the definition, or None.
+
+    Args:
+        operation, variant: of QUANTISERS.
+        device: where to quantise.
+        matrices: their rows and columns.
+    """
+    for number, (rows, cols) in enumerate(matrices):
+        for dtype in (torch.bfloat16, torch.float32):
+            for scale in ("pow2", "fp32"):
+                inputs = [_matrix(rows, cols, 3 * number + part, dtype, device) for part in range(3)]
+                for name, q, x, transposed in _copies(operation, variant, inputs, scale):
+                    wanted = quantize(x.cpu(), q.spec, transpose=transposed)
+                    if not _same(q, wanted):
+                        what = f"{list(x.shape)} {str(dtype).removeprefix('torch.')} with {scale} scales"
+                        return f"its {name} differs from the definition for {what}"
+    return None
+
+
+def _matrix(rows: int, cols: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Each row of its own magnitude; a block of zeros, a NaN and an Inf, which strike their blocks only."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cols, generator=generator)
+    x *= torch.exp2(torch.randint(-20, 3, (rows, 1), generator=generator).float())
+    x[:, 3:5] = 0.0
+    x[rows // 2, cols // 2], x[rows - 1, 0] = float("nan"), float("inf")
+    return x.to(dtype).to(device)
+
+
+def _copies(
+    operation: str, variant: str, inputs: Sequence[Tensor], scale: str
+) -> list[tuple[str, QTensor, Tensor, bool]]:
+    """What a kernel makes: the copy's name, its codes, the matrix that they are of, whether they are transposed."""
+    square = operation == "quantize_weight"
+    spec = QuantSpec.parse(f"e4m3 {'128x128' if square else '1x128'} {scale}")
+    options: dict[str, Any] = {"fp8_dtype": spec.format.dtype, "fp8_max": spec.format.max, "pow2": scale == "pow2"}
+    module = importlib.import_module(f"fp8train.kernels.{operation}")
+    x, gate, up = inputs
+
+    def both(copies: Sequence[Tensor], source: Tensor, of: str = "") -> list[tuple[str, QTensor, Tensor, bool]]:
+        row, column = QTensor(copies[0], copies[1], spec), QTensor(copies[2], copies[3], spec)
+        return [(f"row copy{of}", row, source, False), (f"column copy{of}", column, source, True)]
+
+    if operation == "quantize" and variant != "dual":
+        run: Callable[..., tuple[Tensor, Tensor]] = getattr(module, f"quantize_{variant}")
+        return [(f"copy by {variant}", QTensor(*run(x, **options), spec), x, variant == "columns")]
+    if operation == "quantize":
+        return both(module.quantize_dual(x, **options), x)
+    if square:
+        return both(module.quantize_weight(x, two_launches=variant == "two_launches", **options), x)
+    if operation == "rmsnorm_quantize":
+        weight, more = torch.linspace(0.5, 1.5, x.shape[1], device=x.device), {"eps": 1e-5, "out_dtype": x.dtype}
+        return both(module.rmsnorm_quantize(x, weight, **more, **options), module.rmsnorm(x, weight, **more)[0])
+    if operation == "swiglu_quantize":
+        return both(module.swiglu_quantize(gate, up, **options), module.swiglu(gate, up))
+    sources = module.swiglu_backward(x, gate, up)
+    made = module.swiglu_backward_quantize(x, gate, up, **options)
+    return [
+        copy
+        for half, source, of in zip(made, sources, (" of dgate", " of dup"), strict=True)
+        for copy in both(half, source, of)
+    ]
+
+
+def _same(q: QTensor, wanted: QTensor) -> bool:
+    """Whether codes and scales are equal, bit for bit; any NaN equals any other."""
+    codes = q.qdata.contiguous().view(torch.uint8).cpu(), wanted.qdata.contiguous().view(torch.uint8)
+    scales = q.scale_inv.cpu(), wanted.scale_inv
+    return torch.equal(*codes) and torch.equal(*(torch.nan_to_num(x, nan=-1.0, posinf=-2.0) for x in scales))
