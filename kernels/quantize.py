@@ -26,12 +26,16 @@ from fp8train.kernels.tile import (
     empty_copies,
     empty_scales,
     leading_strides,
-    load_quarter,
+    load_strip,
     losses,
     max_bits,
-    quarter,
     store_tile,
+    strip,
+    tiling,
 )
+
+MAX_REGISTERS = 80  # of BF16, pow2 scales, whole sizes, no counts; others spill: three programs of 8 warps on an SM
+KEEP = False  # read x twice, the second time from L1
 
 STATISTICS = ("amax_bits", "flushed", "saturated", "nonfinite", "elements")
 
@@ -46,12 +50,12 @@ def _count(
     """Count what a copy of a tile lost. x and the scales are read again: keeping both copies' numbers alive spills."""
     amax_bits, counts = tl.zeros([32], tl.int32), tl.zeros([32], tl.int32)
     for i in range(4):
-        rows, cols, inside = quarter(i, m, k, M, K)
+        rows, cols, inside = strip(i, m, k, M, K, 4)
         if COLUMNS:
             scale_inv = tl.load(scale_inv_ptr + cols, mask=cols < (K - k).to(tl.int32), other=1.0)[None, :]
         else:
             scale_inv = tl.load(scale_inv_ptr + rows, mask=rows < (M - m).to(tl.int32), other=1.0)[:, None]
-        x = load_quarter(x_ptr, stride_xm, i, m, k, M, K)
+        x = load_strip(x_ptr, stride_xm, i, m, k, M, K, 4)
         amax_of_rows, counts_of_rows = losses(x, tl.div_rn(1.0, scale_inv), inside, FP8, MAX_BITS)
         amax_bits, counts = tl.maximum(amax_bits, amax_of_rows), counts + counts_of_rows
     add_statistics(stats_ptr, amax_bits, counts, m, k, M, K)
@@ -63,21 +67,16 @@ def _quantize_kernel(
     row_ptr, row_scale_ptr,  # [M, K] fp8, [M, ceil(K/128)] fp32
     col_ptr, col_scale_ptr,  # [K, M] fp8, [K, ceil(M/128)] fp32
     stats_ptr,  # [copies, 5] int64
-    M, K, stride_xm, stride_row, stride_row_scale, stride_col, stride_col_scale,
+    M, K, stride_xm, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
-    ROW: tl.constexpr, COL: tl.constexpr, STATS: tl.constexpr,
+    ROW: tl.constexpr, COL: tl.constexpr, STATS: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
-    x = (
-        load_quarter(x_ptr, stride_xm, 0, m, k, M, K),
-        load_quarter(x_ptr, stride_xm, 1, m, k, M, K),
-        load_quarter(x_ptr, stride_xm, 2, m, k, M, K),
-        load_quarter(x_ptr, stride_xm, 3, m, k, M, K),
-    )
     store_tile(
-        x, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
-        stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, ROW, COL,
+        load_strip, (x_ptr, stride_xm), zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+        stride_row, stride_row_scale, stride_col, stride_col_scale,
+        MAX_BITS, ROW_POW2, COL_POW2, ROW, COL, STRIPS, KEEP,
     )  # fmt: skip
     if STATS:
         tl.debug_barrier()  # the scales are written
@@ -92,7 +91,7 @@ def _quantize_kernel(
 
 def _compile_cases() -> list[tuple]:
     """What tests compile: every copy, kind of scale and dtype of x; the dual copy also in E5M2, ragged and counting."""
-    sizes = ("M", "K", "stride_xm", "stride_row", "stride_row_scale", "stride_col", "stride_col_scale")
+    sizes = ("M", "K", "stride_xm", "stride_row", "stride_row_scale", "stride_col", "stride_col_scale", "zero")
     copies = {"rows": (True, False), "columns": (False, True), "dual": (True, True)}
     cases = []
     for name, (row, col) in copies.items():
@@ -105,13 +104,17 @@ def _compile_cases() -> list[tuple]:
                     (signature if wanted else constants)[f"{copy}_ptr"] = "*fp8e4nv" if wanted else None
                     (signature if wanted else constants)[f"{copy}_scale_ptr"] = "*fp32" if wanted else None
                 title = f"quantize {name} {dtype} {'pow2' if pow2 else 'fp32'}"
-                cases.append((title, _quantize_kernel, signature, constants, {"num_warps": NUM_WARPS}))
+                more, options = tiling(
+                    dtype == "bf16", col, KEEP, NUM_WARPS, MAX_REGISTERS if dtype == "bf16" and pow2 else None
+                )
+                cases.append((title, _quantize_kernel, signature, constants | more, options))
     _, kernel, signature, constants, options = cases[8]
+    free = {"num_warps": NUM_WARPS}
     e5m2 = signature | {"row_ptr": "*fp8e5", "col_ptr": "*fp8e5"}
     counting = {key: value for key, value in constants.items() if key != "stats_ptr"} | {"STATS": True}
     cases.append(("quantize dual bf16 pow2 e5m2", kernel, e5m2, constants | {"MAX_BITS": 0x47600000}, options))
-    cases.append(("quantize dual bf16 pow2 ragged", kernel, signature, constants, options | {"odd": sizes[:3]}))
-    cases.append(("quantize dual bf16 pow2 stats", kernel, signature | {"stats_ptr": "*i64"}, counting, options))
+    cases.append(("quantize dual bf16 pow2 ragged", kernel, signature, constants, free | {"odd": sizes[:3]}))
+    cases.append(("quantize dual bf16 pow2 stats", kernel, signature | {"stats_ptr": "*i64"}, counting, free))
     return cases
 
 
@@ -206,10 +209,15 @@ def _launch(
     M, K = x.shape
     if M == 0 or K == 0:
         return
+    bf16 = x.dtype is torch.bfloat16
+    whole = M % 16 == K % 16 == x.stride(0) % 16 == 0
+    limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 and stats is None else None
+    constants, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, limit)
     _quantize_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
-        x, row, row_scale, col, col_scale, stats, M, K, x.stride(0), *leading_strides(row, row_scale, col, col_scale),
+        x, row, row_scale, col, col_scale, stats, M, K, x.stride(0),
+        *leading_strides(row, row_scale, col, col_scale), 0,
         MAX_BITS=max_bits, ROW_POW2=pow2, COL_POW2=col_pow2,
-        ROW=row is not None, COL=col is not None, STATS=stats is not None, num_warps=NUM_WARPS,
+        ROW=row is not None, COL=col is not None, STATS=stats is not None, **constants, **options,
     )  # fmt: skip
 
 

@@ -16,19 +16,22 @@ from torch import Tensor
 
 from fp8train.kernels.tile import (
     BLOCK,
-    NUM_WARPS,
     add_statistics,
     check_format,
     check_matrix,
+    column_codes,
     empty_codes,
-    load_quarter,
+    load_strip,
     losses,
     magnitude_bits,
     max_bits,
-    quarter,
     scales,
+    store_strip,
     store_transposed,
+    strip,
 )
+
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -44,29 +47,27 @@ def _quantize_weight_kernel(
     tile_n, tile_k = (tl.program_id(0) // tiles_k).to(tl.int64), (tl.program_id(0) % tiles_k).to(tl.int64)
     n, k = tile_n * 128, tile_k * 128
     w = (
-        load_quarter(w_ptr, stride_wn, 0, n, k, N, K),
-        load_quarter(w_ptr, stride_wn, 1, n, k, N, K),
-        load_quarter(w_ptr, stride_wn, 2, n, k, N, K),
-        load_quarter(w_ptr, stride_wn, 3, n, k, N, K),
+        load_strip(w_ptr, stride_wn, 0, n, k, N, K, 4),
+        load_strip(w_ptr, stride_wn, 1, n, k, N, K, 4),
+        load_strip(w_ptr, stride_wn, 2, n, k, N, K, 4),
+        load_strip(w_ptr, stride_wn, 3, n, k, N, K, 4),
     )
     low = tl.maximum(magnitude_bits(w[0]), magnitude_bits(w[1]))
     high = tl.maximum(magnitude_bits(w[2]), magnitude_bits(w[3]))
     scale_inv, encode_scale = scales(tl.max(tl.maximum(low, high)), MAX_BITS, POW2)
     if STRAIGHT:
         for i in tl.static_range(4):
-            rows, cols, inside = quarter(i, n, k, N, K)
-            offsets = n * stride_qn + k + rows.to(tl.int64)[:, None] * stride_qn + cols[None, :]
-            tl.store(qdata_ptr + offsets, (encode_scale * w[i]).to(qdata_ptr.dtype.element_ty), mask=inside)
+            store_strip(encode_scale * w[i], qdata_ptr, stride_qn, i, n, k, N, K, 4)
         tl.store(scale_inv_ptr + tile_n * tiles_k + tile_k, scale_inv)
     if TRANSPOSED:
-        scaled = encode_scale * w[0], encode_scale * w[1], encode_scale * w[2], encode_scale * w[3]
-        store_transposed(scaled, n, k, K, qdata_t_ptr, stride_qk)
+        codes = column_codes(w, encode_scale, qdata_t_ptr.dtype.element_ty)
+        store_transposed(codes, qdata_t_ptr, stride_qk, n, k, K)
         tl.store(scale_inv_t_ptr + tile_k * tiles_n + tile_n, scale_inv)
     if STATS and STRAIGHT:
         amax_bits, counts = tl.zeros([32], tl.int32), tl.zeros([32], tl.int32)
         for i in range(4):  # read again: keeping both copies' numbers alive takes twice the registers
-            _, _, inside = quarter(i, n, k, N, K)
-            again = load_quarter(w_ptr, stride_wn, i, n, k, N, K)
+            _, _, inside = strip(i, n, k, N, K, 4)
+            again = load_strip(w_ptr, stride_wn, i, n, k, N, K, 4)
             amax_of_rows, counts_of_rows = losses(again, encode_scale, inside, qdata_ptr.dtype.element_ty, MAX_BITS)
             amax_bits, counts = tl.maximum(amax_bits, amax_of_rows), counts + counts_of_rows
         add_statistics(stats_ptr, amax_bits, counts, n, k, N, K)

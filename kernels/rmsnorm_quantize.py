@@ -24,15 +24,18 @@ from fp8train.kernels.tile import (
     check_matrix,
     empty_copies,
     leading_strides,
-    load_quarter,
+    load_strip,
     max_bits,
-    quarter,
-    store_quarters,
+    store_strip,
     store_tile,
+    strip,
+    tiling,
 )
 
 RSTD_ROWS, RSTD_COLS = 4, 1024  # tile of the first kernel: 32 numbers a thread with 4 warps
 RSTD_WARPS = 4
+MAX_REGISTERS: int | None = None
+KEEP = True  # normalise once
 
 
 @triton.jit
@@ -54,13 +57,16 @@ def _rstd_kernel(
 
 
 @triton.jit
-def _normalize(x_ptr, rstd_ptr, weight_ptr, stride_xm, i, m, k, M, K, DTYPE: tl.constexpr):
-    """x * rstd * weight of quarter i, rounded to DTYPE, fp32."""
-    rows, cols, _ = quarter(i, m, k, M, K)
-    x = load_quarter(x_ptr, stride_xm, i, m, k, M, K)
+def _normalize(
+    x_ptr, rstd_ptr, weight_ptr, stride_xm, BF16: tl.constexpr, i, m, k, M, K, STRIPS: tl.constexpr
+):  # fmt: skip
+    """x * rstd * weight of strip i, rounded to BF16 if BF16, fp32."""
+    rows, cols, _ = strip(i, m, k, M, K, STRIPS)
+    x = load_strip(x_ptr, stride_xm, i, m, k, M, K, STRIPS)
     rstd = tl.load(rstd_ptr + m + rows, mask=rows < (M - m).to(tl.int32), other=0.0)
     weight = tl.load(weight_ptr + k + cols, mask=cols < (K - k).to(tl.int32), other=0.0)
-    return (x * rstd[:, None] * weight[None, :]).to(DTYPE).to(tl.float32)
+    y = x * rstd[:, None] * weight[None, :]
+    return y.to(tl.bfloat16).to(tl.float32) if BF16 else y
 
 
 @triton.jit
@@ -70,33 +76,32 @@ def _rmsnorm_quantize_kernel(
     out_ptr,  # [M, K], y itself, if not QUANTIZE
     row_ptr, row_scale_ptr,  # [M, K] fp8, [M, ceil(K/128)] fp32
     col_ptr, col_scale_ptr,  # [K, M] fp8, [K, ceil(M/128)] fp32
-    M, K, stride_xm, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale,
+    M, K, stride_xm, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     BF16: tl.constexpr, MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
-    COL: tl.constexpr, QUANTIZE: tl.constexpr,
+    COL: tl.constexpr, QUANTIZE: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
-    DTYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float32
-    y = (
-        _normalize(x_ptr, rstd_ptr, weight_ptr, stride_xm, 0, m, k, M, K, DTYPE),
-        _normalize(x_ptr, rstd_ptr, weight_ptr, stride_xm, 1, m, k, M, K, DTYPE),
-        _normalize(x_ptr, rstd_ptr, weight_ptr, stride_xm, 2, m, k, M, K, DTYPE),
-        _normalize(x_ptr, rstd_ptr, weight_ptr, stride_xm, 3, m, k, M, K, DTYPE),
-    )
+    inputs = x_ptr, rstd_ptr, weight_ptr, stride_xm, BF16
     if QUANTIZE:
         store_tile(
-            y, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
-            stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL,
+            _normalize, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
+            stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
         )  # fmt: skip
     else:
-        store_quarters(y, m, k, M, K, out_ptr, stride_om)
+        y = (
+            _normalize(*inputs, 0, m, k, M, K, 4), _normalize(*inputs, 1, m, k, M, K, 4),
+            _normalize(*inputs, 2, m, k, M, K, 4), _normalize(*inputs, 3, m, k, M, K, 4),
+        )  # fmt: skip
+        for i in tl.static_range(4):
+            store_strip(y[i], out_ptr, stride_om, i, m, k, M, K, 4)
 
 
 def _compile_cases() -> list[tuple]:
     """What tests compile: both dtypes of x and kinds of scale, the row copy alone, y itself, and rstd."""
     pointers = {"row_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "col_ptr": "*fp8e4nv", "col_scale_ptr": "*fp32"}
-    kernel, options = _rmsnorm_quantize_kernel, {"num_warps": NUM_WARPS}
-    sizes = [name for name in kernel.arg_names if name.startswith("stride_")]
+    kernel = _rmsnorm_quantize_kernel
+    sizes = [name for name in kernel.arg_names if name.startswith("stride_")] + ["zero"]
     vectors = dict.fromkeys(("rstd_ptr", "weight_ptr"), "*fp32") | dict.fromkeys(("M", "K", *sizes), "i32")
     common = {"MAX_BITS": 0x43E00000, "BF16": True, "out_ptr": None, "QUANTIZE": True}
     cases = []
@@ -104,11 +109,14 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"rmsnorm_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            cases.append((title, kernel, {"x_ptr": f"*{dtype}"} | vectors | pointers, constants, options))
+            more, options = tiling(True, True, KEEP, NUM_WARPS, MAX_REGISTERS)
+            cases.append((title, kernel, {"x_ptr": f"*{dtype}"} | vectors | pointers, constants | more, options))
         rstd = {"x_ptr": f"*{dtype}", "rstd_ptr": "*fp32", "M": "i32", "K": "i32", "stride_xm": "i32", "eps": "fp32"}
         tile = {"ROWS": RSTD_ROWS, "COLS": RSTD_COLS}
         cases.append((f"rmsnorm rstd {dtype}", _rstd_kernel, rstd, tile, {"num_warps": RSTD_WARPS, "odd": ("eps",)}))
     title, _, signature, constants, _ = cases[0]
+    more, options = tiling(True, False, KEEP, NUM_WARPS, MAX_REGISTERS)
+    constants = constants | more
     cases.append((f"{title} row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
     nothing = {name: value for name, value in constants.items() if name != "out_ptr"} | dict.fromkeys(pointers)
@@ -191,10 +199,12 @@ def _launch(
     if M == 0 or K == 0:
         return
     strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
+    bf16 = out_dtype is torch.bfloat16
+    constants, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
     _rmsnorm_quantize_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
-        x, rstd, weight, out, row, row_scale, col, col_scale, M, K, x.stride(0), *strides,
-        BF16=out_dtype is torch.bfloat16, MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2],
-        COL=col is not None, QUANTIZE=row is not None, num_warps=NUM_WARPS,
+        x, rstd, weight, out, row, row_scale, col, col_scale, M, K, x.stride(0), *strides, 0,
+        BF16=bf16, MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2],
+        COL=col is not None, QUANTIZE=row is not None, **constants, **options,
     )  # fmt: skip
 
 

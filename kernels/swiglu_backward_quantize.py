@@ -5,8 +5,7 @@ dh, gate, up [M, K] bf16/fp32, row-major, any leading strides -> for both gradie
 quantize.quantize_dual, bit for bit, without the gradients ever being written. silu(gate), dh * up and both gradients
 are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the divisions are the device's fast
 ones (2 ulp of FP32), hence not torch's bits: `swiglu_backward` is this without the quantiser, and the definition.
-One program: a tile of 128x128 of one gradient (both spill); the two of a tile are neighbours, so that dh and gate come
-from L2 the second time. How a tile is scaled and stored is in tile.py.
+One program: a tile of 128x128 of both gradients, or of one where both spill; how it is scaled and stored is in tile.py.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; SwiGLU: arXiv:2002.05202. Measured: not on hardware yet.
 """
 
@@ -22,30 +21,92 @@ from fp8train.kernels.tile import (
     NUM_WARPS,
     check_format,
     check_matrix,
+    column_scales,
     empty_codes,
     empty_scales,
+    encode,
     leading_strides,
-    load_quarter,
+    load_strip,
+    magnitude_bits,
     max_bits,
-    store_quarters,
+    packed,
+    store_strip,
     store_tile,
+    store_transposed,
+    tiling,
 )
+
+MAX_REGISTERS: int | None = None  # no limit
+KEEP = True  # calculate the gradients once
+JOINT = True  # with BF16 gradients and pow2 scales; others spill
 
 
 @triton.jit
-def _gradient(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, half, i, m, k, M, K):
-    """Quarter i of dgate (half 0) or dup (half 1), rounded where torch rounds, fp32."""
-    dh = load_quarter(dh_ptr, stride_dm, i, m, k, M, K)
-    gate = load_quarter(gate_ptr, stride_gm, i, m, k, M, K)
+def _gradients(
+    dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.constexpr
+):  # fmt: skip
+    """Strip i of dgate and of dup, rounded where torch rounds, fp32."""
+    dh = load_strip(dh_ptr, stride_dm, i, m, k, M, K, STRIPS)
+    gate = load_strip(gate_ptr, stride_gm, i, m, k, M, K, STRIPS)
+    up = load_strip(up_ptr, stride_um, i, m, k, M, K, STRIPS)
     denominator = 1.0 + tl.exp(-gate)
-    if half == 0:
-        up = load_quarter(up_ptr, stride_um, i, m, k, M, K)
-        sigmoid = 1.0 / denominator
-        dsilu = (dh * up).to(gate_ptr.dtype.element_ty).to(tl.float32)
-        gradient = dsilu * sigmoid * tl.fma(gate, 1.0 - sigmoid, 1.0)
+    sigmoid = 1.0 / denominator
+    dsilu = (dh * up).to(gate_ptr.dtype.element_ty).to(tl.float32)
+    dgate = dsilu * sigmoid * tl.fma(gate, 1.0 - sigmoid, 1.0)
+    dup = dh * (gate / denominator).to(gate_ptr.dtype.element_ty).to(tl.float32)
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    return dgate.to(dtype).to(tl.float32), dup.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _dgate(
+    dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.constexpr
+):  # fmt: skip
+    return _gradients(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, i, m, k, M, K, STRIPS)[0]
+
+
+@triton.jit
+def _dup(
+    dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.constexpr
+):  # fmt: skip
+    return _gradients(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, i, m, k, M, K, STRIPS)[1]
+
+
+@triton.jit
+def _measure(
+    inputs, zero, m, k, M, K, i: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
+    """What tile.measure returns of dgate, then of dup."""
+    if STEP == 0:
+        dgate, dup = _gradients(*inputs, i, m, k, M, K, STRIPS)
+        if KEEP:
+            return magnitude_bits(dgate), packed(dgate, zero), magnitude_bits(dup), packed(dup, zero)
+        else:
+            return magnitude_bits(dgate), zero, magnitude_bits(dup), zero
     else:
-        gradient = dh * (gate / denominator).to(gate_ptr.dtype.element_ty).to(tl.float32)
-    return gradient.to(gate_ptr.dtype.element_ty).to(tl.float32)
+        x = _measure(inputs, zero, m, k, M, K, i, STEP // 2, STRIPS, KEEP)
+        y = _measure(inputs, zero, m, k, M, K, i + STEP, STEP // 2, STRIPS, KEEP)
+        if KEEP:
+            return tl.maximum(x[0], y[0]), tl.join(x[1], y[1]), tl.maximum(x[2], y[2]), tl.join(x[3], y[3])
+        else:
+            return tl.maximum(x[0], y[0]), zero, tl.maximum(x[2], y[2]), zero
+
+
+@triton.jit
+def _store_copies(
+    STRIP: tl.constexpr, inputs, amax_bits, words, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+    stride_row, stride_row_scale, stride_col, stride_col_scale, m, k, M, K,
+    MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Write both copies of a measured gradient."""
+    scale_inv, encode_scale = column_scales(amax_bits, MAX_BITS, COL_POW2)
+    cols = tl.arange(0, 128)
+    tl.store(col_scale_ptr + m // 128 * stride_col_scale + k + cols, scale_inv, mask=cols < (K - k).to(tl.int32))
+    codes = encode(
+        STRIP, inputs, words, encode_scale, (row_ptr, row_scale_ptr, stride_row, stride_row_scale), m, k, M, K,
+        0, STRIPS // 2, col_ptr.dtype.element_ty, MAX_BITS, ROW_POW2, True, STRIPS, KEEP,
+    )  # fmt: skip
+    store_transposed(codes, col_ptr, stride_col, m, k, K)
 
 
 @triton.jit
@@ -54,39 +115,61 @@ def _swiglu_backward_quantize_kernel(
     out_ptr,  # [2, M, K], the gradients themselves, if not QUANTIZE
     row_ptr, row_scale_ptr,  # [2, M, K] fp8, [2, M, ceil(K/128)] fp32
     col_ptr, col_scale_ptr,  # [2, K, M] fp8, [2, K, ceil(M/128)] fp32
-    M, K, stride_dm, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale,
+    M, K, stride_dm, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
+    STRIPS: tl.constexpr, KEEP: tl.constexpr,
+    JOINT: tl.constexpr,  # one program makes both gradients of a tile; else two do
 ):  # fmt: skip
-    half = tl.program_id(0) % 2
     tiles_m, tiles_k = (M - 1) // 128 + 1, (K - 1) // 128 + 1  # M + 127 could overflow
-    tile = tl.program_id(0) // 2
+    tile = tl.program_id(0) if JOINT else tl.program_id(0) // 2
     m, k = (tile // tiles_k).to(tl.int64) * 128, (tile % tiles_k).to(tl.int64) * 128
-    x = (
-        _gradient(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, half, 0, m, k, M, K),
-        _gradient(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, half, 1, m, k, M, K),
-        _gradient(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, half, 2, m, k, M, K),
-        _gradient(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, half, 3, m, k, M, K),
-    )
-    second = half.to(tl.int64)
-    if QUANTIZE:
-        row_ptr += second * M * stride_row
-        row_scale_ptr += second * tiles_k * stride_row_scale
+    inputs = dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um
+    rows, cols = M.to(tl.int64), K.to(tl.int64)
+    if QUANTIZE and not JOINT:
+        half = (tl.program_id(0) % 2).to(tl.int64)
+        row_ptr += half * M * stride_row
+        row_scale_ptr += half * tiles_k * stride_row_scale
         if COL:
-            col_ptr += second * K * stride_col
-            col_scale_ptr += second * tiles_m * stride_col_scale
-        store_tile(
-            x, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
-            stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL,
+            col_ptr += half * K * stride_col
+            col_scale_ptr += half * tiles_m * stride_col_scale
+        if half == 0:
+            store_tile(
+                _dgate, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+                stride_row, stride_row_scale, stride_col, stride_col_scale,
+                MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
+            )  # fmt: skip
+        else:
+            store_tile(
+                _dup, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+                stride_row, stride_row_scale, stride_col, stride_col_scale,
+                MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
+            )  # fmt: skip
+    elif QUANTIZE:
+        amax_dgate, dgate, amax_dup, dup = _measure(inputs, zero, m, k, M, K, 0, STRIPS // 2, STRIPS, KEEP)
+        _store_copies(
+            _dgate, inputs, amax_dgate, dgate, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            stride_row, stride_row_scale, stride_col, stride_col_scale, m, k, M, K,
+            MAX_BITS, ROW_POW2, COL_POW2, STRIPS, KEEP,
+        )  # fmt: skip
+        _store_copies(
+            _dup, inputs, amax_dup, dup, row_ptr + rows * stride_row,
+            row_scale_ptr + tiles_k.to(tl.int64) * stride_row_scale, col_ptr + cols * stride_col,
+            col_scale_ptr + tiles_m.to(tl.int64) * stride_col_scale,
+            stride_row, stride_row_scale, stride_col, stride_col_scale, m, k, M, K,
+            MAX_BITS, ROW_POW2, COL_POW2, STRIPS, KEEP,
         )  # fmt: skip
     else:
-        store_quarters(x, m, k, M, K, out_ptr + second * M * stride_om, stride_om)
+        for i in tl.static_range(4):
+            dgate, dup = _gradients(*inputs, i, m, k, M, K, 4)
+            store_strip(dgate, out_ptr, stride_om, i, m, k, M, K, 4)
+            store_strip(dup, out_ptr + rows * stride_om, stride_om, i, m, k, M, K, 4)
 
 
 def _compile_cases() -> list[tuple]:
     """What tests compile: both dtypes and kinds of scale, the row copies alone, and the gradients themselves."""
     pointers = {"row_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "col_ptr": "*fp8e4nv", "col_scale_ptr": "*fp32"}
-    kernel, options = _swiglu_backward_quantize_kernel, {"num_warps": NUM_WARPS}
-    sizes = [name for name in kernel.arg_names if name.startswith("stride_")]
+    kernel = _swiglu_backward_quantize_kernel
+    sizes = [name for name in kernel.arg_names if name.startswith("stride_")] + ["zero"]
     common = {"MAX_BITS": 0x43E00000, "out_ptr": None, "QUANTIZE": True}
     cases = []
     for dtype in ("bf16", "fp32"):
@@ -94,12 +177,16 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_backward_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            cases.append((title, kernel, inputs | pointers, constants, options))
+            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS, MAX_REGISTERS)
+            more["JOINT"] = JOINT and dtype == "bf16" and pow2
+            cases.append((title, kernel, inputs | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
-    cases.append((f"{title} row copies", kernel, signature, constants | {"COL": False}, options))
+    more, options = tiling(True, False, KEEP, NUM_WARPS, MAX_REGISTERS)
+    constants = constants | more | {"COL": False, "JOINT": False}
+    cases.append((f"{title} row copies", kernel, signature, constants, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
     nothing = {name: value for name, value in constants.items() if name != "out_ptr"} | dict.fromkeys(pointers)
-    cases.append(("swiglu_backward bf16", kernel, plain, nothing | {"QUANTIZE": False}, options))
+    cases.append(("swiglu_backward bf16", kernel, plain, nothing | {"QUANTIZE": False, "JOINT": True}, options))
     return cases
 
 
@@ -178,10 +265,14 @@ def _launch(
     if M == 0 or K == 0:
         return
     strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
-    _swiglu_backward_quantize_kernel[(2 * triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
+    bf16 = gate.dtype is torch.bfloat16
+    joint = row is None or (JOINT and bf16 and kinds[1] and kinds[2] and col is not None)
+    constants, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
+    _swiglu_backward_quantize_kernel[((1 if joint else 2) * triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
         dh, gate, up, out, row, row_scale, col, col_scale, M, K, dh.stride(0), gate.stride(0), up.stride(0), *strides,
+        0,
         MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2], COL=col is not None, QUANTIZE=row is not None,
-        num_warps=NUM_WARPS,
+        JOINT=joint, **constants, **options,
     )  # fmt: skip
 
 

@@ -23,18 +23,22 @@ from fp8train.kernels.tile import (
     check_matrix,
     empty_copies,
     leading_strides,
-    load_quarter,
+    load_strip,
     max_bits,
-    store_quarters,
+    store_strip,
     store_tile,
+    tiling,
 )
+
+MAX_REGISTERS: int | None = None
+KEEP = True  # calculate h once
 
 
 @triton.jit
-def _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, M, K):
-    """silu(gate) * up of quarter i, rounded twice as torch does, fp32."""
-    gate = load_quarter(gate_ptr, stride_gm, i, m, k, M, K)
-    up = load_quarter(up_ptr, stride_um, i, m, k, M, K)
+def _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.constexpr):
+    """silu(gate) * up of strip i, rounded twice as torch does, fp32."""
+    gate = load_strip(gate_ptr, stride_gm, i, m, k, M, K, STRIPS)
+    up = load_strip(up_ptr, stride_um, i, m, k, M, K, STRIPS)
     silu = (gate / (1.0 + tl.exp(-gate))).to(gate_ptr.dtype.element_ty).to(tl.float32)
     return (silu * up).to(gate_ptr.dtype.element_ty).to(tl.float32)
 
@@ -45,24 +49,25 @@ def _swiglu_quantize_kernel(
     out_ptr,  # [M, K], h itself, if not QUANTIZE
     row_ptr, row_scale_ptr,  # [M, K] fp8, [M, ceil(K/128)] fp32
     col_ptr, col_scale_ptr,  # [K, M] fp8, [K, ceil(M/128)] fp32
-    M, K, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale,
+    M, K, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
+    STRIPS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
-    h = (
-        _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, 0, m, k, M, K),
-        _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, 1, m, k, M, K),
-        _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, 2, m, k, M, K),
-        _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, 3, m, k, M, K),
-    )
+    inputs = gate_ptr, up_ptr, stride_gm, stride_um
     if QUANTIZE:
         store_tile(
-            h, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
-            stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL,
+            _swiglu, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
+            stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
         )  # fmt: skip
     else:
-        store_quarters(h, m, k, M, K, out_ptr, stride_om)
+        h = (
+            _swiglu(*inputs, 0, m, k, M, K, 4), _swiglu(*inputs, 1, m, k, M, K, 4),
+            _swiglu(*inputs, 2, m, k, M, K, 4), _swiglu(*inputs, 3, m, k, M, K, 4),
+        )  # fmt: skip
+        for i in tl.static_range(4):
+            store_strip(h[i], out_ptr, stride_om, i, m, k, M, K, 4)
 
 
 def _compile_cases() -> list[tuple]:
@@ -76,8 +81,11 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            cases.append((title, _swiglu_quantize_kernel, inputs | pointers, constants, {"num_warps": NUM_WARPS}))
-    _, kernel, signature, constants, options = cases[0]
+            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS, MAX_REGISTERS)
+            cases.append((title, _swiglu_quantize_kernel, inputs | pointers, constants | more, options))
+    _, kernel, signature, constants, _ = cases[0]
+    more, options = tiling(True, False, KEEP, NUM_WARPS, MAX_REGISTERS)
+    constants = constants | more
     cases.append(("swiglu_quantize bf16 pow2 row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
     nothing = {name: value for name, value in constants.items() if name != "out_ptr"} | dict.fromkeys(pointers)
@@ -144,10 +152,11 @@ def _launch(
     if M == 0 or K == 0:
         return
     strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
+    constants, options = tiling(gate.dtype is torch.bfloat16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
     _swiglu_quantize_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
-        gate, up, out, row, row_scale, col, col_scale, M, K, gate.stride(0), up.stride(0), *strides,
+        gate, up, out, row, row_scale, col, col_scale, M, K, gate.stride(0), up.stride(0), *strides, 0,
         MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2], COL=col is not None, QUANTIZE=row is not None,
-        num_warps=NUM_WARPS,
+        **constants, **options,
     )  # fmt: skip
 
 

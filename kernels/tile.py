@@ -3,7 +3,9 @@
 scale_inv = amax / fp8_max, rounded up to 2^k for pow2, at least 2^-126, 1 for an all-zero block, NaN for a block with a
 NaN or an Inf; qdata = saturate(x * (1 / scale_inv)), bit for bit as fp8train.quant.reference.quantize.
 
-A tile is four quarters (rows 4 j + i), so that the four rows of a packed word meet in a thread. Row copy: qdata [M, K],
+A tile is STRIPS strips (strip i: rows STRIPS j + i), so that the neighbouring rows of a column meet in a thread, which
+writes them side by side. One pass over them finds the scales of the columns, a second one writes both copies; between
+the two they are kept as BF16, or calculated again. Row copy: qdata [M, K],
 scale_inv [M, ceil(K/128)], M contiguous. Column copy: qdata [K, M], scale_inv [K, ceil(M/128)], K contiguous. Leading
 dimensions are padded (empty_codes, empty_scales): tiles are stored, and read by a GEMM, whole.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3.
@@ -19,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128
-NUM_WARPS = 8  # 4 warps spill with both copies and fp32 scales
+NUM_WARPS = 8  # of a tile of which a column copy is written; 4 warps hold twice as much a thread
+ROW_WARPS = 8  # of one of which none is
 SIZE_LIMIT = 2**31
 
 INF_BITS = tl.constexpr(0x7F800000)
@@ -54,72 +57,158 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def quarter(i, m, k, M, K):
-    """Rows [32] and columns [128] of quarter i of the tile at (m, k), from its corner, and which are inside [M, K]."""
-    rows, cols = 4 * tl.arange(0, 32) + i, tl.arange(0, 128)
+def strip(i, m, k, M, K, STRIPS: tl.constexpr):
+    """Rows STRIPS j + i [128 / STRIPS] and columns [128] of the tile at (m, k), from its corner; which are inside."""
+    rows, cols = STRIPS * tl.arange(0, 128 // STRIPS) + i, tl.arange(0, 128)
     return rows, cols, (rows < (M - m).to(tl.int32))[:, None] & (cols < (K - k).to(tl.int32))[None, :]
 
 
 @triton.jit
-def load_quarter(x_ptr, stride_xm, i, m, k, M, K):
-    """Quarter i of the tile at (m, k) of x [M, K], fp32, zero outside."""
-    rows, cols, inside = quarter(i, m, k, M, K)
-    x_ptr += m * stride_xm + k + rows.to(tl.int64)[:, None] * stride_xm + cols[None, :]
-    return tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+def load_strip(x_ptr, stride_xm, i, m, k, M, K, STRIPS: tl.constexpr):
+    """Strip i of the tile at (m, k) of x [M, K], fp32, zero outside."""
+    _, _, inside = strip(i, m, k, M, K, STRIPS)
+    rows, cols = STRIPS * tl.arange(0, 128 // STRIPS), tl.arange(0, 128)
+    x_ptr += (m + i) * stride_xm + k  # a scalar: the strips share the offsets below
+    return tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_xm + cols[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
-def store_rows(
-    x, m, k, M, K,  # quarters of a tile as in store_tile
+def store_strip(x, out_ptr, stride_om, i, m, k, M, K, STRIPS: tl.constexpr):
+    """Write strip i of a tile in the dtype of out [M, K]."""
+    _, _, inside = strip(i, m, k, M, K, STRIPS)
+    rows, cols = STRIPS * tl.arange(0, 128 // STRIPS), tl.arange(0, 128)
+    out_ptr += (m + i) * stride_om + k
+    offsets = rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
+    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_row_copy(
+    x,  # strip i of the tile at (m, k), fp32
     qdata_ptr,  # [M, K] fp8
     scale_inv_ptr,  # [M, ceil(K/128)] fp32
-    stride_qm, stride_sk, MAX_BITS: tl.constexpr, POW2: tl.constexpr,
+    stride_qm, stride_sk, i, m, k, M, K, MAX_BITS: tl.constexpr, POW2: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Write the row copy of a tile."""
-    qdata_ptr += m * stride_qm + k
+    """Write the row copy of a strip."""
+    rows, _, _ = strip(i, m, k, M, K, STRIPS)
+    scale_inv, encode_scale = scales(tl.max(magnitude_bits(x), axis=1), MAX_BITS, POW2)
+    store_strip(encode_scale[:, None] * x, qdata_ptr, stride_qm, i, m, k, M, K, STRIPS)
     scale_inv_ptr += k // 128 * stride_sk + m
-    for i in tl.static_range(4):
-        rows, cols, inside = quarter(i, m, k, M, K)
-        scale_inv, encode_scale = scales(tl.max(magnitude_bits(x[i]), axis=1), MAX_BITS, POW2)
-        qdata = (encode_scale[:, None] * x[i]).to(qdata_ptr.dtype.element_ty)
-        tl.store(qdata_ptr + rows.to(tl.int64)[:, None] * stride_qm + cols[None, :], qdata, mask=inside)
-        tl.store(scale_inv_ptr + rows, scale_inv, mask=rows < (M - m).to(tl.int32))
+    tl.store(scale_inv_ptr + rows, scale_inv, mask=rows < (M - m).to(tl.int32))
 
 
 @triton.jit
-def column_scales(x, MAX_BITS: tl.constexpr, POW2: tl.constexpr):
-    """scale_inv and encode_scale [128] of the columns of a tile, from its quarters."""
-    low = tl.maximum(magnitude_bits(x[0]), magnitude_bits(x[1]))
-    high = tl.maximum(magnitude_bits(x[2]), magnitude_bits(x[3]))
-    return scales(tl.max(tl.maximum(low, high), axis=0), MAX_BITS, POW2)
+def packed(x, zero):
+    """Numbers of a strip that BF16 holds, two neighbours to a word, so that they can wait in half the registers.
 
-
-@triton.jit
-def store_columns(
-    x, m, k, K,  # quarters of a tile as in store_tile
-    qdata_ptr,  # [K, M] fp8
-    scale_inv_ptr,  # [K, ceil(M/128)] fp32
-    stride_qk, stride_sm, MAX_BITS: tl.constexpr, POW2: tl.constexpr,
-):  # fmt: skip
-    """Write the transposed column copy of a tile."""
-    scale_inv, encode_scale = column_scales(x, MAX_BITS, POW2)
-    encode_scale = encode_scale[None, :]
-    scaled = encode_scale * x[0], encode_scale * x[1], encode_scale * x[2], encode_scale * x[3]
-    store_transposed(scaled, m, k, K, qdata_ptr, stride_qk)
-    cols = tl.arange(0, 128)
-    tl.store(scale_inv_ptr + m // 128 * stride_sm + k + cols, scale_inv, mask=cols < (K - k).to(tl.int32))
-
-
-@triton.jit
-def store_transposed(x, m, k, K, qdata_ptr, stride_qk):
-    """Store the scaled quarters of the tile at (m, k) as FP8, transposed, in qdata [K, M]; its rows are stored whole.
-
-    Neighbours in a tensor are converted in pairs. Here they are rows, so that a pair is half of a word of qdata, and
-    that no conversion is shared with a row copy: ptxas 12.x loses bytes of an FP8 pair that is stored both straight and
-    transposed (triton-lang/triton#11111).
+    zero: 0, which the compiler must not know: it would keep the numbers that it sees to be packed and unpacked again.
     """
-    pairs = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
-    codes = tl.permute(tl.reshape(pairs, [32, 128, 4]).to(qdata_ptr.dtype.element_ty), (1, 0, 2))
+    even, odd = tl.split(tl.reshape(x.to(tl.int32, bitcast=True), [x.shape[0], 64, 2]))
+    return ((even >> 16) & 0xFFFF | (odd & -65536)) ^ zero
+
+
+@triton.jit
+def unpacked(words):
+    """The strip of such words."""
+    even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(even, odd), [words.shape[0], 128])
+
+
+@triton.jit
+def measure(
+    STRIP: tl.constexpr, arguments, zero, m, k, M, K, i: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Bits of the largest magnitudes over strips i to i + 2 STEP [128 / STRIPS, 128]; the packed strips, if KEEP."""
+    if STEP == 0:
+        x = STRIP(*arguments, i, m, k, M, K, STRIPS)
+        if KEEP:
+            return magnitude_bits(x), packed(x, zero)
+        else:
+            return magnitude_bits(x), zero
+    else:
+        amax_bits, words = measure(STRIP, arguments, zero, m, k, M, K, i, STEP // 2, STRIPS, KEEP)
+        more_bits, more_words = measure(STRIP, arguments, zero, m, k, M, K, i + STEP, STEP // 2, STRIPS, KEEP)
+        if KEEP:
+            return tl.maximum(amax_bits, more_bits), tl.join(words, more_words)
+        else:
+            return tl.maximum(amax_bits, more_bits), zero
+
+
+@triton.jit
+def column_scales(amax_bits, MAX_BITS: tl.constexpr, POW2: tl.constexpr):
+    """scale_inv and encode_scale [128] of the columns of a tile from the maxima of its strips [128 / STRIPS, 128].
+
+    A thread holds 8 neighbouring columns: reduced in that order, 16 threads of a warp meet in a bank of shared memory.
+    """
+    rows: tl.constexpr = amax_bits.shape[0]
+    apart = tl.reshape(tl.permute(tl.reshape(amax_bits, [rows, 16, 8]), (0, 2, 1)), [rows, 128])
+    together = tl.permute(tl.reshape(tl.max(apart, axis=0), [8, 16]), (1, 0))
+    return scales(tl.reshape(together, [128]), MAX_BITS, POW2)
+
+
+@triton.jit
+def column_codes(x, encode_scale, FP8: tl.constexpr):
+    """FP8 codes [rows, 128, 4] of four strips.
+
+    Neighbours in a tensor are converted in pairs. Here they are rows, so that a pair is half of a word of the column
+    copy, and that no conversion is shared with the row copy: ptxas 12.x loses bytes of an FP8 pair that is stored both
+    straight and transposed (triton-lang/triton#11111).
+    """
+    low = tl.join(encode_scale * x[0], encode_scale * x[2])
+    high = tl.join(encode_scale * x[1], encode_scale * x[3])
+    return tl.reshape(tl.join(low, high), [low.shape[0], 128, 4]).to(FP8)
+
+
+@triton.jit
+def encode(
+    STRIP: tl.constexpr, arguments, words, encode_scale, row, m, k, M, K, i: tl.constexpr, STEP: tl.constexpr,
+    FP8: tl.constexpr, MAX_BITS: tl.constexpr, POW2: tl.constexpr, ROW: tl.constexpr, STRIPS: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Write the row copy of strips i to i + 2 STEP, return codes of the column copy [128 / STRIPS, 128, 4, ...]."""
+    if STEP == 2:
+        if KEEP:
+            low, high = tl.split(words)
+            one, two = tl.split(low)
+            three, four = tl.split(high)
+            x = unpacked(one), unpacked(two), unpacked(three), unpacked(four)
+        else:
+            x = (
+                STRIP(*arguments, i, m, k, M, K, STRIPS), STRIP(*arguments, i + 1, m, k, M, K, STRIPS),
+                STRIP(*arguments, i + 2, m, k, M, K, STRIPS), STRIP(*arguments, i + 3, m, k, M, K, STRIPS),
+            )  # fmt: skip
+        if ROW:
+            for j in tl.static_range(4):
+                store_row_copy(x[j], *row, i + j, m, k, M, K, MAX_BITS, POW2, STRIPS)
+        return column_codes(x, encode_scale[None, :], FP8)
+    else:
+        one, two = words, words
+        if KEEP:
+            one, two = tl.split(words)
+        return tl.join(
+            encode(
+                STRIP, arguments, one, encode_scale, row, m, k, M, K, i, STEP // 2,
+                FP8, MAX_BITS, POW2, ROW, STRIPS, KEEP,
+            ),
+            encode(
+                STRIP, arguments, two, encode_scale, row, m, k, M, K, i + STEP, STEP // 2,
+                FP8, MAX_BITS, POW2, ROW, STRIPS, KEEP,
+            ),
+        )  # fmt: skip
+
+
+@triton.jit
+def store_transposed(codes, qdata_ptr, stride_qk, m, k, K):
+    """Store the FP8 codes that `encode` returned transposed, in qdata [K, M]; its rows are stored whole."""
+    if len(codes.shape) == 5:
+        codes = tl.permute(codes, (1, 0, 4, 3, 2))
+    elif len(codes.shape) == 4:
+        codes = tl.permute(codes, (1, 0, 3, 2))
+    else:
+        codes = tl.permute(codes, (1, 0, 2))
     cols = tl.arange(0, 128)[:, None]
     offsets = k * stride_qk + m + cols.to(tl.int64) * stride_qk + tl.arange(0, 128)[None, :]
     tl.store(qdata_ptr + offsets, tl.reshape(codes, [128, 128]), mask=cols < (K - k).to(tl.int32))
@@ -127,25 +216,33 @@ def store_transposed(x, m, k, K, qdata_ptr, stride_qk):
 
 @triton.jit
 def store_tile(
-    x,  # 4 quarters [32, 128] fp32 of a tile: rows 4 j + i; zero outside [M, K]
-    m, k, M, K,  # its corner, int64; the sizes of the matrix
+    STRIP: tl.constexpr, arguments,  # STRIP(*arguments, i, m, k, M, K, STRIPS): strip i of a tile, fp32, zero outside
+    zero,  # 0; see packed
+    m, k, M, K,  # the corner of the tile, int64; the sizes of the matrix
     row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row, stride_row_scale, stride_col, stride_col_scale,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr,
+    STRIPS: tl.constexpr,
+    KEEP: tl.constexpr,  # keep the strips, which BF16 must hold, between the two passes; else call STRIP again
 ):  # fmt: skip
-    """Write the copies of a tile that are asked for."""
-    if ROW:
-        store_rows(x, m, k, M, K, row_ptr, row_scale_ptr, stride_row, stride_row_scale, MAX_BITS, ROW_POW2)
+    """Write the copies of a tile that are asked for: one pass for the scales of the columns, one for the codes."""
+    row = row_ptr, row_scale_ptr, stride_row, stride_row_scale
     if COL:
-        store_columns(x, m, k, K, col_ptr, col_scale_ptr, stride_col, stride_col_scale, MAX_BITS, COL_POW2)
-
-
-@triton.jit
-def store_quarters(x, m, k, M, K, out_ptr, stride_om):
-    """Write the quarters of a tile, unquantised."""
-    for i in tl.static_range(4):
-        rows, cols, inside = quarter(i, m, k, M, K)
-        offsets = m * stride_om + k + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
-        tl.store(out_ptr + offsets, x[i].to(out_ptr.dtype.element_ty), mask=inside)
+        amax_bits, words = measure(STRIP, arguments, zero, m, k, M, K, 0, STRIPS // 2, STRIPS, KEEP)
+        scale_inv, encode_scale = column_scales(amax_bits, MAX_BITS, COL_POW2)
+        cols = tl.arange(0, 128)
+        tl.store(col_scale_ptr + m // 128 * stride_col_scale + k + cols, scale_inv, mask=cols < (K - k).to(tl.int32))
+        codes = encode(
+            STRIP, arguments, words, encode_scale, row, m, k, M, K, 0, STRIPS // 2,
+            col_ptr.dtype.element_ty, MAX_BITS, ROW_POW2, ROW, STRIPS, KEEP,
+        )  # fmt: skip
+        store_transposed(codes, col_ptr, stride_col, m, k, K)
+    else:
+        x = (
+            STRIP(*arguments, 0, m, k, M, K, 4), STRIP(*arguments, 1, m, k, M, K, 4),
+            STRIP(*arguments, 2, m, k, M, K, 4), STRIP(*arguments, 3, m, k, M, K, 4),
+        )  # fmt: skip
+        for i in tl.static_range(4):
+            store_row_copy(x[i], *row, i, m, k, M, K, MAX_BITS, ROW_POW2, 4)
 
 
 @triton.jit
@@ -191,6 +288,19 @@ def empty_copies(
     M, K = x.shape
     row = empty_codes(x, M, K, fp8_dtype, 16), empty_scales(x, M, K)
     return (*row, empty_codes(x, K, M, fp8_dtype, BLOCK), empty_scales(x, K, M)) if columns else (*row, None, None)
+
+
+def tiling(
+    packs: bool, columns: bool, keep: bool, num_warps: int, max_registers: int | None
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Constants and options of a launch: of each of 64 / num_warps strips a thread holds 8 numbers.
+
+    packs: the numbers are BF16; others are not kept. max_registers: None where fewer than the compiler wants spill.
+    """
+    if not columns:
+        return {"STRIPS": 4, "KEEP": False}, {"num_warps": ROW_WARPS}
+    limit: dict[str, object] = {"maxnreg": max_registers} if max_registers else {}
+    return {"STRIPS": 64 // num_warps, "KEEP": keep and packs}, {"num_warps": num_warps} | limit
 
 
 def leading_strides(
