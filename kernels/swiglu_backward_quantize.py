@@ -38,7 +38,7 @@ from fp8train.kernels.tile import (
 
 MAX_REGISTERS: int | None = None  # no limit
 KEEP = True  # calculate the gradients once
-JOINT = True  # with BF16 gradients and pow2 scales; others spill
+JOINT = True  # with BF16 gradients, pow2 scales and whole sizes; others spill
 
 
 @triton.jit
@@ -266,7 +266,8 @@ def _launch(
         return
     strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
     bf16 = gate.dtype is torch.bfloat16
-    joint = row is None or (JOINT and bf16 and kinds[1] and kinds[2] and col is not None)
+    whole = all(size % 16 == 0 for size in (M, K, dh.stride(0), gate.stride(0), up.stride(0)))
+    joint = row is None or (JOINT and bf16 and whole and kinds[1] and kinds[2] and col is not None)
     constants, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
     _swiglu_backward_quantize_kernel[((1 if joint else 2) * triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
         dh, gate, up, out, row, row_scale, col, col_scale, M, K, dh.stride(0), gate.stride(0), up.stride(0), *strides,
