@@ -6,14 +6,21 @@ fp8train bench gemm rows=[4096] gemms=[fprop]                        GEMMs alone
 fp8train bench quantize cases=[both]                                 quantisers against a copy
 fp8train bench telemetry model=quickstart                            a sampled step against a plain one
 fp8train bench host                                                  time on the host of a converted linear
+
+Benches that are started together take turns with lock=FILE: each computes while it holds the lock, and is ended if that
+takes longer than limit_seconds=N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fcntl
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 
-from fp8train.arguments import nearest
+from fp8train.arguments import nearest, parse_arguments
 from fp8train.distributed import World, init
 from fp8train.errors import ConfigError, exit_code
 
@@ -35,8 +42,31 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] not in SUBJECTS:
         raise ConfigError(f"bench: got {argv[0]!r}; {nearest(argv[0], SUBJECTS)}.")
     run: Callable[[Sequence[str], World], int] = import_module(f"fp8train.benchmarks.{argv[0]}").run
-    with init(timeout_seconds=60.0) as world:
-        return run(argv[1:], world)
+    given = [argument for argument in argv[1:] if argument.partition("=")[0] in Turn.__dataclass_fields__]
+    with _turn(parse_arguments(given, Turn)), init(timeout_seconds=60.0) as world:
+        return run([argument for argument in argv[1:] if argument not in given], world)
+
+
+@dataclass(kw_only=True, slots=True)
+class Turn:
+    """When a bench may compute, and for how long.
+
+    lock: file that it locks meanwhile; null: at once
+    limit_seconds: after which it is ended by SIGALRM; null: none
+    """
+
+    lock: str | None = None
+    limit_seconds: int | None = None
+
+
+@contextmanager
+def _turn(turn: Turn) -> Iterator[None]:
+    with open(turn.lock or "/dev/null", "w") as file:
+        if turn.lock is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        signal.alarm(turn.limit_seconds or 0)
+        yield
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

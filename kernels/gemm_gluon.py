@@ -4,10 +4,10 @@ The operation, its formula and its operands are those of gemm.py (b in blocks of
 gemm_wgrad.py (b in blocks of 1x128: wgrad), whose launchers come here for their entries that have MATH_GROUPS.
 
 One TMA producer warp fills a ring of STAGES slots of shared memory; each of MATH_GROUPS warpgroups multiplies its 64
-rows of a by the BLOCK_N rows of b in a slot. full[slot] completes when the bytes of a slot have come, empty[slot] when
-every warpgroup has read it. Both sides take the slots in turn, also across the tiles of a program (_next_slot).
-IN_FLIGHT = 2 starts a second block of K before the first is promoted.
-Structure as in DeepGEMM. Measured: not yet; registers, spills and instructions in kernels/README.md.
+rows of a, or its WAVES of 64, by the BLOCK_N rows of b in a slot. full[slot] completes when the bytes of a slot have
+come, empty[slot] when every warpgroup has read it. Both sides take the slots in turn, also across the tiles of a
+program (_next_slot). IN_FLIGHT = 2 starts a second block of K before the first is promoted.
+Structure as in DeepGEMM. Figures, compiled and measured: kernels/README.md.
 """
 
 from collections.abc import Hashable, Mapping
@@ -55,11 +55,11 @@ def _next_slot(slot, phase, STAGES: gl.constexpr):
 @gluon.jit
 def _produce(
     a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m,
-    MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BOXES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the slots: every block of K of every tile of this program."""
     a_smem, b_smem, b_scale_smem, full, empty = ring
-    BLOCK_M: gl.constexpr = MATH_GROUPS * BOX_M
+    BLOCK_M: gl.constexpr = BOXES * BOX_M
     # of a slot; what lies past an edge counts, as zeros
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K + (0 if b_scale_desc is None else 4 * BLOCK_N)
     slot = 0
@@ -69,9 +69,9 @@ def _produce(
         for k in range(0, num_blocks(K, BLOCK_K)):
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(full.index(slot), BYTES)
-            for group in gl.static_range(MATH_GROUPS):
-                row = tile_m * BLOCK_M + group * BOX_M
-                _load_box(a_desc, [row, k * BLOCK_K], full.index(slot), a_smem.index(slot * MATH_GROUPS + group))
+            for box in gl.static_range(BOXES):
+                row = tile_m * BLOCK_M + box * BOX_M
+                _load_box(a_desc, [row, k * BLOCK_K], full.index(slot), a_smem.index(slot * BOXES + box))
             _load_box(b_desc, [tile_n * BLOCK_N, k * BLOCK_K], full.index(slot), b_smem.index(slot))
             if b_scale_desc is not None:
                 _load_box(b_scale_desc, [k, tile_n * BLOCK_N], full.index(slot), b_scale_smem.index(slot))
@@ -157,6 +157,97 @@ def _sum(
 
 
 @gluon.jit
+def _store(
+    acc, c_desc, c_ptr, bias_ptr, c_smem, row, tile_n, M, N, stride_cm,
+    BLOCK_N: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    """Write the 64 rows of a tile from `row` on."""
+    layout: gl.constexpr = _sum_layout(BLOCK_N)
+    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))  # of the tile: 32-bit numbers fit the registers
+    first_col, width = gl.cast(tile_n, gl.int64) * BLOCK_N, N - tile_n * BLOCK_N
+    if BIAS:
+        bias = gl.load(bias_ptr + first_col + cols, mask=cols < width, other=0.0).to(gl.float32)
+        acc += gl.expand_dims(bias, 0)
+    if c_desc is not None:
+        tma.store_wait(0)  # what was stored before has been read out of c_smem
+        c_smem.store(acc.to(c_desc.dtype))
+        fence_async_shared()
+        _store_box(c_desc, [row, tile_n * BLOCK_N], c_smem)
+    else:
+        rows = gl.cast(row, gl.int64) + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
+        c_ptrs = gl.expand_dims(c_ptr + first_col + rows * stride_cm, 1) + gl.expand_dims(cols, 0)
+        inside = gl.expand_dims(rows < M, 1) & gl.expand_dims(cols < width, 0)
+        if ACCUMULATE:
+            acc += gl.load(c_ptrs, mask=inside, other=0.0)
+        gl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _sum_of_waves(
+    ring, a_scale_ptrs, a_scale_ptrs_2, b_scale_ptrs, a_step, b_step, blocks, slot, phase, zero,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As _sum, of a warpgroup with 128 rows: two waves of 64 that take turns with the registers of one partial sum.
+
+    The loop over the waves is dynamic and what it promotes stands under a condition: written out, ptxas starts the
+    second wave before the first is promoted, in registers of its own, and spills 484 bytes.
+    """
+    a_smem, b_smem, b_scale_smem, full, empty = ring
+    acc = zero
+    acc_2 = zero
+    a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptrs, 0, blocks, a_step, b_step, 128)
+    a_scale_2 = gl.load(a_scale_ptrs_2)
+    for k in range(0, blocks):
+        scale, scale_2 = a_scale * b_scale, a_scale_2 * b_scale
+        a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptrs, k + 1, blocks, a_step, b_step, 128)
+        a_scale_2 = gl.load(a_scale_ptrs_2 + gl.minimum(k + 1, blocks - 1) * a_step)
+        mbarrier.wait(full.index(slot), phase)
+        b = b_smem.index(slot).permute((1, 0))
+        for wave in range(0, 2):
+            a = a_smem.index(slot * 4 + GROUP * 2 + wave)
+            partial = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+            partial = warpgroup_mma_wait(0, deps=(partial,))
+            if wave == 0:
+                acc = gl.fma(partial, gl.broadcast(gl.expand_dims(scale, 1), acc)[0], acc)
+            else:
+                acc_2 = gl.fma(partial, gl.broadcast(gl.expand_dims(scale_2, 1), acc_2)[0], acc_2)
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot, phase = _next_slot(slot, phase, STAGES)
+    return acc, acc_2, slot, phase
+
+
+@gluon.jit
+def _multiply_waves(
+    c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """Rows GROUP * 128 and on of every tile of 256 rows of this program, by one warpgroup; b in blocks of 128x128."""
+    stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk = strides
+    layout: gl.constexpr = _sum_layout(BLOCK_N)
+    zero = gl.zeros([BOX_M, BLOCK_N], gl.float32, layout)
+    blocks = num_blocks(K, BLOCK_K)
+    a_step, b_step = gl.cast(stride_sak, gl.int64), gl.cast(stride_sbk, gl.int64)
+    slot = 0
+    phase = 0
+    for index in range(gl.program_id(0), num_blocks(M, 4 * BOX_M) * num_blocks(N, BLOCK_N), gl.num_programs(0)):
+        tile_m, tile_n = tile_at(index, M, N, 4 * BOX_M, BLOCK_N, group_m)
+        row = tile_m * 4 * BOX_M + GROUP * 2 * BOX_M
+        rows = gl.cast(row, gl.int64) + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
+        a_scale_ptrs = a_scale_ptr + gl.minimum(rows, M - 1) * stride_sam
+        a_scale_ptrs_2 = a_scale_ptr + gl.minimum(rows + BOX_M, M - 1) * stride_sam
+        b_scale_ptrs = b_scale_ptr + gl.cast(tile_n, gl.int64) * BLOCK_N // 128 * stride_sbn
+        acc, acc_2, slot, phase = _sum_of_waves(
+            ring, a_scale_ptrs, a_scale_ptrs_2, b_scale_ptrs, a_step, b_step, blocks, slot, phase, zero,
+            GROUP, BLOCK_N, STAGES,
+        )  # fmt: skip
+        box = c_smem.index(GROUP)
+        _store(acc, c_desc, c_ptr, bias_ptr, box, row, tile_n, M, N, stride_cm, BLOCK_N, BIAS, False)
+        _store(acc_2, c_desc, c_ptr, bias_ptr, box, row + BOX_M, tile_n, M, N, stride_cm, BLOCK_N, BIAS, False)
+    if c_desc is not None:
+        tma.store_wait(0)
+
+
+@gluon.jit
 def _multiply(
     c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m,
     GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -175,30 +266,18 @@ def _multiply(
         tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, group_m)
         first = gl.cast(tile_m, gl.int64) * BLOCK_M + GROUP * BOX_M
         rows = first + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
-        cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))  # of the tile: 32-bit numbers fit the registers
-        first_col, width = gl.cast(tile_n, gl.int64) * BLOCK_N, N - tile_n * BLOCK_N
         a_scale_ptrs = a_scale_ptr + gl.minimum(rows, M - 1) * stride_sam
         b_scale_ptrs = b_scale_ptr
         if B_ROWS != 1:
-            b_scale_ptrs += first_col // B_ROWS * stride_sbn
+            b_scale_ptrs += gl.cast(tile_n, gl.int64) * BLOCK_N // B_ROWS * stride_sbn
         acc, slot, phase = _sum(
             ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, zero,
             GROUP, MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS,
         )  # fmt: skip
-        if BIAS:
-            bias = gl.load(bias_ptr + first_col + cols, mask=cols < width, other=0.0).to(gl.float32)
-            acc += gl.expand_dims(bias, 0)
-        if c_desc is not None:
-            tma.store_wait(0)  # the tile before has been read out of c_smem
-            c_smem.index(GROUP).store(acc.to(c_desc.dtype))
-            fence_async_shared()
-            _store_box(c_desc, [tile_m * BLOCK_M + GROUP * BOX_M, tile_n * BLOCK_N], c_smem.index(GROUP))
-        else:
-            c_ptrs = gl.expand_dims(c_ptr + first_col + rows * stride_cm, 1) + gl.expand_dims(cols, 0)
-            inside = gl.expand_dims(rows < M, 1) & gl.expand_dims(cols < width, 0)
-            if ACCUMULATE:
-                acc += gl.load(c_ptrs, mask=inside, other=0.0)
-            gl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=inside)
+        _store(
+            acc, c_desc, c_ptr, bias_ptr, c_smem.index(GROUP), tile_m * BLOCK_M + GROUP * BOX_M, tile_n, M, N,
+            stride_cm, BLOCK_N, BIAS, ACCUMULATE,
+        )  # fmt: skip
     if c_desc is not None:
         tma.store_wait(0)
 
@@ -215,11 +294,12 @@ def _gemm_gluon_kernel(
     bias_ptr,  # [N]
     M, N, K, stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk,
     group_m,  # rows of tiles that follow each other, a column at a time
-    MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    MATH_GROUPS: gl.constexpr, WAVES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
     MATH_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    a_smem = gl.allocate_shared_memory(a_desc.dtype, [STAGES * MATH_GROUPS, BOX_M, BLOCK_K], a_desc.layout)
+    BOXES: gl.constexpr = MATH_GROUPS * WAVES
+    a_smem = gl.allocate_shared_memory(a_desc.dtype, [STAGES * BOXES, BOX_M, BLOCK_K], a_desc.layout)
     b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], b_desc.layout)
     c_smem, b_scale_smem = b_smem, b_smem  # stand-ins where they are not used
     if c_desc is not None:
@@ -235,13 +315,21 @@ def _gemm_gluon_kernel(
     ring = (a_smem, b_smem, b_scale_smem, full, empty)
     strides = (stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk)
     # fmt: off
-    if MATH_GROUPS == 2:
+    if WAVES == 2:
+        gl.warp_specialize([
+            (_multiply_waves, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides,
+                group_m, 0, BLOCK_N, STAGES, BIAS)),
+            (_multiply_waves, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides,
+                group_m, 1, BLOCK_N, STAGES, BIAS)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES)),
+        ], [4, 1], [MATH_REGISTERS, PRODUCER_REGISTERS])
+    elif MATH_GROUPS == 2:
         gl.warp_specialize([
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 0,
                 MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 1,
                 MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
-            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, MATH_GROUPS, BLOCK_N, STAGES)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES)),
         ], [4, 1], [MATH_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
@@ -251,35 +339,9 @@ def _gemm_gluon_kernel(
                 MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 2,
                 MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE)),
-            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, MATH_GROUPS, BLOCK_N, STAGES)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES)),
         ], [4, 4, 1], [MATH_REGISTERS, MATH_REGISTERS, PRODUCER_REGISTERS])
     # fmt: on
-
-
-def compile_cases(operation, configs):
-    """Their Gluon entries as launched on aligned operands: (name, kernel, signature, constexprs, options)."""
-    scalars = ("M", "N", "K", "stride_cm", "stride_sak", "stride_sbk")
-    signature = {"c_ptr": "*fp32", "a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"} | dict.fromkeys(scalars, "i32")
-    signature |= {"group_m": "i32"}
-    if operation == "gemm":
-        signature |= {"stride_sbn": "i32"}
-        outputs = {"bf16": {"c_ptr": "*bf16", "c_desc": ("bf16", BOX_M.value, 128)}, "fp32 bias": {"bias_ptr": "*fp32"}}
-        flags = {"B_ROWS": 128, "ACCUMULATE": False}
-    else:
-        outputs = {"": {"b_scale_desc": ("fp32", 1, 128)}}
-        flags = {"B_ROWS": 1, "ACCUMULATE": True, "stride_sbn": 1}
-    cases = []
-    for name, entry in configs.items():
-        if "MATH_GROUPS" not in entry:
-            continue
-        for output, types in outputs.items():
-            boxes = {"a_desc": ("fp8e4nv", BOX_M.value, 128), "b_desc": ("fp8e4nv", entry["BLOCK_N"], 128)} | types
-            made = signature | {key: kind if isinstance(kind, str) else _box_type(*kind) for key, kind in boxes.items()}
-            constants = entry | _registers(entry) | flags | {"stride_sam": 1, "BIAS": "bias_ptr" in types}
-            constants = {key: value for key, value in constants.items() if key != "GROUP_M"}
-            options = {"gluon": True, "num_warps": 4, "enable_fp_fusion": True, "odd": ("group_m",)}
-            cases.append((f"{operation} {name} {output}".rstrip(), _gemm_gluon_kernel, made, constants, options))
-    return cases
 
 
 def launch(
@@ -313,32 +375,26 @@ def launch(
     if out.dtype is torch.bfloat16 and tma_reads(out):
         boxes["c_desc"] = _described(out, BOX_M.value, box_n)
         tensors["c_desc"] = 2
-    tiles = -(-M // (entry["MATH_GROUPS"] * BOX_M.value)) * -(-N // box_n)
+    tiles = -(-M // (entry["MATH_GROUPS"] * entry["WAVES"] * BOX_M.value)) * -(-N // box_n)
     arguments = {
         "b_scale_desc": None, "c_desc": None, **boxes, "c_ptr": out, "a_scale_ptr": a_scale, "b_scale_ptr": b_scale,
         "bias_ptr": bias, "M": M, "N": N, "K": K, "group_m": entry["GROUP_M"], "stride_cm": out.stride(0),
         "stride_sam": a_scale.stride(0), "stride_sak": a_scale.stride(1), "stride_sbn": b_scale.stride(0),
         "stride_sbk": b_scale.stride(1), "B_ROWS": b_rows, "BIAS": bias is not None, "ACCUMULATE": accumulate,
-        **constants, **_registers(entry),
+        **constants, **registers(entry),
     }  # fmt: skip
     grid = (min(tiles, multiprocessors(a.device)),)
     first_launch(key, _gemm_gluon_kernel, grid, arguments, tensors, a.device, num_warps=4, enable_fp_fusion=True)
 
 
 def _described(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols], _box_layout(rows, x.element_size()))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols], box_layout(rows, x.element_size()))
 
 
-def _box_layout(rows: int, element_size: int) -> gl.NVMMASharedLayout:
+def box_layout(rows: int, element_size: int) -> gl.NVMMASharedLayout:
     """Boxes of operands and results are swizzled as the tensor cores read them; a row of scales lies as it is."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128 if rows > 1 else 0, element_bitwidth=8 * element_size, rank=2)
 
 
-def _box_type(kind: str, rows: int, cols: int) -> str:
-    size = {"fp8e4nv": 1, "bf16": 2, "fp32": 4}[kind]
-    return f"tensordesc<{kind}[{rows}, {cols}],{_box_layout(rows, size)!r}>"
-
-
-def _registers(entry: Mapping[str, int]) -> dict[str, int]:
-    math, producer = REGISTERS[entry["MATH_GROUPS"]]
-    return {"MATH_REGISTERS": math, "PRODUCER_REGISTERS": producer}
+def registers(entry: Mapping[str, int]) -> dict[str, int]:
+    return dict(zip(("MATH_REGISTERS", "PRODUCER_REGISTERS"), REGISTERS[entry["MATH_GROUPS"]], strict=True))

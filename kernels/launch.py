@@ -8,7 +8,7 @@ long way, and what came of it - the compiled kernel, its grid and its other argu
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 MOST = 4096  # launches that are kept; a model has tens
 READY: dict[Hashable, Ready] = {}
+# grid, arguments behind the tensors, constants, options
+Rest = tuple[tuple[int, ...], Sequence[object], Mapping[str, object], Mapping[str, object]]
 
 
 def properties(*tensors: Tensor | None) -> tuple[Hashable, ...]:
@@ -102,6 +104,29 @@ def first_launch(
         if len(READY) >= MOST:
             READY.clear()
         READY[key] = Ready(compiled, grid, ordered, tensors, device.index)
+
+
+def launch(
+    kernel: Any, settings: tuple[Hashable, ...], tensors: Sequence[Tensor | None], rest: Callable[[], Rest]
+) -> None:
+    """Launch a kernel whose first arguments are the tensors; what follows them is asked for once for their properties.
+
+    Args:
+        kernel: a jitted function.
+        settings: all that `rest` depends on beside the properties of the tensors.
+        tensors: its first arguments, in order; None for those that this launch does without. At least the first is one.
+        rest: gives the grid, the arguments that follow, constants by name, and options of the compiler.
+    """
+    key = (kernel, settings, *properties(*tensors))
+    ready = READY.get(key)
+    if ready is not None:
+        ready(*tensors)
+        return
+    grid, scalars, constants, options = rest()
+    arguments = dict(zip(kernel.arg_names, (*tensors, *scalars), strict=False)) | constants
+    places = {name: number for number, name in enumerate(kernel.arg_names[: len(tensors)])}
+    assert tensors[0] is not None
+    first_launch(key, kernel, grid, arguments, places, tensors[0].device, **options)
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:

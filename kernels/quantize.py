@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
     BLOCK,
     NUM_WARPS,
@@ -31,6 +32,7 @@ from fp8train.kernels.tile import (
     max_bits,
     store_tile,
     strip,
+    tiles,
     tiling,
 )
 
@@ -206,19 +208,20 @@ def _launch(
     x: Tensor, row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
     stats: Tensor | None, max_bits: int, pow2: bool, col_pow2: bool,
 ) -> None:  # fmt: skip
-    M, K = x.shape
-    if M == 0 or K == 0:
+    if x.numel() == 0:
         return
-    bf16 = x.dtype is torch.bfloat16
-    whole = M % 16 == K % 16 == x.stride(0) % 16 == 0
-    limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 and stats is None else None
-    constants, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, limit)
-    _quantize_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
-        x, row, row_scale, col, col_scale, stats, M, K, x.stride(0),
-        *leading_strides(row, row_scale, col, col_scale), 0,
-        MAX_BITS=max_bits, ROW_POW2=pow2, COL_POW2=col_pow2,
-        ROW=row is not None, COL=col is not None, STATS=stats is not None, **constants, **options,
-    )  # fmt: skip
+
+    def rest() -> Rest:
+        (M, K), bf16 = x.shape, x.dtype is torch.bfloat16
+        whole = M % 16 == K % 16 == x.stride(0) % 16 == 0
+        limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 and stats is None else None
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, limit)
+        constants = {"MAX_BITS": max_bits, "ROW_POW2": pow2, "COL_POW2": col_pow2}
+        constants |= {"ROW": row is not None, "COL": col is not None, "STATS": stats is not None}
+        scalars = M, K, x.stride(0), *leading_strides(row, row_scale, col, col_scale), 0
+        return tiles(M, K), scalars, constants | tile, options
+
+    launch(_quantize_kernel, (max_bits, pow2, col_pow2), (x, row, row_scale, col, col_scale, stats), rest)
 
 
 def _check(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
     BLOCK,
     add_statistics,
@@ -29,6 +30,7 @@ from fp8train.kernels.tile import (
     store_strip,
     store_transposed,
     strip,
+    tiles,
 )
 
 NUM_WARPS = 8
@@ -142,14 +144,22 @@ def quantize_weight(
         _check_out(w, out, fp8_dtype)
     if N == 0 or K == 0:
         return out
-    qdata, scale_inv, qdata_t, scale_inv_t = out
-    for straight, transposed in ((True, False), (False, True)) if two_launches else ((True, True),):
-        _quantize_weight_kernel[(blocks_n * blocks_k,)](
-            w, qdata, scale_inv, qdata_t, scale_inv_t, stats, N, K, w.stride(0), qdata.stride(0), qdata_t.stride(0),
-            MAX_BITS=max_bits(fp8_max), POW2=pow2, STRAIGHT=straight, TRANSPOSED=transposed, STATS=stats is not None,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+    for copies in ((True, False), (False, True)) if two_launches else ((True, True),):
+        _launch(w, out, stats, (max_bits(fp8_max), pow2, *copies))
     return out
+
+
+def _launch(
+    w: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor], stats: Tensor | None, kinds: tuple[int, bool, bool, bool]
+) -> None:
+    """kinds: the format's maximum, pow2, whether the straight copy is written, and the transposed one."""
+
+    def rest() -> Rest:
+        constants = dict(zip(("MAX_BITS", "POW2", "STRAIGHT", "TRANSPOSED"), kinds, strict=True))
+        scalars = *w.shape, w.stride(0), out[0].stride(0), out[2].stride(0)
+        return tiles(*w.shape), scalars, constants | {"STATS": stats is not None}, {"num_warps": NUM_WARPS}
+
+    launch(_quantize_weight_kernel, kinds, (w, *out, stats), rest)
 
 
 def _check(w: Tensor, fp8_dtype: torch.dtype, block: int, stats: Tensor | None) -> None:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
     BLOCK,
     NUM_WARPS,
@@ -29,6 +30,7 @@ from fp8train.kernels.tile import (
     store_strip,
     store_tile,
     strip,
+    tiles,
     tiling,
 )
 
@@ -195,17 +197,18 @@ def _launch(
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
     kinds: tuple[int, bool, bool],
 ) -> None:  # fmt: skip
-    M, K = x.shape
-    if M == 0 or K == 0:
+    if x.numel() == 0:
         return
-    strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
-    bf16 = out_dtype is torch.bfloat16
-    constants, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
-    _rmsnorm_quantize_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
-        x, rstd, weight, out, row, row_scale, col, col_scale, M, K, x.stride(0), *strides, 0,
-        BF16=bf16, MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2],
-        COL=col is not None, QUANTIZE=row is not None, **constants, **options,
-    )  # fmt: skip
+
+    def rest() -> Rest:
+        (M, K), bf16 = x.shape, out_dtype is torch.bfloat16
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
+        constants = {"BF16": bf16, "MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
+        constants |= {"COL": col is not None, "QUANTIZE": row is not None}
+        strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
+        return tiles(M, K), (M, K, x.stride(0), *strides, 0), constants | tile, options
+
+    launch(_rmsnorm_quantize_kernel, (out_dtype, kinds), (x, rstd, weight, out, row, row_scale, col, col_scale), rest)
 
 
 def _check(name: str, x: Tensor, weight: Tensor, out_dtype: torch.dtype, fp8_dtype: torch.dtype, block: int) -> None:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
     BLOCK,
     NUM_WARPS,
@@ -33,6 +34,7 @@ from fp8train.kernels.tile import (
     store_strip,
     store_tile,
     store_transposed,
+    tiles,
     tiling,
 )
 
@@ -261,20 +263,21 @@ def _launch(
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
     kinds: tuple[int, bool, bool],
 ) -> None:  # fmt: skip
-    M, K = gate.shape
-    if M == 0 or K == 0:
+    if gate.numel() == 0:
         return
-    strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
-    bf16 = gate.dtype is torch.bfloat16
-    whole = all(size % 16 == 0 for size in (M, K, dh.stride(0), gate.stride(0), up.stride(0)))
-    joint = row is None or (JOINT and bf16 and whole and kinds[1] and kinds[2] and col is not None)
-    constants, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
-    _swiglu_backward_quantize_kernel[((1 if joint else 2) * triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
-        dh, gate, up, out, row, row_scale, col, col_scale, M, K, dh.stride(0), gate.stride(0), up.stride(0), *strides,
-        0,
-        MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2], COL=col is not None, QUANTIZE=row is not None,
-        JOINT=joint, **constants, **options,
-    )  # fmt: skip
+
+    def rest() -> Rest:
+        (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
+        inputs = dh.stride(0), gate.stride(0), up.stride(0)
+        whole = all(size % 16 == 0 for size in (M, K, *inputs))
+        joint = row is None or (JOINT and bf16 and whole and kinds[1] and kinds[2] and col is not None)
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
+        constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
+        constants |= {"COL": col is not None, "QUANTIZE": row is not None, "JOINT": joint}
+        strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
+        return tiles(M, K, 1 if joint else 2), (M, K, *inputs, *strides, 0), constants | tile, options
+
+    launch(_swiglu_backward_quantize_kernel, kinds, (dh, gate, up, out, row, row_scale, col, col_scale), rest)
 
 
 def _check(name: str, dh: Tensor, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:

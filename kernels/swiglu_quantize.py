@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
     BLOCK,
     NUM_WARPS,
@@ -27,6 +28,7 @@ from fp8train.kernels.tile import (
     max_bits,
     store_strip,
     store_tile,
+    tiles,
     tiling,
 )
 
@@ -148,16 +150,18 @@ def _launch(
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
     kinds: tuple[int, bool, bool],
 ) -> None:  # fmt: skip
-    M, K = gate.shape
-    if M == 0 or K == 0:
+    if gate.numel() == 0:
         return
-    strides = [0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)]
-    constants, options = tiling(gate.dtype is torch.bfloat16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
-    _swiglu_quantize_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(K, BLOCK),)](
-        gate, up, out, row, row_scale, col, col_scale, M, K, gate.stride(0), up.stride(0), *strides, 0,
-        MAX_BITS=kinds[0], ROW_POW2=kinds[1], COL_POW2=kinds[2], COL=col is not None, QUANTIZE=row is not None,
-        **constants, **options,
-    )  # fmt: skip
+
+    def rest() -> Rest:
+        M, K = gate.shape
+        tile, options = tiling(gate.dtype is torch.bfloat16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
+        constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
+        constants |= {"COL": col is not None, "QUANTIZE": row is not None}
+        strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
+        return tiles(M, K), (M, K, gate.stride(0), up.stride(0), *strides, 0), constants | tile, options
+
+    launch(_swiglu_quantize_kernel, kinds, (gate, up, out, row, row_scale, col, col_scale), rest)
 
 
 def _check(name: str, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:

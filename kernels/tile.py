@@ -303,6 +303,11 @@ def tiling(
     return {"STRIPS": 64 // num_warps, "KEEP": keep and packs}, {"num_warps": num_warps} | limit
 
 
+def tiles(rows: int, cols: int, parts: int = 1) -> tuple[int]:
+    """Grid with `parts` programs to each tile of 128x128."""
+    return (parts * -(-rows // BLOCK) * -(-cols // BLOCK),)
+
+
 def leading_strides(
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None
 ) -> list[int]:

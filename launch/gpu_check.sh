@@ -73,45 +73,49 @@ json.dump(environment(torch.device('cuda')), open(sys.argv[1], 'w'), indent=2)" 
 # warps that is wrong may never end, so each is in a process of its own. What trains needs no quiet GPU.
 entries=$("$python" -c "
 from fp8train.backends.triton import kernel
-names = {name for gemm in ('gemm', 'gemm_wgrad') for name in kernel(gemm).CONFIGS}
-print(*sorted(name for name in names if name.startswith(('ws_', 'gluon_'))))")
+serve = {}  # entry -> GEMMs
+for operation, gemm in (('gemm', 'fprop'), ('gemm_wgrad', 'wgrad')):
+    for name in kernel(operation).CONFIGS:
+        serve.setdefault(name, []).append(gemm)
+print(*(f'{name}:{chr(44).join(gemms)}' for name, gemms in serve.items() if name.startswith(('ws_', 'gluon_'))))")
 share=$((CORES > 8 ? CORES / 4 : 2))
 tests test_quantisers 120 "$share" tests/kernels -k "quantize and not compile" &
 tests test_gemms 120 "$share" tests/kernels -k "gemm and not compile and not ws_128 and not gluon" &
 tests test_fused 120 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
 tests test_backends 120 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
 for entry in $entries; do
-  tests "test_$entry" 120 1 tests/kernels -k "gemm and $entry" &
+  tests "test_${entry%:*}" 120 1 tests/kernels -k "gemm and ${entry%:*}" &
 done
 step admission 120 "$python" -m fp8train.backends.admission &
 step train 150 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare" &
 wait
 grep -Eq '^\| (test_[^|]*|admission|train) \| (failed|over|not)' "$summary" && failed=1
 
-# Then the time, one after the other on a quiet GPU.
-step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
-step bench_quantize 60 "$python" -m fp8train.bench quantize rounds=15 out="$out/quantize.json"
-step bench_gemm 90 "$python" -m fp8train.bench gemm rounds=11 out="$out/gemm.json"
+# Then the time, on a quiet GPU: the benches start together, which hides their imports, and take turns with the lock.
+bench() { # NAME SECONDS ARGUMENTS...: the limit counts from its turn
+  local name=$1 limit=$2
+  shift 2
+  step "bench_$name" "$TOTAL_SECONDS" "$python" -m fp8train.bench "$@" lock="$out/turn" limit_seconds="$limit" out="$out/$name.json" &
+}
+bench quantize 60 quantize rounds=15
+bench gemm 90 gemm rounds=11
 for size in 4096 8192; do
-  step "bench_linear_$size" 45 "$python" -m fp8train.bench linear rows=8192 in_features=$size out_features=$size \
-    rounds=15 out="$out/linear_$size.json"
+  bench "linear_$size" 45 linear rows=8192 in_features=$size out_features=$size rounds=15
 done
 # Four layers of the 8b shape; with its own vocabulary the head, in BF16 in both arms, would take a third of the time.
 layers=(model=llama3_8b model.num_layers=4 model.vocab_size=8192 experiment=null seq_len=4096 global_batch_tokens=8192
   activation_checkpointing=none)
-step bench_step_eager 60 "$python" -m fp8train.bench step "${layers[@]}" rounds=9 out="$out/step_eager.json"
-step bench_step_fused 60 "$python" -m fp8train.bench step "${layers[@]}" baseline=unfused rounds=9 out="$out/step_fused.json"
-step bench_step_compiled 120 "$python" -m fp8train.bench step "${layers[@]}" compile=true rounds=9 out="$out/step_compiled.json"
+bench step_eager 60 step "${layers[@]}" rounds=9
+bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=9
+bench step_compiled 120 step "${layers[@]}" compile=true rounds=9
 # every entry of the GEMMs by itself, whether the launch table has it or not
 for entry in $entries; do
-  gemms=$("$python" -c "
-import sys
-from fp8train.backends.triton import kernel
-fits = {'gemm': 'fprop', 'gemm_wgrad': 'wgrad'}
-print(','.join(fits[gemm] for gemm in fits if sys.argv[1] in kernel(gemm).CONFIGS))" "$entry")
-  step "bench_$entry" 40 "$python" -m fp8train.bench gemm "backends=[triton:$entry]" "gemms=[$gemms]" rows=[4096] \
-    rounds=7 out="$out/$entry.json"
+  bench "${entry%:*}" 40 gemm "backends=[triton:${entry%:*}]" "gemms=[${entry#*:}]" rows=[4096] rounds=7
 done
+wait
+step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
+grep -Eq '^\| bench_[^|]* \| (failed|over|not)' "$summary" && failed=1
+rm -f "$out/turn"
 
 cp "$out/compare/verdict.json" "$out/compare/report.html" "$out/" 2>/dev/null
 # one file of figures and one of logs

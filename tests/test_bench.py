@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from fp8train.benchmarks.linear import saved_bytes
 from fp8train.benchmarks.timing import BenchArguments, interleaved
 from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.linear import Float8Linear
+from tests.source_tree import ROOT
 
 CPU = torch.device("cpu")
 
@@ -129,3 +134,23 @@ def test_what_cannot_be_timed_is_refused(argv: list[str], message: str) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         bench.main(argv)
+
+
+def test_benches_with_one_lock_take_turns(tmp_path: Path) -> None:
+    """Two that start together: the second begins to compute when the first has written its figures."""
+    lock, ends = tmp_path / "lock", []
+    command = [sys.executable, "-m", "fp8train.bench", "host", "calls=2", "rounds=1", f"lock={lock}"]
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = [subprocess.Popen([*command, f"out={tmp_path / name}"], cwd=ROOT) for name in ("a", "b")]
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting[0].wait(timeout=15)
+        ends += [process.poll() for process in waiting]
+    assert ends == [None, None], "both wait"
+    assert [process.wait(timeout=120) for process in waiting] == [0, 0]
+    assert (tmp_path / "a").is_file() and (tmp_path / "b").is_file()
+
+
+def test_a_bench_that_takes_too_long_is_ended() -> None:
+    command = [sys.executable, "-m", "fp8train.bench", "host", "calls=1000000", "limit_seconds=1"]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGALRM

@@ -29,7 +29,7 @@ def pretender(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "python").write_text(
         f'#!/bin/bash\nfor a in "$@"; do grep -qxF -e "$a" {folder}/fail && exit 7; done\n'
-        '[[ "$*" == *CONFIGS* ]] && echo gluon_1x1 ws_1x1\nexit 0\n'
+        '[[ "$*" == *CONFIGS* ]] && echo gluon_1x1:fprop ws_1x1:fprop,wgrad\nexit 0\n'
     )
     (folder / "nvidia-smi").write_text("#!/bin/bash\nexit 0\n")
     (folder / "fail").write_text("nothing\n")
@@ -58,7 +58,7 @@ def test_every_step_has_a_row(tmp_path: Path, pretender: Path) -> None:
         "correctness comes first, entries by themselves"
     )
     assert {"bench_gemm", "bench_quantize", "bench_linear_4096", "bench_step_eager", "bench_step_fused"} <= set(names)
-    assert {"bench_gluon_1x1", "bench_ws_1x1"} == set(names[-2:])
+    assert {"bench_gluon_1x1", "bench_ws_1x1"} <= set(names) and names[-1] == "bench_host", "which wants a quiet host"
     assert all("passed" in row for row in rows)
 
 

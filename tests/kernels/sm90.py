@@ -69,13 +69,13 @@ class Figures:
 
 def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """COMPILE_CASES of all kernel files that have some, and the Gluon entries of the GEMMs."""
-    from fp8train.kernels import gemm_gluon
+    from tests.kernels import gluon_cases
 
     found = []
     for path in sorted(README.parent.glob("*.py")):
         module = importlib.import_module(f"fp8train.kernels.{path.stem}")
         found += getattr(module, "COMPILE_CASES", [])
-        found += gemm_gluon.compile_cases(path.stem, getattr(module, "CONFIGS", {}))
+        found += gluon_cases.compile_cases(path.stem, getattr(module, "CONFIGS", {}))
     return found
 
 
@@ -110,7 +110,8 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
     mix = collections.Counter(filter(None, map(_opcode, loop)))
     constants = case[3]
     groups, in_flight = constants.get("MATH_GROUPS", 0), constants.get("IN_FLIGHT", 1)
-    accumulators = constants.get("BLOCK_M", 64 * groups) * constants.get("BLOCK_N", 0)
+    rows = constants.get("BLOCK_M", 64 * groups * constants.get("WAVES", 1))
+    accumulators = rows * constants.get("BLOCK_N", 0)
     limits = [int(count) for count in re.findall(r"setmaxnreg\.inc\S+\s+(\d+)", ptx)]
     # the math warps of a specialised kernel are two groups of four, or MATH_GROUPS, whatever num_warps says
     threads = 256 if constants.get("WARP_SPECIALIZE") else 128 * groups or 32 * case[4].get("num_warps", 4)
@@ -137,14 +138,15 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
     barrier of its own 128 threads, since each of its warps waits for its own part of the multiplication; a box goes to
     global memory only behind a fence and such a barrier. The producer announces the bytes of all boxes of a slot.
     """
-    groups, rows = constants["MATH_GROUPS"], constants["BLOCK_N"] + 64 * constants["MATH_GROUPS"]
+    groups, boxes = constants["MATH_GROUPS"], constants["MATH_GROUPS"] * constants["WAVES"]
+    rows = constants["BLOCK_N"] + 64 * boxes
     multiplied = groups * (1 if constants["IN_FLIGHT"] == 1 else constants["IN_FLIGHT"] + 1)  # a pair, and the odd one
     scales = constants["B_ROWS"] == 1  # those of b come with the slot
     wanted = {
         r"mbarrier\.try_wait": multiplied + 1,
         r"mbarrier\.arrive\.shared": multiplied,
         rf"mbarrier\.arrive\.expect_tx\S+ _, \[\S+\], {128 * rows + 4 * scales * constants['BLOCK_N']};": 1,
-        r"mbarrier::complete_tx": groups + 1 + scales,
+        r"mbarrier::complete_tx": boxes + 1 + scales,
         r"wgmma\.mma_async": 4 * multiplied,
         rf"setmaxnreg\S+\s+{constants['MATH_REGISTERS']};": groups,
         r"wgmma\.wait_group\.sync\.aligned\s+1;": groups * (constants["IN_FLIGHT"] - 1),
@@ -158,7 +160,10 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
     order = [mark for mark, _ in itertools.groupby(re.findall(marks.replace(".", "[.]"), ptx))]
     before = {"mbarrier.arrive.shared": "wgmma.wait_group", "tensor.2d.global.shared": "fence.proxy.async"}
     for at, mark in enumerate(order):
-        if mark in before and order[at - 2 : at] != [before[mark], "bar.sync"]:
+        behind = order[at - 2 : at]
+        if mark == "mbarrier.arrive.shared" and constants["WAVES"] == 2 and behind[-1:] == ["bar.sync"]:
+            continue  # a block of its own, behind the loop over the waves: its place in the text says no more
+        if mark in before and behind != [before[mark], "bar.sync"]:
             found.append(f"{mark} behind {', '.join(order[max(at - 2, 0) : at])}; needs {before[mark]}, bar.sync")
     return found
 

@@ -52,8 +52,8 @@ FAULTS = {
     "the parity does not turn": ("        phase ^= 1", "        phase ^= 0"),
     "too few bytes are announced": ("* BLOCK_K + (0 if", "* BLOCK_K - 128 + (0 if"),
     "a product is used before it is there": ("_wait(0, deps=(partial,))", "_wait(1, deps=(partial,))"),
-    "the result is overwritten while it is stored": ("tma.store_wait(0)  # the tile", "pass  # "),
-    "no fence stands before the store": ("            fence_async_shared()\n", ""),
+    "the result is overwritten while it is stored": ("tma.store_wait(0)  # what", "pass  # "),
+    "no fence stands before the store": ("        fence_async_shared()\n        _store", "        _store"),
     "the last store is not awaited": ("    if c_desc is not None:\n        tma.store_wait(0)\n", ""),
     "a warpgroup reads the rows of another": ("slot * MATH_GROUPS + GROUP)", "slot * MATH_GROUPS)"),
     "the scales of the block before are used": ("k + 1, blocks, a_step", "k, blocks, a_step"),
@@ -116,7 +116,7 @@ mbarrier::complete_tx mbarrier::complete_tx mbarrier::complete_tx
 
 
 def test_machine_code_without_a_barrier_that_it_must_have_is_a_fault() -> None:
-    constants = {"MATH_GROUPS": 2, "BLOCK_N": 128, "IN_FLIGHT": 1, "B_ROWS": 128, "MATH_REGISTERS": 232}
+    constants = {"MATH_GROUPS": 2, "WAVES": 1, "BLOCK_N": 128, "IN_FLIGHT": 1, "B_ROWS": 128, "MATH_REGISTERS": 232}
     assert sm90.ring_faults(CODE, constants) == []
     for lost in (
         "bar.sync 0, 128; mbarrier",
