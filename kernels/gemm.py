@@ -29,7 +29,7 @@ CONFIGS = {
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gemm_pointer_kernel(
     a_ptr,  # [M, K] fp8
     b_ptr,  # [N, K] fp8
@@ -65,7 +65,7 @@ def _gemm_pointer_kernel(
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def _gemm_tma_kernel(
     a_ptr,  # [M, K] fp8, rows 16-byte aligned
     b_ptr,  # [N, K] fp8, rows 16-byte aligned
@@ -122,6 +122,7 @@ def _compile_cases():
         kernel = _gemm_tma_kernel if "WARP_SPECIALIZE" in entry else _gemm_pointer_kernel
         tile = {key: value for key, value in entry.items() if key.isupper()} | TILE_ORDER | {"stride_sam": 1}
         options = {key: value for key, value in entry.items() if key.islower()} | {"enable_fp_fusion": True}
+        options["odd"] = ("M",) if kernel is _gemm_pointer_kernel else ("M", "K")  # not specialised
         for output, (pointer, flags) in outputs.items():
             store = {"TMA_STORE": output == "bf16"} if kernel is _gemm_tma_kernel else {}
             cases.append((f"gemm {name} {output}", kernel, aligned | {"c_ptr": pointer}, tile | flags | store, options))

@@ -282,7 +282,7 @@ def _multiply(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["group_m"])
+@gluon.jit(do_not_specialize=["M", "K", "group_m"])
 def _gemm_gluon_kernel(
     a_desc,  # [M, K] fp8, boxes of 64x128
     b_desc,  # [N, K] fp8, boxes of BLOCK_Nx128

@@ -28,7 +28,7 @@ CONFIGS = {
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gemm_wgrad_pointer_kernel(
     a_ptr,  # [M, K] fp8
     b_ptr,  # [N, K] fp8
@@ -64,7 +64,7 @@ def _gemm_wgrad_pointer_kernel(
     tl.store(c_ptrs, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def _gemm_wgrad_tma_kernel(
     a_ptr,  # [M, K] fp8, rows 16-byte aligned
     b_ptr,  # [N, K] fp8, rows 16-byte aligned
@@ -118,6 +118,7 @@ def _compile_cases():
         kernel = _gemm_wgrad_tma_kernel if "WARP_SPECIALIZE" in entry else _gemm_wgrad_pointer_kernel
         tile = {key: value for key, value in entry.items() if key.isupper()} | TILE_ORDER
         options = {key: value for key, value in entry.items() if key.islower()} | {"enable_fp_fusion": True}
+        options["odd"] = ("M",) if kernel is _gemm_wgrad_pointer_kernel else ("M", "K")  # not specialised
         constants = tile | {"stride_sam": 1, "stride_sbn": 1, "ACCUMULATE": True}
         cases.append((f"gemm_wgrad {name}", kernel, signature, constants, options))
     plain = cases[0]

@@ -29,7 +29,7 @@ from fp8train.backends.admission_checks import QUANTISERS, check
 
 LOG = logging.getLogger("fp8train")
 SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
-AT_ONCE = 8  # processes, each with half a GiB of GPU memory
+AT_ONCE = 16  # processes, each with half a GiB of GPU memory
 WRONG, UNDECIDED = 1, 3  # exit statuses of the check
 Kernel = tuple[str, str]  # operation and entry
 

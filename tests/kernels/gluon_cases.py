@@ -29,7 +29,7 @@ def compile_cases(operation: str, configs: Mapping[str, Any]) -> list[tuple[Any,
             made = signature | {key: kind if isinstance(kind, str) else box_type(*kind) for key, kind in boxes.items()}
             constants = entry | registers(entry) | flags | {"stride_sam": 1, "BIAS": "bias_ptr" in types}
             constants = {key: value for key, value in constants.items() if key != "GROUP_M"}
-            options = {"gluon": True, "num_warps": 4, "enable_fp_fusion": True, "odd": ("group_m",)}
+            options = {"gluon": True, "num_warps": 4, "enable_fp_fusion": True, "odd": ("M", "K", "group_m")}
             cases.append((f"{operation} {name} {output}".rstrip(), _gemm_gluon_kernel, made, constants, options))
     return cases
 
