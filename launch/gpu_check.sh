@@ -4,7 +4,7 @@
 # antlr4-python3-runtime, safetensors, matplotlib ...), made elsewhere with: pip wheel -w WHEELS_DIR hydra-core ...
 # Every step is a process of its own with a time limit, so that one that hangs costs its own rows only. OUT_DIR gets
 # summary.md, results.json (for kernels/results/DATE.json, see kernels/README.md), logs.tar.gz and report.html. PYTHON names
-# the interpreter (python3).
+# the interpreter (python3). PARTS="tests benches" says what to do, both by default; TOTAL_SECONDS how long at most.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,6 +27,7 @@ fi
 }
 
 TOTAL_SECONDS=${TOTAL_SECONDS:-530}
+PARTS=" ${PARTS:-tests benches} "
 CORES=$(nproc)
 failed=0
 summary=$out/summary.md
@@ -78,16 +79,18 @@ for operation, gemm in (('gemm', 'fprop'), ('gemm_wgrad', 'wgrad')):
     for name in kernel(operation).CONFIGS:
         serve.setdefault(name, []).append(gemm)
 print(*(f'{name}:{chr(44).join(gemms)}' for name, gemms in serve.items() if name.startswith(('ws_', 'gluon_'))))")
-share=$((CORES > 8 ? CORES / 4 : 2))
-tests test_quantisers 120 "$share" tests/kernels -k "quantize and not compile" &
-tests test_gemms 120 "$share" tests/kernels -k "gemm and not compile and not ws_128 and not gluon" &
-tests test_fused 120 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
-tests test_backends 120 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
-for entry in $entries; do
-  tests "test_${entry%:*}" 120 1 tests/kernels -k "gemm and ${entry%:*}" &
-done
 step admission 120 "$python" -m fp8train.backends.admission &
-step train 150 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare" &
+if [[ $PARTS == *" tests "* ]]; then
+  share=$((CORES > 8 ? CORES / 4 : 2))
+  tests test_quantisers 120 "$share" tests/kernels -k "quantize and not compile" &
+  tests test_gemms 120 "$share" tests/kernels -k "gemm and not compile and not ws_128 and not gluon" &
+  tests test_fused 120 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
+  tests test_backends 120 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
+  for entry in $entries; do
+    tests "test_${entry%:*}" 120 1 tests/kernels -k "gemm and ${entry%:*}" &
+  done
+  step train 150 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare" &
+fi
 wait
 grep -Eq '^\| (test_[^|]*|admission|train) \| (failed|over|not)' "$summary" && failed=1
 
@@ -97,23 +100,27 @@ bench() { # NAME SECONDS ARGUMENTS...: the limit counts from its turn
   shift 2
   step "bench_$name" "$TOTAL_SECONDS" "$python" -m fp8train.bench "$@" lock="$out/turn" limit_seconds="$limit" out="$out/$name.json" &
 }
-bench quantize 60 quantize rounds=15
-bench gemm 90 gemm rounds=11
-for size in 4096 8192; do
-  bench "linear_$size" 45 linear rows=8192 in_features=$size out_features=$size rounds=15
-done
-# Four layers of the 8b shape; with its own vocabulary the head, in BF16 in both arms, would take a third of the time.
-layers=(model=llama3_8b model.num_layers=4 model.vocab_size=8192 experiment=null seq_len=4096 global_batch_tokens=8192
-  activation_checkpointing=none)
-bench step_eager 60 step "${layers[@]}" rounds=9
-bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=9
-bench step_compiled 120 step "${layers[@]}" compile=true rounds=9
-# every entry of the GEMMs by itself, whether the launch table has it or not
-for entry in $entries; do
-  bench "${entry%:*}" 40 gemm "backends=[triton:${entry%:*}]" "gemms=[${entry#*:}]" rows=[4096] rounds=7
-done
-wait
-step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
+benches() {
+  bench quantize 60 quantize rounds=15
+  bench gemm 90 gemm rounds=11
+  for size in 4096 8192; do
+    bench "linear_$size" 45 linear rows=8192 in_features=$size out_features=$size rounds=15
+  done
+  # Four layers of the 8b shape; with its own vocabulary the head, in BF16 in both arms, would take a third of the time.
+  layers=(model=llama3_8b model.num_layers=4 model.vocab_size=8192 experiment=null seq_len=4096 global_batch_tokens=8192
+    activation_checkpointing=none)
+  bench step_eager 60 step "${layers[@]}" rounds=9
+  bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=9
+  # every entry of the GEMMs by itself, whether the launch table has it or not
+  for entry in $entries; do
+    bench "${entry%:*}" 40 gemm "backends=[triton:${entry%:*}]" "gemms=[${entry#*:}]" rows=[4096] rounds=7
+  done
+  wait
+  bench step_compiled 120 step "${layers[@]}" compile=true rounds=9 # last: it compiles for a minute
+  wait
+  step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
+}
+[[ $PARTS != *" benches "* ]] || benches
 grep -Eq '^\| bench_[^|]* \| (failed|over|not)' "$summary" && failed=1
 rm -f "$out/turn"
 
