@@ -22,7 +22,7 @@ CONFIGS = {
     "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
     "tma_64x128_s4": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": False},
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
-    "gluon_192x128_s5": {"MATH_GROUPS": 3, "WAVES": 1, "BLOCK_N": 128, "STAGES": 5, "IN_FLIGHT": 1, "GROUP_M": 4},
+    "gluon_192x128_s5": {"MATH_GROUPS": 3, "WAVES": 1, "BLOCK_N": 128, "STAGES": 5, "IN_FLIGHT": 1, "GROUP_M": 8},
     "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "WAVES": 1, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2, "GROUP_M": 8},
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides

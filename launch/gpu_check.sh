@@ -79,7 +79,7 @@ for operation, gemm in (('gemm', 'fprop'), ('gemm_wgrad', 'wgrad')):
     for name in kernel(operation).CONFIGS:
         serve.setdefault(name, []).append(gemm)
 print(*(f'{name}:{chr(44).join(gemms)}' for name, gemms in serve.items() if name.startswith(('ws_', 'gluon_'))))")
-step admission 120 "$python" -m fp8train.backends.admission &
+step admission 120 "$python" -m fp8train.backends &
 if [[ $PARTS == *" tests "* ]]; then
   share=$((CORES > 8 ? CORES / 4 : 2))
   tests test_quantisers 120 "$share" tests/kernels -k "quantize and not compile" &

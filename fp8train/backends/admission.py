@@ -4,7 +4,7 @@ A toolchain may compile a kernel wrongly: ptxas 12.8 lost bytes of a transposed 
 warp-specialised kernel may give wrong numbers or never end. So before the first use on a new combination of GPU,
 versions and kernel sources, child processes with a time limit check every entry of the launch table and every quantiser
 (admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a kernel by name; the next entry, or
-the plain way, runs in its place. `python -m fp8train.backends.admission` makes the checks ahead of time.
+the plain way, runs in its place. `python -m fp8train.backends` makes the checks ahead of time.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import torch
 
 from fp8train._layout import folder
 from fp8train.backends.admission_checks import QUANTISERS, check
+from fp8train.backends.machine import no_gpu
 
 LOG = logging.getLogger("fp8train")
 SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
 AT_ONCE = 16  # processes, each with half a GiB of GPU memory
-WRONG, UNDECIDED = 1, 3  # exit statuses of the check
+WRONG, NO_GPU, UNDECIDED = 1, 2, 3  # exit statuses of the check
 Kernel = tuple[str, str]  # operation and entry
 
 
@@ -105,7 +106,7 @@ def _log(made: dict[Kernel, tuple[str | None, bool]], device: str) -> None:
 
 def _check_in_child(kernel: Kernel, index: int) -> tuple[str | None, bool]:
     """(reason against the kernel or None, whether that is decided for good)."""
-    command = [sys.executable, "-m", "fp8train.backends.admission", *kernel, "--device", str(index)]
+    command = [sys.executable, "-m", "fp8train.backends", *kernel, "--device", str(index)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -151,6 +152,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("entry", nargs="?")
     parser.add_argument("--device", type=int, default=0)
     arguments = parser.parse_args(argv)
+    if reason := no_gpu("cuda"):
+        sys.stderr.write(f"fp8train.backends: {reason}; needs a GPU with FP8 units. Nothing was checked.\n")
+        return NO_GPU
     device = torch.device("cuda", arguments.device)
     if arguments.entry is None:
         found = verdicts(arguments.device)
@@ -165,7 +169,3 @@ def main(argv: Sequence[str]) -> int:
     reason = check(arguments.operation, arguments.entry, device)
     sys.stdout.write(f"{reason or 'correct'}\n")
     return WRONG if reason else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -25,13 +25,15 @@ FP32_CALC_DIFF = 1e-7  # mean over rows
 ROW_CALC_DIFF = 1e-6  # of any row
 BF16_CALC_DIFF = 5e-6  # of any row; rounding to BF16 is 1.3e-6
 SIGNED_BIAS = 1e-3  # of a sum of positive products; without promotion it grows with K
-# (operation, variant) of the quantisers, each with the plain way that takes its place where it is refused
+# (operation, variant) of the quantisers that every model may use; each has a plain way that takes its place where it is
+# refused. The fused ones are compiled for seconds, so each dtype is a variant, and fp32 is checked when it is wanted.
 QUANTISERS = (
     ("quantize", "rows"), ("quantize", "columns"), ("quantize", "dual"), ("quantize_weight", "one_read"),
-    ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "fused"), ("swiglu_quantize", "fused"),
-    ("swiglu_backward_quantize", "fused"),
+    ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "bf16"), ("swiglu_quantize", "bf16"),
+    ("swiglu_backward_quantize", "bf16"),
 )  # fmt: skip
-MATRICES = ((256, 384), (300, 200), (77, 131))  # rows of 16 bytes and whole blocks; neither; odd
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MATRICES = ((256, 384), (300, 200))  # whole blocks in rows that start at 16 bytes; neither
 
 
 def check(operation: str, entry: str, device: torch.device) -> str | None:
@@ -39,7 +41,7 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
 
     Args:
         operation: a file of kernels/.
-        entry: of its launch entries, or a variant of QUANTISERS.
+        entry: of its launch entries, or a variant as in QUANTISERS.
         device: where to run it.
     """
     if operation in GEMMS:
@@ -113,12 +115,12 @@ def check_codes(
     """Quantise matrices with a kernel; which copy of which differs from the definition, or None.
 
     Args:
-        operation, variant: of QUANTISERS.
+        operation, variant: as in QUANTISERS.
         device: where to quantise.
         matrices: their rows and columns.
     """
     for number, (rows, cols) in enumerate(matrices):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in [DTYPES[variant]] if variant in DTYPES else DTYPES.values():
             for scale in ("pow2", "fp32"):
                 inputs = [_matrix(rows, cols, 3 * number + part, dtype, device) for part in range(3)]
                 for name, q, x, transposed in _copies(operation, variant, inputs, scale):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm
 from fp8train.backends.admission import Admission
+from fp8train.backends.admission_checks import DTYPES
 from fp8train.backends.interface import Copies
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
 from fp8train.backends.producers import Producers
@@ -30,6 +31,7 @@ from fp8train.quant.qtensor import QTensor
 
 OLDEST, BELOW = (3, 6), (3, 10)  # versions of Triton that the kernels are compiled with in the tests
 ROW, SQUARE = (1, 128), (128, 128)
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_SHAPES = 4096  # of operands, for which the choice of an entry is kept; a model has tens
 
 
@@ -122,7 +124,9 @@ class TritonBackend(Producers):
         self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Tensor]:
         """See Backend."""
-        if not (self.fuses(row, col) and self._admitted("rmsnorm_quantize", "fused", x.device)):
+        if not (
+            self.fuses(row, col) and self._admitted("rmsnorm_quantize", _DTYPE_NAMES.get(x.dtype, "fp32"), x.device)
+        ):
             return super().rmsnorm_quantize(x, weight, eps, dtype, row, col)
         run = kernel("rmsnorm_quantize").rmsnorm_quantize
         *copies, rstd = run(_rows_dense(x), weight, eps=eps, out_dtype=dtype, **_formats(row, col))
@@ -130,7 +134,10 @@ class TritonBackend(Producers):
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """See Backend."""
-        if not (self.fuses(row, col) and self._admitted("swiglu_quantize", "fused", gate.device)):
+        if not (
+            self.fuses(row, col)
+            and self._admitted("swiglu_quantize", _DTYPE_NAMES.get(gate.dtype, "fp32"), gate.device)
+        ):
             return super().swiglu_quantize(gate, up, row, col)
         run = kernel("swiglu_quantize").swiglu_quantize
         return _copies(run(_rows_dense(gate), _rows_dense(up), **_formats(row, col)), row, col)
@@ -139,7 +146,10 @@ class TritonBackend(Producers):
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Copies]:
         """See Backend."""
-        if not (self.fuses(row, col) and self._admitted("swiglu_backward_quantize", "fused", gate.device)):
+        if not (
+            self.fuses(row, col)
+            and self._admitted("swiglu_backward_quantize", _DTYPE_NAMES.get(gate.dtype, "fp32"), gate.device)
+        ):
             return super().swiglu_backward_quantize(dh, gate, up, row, col)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
         dgate, dup = run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up), **_formats(row, col))

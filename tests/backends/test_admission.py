@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.hardware import devices  # noqa: E402
 from tests.kernels.products import quantized  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 from tests.shapes import matrix  # noqa: E402
+from tests.source_tree import ROOT  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ((1, 128, 128), (130, 140, 272))
@@ -274,7 +276,7 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
             assert same_codes(q, right)
             assert (q.qdata.stride(), q.scale_inv.stride()) == (right.qdata.stride(), right.scale_inv.stride())
         assert len(asked) == len(set(asked)), "each is asked once"
-        assert "swiglu_quantize fused: it loses bytes" in backend.note
+        assert "swiglu_quantize bf16: it loses bytes" in backend.note
 
 
 @pytest.mark.parametrize("operation", ["gemm", "gemm_wgrad"])
@@ -289,3 +291,10 @@ def test_table_orders_entries_by_the_waves_of_their_tiles(operation: str) -> Non
     assert table.entries("gemm", (9, 0), 64, 4096, 132)[0] == "tma_64x128_s4", "others would pad half of their rows"
     assert table.entries(operation, (8, 9), 4096, 4096, 132) == ()
     assert table.device_entries(operation, CPU, 4096, 4096) == ()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_says_in_one_line_that_there_is_no_gpu() -> None:
+    done = subprocess.run([sys.executable, "-m", "fp8train.backends"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == admission.NO_GPU and len(done.stderr.splitlines()) == 1
+    assert "needs a GPU with FP8 units" in done.stderr

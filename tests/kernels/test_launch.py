@@ -10,7 +10,22 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.kernels import (  # noqa: E402
+    gemm,
+    gemm_gluon,
+    gemm_launch,
+    gemm_wgrad,
+    launch,
+    quantize,
+    quantize_weight,
+    rmsnorm_quantize,
+    swiglu_backward_quantize,
+    swiglu_quantize,
+)
 from fp8train.kernels.launch import Ready, overlaps, properties  # noqa: E402
+from fp8train.quant.qtensor import QTensor  # noqa: E402
+from tests.kernels.products import DEVICE, assert_product, m_contiguous, padded_rows, quantized  # noqa: E402
+from tests.shapes import matrix  # noqa: E402
 
 
 class Compiled:
@@ -97,3 +112,91 @@ def test_memory_that_is_shared_is_found() -> None:
     assert overlaps(out, (before, None, empty, memory[40:])) is None
     assert overlaps(out, (before, across)) == 1
     assert overlaps(memory.view(10, 10)[:, :3], (memory.view(10, 10)[1:3, 5:],)) == 0, "spans count, holes too"
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, on_device_0: None) -> dict[Any, Ready]:
+    """Launches are kept on a CPU too: what is "compiled" there is the interpreted kernel, or the model's."""
+    ready: dict[Any, Ready] = {}
+
+    class Again:
+        metadata = types.SimpleNamespace(global_scratch_size=0)
+
+        def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
+            self.kernel, self.options = kernel, options
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            names = self.kernel.arg_names
+            launch = self.kernel[tuple(size for size in grid if size != 1) or (1,)]
+            return lambda *arguments: launch(**dict(zip(names, arguments, strict=True)), **self.options)
+
+    def first_launch(
+        key: Any, kernel: Any, grid: Any, arguments: Any, tensors: Any, device: torch.device, **options: Any
+    ) -> None:
+        ordered = {name: arguments[name] for name in kernel.arg_names}
+        kernel[grid](**ordered, **options)
+        ready[key] = Ready(Again(kernel, options), grid, ordered, tensors, 0)
+
+    for module in (launch, gemm_launch, gemm_gluon):
+        monkeypatch.setattr(module, "first_launch", first_launch)
+    for module in (launch, gemm_launch):
+        monkeypatch.setattr(module, "READY", ready)
+    return ready
+
+
+on_a_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU keeps its launches by itself: tests there use them")
+ENTRIES = [(module, name) for module in (gemm, gemm_wgrad) for name in module.CONFIGS]
+
+
+@on_a_cpu
+@pytest.mark.parametrize(("module", "config"), ENTRIES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("given", ["out", "new", "fp32"])
+def test_a_second_product_is_that_of_its_own_operands(
+    module: Any, config: str, given: str, kept: dict[Any, Ready]
+) -> None:
+    square = module is gemm
+    run = gemm.gemm if square else gemm_wgrad.gemm_wgrad
+    for seed in (1, 2, 3):
+        a, b = quantized(200, 272, "e4m3 1x128", seed), quantized(160, 272, f"e4m3 {'128' if square else '1'}x128", 9)
+        b = QTensor(
+            padded_rows(b.qdata, 16), b.scale_inv * seed if square else m_contiguous(b.scale_inv * seed), b.spec
+        )
+        options: dict[str, Any] = {"config": config}
+        if given == "out":
+            options |= {"out": matrix(200, 160, seed=seed).clone()} | ({} if square else {"accumulate": True})
+        elif square:
+            options |= {"out_dtype": torch.float32 if given == "fp32" else torch.bfloat16}
+            options |= {"bias": matrix(1, 160, seed=seed)[0]} if given == "fp32" else {}
+        plus = options["out"].clone() if "accumulate" in options else options.get("bias")
+        y = run(padded_rows(a.qdata, 16), b.qdata, m_contiguous(a.scale_inv), b.scale_inv, **options)
+        assert_product(y, a, b, plus, seed)
+    assert len(kept) == 1
+
+
+@on_a_cpu
+def test_a_second_call_of_each_quantiser_is_that_of_its_own_input(kept: dict[Any, Ready]) -> None:
+    options: dict[str, Any] = {"fp8_dtype": torch.float8_e4m3fn, "fp8_max": 448.0, "pow2": True}
+    weight = torch.linspace(0.5, 1.5, 272)
+    calls = {
+        "rows": lambda x, y, z: quantize.quantize_rows(x, **options),
+        "dual": lambda x, y, z: quantize.quantize_dual(x, **options),
+        "weight": lambda x, y, z: quantize_weight.quantize_weight(x.float(), **options),
+        "norm": lambda x, y, z: rmsnorm_quantize.rmsnorm_quantize(x, weight, eps=1e-5, **options)[:4],
+        "swiglu": lambda x, y, z: swiglu_quantize.swiglu_quantize(x, y, **options),
+        "backward": lambda x, y, z: sum(swiglu_backward_quantize.swiglu_backward_quantize(x, y, z, **options), ()),
+    }
+    for name, call in calls.items():
+        made = []
+        for again in (False, True):
+            if not again:
+                kept.clear()
+            for seed in (1, 2):
+                made.append(call(*(matrix(140, 272, seed=10 * seed + part).bfloat16() for part in range(3))))
+            if not again:
+                assert len(kept) == 1, name
+        first, second = made[:2], made[2:]
+        kept.clear()
+        alone = call(*(matrix(140, 272, seed=20 + part).bfloat16() for part in range(3)))  # seed 2, launched by Triton
+        for copies in (first[1], second[1]):
+            for tensor, wanted in zip(copies, alone, strict=True):
+                assert torch.equal(tensor.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)), name
