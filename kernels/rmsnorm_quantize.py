@@ -7,7 +7,7 @@ differs by the order of a sum: `rmsnorm` is the same without the quantiser, and 
 Two kernels: rows to rstd, then one program per tile of 128x128, which reads x again: column blocks need 128 whole rows,
 which fit no SM.
 How a tile is scaled and stored is in tile.py.
-Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; RMSNorm: arXiv:1910.07467. Measured: not on hardware yet.
+Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; RMSNorm: arXiv:1910.07467. Measured: kernels/README.md.
 """
 
 from __future__ import annotations

@@ -36,15 +36,37 @@ def _part(name: str, content: Mapping[str, Any]) -> str:
     environment = content["environment"]
     versions = ", ".join(f"{key} {environment[key]}" for key in ("torch", "triton", "cuda", "python"))
     commit = str(environment["git_commit"])[:12] + (" with changes" if environment["git_dirty"] else "")
-    lines = [f"### {name}: {environment['device']['name']}", "", f"`launch/gpu_check.sh` at {commit}; {versions}."]
+    made = "By hand" if "note" in content else "`launch/gpu_check.sh`"
+    lines = [f"### {name}: {environment['device']['name']}", "", f"{made} at {commit}; {versions}."]
     lines += [f"nvidia-smi: `{line}`" for line in content.get("machine", "").splitlines()[1:]]
+    lines += ["", content["note"]] if "note" in content else []
     benches = {step: bench for step, bench in content.items() if isinstance(bench, dict) and "results" in bench}
     for step, bench in benches.items():
         arguments = bench["arguments"]
-        lines += ["", f"`bench {bench['subject']}` ({step}, {arguments['rounds']} interleaved rounds):", "", HEAD]
-        lines.append("| --- | --- | --: | --: | --: |")
-        lines += [row for result in bench["results"] for row in _rows(result)]
+        lines += ["", f"`bench {bench['subject']}` ({step}, {arguments['rounds']} interleaved rounds):", ""]
+        lines += _wide(bench["results"]) if _many(bench["results"]) else _long(bench["results"])
     return "\n".join(lines)
+
+
+def _many(results: list[Mapping[str, Any]]) -> bool:
+    return max(len(result["timings"]) for result in results) > 3
+
+
+def _long(results: list[Mapping[str, Any]]) -> list[str]:
+    """A line for each contestant."""
+    return [HEAD, "| --- | --- | --: | --: | --: |", *[row for result in results for row in _rows(result)]]
+
+
+def _wide(results: list[Mapping[str, Any]]) -> list[str]:
+    """Rates at the medians: a line for each case, a column for each contestant."""
+    names = list(dict.fromkeys(name for result in results for name in result["timings"]))
+    unit = "TFLOP/s" if "flops" in results[0] else "GB/s"
+    lines = [f"| {unit} | {' | '.join(names)} |", f"| --- |{' --: |' * len(names)}"]
+    for result in results:
+        rates = {name: _rate(result, name, timing["median_seconds"]) for name, timing in result["timings"].items()}
+        cells = [rates.get(name, "-").removesuffix(unit).strip() for name in names]
+        lines.append(f"| {result['title']} | {' | '.join(cells)} |")
+    return lines
 
 
 def _rows(result: Mapping[str, Any]) -> list[str]:

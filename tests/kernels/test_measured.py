@@ -40,3 +40,19 @@ def test_figures_are_those_of_the_files_newest_first(tmp_path: Path) -> None:
     assert "| fprop M 4096 | triton, WRONG | 1.000 ms | 0.50 (0.48 ... 0.53) | 1000 TFLOP/s |" in text
     assert "| quantize both | triton | 1.000 ms | 0.50 (0.48 ... 0.53) | 3000 GB/s |" in text
     assert "| training step | triton | 1.000 ms | 0.50 (0.48 ... 0.53) | 8,192,000 tok/s |" in text
+
+
+def test_many_contestants_are_columns(tmp_path: Path) -> None:
+    environment = dict.fromkeys(("torch", "triton", "cuda", "python", "git_commit", "git_dirty"), "1")
+    timings = {name: {"median_seconds": 0.001 * number} for number, name in enumerate("abcd", 1)}
+    results = [
+        {"title": "one", "timings": timings, "flops": 1e12},
+        {"title": "two", "timings": {"a": timings["a"]}, "flops": 2e12},
+    ]
+    bench = {"subject": "gemm", "arguments": {"rounds": 9}, "results": results}
+    content = {"environment": environment | {"device": {"name": "NVIDIA H100"}}, "note": "By hand.", "gemm": bench}
+    (tmp_path / "2026-12-01.json").write_text(json.dumps(content))
+    text = measured.section(tmp_path)
+    assert "By hand." in text
+    assert "| TFLOP/s | a | b | c | d |" in text and "| one | 1000 | 500 | 333 | 250 |" in text
+    assert "| two | 2000 | - | - | - |" in text
