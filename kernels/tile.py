@@ -272,13 +272,14 @@ def add_statistics(stats_ptr, amax_bits, counts, m, k, M, K):
 def empty_codes(x: Tensor, rows: int, cols: int, dtype: torch.dtype, multiple: int) -> Tensor:
     """[rows, cols] with a leading stride that is a multiple of `multiple`: TMA wants 16 bytes, whole tiles 128."""
     padded = -(-cols // multiple) * multiple
-    return torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :cols]
+    made = torch.empty(rows, padded, dtype=dtype, device=x.device)
+    return made if padded == cols else made[:, :cols]
 
 
 def empty_scales(x: Tensor, rows: int, cols: int) -> Tensor:
     """[rows, ceil(cols/128)] fp32, rows contiguous; a GEMM tile of up to 256 rows may read beyond the last one."""
-    padded = -(-(rows + 255) // 16) * 16
-    return torch.empty(-(-cols // BLOCK), padded, dtype=torch.float32, device=x.device).t()[:rows]
+    blocks, padded = -(-cols // BLOCK), -(-(rows + 255) // 16) * 16
+    return torch.empty(blocks * padded, dtype=torch.float32, device=x.device).as_strided((rows, blocks), (1, padded))
 
 
 def empty_copies(
