@@ -41,8 +41,8 @@ def test_every_entry_of_the_launch_table_is_compiled(rows: list[sm90.Figures]) -
     names = {tuple(row.name.split()[:2]) for row in rows}
     for operation, module in (("gemm", gemm), ("gemm_wgrad", gemm_wgrad)):
         assert {(operation, entry) for entry in module.CONFIGS} <= names
-    for (operation, _), classes in gemm_table.TABLE.items():
-        assert {(operation, entry) for entries in classes.values() for entry in entries} <= names
+    for operation, major in gemm_table.TABLE:
+        assert set(gemm_table.listed((major, 0))) <= names, operation
 
 
 def test_specialised_entries_have_their_own_math_warps(rows: list[sm90.Figures]) -> None:
