@@ -16,7 +16,7 @@ from __future__ import annotations
 import fcntl
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -58,15 +58,23 @@ class Turn:
     lock: str | None = None
     limit_seconds: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.limit_seconds is not None and self.limit_seconds < 1:
+            raise ConfigError(f"bench: limit_seconds is {self.limit_seconds}; needs at least 1, or null.")
+
 
 @contextmanager
 def _turn(turn: Turn) -> Iterator[None]:
-    with open(turn.lock or "/dev/null", "w") as file:
+    with ExitStack() as stack:
         if turn.lock is not None:
+            try:
+                file = stack.enter_context(open(turn.lock, "a"))
+            except OSError as error:
+                raise ConfigError(f"bench: lock {turn.lock} cannot be opened: {error}. Name a file.") from error
             fcntl.flock(file, fcntl.LOCK_EX)
         signal.alarm(turn.limit_seconds or 0)
+        stack.callback(signal.alarm, 0)
         yield
-        signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import triton.language as tl
 from fp8train.kernels.gemm_launch import Gemm
 from fp8train.kernels.gemm_tile import BLOCK_K, TILE_ORDER, num_blocks, tile_at
 
-# Tiles that fit the registers: 256x128 and 128x256 spill 140 to 936 bytes, 128x128 by pointers with odd strides 3644.
+# In plain Triton 256x128 and 128x256 spill 140 to 936 bytes, 128x128 by pointers with odd strides 3644.
 # Warp specialisation splits BLOCK_M = 128 into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with
-# num_warps=8 the pass does nothing. Entries with MATH_GROUPS are in gemm_gluon.py: TMA, 64 rows to a warpgroup.
+# num_warps=8 the pass does nothing. Entries with MATH_GROUPS are in gemm_gluon.py: TMA, WAVES of 64 rows to a
+# warpgroup.
 CONFIGS = {
     "pointer_64x64_s3": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
@@ -137,7 +138,10 @@ def _compile_cases():
 COMPILE_CASES = _compile_cases()
 
 
-GEMM = Gemm("gemm", 128, (torch.bfloat16, torch.float32), CONFIGS, PLAIN, _gemm_pointer_kernel, _gemm_tma_kernel)
+GEMM = Gemm(
+    name="gemm", b_rows=128, out_dtypes=(torch.bfloat16, torch.float32), configs=CONFIGS, plain=PLAIN,
+    pointer_kernel=_gemm_pointer_kernel, tma_kernel=_gemm_tma_kernel,
+)  # fmt: skip
 
 
 def gemm(

@@ -15,7 +15,7 @@ from fp8train.kernels.launch import READY, first_launch, overlaps, properties
 ARGUMENTS = ("a", "b", "out", "a_scale", "b_scale", "bias")  # the tensors of a launch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gemm:
     """One of the two operations.
 

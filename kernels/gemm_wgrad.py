@@ -14,7 +14,7 @@ import triton.language as tl
 from fp8train.kernels.gemm_launch import Gemm
 from fp8train.kernels.gemm_tile import BLOCK_K, TILE_ORDER, num_blocks, tile_at
 
-# Tiles that fit the registers: 128x256 spills 204 bytes, 128x128 by pointers 176. Warp specialisation splits
+# In plain Triton 128x256 spills 204 bytes, 128x128 by pointers 176. Warp specialisation splits
 # BLOCK_M = 128 into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does
 # nothing. Entries with MATH_GROUPS are in gemm_gluon.py: TMA, 64 rows to a warpgroup.
 CONFIGS = {
@@ -132,7 +132,10 @@ def _compile_cases():
 COMPILE_CASES = _compile_cases()
 
 
-GEMM = Gemm("gemm_wgrad", 1, (torch.float32,), CONFIGS, PLAIN, _gemm_wgrad_pointer_kernel, _gemm_wgrad_tma_kernel)
+GEMM = Gemm(
+    name="gemm_wgrad", b_rows=1, out_dtypes=(torch.float32,), configs=CONFIGS, plain=PLAIN,
+    pointer_kernel=_gemm_wgrad_pointer_kernel, tma_kernel=_gemm_wgrad_tma_kernel,
+)  # fmt: skip
 
 
 def gemm_wgrad(

@@ -117,7 +117,7 @@ def launch(
         tensors: its first arguments, in order; None for those that this launch does without. At least the first is one.
         rest: gives the grid, the arguments that follow, constants by name, and options of the compiler.
     """
-    key = (kernel, settings, *properties(*tensors))
+    key = (kernel.fn, settings, *properties(*tensors))  # not the kernel: Triton hashes it by its source, with a lock
     ready = READY.get(key)
     if ready is not None:
         ready(*tensors)

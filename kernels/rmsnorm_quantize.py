@@ -27,7 +27,7 @@ from fp8train.kernels.tile import (
     leading_strides,
     load_strip,
     max_bits,
-    store_strip,
+    store_plain,
     store_tile,
     strip,
     tiles,
@@ -36,7 +36,6 @@ from fp8train.kernels.tile import (
 
 RSTD_ROWS, RSTD_COLS = 4, 1024  # tile of the first kernel: 32 numbers a thread with 4 warps
 RSTD_WARPS = 4
-MAX_REGISTERS: int | None = None
 KEEP = True  # normalise once
 
 
@@ -91,12 +90,7 @@ def _rmsnorm_quantize_kernel(
             stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
         )  # fmt: skip
     else:
-        y = (
-            _normalize(*inputs, 0, m, k, M, K, 4), _normalize(*inputs, 1, m, k, M, K, 4),
-            _normalize(*inputs, 2, m, k, M, K, 4), _normalize(*inputs, 3, m, k, M, K, 4),
-        )  # fmt: skip
-        for i in tl.static_range(4):
-            store_strip(y[i], out_ptr, stride_om, i, m, k, M, K, 4)
+        store_plain(_normalize, inputs, out_ptr, stride_om, m, k, M, K)
 
 
 def _compile_cases() -> list[tuple]:
@@ -111,13 +105,13 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"rmsnorm_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = tiling(True, True, KEEP, NUM_WARPS, MAX_REGISTERS)
+            more, options = tiling(True, True, KEEP, NUM_WARPS)
             cases.append((title, kernel, {"x_ptr": f"*{dtype}"} | vectors | pointers, constants | more, options))
         rstd = {"x_ptr": f"*{dtype}", "rstd_ptr": "*fp32", "M": "i32", "K": "i32", "stride_xm": "i32", "eps": "fp32"}
         tile = {"ROWS": RSTD_ROWS, "COLS": RSTD_COLS}
         cases.append((f"rmsnorm rstd {dtype}", _rstd_kernel, rstd, tile, {"num_warps": RSTD_WARPS, "odd": ("eps",)}))
     title, _, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS, MAX_REGISTERS)
+    more, options = tiling(True, False, KEEP, NUM_WARPS)
     constants = constants | more
     cases.append((f"{title} row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -202,7 +196,7 @@ def _launch(
 
     def rest() -> Rest:
         (M, K), bf16 = x.shape, out_dtype is torch.bfloat16
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS)
         constants = {"BF16": bf16, "MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)

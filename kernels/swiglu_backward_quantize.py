@@ -38,7 +38,6 @@ from fp8train.kernels.tile import (
     tiling,
 )
 
-MAX_REGISTERS: int | None = None  # no limit
 KEEP = True  # calculate the gradients once
 JOINT = True  # with BF16 gradients, pow2 scales and whole sizes; others spill
 
@@ -179,11 +178,11 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_backward_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS, MAX_REGISTERS)
+            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS)
             more["JOINT"] = JOINT and dtype == "bf16" and pow2
             cases.append((title, kernel, inputs | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS, MAX_REGISTERS)
+    more, options = tiling(True, False, KEEP, NUM_WARPS)
     constants = constants | more | {"COL": False, "JOINT": False}
     cases.append((f"{title} row copies", kernel, signature, constants, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -271,7 +270,7 @@ def _launch(
         inputs = dh.stride(0), gate.stride(0), up.stride(0)
         whole = all(size % 16 == 0 for size in (M, K, *inputs))
         joint = row is None or (JOINT and bf16 and whole and kinds[1] and kinds[2] and col is not None)
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS)
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None, "JOINT": joint}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)

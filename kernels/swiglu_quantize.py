@@ -26,13 +26,12 @@ from fp8train.kernels.tile import (
     leading_strides,
     load_strip,
     max_bits,
-    store_strip,
+    store_plain,
     store_tile,
     tiles,
     tiling,
 )
 
-MAX_REGISTERS: int | None = None
 KEEP = True  # calculate h once
 
 
@@ -64,12 +63,7 @@ def _swiglu_quantize_kernel(
             stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
         )  # fmt: skip
     else:
-        h = (
-            _swiglu(*inputs, 0, m, k, M, K, 4), _swiglu(*inputs, 1, m, k, M, K, 4),
-            _swiglu(*inputs, 2, m, k, M, K, 4), _swiglu(*inputs, 3, m, k, M, K, 4),
-        )  # fmt: skip
-        for i in tl.static_range(4):
-            store_strip(h[i], out_ptr, stride_om, i, m, k, M, K, 4)
+        store_plain(_swiglu, inputs, out_ptr, stride_om, m, k, M, K)
 
 
 def _compile_cases() -> list[tuple]:
@@ -83,10 +77,10 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS, MAX_REGISTERS)
+            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS)
             cases.append((title, _swiglu_quantize_kernel, inputs | pointers, constants | more, options))
     _, kernel, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS, MAX_REGISTERS)
+    more, options = tiling(True, False, KEEP, NUM_WARPS)
     constants = constants | more
     cases.append(("swiglu_quantize bf16 pow2 row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -155,7 +149,7 @@ def _launch(
 
     def rest() -> Rest:
         M, K = gate.shape
-        tile, options = tiling(gate.dtype is torch.bfloat16, col is not None, KEEP, NUM_WARPS, MAX_REGISTERS)
+        tile, options = tiling(gate.dtype is torch.bfloat16, col is not None, KEEP, NUM_WARPS)
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)

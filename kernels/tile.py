@@ -85,6 +85,23 @@ def store_strip(x, out_ptr, stride_om, i, m, k, M, K, STRIPS: tl.constexpr):
 
 
 @triton.jit
+def four_strips(STRIP: tl.constexpr, arguments, i, m, k, M, K, STRIPS: tl.constexpr):
+    """Strips i to i + 3; all before the first is used, so that their loads are in flight together."""
+    return (
+        STRIP(*arguments, i, m, k, M, K, STRIPS), STRIP(*arguments, i + 1, m, k, M, K, STRIPS),
+        STRIP(*arguments, i + 2, m, k, M, K, STRIPS), STRIP(*arguments, i + 3, m, k, M, K, STRIPS),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_plain(STRIP: tl.constexpr, arguments, out_ptr, stride_om, m, k, M, K):
+    """Write a tile unquantised."""
+    x = four_strips(STRIP, arguments, 0, m, k, M, K, 4)
+    for i in tl.static_range(4):
+        store_strip(x[i], out_ptr, stride_om, i, m, k, M, K, 4)
+
+
+@triton.jit
 def store_row_copy(
     x,  # strip i of the tile at (m, k), fp32
     qdata_ptr,  # [M, K] fp8
@@ -176,10 +193,7 @@ def encode(
             three, four = tl.split(high)
             x = unpacked(one), unpacked(two), unpacked(three), unpacked(four)
         else:
-            x = (
-                STRIP(*arguments, i, m, k, M, K, STRIPS), STRIP(*arguments, i + 1, m, k, M, K, STRIPS),
-                STRIP(*arguments, i + 2, m, k, M, K, STRIPS), STRIP(*arguments, i + 3, m, k, M, K, STRIPS),
-            )  # fmt: skip
+            x = four_strips(STRIP, arguments, i, m, k, M, K, STRIPS)
         if ROW:
             for j in tl.static_range(4):
                 store_row_copy(x[j], *row, i + j, m, k, M, K, MAX_BITS, POW2, STRIPS)
@@ -237,17 +251,14 @@ def store_tile(
         )  # fmt: skip
         store_transposed(codes, col_ptr, stride_col, m, k, K)
     else:
-        x = (
-            STRIP(*arguments, 0, m, k, M, K, 4), STRIP(*arguments, 1, m, k, M, K, 4),
-            STRIP(*arguments, 2, m, k, M, K, 4), STRIP(*arguments, 3, m, k, M, K, 4),
-        )  # fmt: skip
+        x = four_strips(STRIP, arguments, 0, m, k, M, K, 4)
         for i in tl.static_range(4):
             store_row_copy(x[i], *row, i, m, k, M, K, MAX_BITS, ROW_POW2, 4)
 
 
 @triton.jit
 def losses(x, encode_scale, inside, FP8: tl.constexpr, MAX_BITS: tl.constexpr):
-    """Of a quarter's rows: bits of the finite amax [32]; flushed, saturated, non-finite counts [32], 10 bits each."""
+    """Of 32 rows of a strip: bits of the finite amax [32]; flushed, saturated, non-finite counts [32], 10 bits each."""
     bits, scaled = magnitude_bits(x), encode_scale * x
     finite = inside & (bits < INF_BITS)
     codes = scaled.to(FP8).to(tl.uint8, bitcast=True)
@@ -292,7 +303,7 @@ def empty_copies(
 
 
 def tiling(
-    packs: bool, columns: bool, keep: bool, num_warps: int, max_registers: int | None
+    packs: bool, columns: bool, keep: bool, num_warps: int, max_registers: int | None = None
 ) -> tuple[dict[str, object], dict[str, object]]:
     """Constants and options of a launch: of each of 64 / num_warps strips a thread holds 8 numbers.
 

@@ -154,3 +154,18 @@ def test_benches_with_one_lock_take_turns(tmp_path: Path) -> None:
 def test_a_bench_that_takes_too_long_is_ended() -> None:
     command = [sys.executable, "-m", "fp8train.bench", "host", "calls=1000000", "limit_seconds=1"]
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGALRM
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"), [("limit_seconds=0", "needs at least 1"), ("lock=/nowhere/lock", "cannot be opened")]
+)
+def test_a_turn_that_cannot_be_had_is_refused(argument: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.main(["host", argument])
+
+
+def test_a_file_that_serves_as_lock_keeps_what_it_holds(tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    assert bench.main(["host", "calls=1", "rounds=1", "warmup=0", f"lock={file}"]) == 0
+    assert file.read_text() == "mine"

@@ -30,7 +30,7 @@ from fp8train.backends.machine import no_gpu
 
 LOG = logging.getLogger("fp8train")
 SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
-AT_ONCE = 16  # processes, each with half a GiB of GPU memory
+AT_ONCE = 8  # processes, each with half a GiB of GPU memory
 WRONG, NO_GPU, UNDECIDED = 1, 2, 3  # exit statuses of the check
 Kernel = tuple[str, str]  # operation and entry
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8train.backends import get_backend, select_backend
+from fp8train.backends.admission_checks import check_product
 from fp8train.backends.hopper import HopperBackend
 from fp8train.errors import BackendError
 from fp8train.nn.linear import Float8Linear
@@ -15,6 +17,8 @@ from fp8train.quant.formats import BLOCKWISE, E4M3, QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import quantize, scaled_mm
 from tests.hardware import requires_gpu
+from tests.kernels.products import assert_product, drawn_shapes
+from tests.shapes import matrix
 from tests.tiny_run import tiny_train
 
 ROW = QuantSpec.parse("e4m3 row fp32")
@@ -74,6 +78,37 @@ def test_sums_are_those_of_an_h100_bit_for_bit(key: str) -> None:
     assert torch.equal(product(HopperBackend(), a, b), sums)
     for bits in (13, 15):
         assert not torch.equal(product(HopperBackend(bits), a, b), sums)
+
+
+@pytest.mark.parametrize("right", ["e4m3 128x128", "e4m3 1x128"])
+def test_bounds_of_the_gemm_tests_on_a_gpu_hold_for_its_sums(right: str) -> None:
+    first = 0 if right == "e4m3 128x128" else 50
+    for seed in [100 * batch + first + more for batch in range(4) for more in (13, 14, 16, 17, 19)]:  # as they draw
+        for number, (M, N, K) in enumerate(drawn_shapes(16, seed=seed)):
+            scale = ("pow2", "fp32")[number % 2]
+            a, b = (
+                quantize(matrix(rows, K, seed=2 * number + side), QuantSpec.parse(f"{text} {scale}"))
+                for side, (rows, text) in enumerate(((M, "e4m3 1x128"), (N, right)))
+            )
+            assert_product(product(HopperBackend(), a, b), a, b, what=(M, N, K), tensor_core=True)
+
+
+@pytest.mark.parametrize("operation", ["gemm", "gemm_wgrad"])
+def test_the_check_before_first_use_admits_such_sums(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+    module = importlib.import_module(f"fp8train.kernels.{operation}")
+    right = QuantSpec.parse("e4m3 128x128" if operation == "gemm" else "e4m3 1x128")
+
+    def emulated(
+        a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, *,
+        out: Tensor, config: str, bias: Tensor | None = None, accumulate: bool = False,
+    ) -> Tensor:  # fmt: skip
+        operands = QTensor(a, a_scale, QuantSpec.parse("e4m3 1x128")), QTensor(b, b_scale, right)
+        return HopperBackend().scaled_mm(*operands, bias, out, accumulate, out.dtype)
+
+    monkeypatch.setattr(module, operation, emulated)
+    shapes = ((128, 128, 128), (300, 200, 272), (60, 129, 1040))
+    assert check_product(operation, "tma_128x128_s4", torch.device("cpu"), shapes) is None
 
 
 @requires_gpu(sm=90)
