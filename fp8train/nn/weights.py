@@ -118,6 +118,16 @@ def converted_linears(model: nn.Module) -> list[Float8Linear]:
     return [module for module in model.modules() if isinstance(module, Float8Linear)]
 
 
+def own_weights(model: nn.Module) -> set[int]:
+    """Ids of the parameters that one module alone holds."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {identity for identity, holders in seen.items() if holders == 1}
+
+
 def weights_changed(model: nn.Module) -> None:
     """Quantise all weights of a converted model again, after a write that autograd cannot see (through `.data`).
 

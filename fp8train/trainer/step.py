@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fp8train.data import MASKED_TARGET, Batch
 from fp8train.distributed import World, gradient_sync
 from fp8train.optim import clip_grad_norm
+from fp8train.trainer.accumulation import accumulate_in_place, accumulating_linears
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +61,12 @@ def train_step(
     valid_tokens = int(world.all_reduce_sum(float(own)))
     factor = 1.0 / max(valid_tokens, 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    linears = accumulating_linears(model) if len(micro_batches) > 1 else []
     for number, batch in enumerate(micro_batches, start=1):
-        with gradient_sync(model, number == len(micro_batches)):
+        last = number == len(micro_batches)
+        # DDP starts its sums when autograd has accumulated a gradient, in the last micro-batch
+        ours = [] if last and world.world_size > 1 else linears
+        with gradient_sync(model, last), accumulate_in_place(ours):
             loss = model(*inputs(batch, world.device))
             (loss * factor).backward()
         loss_sum += loss.detach()

@@ -16,7 +16,7 @@ from fp8train.distributed import World
 from fp8train.errors import TrainingError
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import Float8Linear
-from fp8train.nn.weights import converted_linears
+from fp8train.nn.weights import converted_linears, own_weights
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
 
@@ -59,7 +59,7 @@ class StepAudit:
         """Watch from here on."""
         self._before = COUNTS.snapshot()
         self._demands = {site: Demand(watched=not self._compiled) for site in self._linears}
-        alone = _own_weights(self._model)
+        alone = own_weights(self._model)
         for site, linear in self._linears.items():
             demand = self._demands[site]
             if not self._compiled:
@@ -225,16 +225,6 @@ class _Arrived:
 
     def __call__(self, weight: Tensor) -> None:
         self._demand.gradient = True
-
-
-def _own_weights(model: nn.Module) -> set[int]:
-    """Ids of the parameters that one module alone holds."""
-    seen: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-    return {identity for identity, holders in seen.items() if holders == 1}
 
 
 def _difference(

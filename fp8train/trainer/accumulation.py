@@ -1,0 +1,52 @@
+"""From the second micro-batch of a step on, wgrad adds into the gradient that is there, in its own epilogue.
+
+Autograd would write dw [N, K] in FP32 and then add it in a pass of its own: 12 bytes of memory traffic more for each
+weight and micro-batch, and room for dw. The sum is the same bit for bit, for the GEMM rounds grad + dw once, as that
+pass does; of a linear that runs several times in a micro-batch the same products are added in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from fp8train.nn.linear import Float8Linear, InplaceGrad
+from fp8train.nn.weights import converted_linears, own_weights
+
+
+def accumulating_linears(model: nn.Module) -> list[Float8Linear]:
+    """The linears with an FP8 wgrad that is the only gradient of their weight, and that nobody wants to see by itself.
+
+    Left to autograd: wgrads in high precision, whose result is added in a pass of its own either way; weights that
+    modules share or that do not train; those with hooks on the gradient; linears whose input a remedy changes or that
+    have a sink already.
+    """
+    alone = own_weights(model)
+    return [
+        linear
+        for linear in converted_linears(model)
+        if linear.precision.wgrad.left is not None
+        and linear.precision.wgrad.right is not None
+        and linear.remedy is None
+        and linear.grad_sink is None
+        and (weight := linear._parameters.get("weight")) is not None
+        and id(weight) in alone
+        and weight.requires_grad
+        and not weight._backward_hooks
+        and not weight._post_accumulate_grad_hooks
+    ]
+
+
+@contextmanager
+def accumulate_in_place(linears: Sequence[Float8Linear]) -> Iterator[None]:
+    """Let forward and backward in this block add to the gradients of these linears; one that has none gets it first."""
+    for linear in linears:
+        if linear.weight.grad is not None:
+            linear.grad_sink = InplaceGrad(linear.weight.grad)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.grad_sink = None
