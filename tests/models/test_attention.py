@@ -57,8 +57,8 @@ def test_rope_in_bf16_rounds_only_its_result():
 def test_llama3_scaling_keeps_short_and_divides_long_wavelengths():
     scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
     config = dataclasses.replace(CONFIG, head_dim=128, rope_theta=500000.0)
-    plain = rope_frequencies(config, CPU)
-    scaled = rope_frequencies(dataclasses.replace(config, rope_scaling=scaling), CPU)
+    plain = rope_frequencies(128, 500000.0, None, CPU)
+    scaled = rope_frequencies(128, 500000.0, (8.0, 1.0, 4.0, 8192), CPU)
     wavelengths = 2 * math.pi / plain
     short, long = wavelengths < 8192 / 4, wavelengths > 8192
     # by hand: 500000^(i/64) * 2 pi is below 2048 for i < 28.2 and above 8192 for i > 34.98
@@ -67,6 +67,21 @@ def test_llama3_scaling_keeps_short_and_divides_long_wavelengths():
     assert torch.equal(scaled[long], plain[long] / 8)
     between = ~(short | long)
     assert ((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8)).all()
+    for one, frequencies in ((config, plain), (dataclasses.replace(config, rope_scaling=scaling), scaled)):
+        cos, sin = rope_tables(one, 2, CPU)
+        assert torch.equal(cos[1], frequencies.cos()) and torch.equal(sin[1], frequencies.sin())
+
+
+@pytest.mark.parametrize("scaling", [None, (8.0, 1.0, 4.0, 8192.0)], ids=["plain", "llama3"])
+def test_opcheck_accepts_the_operator_of_the_tables(scaling):
+    torch.library.opcheck(torch.ops.fp8train.rope_tables.default, (20, 16, 10000.0, scaling, CPU))
+
+
+def test_tables_on_the_meta_device_have_the_layout_of_real_ones():
+    real, meta = rope_tables(CONFIG, 20, CPU), rope_tables(CONFIG, 20, torch.device("meta"))
+    for one, other in zip(real, meta, strict=True):
+        assert other.is_meta
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
 def slow_attention(layer: Attention, x: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError
-from fp8train.models import Decoder, ModelConfig, build_model, initialize
+from fp8train.models import Decoder, ModelConfig, RopeScaling, build_model, initialize
 from fp8train.models.recompute import CHOICES
 
 CONFIG = ModelConfig(
@@ -190,3 +191,47 @@ def test_whole_model_is_one_graph():
     found = model.layers[0].mlp.up_proj.weight.grad
     # the chunked loss sums in another order; FP8 and BF16 roundings of nearly equal numbers rarely fall apart
     assert (found - gradient).norm() <= 2**-9 * gradient.norm()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_compiled_step_computes_the_rope_tables_once(choice):
+    """By an operator that inductor, whose partition of forward and backward this is, cannot fuse into the rotations."""
+    # here, for they import torch._dynamo: 6 s in every process that collects this file
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
+
+    def record(direction: str):
+        def compile_graph(graph, _inputs):
+            seen[direction].update(str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(
+        fw_compiler=record("forward"),
+        bw_compiler=record("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    model, ids = make(), tokens(2, 16)
+    model.checkpointing = choice
+    wanted = model(ids)
+    torch.compiler.reset()
+    logits = torch.compile(model, fullgraph=True, backend=backend)(ids)
+    logits.sum().backward()
+    assert torch.equal(logits, wanted)
+    tables = "fp8train.rope_tables.default"
+    assert (seen["forward"][tables], seen["backward"][tables]) == (1, 0)
+    assert not {"aten.cos.default", "aten.sin.default", "aten.pow.Scalar"} & set(seen["forward"] + seen["backward"])
+
+
+def test_compiled_decoder_takes_any_sequence_length():
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=32)
+    model = make(rope_scaling=scaling)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for seq_len in (16, 9, 64):
+            ids = tokens(2, seq_len)
+            assert torch.equal(compiled(ids), model(ids)), seq_len
