@@ -79,7 +79,7 @@ for operation, gemm in (('gemm', 'fprop'), ('gemm_wgrad', 'wgrad')):
     for name in kernel(operation).CONFIGS:
         serve.setdefault(name, []).append(gemm)
 print(*(f'{name}:{chr(44).join(gemms)}' for name, gemms in serve.items() if name.startswith(('ws_', 'gluon_'))))")
-step admission 120 "$python" -m fp8train.backends &
+step admission 120 "$python" -m fp8train.backends # by itself: what follows reads its verdicts
 if [[ $PARTS == *" tests "* ]]; then
   share=$((CORES > 8 ? CORES / 4 : 2))
   tests test_quantisers 120 "$share" tests/kernels -k "quantize and not compile" &
@@ -107,16 +107,19 @@ benches() {
     bench "linear_$size" 45 linear rows=8192 in_features=$size out_features=$size rounds=15
   done
   # Four layers of the 8b shape; with its own vocabulary the head, in BF16 in both arms, would take a third of the time.
-  layers=(model=llama3_8b model.num_layers=4 model.vocab_size=8192 experiment=null seq_len=4096 global_batch_tokens=8192
-    activation_checkpointing=none)
-  bench step_eager 60 step "${layers[@]}" rounds=9
-  bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=9
+  # Four micro-batches of 8,192 tokens, as in a run that accumulates; and one of 32,768, where activations count.
+  layers=(model=llama3_8b model.num_layers=4 model.vocab_size=8192 experiment=null seq_len=4096
+    global_batch_tokens=32768 activation_checkpointing=none)
+  bench step_eager 60 step "${layers[@]}" micro_batch_samples=2 rounds=7
+  bench step_fused 60 step "${layers[@]}" micro_batch_samples=2 baseline=unfused rounds=7
+  bench step_large 60 step "${layers[@]}" micro_batch_samples=8 rounds=7
+  wait
+  bench step_compiled 150 step "${layers[@]}" micro_batch_samples=2 compile=true rounds=7 # by itself: it compiles long
+  wait
   # every entry of the GEMMs by itself, whether the launch table has it or not
   for entry in $entries; do
     bench "${entry%:*}" 40 gemm "backends=[triton:${entry%:*}]" "gemms=[${entry#*:}]" rows=[4096] rounds=7
   done
-  wait
-  bench step_compiled 120 step "${layers[@]}" compile=true rounds=9 # last: it compiles for a minute
   wait
   step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
 }

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from fp8train.backends.machine import no_gpu
 
 LOG = logging.getLogger("fp8train")
 SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
-AT_ONCE = 8  # processes, each with half a GiB of GPU memory
+AT_ONCE = min(16, max(4, os.cpu_count() or 4))  # processes: compilers, each with half a GiB of GPU memory
 WRONG, NO_GPU, UNDECIDED = 1, 2, 3  # exit statuses of the check
 Kernel = tuple[str, str]  # operation and entry
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fp8train.units import bytes_text
+
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 README = KERNELS / "README.md"
 RESULTS = KERNELS / "results"
@@ -87,7 +89,10 @@ def _rate(result: Mapping[str, Any], contestant: str, seconds: float) -> str:
         return f"{result['flops'] / seconds / 1e12:.0f} TFLOP/s"
     if "bytes" in result:
         return f"{result['bytes'][contestant] / seconds / 1e9:.0f} GB/s"
-    return f"{result['tokens'] / seconds:,.0f} tok/s" if "tokens" in result else "-"
+    if "tokens" not in result:
+        return "-"
+    peak = result.get("peak_bytes", {}).get(contestant)
+    return f"{result['tokens'] / seconds:,.0f} tok/s" + (f", peak {bytes_text(peak)}" if peak else "")
 
 
 def main() -> None:
