@@ -1,18 +1,15 @@
 """Gluon variants of the blockwise FP8 GEMMs for Hopper: warps are specialised by hand, not by Triton.
 
 The operation, its formula and its operands are those of gemm.py (b in blocks of 128x128: fprop, dgrad) and of
-gemm_wgrad.py (b in blocks of 1x128: wgrad), whose launchers come here for their entries that have MATH_GROUPS.
+gemm_wgrad.py (b in blocks of 1x128: wgrad), whose entries that have MATH_GROUPS these are; gemm_gluon_launch.py.
 
 One TMA producer warp fills a ring of STAGES slots of shared memory; each of MATH_GROUPS warpgroups multiplies its 64
 rows of a, or its WAVES of 64, by the BLOCK_N rows of b in a slot. full[slot] completes when the bytes of a slot have
-come, empty[slot] when every warpgroup has read it. Both sides take the slots in turn, also across the tiles of a
-program (_next_slot). IN_FLIGHT = 2 starts a second block of K before the first is promoted.
+come, empty[slot] when every warpgroup has read it; empty[STAGES] is nobody's. Both sides take the slots in turn, also
+across the tiles of a program (_next_slot). IN_FLIGHT = 2 starts a second block of K before the first is promoted.
 Structure as in DeepGEMM. Figures, compiled and measured: kernels/README.md.
 """
 
-from collections.abc import Hashable, Mapping
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,18 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fp8train.kernels.gemm_tile import BLOCK_K, multiprocessors, num_blocks, scale_rows, tile_at, tma_reads
-from fp8train.kernels.launch import first_launch
+from fp8train.kernels.gemm_tile import BLOCK_K, num_blocks, tile_at
 
 BOX_M = gl.constexpr(64)  # rows of a warpgroup
 # renamed between Triton 3.6 and 3.9, where the old names raise; the second goes with Triton 3.6
 _load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-# Of the 512 registers that a thread of each warpgroup has together: by number of math warpgroups, those of a math
-# thread and of the producer's (multiples of 8).
-REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @gluon.constexpr_function
@@ -100,13 +92,15 @@ def _scales(a_scale_ptrs, b_scale_ptrs, k, blocks, a_step, b_step, B_ROWS: gl.co
 
 @gluon.jit
 def _promoted(acc, partial, scale, ring, slot, BLOCK_N: gl.constexpr, B_ROWS: gl.constexpr):
-    """acc + partial * RN(a_scale * b_scale), rounded once; the slot, whose multiplication has ended, is given back."""
+    """acc + partial * RN(a_scale * b_scale), rounded once; the slot, whose multiplication has ended, is given back.
+
+    A slot that brought scales is read here, and given back by _give_back.
+    """
     a_smem, b_smem, b_scale_smem, full, empty = ring
     if B_ROWS == 1:
         columns: gl.constexpr = gl.SliceLayout(0, _sum_layout(BLOCK_N))
         b_scale = b_scale_smem.index(slot).reshape([BLOCK_N]).load(columns)
         acc = gl.fma(partial, gl.expand_dims(scale, 1) * gl.expand_dims(b_scale, 0), acc)
-        mbarrier.arrive(empty.index(slot), count=1)
     else:
         mbarrier.arrive(empty.index(slot), count=1)
         acc = gl.fma(partial, gl.broadcast(gl.expand_dims(scale, 1), acc)[0], acc)
@@ -114,15 +108,31 @@ def _promoted(acc, partial, scale, ring, slot, BLOCK_N: gl.constexpr, B_ROWS: gl
 
 
 @gluon.jit
+def _give_back(ring, held, slot, B_ROWS: gl.constexpr):
+    """Give back the slot that is held, behind the start of the next multiplication, whose slot is held from here on.
+
+    A barrier of the warpgroup does not wait for what its warps have asked of shared memory: scales that were asked for
+    just before came from the block that TMA had put in their place (H200, 2026-11-26: a few columns of 16 rows in each
+    of 20 tiles, where other warpgroups were busy adding to c). A multiplication overwrites the registers of the last
+    product, so that when it has been started, that product has been promoted, and the scales for it have come.
+    """
+    a_smem, b_smem, b_scale_smem, full, empty = ring
+    if B_ROWS == 1:
+        mbarrier.arrive(empty.index(held), count=1)
+        held = slot
+    return held
+
+
+@gluon.jit
 def _sum(
-    ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, zero,
+    ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, held, held_2, zero,
     GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The promoted sum over all blocks of K, with the slot and phase after them.
+    """The promoted sum over all blocks of K, with the slot and phase after them, and the slots that are still held.
 
-    Scales are read while the block before is multiplied, after the product of that one's has been formed: so they need
-    no registers of their own, and no instruction that waits for them stands between tensor-core instructions.
+    Scales of a are read while the block before is multiplied, after the product of that one's has been formed: so they
+    need no registers of their own, and no instruction that waits for them stands between tensor-core instructions.
     """
     acc = zero
     a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptrs, 0, blocks, a_step, b_step, B_ROWS)
@@ -133,6 +143,7 @@ def _sum(
             partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS)
             slot_2, phase_2 = _next_slot(slot, phase, STAGES)
             partial_2 = _start(ring, slot_2, phase_2, zero, GROUP, MATH_GROUPS)
+            held, held_2 = _give_back(ring, held, slot, B_ROWS), _give_back(ring, held_2, slot_2, B_ROWS)
             a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptrs, k + 2, blocks, a_step, b_step, B_ROWS)
             a_scale_2, b_scale_2 = _scales(a_scale_ptrs, b_scale_ptrs, k + 3, blocks, a_step, b_step, B_ROWS)
             partial, partial_2 = warpgroup_mma_wait(1, deps=(partial, partial_2))
@@ -140,8 +151,9 @@ def _sum(
             partial_2 = warpgroup_mma_wait(0, deps=(partial_2,))
             acc = _promoted(acc, partial_2, scale_2, ring, slot_2, BLOCK_N, B_ROWS)
             slot, phase = _next_slot(slot_2, phase_2, STAGES)
-        if blocks % 2 == 1:
+        if blocks % 2 == 1:  # the second product of a pair may still be promoted: its slot is held on
             partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS)
+            held = _give_back(ring, held, slot, B_ROWS)
             partial = warpgroup_mma_wait(0, deps=(partial,))
             acc = _promoted(acc, partial, a_scale * b_scale, ring, slot, BLOCK_N, B_ROWS)
             slot, phase = _next_slot(slot, phase, STAGES)
@@ -149,11 +161,12 @@ def _sum(
         for k in range(0, blocks):
             scale = a_scale * b_scale
             partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS)
+            held = _give_back(ring, held, slot, B_ROWS)
             a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptrs, k + 1, blocks, a_step, b_step, B_ROWS)
             partial = warpgroup_mma_wait(0, deps=(partial,))
             acc = _promoted(acc, partial, scale, ring, slot, BLOCK_N, B_ROWS)
             slot, phase = _next_slot(slot, phase, STAGES)
-    return acc, slot, phase
+    return acc, slot, phase, held, held_2
 
 
 @gluon.jit
@@ -262,6 +275,7 @@ def _multiply(
     a_step, b_step = gl.cast(stride_sak, gl.int64), gl.cast(stride_sbk, gl.int64)
     slot = 0
     phase = 0
+    held, held_2 = STAGES, STAGES  # none: a barrier that nobody waits for
     for index in range(gl.program_id(0), num_blocks(M, BLOCK_M) * num_blocks(N, BLOCK_N), gl.num_programs(0)):
         tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, group_m)
         first = gl.cast(tile_m, gl.int64) * BLOCK_M + GROUP * BOX_M
@@ -270,8 +284,8 @@ def _multiply(
         b_scale_ptrs = b_scale_ptr
         if B_ROWS != 1:
             b_scale_ptrs += gl.cast(tile_n, gl.int64) * BLOCK_N // B_ROWS * stride_sbn
-        acc, slot, phase = _sum(
-            ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, zero,
+        acc, slot, phase, held, held_2 = _sum(
+            ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, held, held_2, zero,
             GROUP, MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS,
         )  # fmt: skip
         _store(
@@ -307,10 +321,11 @@ def _gemm_gluon_kernel(
     if b_scale_desc is not None:
         b_scale_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_N], b_scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=MATH_GROUPS)
+    mbarrier.init(empty.index(STAGES), count=MATH_GROUPS)
     fence_async_shared()
     ring = (a_smem, b_smem, b_scale_smem, full, empty)
     strides = (stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk)
@@ -342,59 +357,3 @@ def _gemm_gluon_kernel(
             (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES)),
         ], [4, 4, 1], [MATH_REGISTERS, MATH_REGISTERS, PRODUCER_REGISTERS])
     # fmt: on
-
-
-def launch(
-    key: Hashable,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    out: torch.Tensor,
-    a_scale: torch.Tensor,
-    b_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    entry: Mapping[str, int],
-    b_rows: int,
-    accumulate: bool,
-) -> None:
-    """out = a @ b.T + bias, or out += a @ b.T, the first time with operands of these properties.
-
-    Args:
-        key: as for first_launch.
-        a, b, out, a_scale, b_scale, bias: as gemm_launch.py has checked them.
-        entry: of the operation's CONFIGS.
-        b_rows: rows of a block of b, 128 or 1.
-    """
-    (M, K), N = a.shape, b.shape[0]
-    constants = {name: value for name, value in entry.items() if name != "GROUP_M"}
-    box_n = entry["BLOCK_N"]
-    boxes = {"a_desc": _described(a, BOX_M.value, BLOCK_K.value), "b_desc": _described(b, box_n, BLOCK_K.value)}
-    tensors = {"a_desc": 0, "b_desc": 1, "c_ptr": 2, "a_scale_ptr": 3, "b_scale_ptr": 4, "bias_ptr": 5}
-    if b_rows == 1:
-        boxes["b_scale_desc"] = _described(scale_rows(b_scale), 1, box_n)
-        tensors["b_scale_desc"] = 4
-    if out.dtype is torch.bfloat16 and tma_reads(out):
-        boxes["c_desc"] = _described(out, BOX_M.value, box_n)
-        tensors["c_desc"] = 2
-    tiles = -(-M // (entry["MATH_GROUPS"] * entry["WAVES"] * BOX_M.value)) * -(-N // box_n)
-    arguments = {
-        "b_scale_desc": None, "c_desc": None, **boxes, "c_ptr": out, "a_scale_ptr": a_scale, "b_scale_ptr": b_scale,
-        "bias_ptr": bias, "M": M, "N": N, "K": K, "group_m": entry["GROUP_M"], "stride_cm": out.stride(0),
-        "stride_sam": a_scale.stride(0), "stride_sak": a_scale.stride(1), "stride_sbn": b_scale.stride(0),
-        "stride_sbk": b_scale.stride(1), "B_ROWS": b_rows, "BIAS": bias is not None, "ACCUMULATE": accumulate,
-        **constants, **registers(entry),
-    }  # fmt: skip
-    grid = (min(tiles, multiprocessors(a.device)),)
-    first_launch(key, _gemm_gluon_kernel, grid, arguments, tensors, a.device, num_warps=4, enable_fp_fusion=True)
-
-
-def _described(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols], box_layout(rows, x.element_size()))
-
-
-def box_layout(rows: int, element_size: int) -> gl.NVMMASharedLayout:
-    """Boxes of operands and results are swizzled as the tensor cores read them; a row of scales lies as it is."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128 if rows > 1 else 0, element_bitwidth=8 * element_size, rank=2)
-
-
-def registers(entry: Mapping[str, int]) -> dict[str, int]:
-    return dict(zip(("MATH_REGISTERS", "PRODUCER_REGISTERS"), REGISTERS[entry["MATH_GROUPS"]], strict=True))

@@ -87,9 +87,9 @@ class Gemm:
         entry = self.configs[name]
         operands = (a, b, out, a_scale, b_scale, bias)
         if "MATH_GROUPS" in entry:
-            from fp8train.kernels import gemm_gluon  # experimental in Triton: the other entries do without it
+            from fp8train.kernels import gemm_gluon_launch  # experimental in Triton: the other entries do without it
 
-            gemm_gluon.launch(key, *operands, entry, self.b_rows, accumulate)
+            gemm_gluon_launch.launch(key, *operands, entry, self.b_rows, accumulate)
             return
         (M, K), N = a.shape, b.shape[0]
         constants = {name: value for name, value in entry.items() if name.isupper()}

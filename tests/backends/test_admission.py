@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends import admission, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
-from fp8train.backends.admission_checks import QUANTISERS, check_codes, check_product  # noqa: E402
+from fp8train.backends.admission_checks import QUANTISERS, check_codes, check_crowd, check_product  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
@@ -63,6 +63,28 @@ def test_a_wrong_product_is_refused(
     launch = getattr(module, operation)
     monkeypatch.setattr(module, operation, lambda *args, **kwargs: spoil(launch(*args, **kwargs)))
     assert "calc_diff" in str(check_product(operation, "tma_128x128_s4", CPU, SMALL[1:]))
+
+
+def one_bad_column(y: Tensor) -> Tensor:
+    y[16:32, 6] *= 0.5
+    return y
+
+
+@operations
+@pytest.mark.parametrize("spoil", [None, one_bad_column, unwritten])
+def test_sums_that_differ_from_the_plain_entrys_are_refused(
+    operation: str, spoil: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kernel(operation)
+    launch = getattr(module, operation)
+
+    def launched(*arguments: Any, config: str, **options: Any) -> Tensor:
+        y = launch(*arguments, config=config, **options)
+        return y if spoil is None or config in module.PLAIN else spoil(y)
+
+    monkeypatch.setattr(module, operation, launched)
+    reason = check_crowd(operation, "ws_128x128_s4", CPU, (140, 132, 272), tries=1)
+    assert reason is None if spoil is None else reason and "of its sums differ from those of tma_128x128_s4" in reason
 
 
 def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fp8train.kernels.gemm_gluon import BOX_M, _gemm_gluon_kernel, box_layout, registers
+from fp8train.kernels.gemm_gluon import BOX_M, _gemm_gluon_kernel
+from fp8train.kernels.gemm_gluon_launch import box_layout, registers
 
 
 def compile_cases(operation: str, configs: Mapping[str, Any]) -> list[tuple[Any, ...]]:

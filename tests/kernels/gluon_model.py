@@ -31,8 +31,9 @@ class Stopped(BaseException):
 class Barrier:
     """An mbarrier: a phase completes when `count` arrivals and all announced bytes are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: int) -> None:
         self.count = self.missing = self.bytes = self.parity = 0
+        self.part = part
 
     def change(self, arrivals: int, announced: int) -> None:
         """Arrive, or announce bytes (negative: they have come)."""
@@ -64,10 +65,6 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         """As for a tensor."""
         return Shared(self.data.view(shape), self.home, self.part)
-
-    def load(self, layout: object) -> Tensor:
-        """Into registers."""
-        return self.data.clone()
 
     @property
     def key(self) -> tuple[int, int | None]:
@@ -121,6 +118,7 @@ class Program:
         self.copies: list[Callable[[], None]] = []  # TMA loads, done in any order
         self.queues: dict[str, list[tuple[tuple[Any, ...], Callable[[], None]]]] = {}  # done in order; what they touch
         self.unfenced: set[Any] = set()
+        self.asked: dict[str, list[int | None]] = {}  # by warpgroup: boxes asked for products that may not be promoted
         self.here = "main"
 
     def warp_specialize(self, partitions: Sequence[tuple[Any, tuple[Any, ...]]], warps: object, limits: object) -> None:
@@ -208,6 +206,8 @@ class Program:
 
     def arrive(self, barrier: Barrier, count: int) -> None:
         """Arrive; others may run before."""
+        if barrier.part in self.asked.get(self.here, []):
+            raise Hazard("a slot is given back while what was asked of it may be on its way")
         self.pause()
         barrier.change(count, 0)
 
@@ -253,6 +253,11 @@ class Program:
         target.data.copy_(value)
         self.unfenced.add(target.key)
 
+    def read(self, source: Shared) -> Tensor:
+        """Shared memory into registers, where it need not be before the product that wants it is promoted."""
+        self.asked.setdefault(self.here, []).append(source.part)
+        return source.data.clone()
+
     def fence(self) -> None:
         """What was written is seen by TMA."""
         self.unfenced.clear()
@@ -260,6 +265,8 @@ class Program:
     def multiply(self, a: Shared, b: Shared, acc: Tensor, use_acc: bool, is_async: bool) -> list[Tensor]:
         """Start a multiplication; its operands are read when it is done."""
         assert is_async and not use_acc
+        if self.asked.get(self.here):
+            self.asked[self.here].pop(0)  # the registers of the oldest product are overwritten: it has been promoted
         result: list[Tensor] = []
         work = ((a.key, b.key), lambda: result.append(a.data.float() @ b.data.float()))
         self.queue("multiply").append(work)
@@ -278,7 +285,7 @@ def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared
     """Shared memory full of NaN, or barriers."""
     home = object()
     if dtype is torch.int64:
-        return Shared([Barrier() for _ in range(shape[0])], home)
+        return Shared([Barrier(part) for part in range(shape[0])], home)
     data = torch.empty(tuple(shape), dtype=dtype)
     raw(data).fill_(0x7F if data.element_size() == 1 else math.nan)
     made = Shared(data, home)
@@ -362,6 +369,7 @@ class Kernel:
                 space[name] = value.value
         space |= {"_load_box": program.load_box, "_store_box": program.store_box, "_sum_layout": lambda n: None}
         Shared.store = lambda target, value: program.write(target, value)  # type: ignore[attr-defined]
+        Shared.load = lambda source, layout: program.read(source)  # type: ignore[attr-defined]
         return space
 
     @staticmethod

@@ -156,13 +156,17 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
         for what, n in wanted.items()
         if len(re.findall(what, ptx)) != n
     ]
-    marks = "wgmma.wait_group|bar.sync|mbarrier.arrive.shared|fence.proxy.async|tensor.2d.global.shared"
+    marks = "wgmma.wait_group|wgmma.mma_async|bar.sync|mbarrier.arrive.shared|fence.proxy.async|tensor.2d.global.shared"
     order = [mark for mark, _ in itertools.groupby(re.findall(marks.replace(".", "[.]"), ptx))]
-    before = {"mbarrier.arrive.shared": "wgmma.wait_group", "tensor.2d.global.shared": "fence.proxy.async"}
+    # scales that a slot brought are on their way until the next multiplication has been started
+    read = "wgmma.mma_async" if constants["B_ROWS"] == 1 else "wgmma.wait_group"
+    before = {"mbarrier.arrive.shared": read, "tensor.2d.global.shared": "fence.proxy.async"}
     for at, mark in enumerate(order):
         behind = order[at - 2 : at]
         if mark == "mbarrier.arrive.shared" and constants["WAVES"] == 2 and behind[-1:] == ["bar.sync"]:
             continue  # a block of its own, behind the loop over the waves: its place in the text says no more
+        if behind == ["mbarrier.arrive.shared", "bar.sync"] and mark == behind[0] and read == "wgmma.mma_async":
+            continue  # the second slot of a pair
         if mark in before and behind != [before[mark], "bar.sync"]:
             found.append(f"{mark} behind {', '.join(order[max(at - 2, 0) : at])}; needs {before[mark]}, bar.sync")
     return found

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.backends.admission_checks import CROWD, check_crowd  # noqa: E402
 from fp8train.kernels import gemm, gemm_gluon, gemm_launch, gemm_wgrad  # noqa: E402
 from tests.kernels import sm90  # noqa: E402
 from tests.kernels.gluon_model import Hazard, Kernel  # noqa: E402
@@ -46,6 +47,15 @@ def test_any_order_of_events_gives_the_product(
     product(module, config)
 
 
+@pytest.mark.parametrize(("module", "config"), ENTRIES, ids=lambda x: getattr(x, "__name__", x))
+def test_sums_are_those_of_the_plain_entry_bit_for_bit_where_programs_have_many_tiles(
+    module: object, config: str
+) -> None:
+    sizes = CROWD if DEVICE == "cuda" else (300, 400, 400)  # a CPU stands for three multiprocessors
+    operation = "gemm" if module is gemm else "gemm_wgrad"
+    assert check_crowd(operation, config, torch.device(DEVICE), sizes, tries=20 if DEVICE == "cuda" else 1) is None
+
+
 FAULTS = {
     "the producer waits for slots that nobody has used": ("    phase = 1  # of barriers", "    phase = 0  # of"),
     "a slot is free as soon as one warpgroup has read it": ("count=MATH_GROUPS", "count=1"),
@@ -60,21 +70,43 @@ FAULTS = {
 }  # fmt: skip
 
 
-@on_a_cpu
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_model_sees(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def faulty_kernel(folder: Path, *changes: tuple[str, str]) -> Kernel:
+    """The kernel with changes to its source."""
     text = Path(gemm_gluon.__file__).read_text(encoding="utf-8")
-    assert FAULTS[fault][0] in text
-    path = tmp_path / "faulty.py"
-    path.write_text(text.replace(*FAULTS[fault]), encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "faulty.py"
+    path.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("faulty", path)
     assert spec is not None and spec.loader is not None
     faulty = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faulty)
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(faulty))
+    return Kernel(faulty)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_model_sees(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, FAULTS[fault]))
     with pytest.raises((Hazard, AssertionError, AttributeError, TypeError)):
         for _ in range(5):
             product(gemm, "gluon_192x128_s4")
+
+
+@on_a_cpu
+@pytest.mark.parametrize("config", ["gluon_192x128_s5", "gluon_128x128_k2_s6"])
+def test_a_slot_whose_scales_may_be_on_their_way_is_not_given_back(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted = "acc = gl.fma(partial, gl.expand_dims(scale, 1) * gl.expand_dims(b_scale, 0), acc)\n"
+    changes = (
+        (promoted, promoted + "        mbarrier.arrive(empty.index(slot), count=1)\n"),  # as it was: H200, 2026-11-26
+        ("    if B_ROWS == 1:\n        mbarrier.arrive(empty.index(held), count=1)\n        held = slot\n", ""),
+    )
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, *changes))
+    with pytest.raises(Hazard, match="may be on its way"):
+        product(gemm_wgrad, config)
 
 
 def test_entries_for_hopper_are_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.kernels import (  # noqa: E402
     gemm,
-    gemm_gluon,
+    gemm_gluon_launch,
     gemm_launch,
     gemm_wgrad,
     launch,
@@ -137,7 +137,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, on_device_0: None) -> dict[Any, Ready]
         kernel[grid](**ordered, **options)
         ready[key] = Ready(Again(kernel, options), grid, ordered, tensors, 0)
 
-    for module in (launch, gemm_launch, gemm_gluon):
+    for module in (launch, gemm_launch, gemm_gluon_launch):
         monkeypatch.setattr(module, "first_launch", first_launch)
     for module in (launch, gemm_launch):
         monkeypatch.setattr(module, "READY", ready)
