@@ -18,25 +18,28 @@ from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
+    add_statistics,
+    load_strip,
+    losses,
+    store_tile,
+    strip,
+)
+from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
-    add_statistics,
+    are_whole,
     check_format,
     check_matrix,
     empty_codes,
     empty_copies,
     empty_scales,
     leading_strides,
-    load_strip,
-    losses,
     max_bits,
-    store_tile,
-    strip,
     tiles,
     tiling,
 )
 
-MAX_REGISTERS = 80  # of BF16, pow2 scales, whole sizes, no counts; others spill: three programs of 8 warps on an SM
+MAX_REGISTERS = 82  # of BF16, pow2 scales, whole tiles, no counts: three programs of 8 warps on an SM (Triton 3.6)
 KEEP = False  # read x twice, the second time from L1
 
 STATISTICS = ("amax_bits", "flushed", "saturated", "nonfinite", "elements")
@@ -72,9 +75,12 @@ def _quantize_kernel(
     M, K, stride_xm, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
     ROW: tl.constexpr, COL: tl.constexpr, STATS: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
+    WHOLE: tl.constexpr,  # M and K are multiples of 128
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
+    if WHOLE:  # of which the compiler knows that nothing is outside
+        M, K = m + 128, k + 128
     store_tile(
         load_strip, (x_ptr, stride_xm), zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
         stride_row, stride_row_scale, stride_col, stride_col_scale,
@@ -107,7 +113,7 @@ def _compile_cases() -> list[tuple]:
                     (signature if wanted else constants)[f"{copy}_scale_ptr"] = "*fp32" if wanted else None
                 title = f"quantize {name} {dtype} {'pow2' if pow2 else 'fp32'}"
                 more, options = tiling(
-                    dtype == "bf16", col, KEEP, NUM_WARPS, MAX_REGISTERS if dtype == "bf16" and pow2 else None
+                    dtype == "bf16", col, KEEP, NUM_WARPS, True, MAX_REGISTERS if dtype == "bf16" and pow2 else None
                 )
                 cases.append((title, _quantize_kernel, signature, constants | more, options))
     _, kernel, signature, constants, options = cases[8]
@@ -115,7 +121,8 @@ def _compile_cases() -> list[tuple]:
     e5m2 = signature | {"row_ptr": "*fp8e5", "col_ptr": "*fp8e5"}
     counting = {key: value for key, value in constants.items() if key != "stats_ptr"} | {"STATS": True}
     cases.append(("quantize dual bf16 pow2 e5m2", kernel, e5m2, constants | {"MAX_BITS": 0x47600000}, options))
-    cases.append(("quantize dual bf16 pow2 ragged", kernel, signature, constants, free | {"odd": sizes[:3]}))
+    ragged, counting = constants | {"WHOLE": False}, counting | {"WHOLE": False}
+    cases.append(("quantize dual bf16 pow2 ragged", kernel, signature, ragged, free | {"odd": sizes[:3]}))
     cases.append(("quantize dual bf16 pow2 stats", kernel, signature | {"stats_ptr": "*i64"}, counting, free))
     return cases
 
@@ -213,9 +220,9 @@ def _launch(
 
     def rest() -> Rest:
         (M, K), bf16 = x.shape, x.dtype is torch.bfloat16
-        whole = M % 16 == K % 16 == x.stride(0) % 16 == 0
-        limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 and stats is None else None
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, limit)
+        whole = are_whole(M, K, x.stride(0)) and stats is None
+        limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 else None
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, whole, limit)
         constants = {"MAX_BITS": max_bits, "ROW_POW2": pow2, "COL_POW2": col_pow2}
         constants |= {"ROW": row is not None, "COL": col is not None, "STATS": stats is not None}
         scalars = M, K, x.stride(0), *leading_strides(row, row_scale, col, col_scale), 0

@@ -16,20 +16,22 @@ from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
-    BLOCK,
     add_statistics,
-    check_format,
-    check_matrix,
-    column_codes,
-    empty_codes,
+    column_halves,
     load_strip,
     losses,
     magnitude_bits,
-    max_bits,
     scales,
     store_strip,
     store_transposed,
     strip,
+)
+from fp8train.kernels.tile_launch import (
+    BLOCK,
+    check_format,
+    check_matrix,
+    empty_codes,
+    max_bits,
     tiles,
 )
 
@@ -62,8 +64,9 @@ def _quantize_weight_kernel(
             store_strip(encode_scale * w[i], qdata_ptr, stride_qn, i, n, k, N, K, 4)
         tl.store(scale_inv_ptr + tile_n * tiles_k + tile_k, scale_inv)
     if TRANSPOSED:
-        codes = column_codes(w, encode_scale, qdata_t_ptr.dtype.element_ty)
-        store_transposed(codes, qdata_t_ptr, stride_qk, n, k, K)
+        FP8: tl.constexpr = qdata_t_ptr.dtype.element_ty
+        words = column_halves(w[0], w[1], encode_scale, FP8) | column_halves(w[2], w[3], encode_scale, FP8) << 16
+        store_transposed(words, qdata_t_ptr, stride_qk, n, k, K)
         tl.store(scale_inv_t_ptr + tile_k * tiles_n + tile_n, scale_inv)
     if STATS and STRAIGHT:
         amax_bits, counts = tl.zeros([32], tl.int32), tl.zeros([32], tl.int32)

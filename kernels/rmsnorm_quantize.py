@@ -19,17 +19,20 @@ from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
+    load_strip,
+    store_plain,
+    store_tile,
+    strip,
+)
+from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
+    are_whole,
     check_format,
     check_matrix,
     empty_copies,
     leading_strides,
-    load_strip,
     max_bits,
-    store_plain,
-    store_tile,
-    strip,
     tiles,
     tiling,
 )
@@ -37,6 +40,7 @@ from fp8train.kernels.tile import (
 RSTD_ROWS, RSTD_COLS = 4, 1024  # tile of the first kernel: 32 numbers a thread with 4 warps
 RSTD_WARPS = 4
 KEEP = True  # normalise once
+MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
 
 
 @triton.jit
@@ -80,9 +84,12 @@ def _rmsnorm_quantize_kernel(
     M, K, stride_xm, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     BF16: tl.constexpr, MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
     COL: tl.constexpr, QUANTIZE: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
+    WHOLE: tl.constexpr,  # M and K are multiples of 128
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
+    if WHOLE:  # of which the compiler knows that nothing is outside
+        M, K = m + 128, k + 128
     inputs = x_ptr, rstd_ptr, weight_ptr, stride_xm, BF16
     if QUANTIZE:
         store_tile(
@@ -105,13 +112,13 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"rmsnorm_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = tiling(True, True, KEEP, NUM_WARPS)
+            more, options = tiling(True, True, KEEP, NUM_WARPS, True, MAX_REGISTERS if pow2 else None)
             cases.append((title, kernel, {"x_ptr": f"*{dtype}"} | vectors | pointers, constants | more, options))
         rstd = {"x_ptr": f"*{dtype}", "rstd_ptr": "*fp32", "M": "i32", "K": "i32", "stride_xm": "i32", "eps": "fp32"}
         tile = {"ROWS": RSTD_ROWS, "COLS": RSTD_COLS}
         cases.append((f"rmsnorm rstd {dtype}", _rstd_kernel, rstd, tile, {"num_warps": RSTD_WARPS, "odd": ("eps",)}))
     title, _, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS)
+    more, options = tiling(True, False, KEEP, NUM_WARPS, True)
     constants = constants | more
     cases.append((f"{title} row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -196,7 +203,9 @@ def _launch(
 
     def rest() -> Rest:
         (M, K), bf16 = x.shape, out_dtype is torch.bfloat16
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS)
+        whole = are_whole(M, K, x.stride(0))
+        limit = MAX_REGISTERS if bf16 and whole and kinds[1] and kinds[2] else None
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, whole, limit)
         constants = {"BF16": bf16, "MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)

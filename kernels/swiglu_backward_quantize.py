@@ -1,11 +1,13 @@
 """Backward of SwiGLU and its quantisation in one pass: dgate and dup, each as a row copy and a transposed column copy.
 
-h = silu(gate) * up. dup = dh * silu(gate); dgate = (dh * up) * s * (1 + gate * (1 - s)), s = 1 / (1 + exp(-gate)).
+h = silu(gate) * up. s = 1 / (1 + exp(-gate)), silu(gate) = gate * s, dup = dh * silu(gate),
+dgate = (dh * up) * (s + silu(gate) * (1 - s)).
 dh, gate, up [M, K] bf16/fp32, row-major, any leading strides -> for both gradients the four outputs of
 quantize.quantize_dual, bit for bit, without the gradients ever being written. silu(gate), dh * up and both gradients
-are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the divisions are the device's fast
+are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the division are the device's fast
 ones (2 ulp of FP32), hence not torch's bits: `swiglu_backward` is this without the quantiser, and the definition.
-One program: a tile of 128x128 of both gradients, or of one where both spill; how it is scaled and stored is in tile.py.
+One program: a tile of 128x128 of one gradient; how it is scaled and stored is in tile.py. One that makes both holds
+twice as much (8192 x 14336, H200: 463 us with 16 warps, 377 us with 8 and 152 bytes of spills, 421 us so).
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; SwiGLU: arXiv:2002.05202. Measured: kernels/README.md.
 """
 
@@ -17,29 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
-from fp8train.kernels.tile import (
+from fp8train.kernels.tile import load_strip, store_strip, store_tile
+from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
+    are_whole,
     check_format,
     check_matrix,
-    column_scales,
     empty_codes,
     empty_scales,
-    encode,
     leading_strides,
-    load_strip,
-    magnitude_bits,
     max_bits,
-    packed,
-    store_strip,
-    store_tile,
-    store_transposed,
     tiles,
     tiling,
 )
 
 KEEP = True  # calculate the gradients once
-JOINT = True  # with BF16 gradients, pow2 scales and whole sizes; others spill
+RAGGED_WARPS = 16  # of a tile that may not be whole: 8 spill
+MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
 
 
 @triton.jit
@@ -50,12 +47,12 @@ def _gradients(
     dh = load_strip(dh_ptr, stride_dm, i, m, k, M, K, STRIPS)
     gate = load_strip(gate_ptr, stride_gm, i, m, k, M, K, STRIPS)
     up = load_strip(up_ptr, stride_um, i, m, k, M, K, STRIPS)
-    denominator = 1.0 + tl.exp(-gate)
-    sigmoid = 1.0 / denominator
-    dsilu = (dh * up).to(gate_ptr.dtype.element_ty).to(tl.float32)
-    dgate = dsilu * sigmoid * tl.fma(gate, 1.0 - sigmoid, 1.0)
-    dup = dh * (gate / denominator).to(gate_ptr.dtype.element_ty).to(tl.float32)
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    sigmoid = 1.0 / (1.0 + tl.exp(gate * -1.0))
+    silu = gate * sigmoid
+    dsilu = (dh * up).to(dtype).to(tl.float32)
+    dgate = dsilu * tl.fma(silu, 1.0 - sigmoid, sigmoid)
+    dup = dh * silu.to(dtype).to(tl.float32)
     return dgate.to(dtype).to(tl.float32), dup.to(dtype).to(tl.float32)
 
 
@@ -74,43 +71,6 @@ def _dup(
 
 
 @triton.jit
-def _measure(
-    inputs, zero, m, k, M, K, i: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr
-):  # fmt: skip
-    """What tile.measure returns of dgate, then of dup."""
-    if STEP == 0:
-        dgate, dup = _gradients(*inputs, i, m, k, M, K, STRIPS)
-        if KEEP:
-            return magnitude_bits(dgate), packed(dgate, zero), magnitude_bits(dup), packed(dup, zero)
-        else:
-            return magnitude_bits(dgate), zero, magnitude_bits(dup), zero
-    else:
-        x = _measure(inputs, zero, m, k, M, K, i, STEP // 2, STRIPS, KEEP)
-        y = _measure(inputs, zero, m, k, M, K, i + STEP, STEP // 2, STRIPS, KEEP)
-        if KEEP:
-            return tl.maximum(x[0], y[0]), tl.join(x[1], y[1]), tl.maximum(x[2], y[2]), tl.join(x[3], y[3])
-        else:
-            return tl.maximum(x[0], y[0]), zero, tl.maximum(x[2], y[2]), zero
-
-
-@triton.jit
-def _store_copies(
-    STRIP: tl.constexpr, inputs, amax_bits, words, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
-    stride_row, stride_row_scale, stride_col, stride_col_scale, m, k, M, K,
-    MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """Write both copies of a measured gradient."""
-    scale_inv, encode_scale = column_scales(amax_bits, MAX_BITS, COL_POW2)
-    cols = tl.arange(0, 128)
-    tl.store(col_scale_ptr + m // 128 * stride_col_scale + k + cols, scale_inv, mask=cols < (K - k).to(tl.int32))
-    codes = encode(
-        STRIP, inputs, words, encode_scale, (row_ptr, row_scale_ptr, stride_row, stride_row_scale), m, k, M, K,
-        0, STRIPS // 2, col_ptr.dtype.element_ty, MAX_BITS, ROW_POW2, True, STRIPS, KEEP,
-    )  # fmt: skip
-    store_transposed(codes, col_ptr, stride_col, m, k, K)
-
-
-@triton.jit
 def _swiglu_backward_quantize_kernel(
     dh_ptr, gate_ptr, up_ptr,  # [M, K] bf16 or fp32
     out_ptr,  # [2, M, K], the gradients themselves, if not QUANTIZE
@@ -119,19 +79,21 @@ def _swiglu_backward_quantize_kernel(
     M, K, stride_dm, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
     STRIPS: tl.constexpr, KEEP: tl.constexpr,
-    JOINT: tl.constexpr,  # one program makes both gradients of a tile; else two do
+    WHOLE: tl.constexpr,  # M and K are multiples of 128
 ):  # fmt: skip
     tiles_m, tiles_k = (M - 1) // 128 + 1, (K - 1) // 128 + 1  # M + 127 could overflow
-    tile = tl.program_id(0) if JOINT else tl.program_id(0) // 2
+    tile = tl.program_id(0) // 2 if QUANTIZE else tl.program_id(0)
     m, k = (tile // tiles_k).to(tl.int64) * 128, (tile % tiles_k).to(tl.int64) * 128
     inputs = dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um
     rows, cols = M.to(tl.int64), K.to(tl.int64)
-    if QUANTIZE and not JOINT:
+    if WHOLE:  # of which the compiler knows that nothing is outside
+        M, K = m + 128, k + 128
+    if QUANTIZE:
         half = (tl.program_id(0) % 2).to(tl.int64)
-        row_ptr += half * M * stride_row
+        row_ptr += half * rows * stride_row
         row_scale_ptr += half * tiles_k * stride_row_scale
         if COL:
-            col_ptr += half * K * stride_col
+            col_ptr += half * cols * stride_col
             col_scale_ptr += half * tiles_m * stride_col_scale
         if half == 0:
             store_tile(
@@ -145,25 +107,16 @@ def _swiglu_backward_quantize_kernel(
                 stride_row, stride_row_scale, stride_col, stride_col_scale,
                 MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
             )  # fmt: skip
-    elif QUANTIZE:
-        amax_dgate, dgate, amax_dup, dup = _measure(inputs, zero, m, k, M, K, 0, STRIPS // 2, STRIPS, KEEP)
-        _store_copies(
-            _dgate, inputs, amax_dgate, dgate, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
-            stride_row, stride_row_scale, stride_col, stride_col_scale, m, k, M, K,
-            MAX_BITS, ROW_POW2, COL_POW2, STRIPS, KEEP,
-        )  # fmt: skip
-        _store_copies(
-            _dup, inputs, amax_dup, dup, row_ptr + rows * stride_row,
-            row_scale_ptr + tiles_k.to(tl.int64) * stride_row_scale, col_ptr + cols * stride_col,
-            col_scale_ptr + tiles_m.to(tl.int64) * stride_col_scale,
-            stride_row, stride_row_scale, stride_col, stride_col_scale, m, k, M, K,
-            MAX_BITS, ROW_POW2, COL_POW2, STRIPS, KEEP,
-        )  # fmt: skip
     else:
         for i in tl.static_range(4):
             dgate, dup = _gradients(*inputs, i, m, k, M, K, 4)
             store_strip(dgate, out_ptr, stride_om, i, m, k, M, K, 4)
             store_strip(dup, out_ptr + rows * stride_om, stride_om, i, m, k, M, K, 4)
+
+
+def _tiling(bf16: bool, columns: bool, whole: bool, pow2: bool) -> tuple[dict[str, object], dict[str, object]]:
+    limit = MAX_REGISTERS if bf16 and columns and whole and pow2 else None
+    return tiling(bf16, columns, KEEP, NUM_WARPS if whole else RAGGED_WARPS, whole, limit)
 
 
 def _compile_cases() -> list[tuple]:
@@ -178,20 +131,21 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_backward_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS)
-            more["JOINT"] = JOINT and dtype == "bf16" and pow2
+            more, options = _tiling(dtype == "bf16", True, True, pow2)
             cases.append((title, kernel, inputs | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS)
-    constants = constants | more | {"COL": False, "JOINT": False}
+    more, free = _tiling(True, True, False, True)
+    cases.append((f"{title} ragged", kernel, signature, constants | more, free | {"odd": ("M", "K", *sizes[:3])}))
+    more, options = _tiling(True, False, True, True)
+    constants = constants | more | {"COL": False}
     cases.append((f"{title} row copies", kernel, signature, constants, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
     nothing = {name: value for name, value in constants.items() if name != "out_ptr"} | dict.fromkeys(pointers)
-    cases.append(("swiglu_backward bf16", kernel, plain, nothing | {"QUANTIZE": False, "JOINT": True}, options))
+    cases.append(("swiglu_backward bf16", kernel, plain, nothing | {"QUANTIZE": False}, options))
     return cases
 
 
-# (name, kernel, signature, constexprs, options); pointers and integers are multiples of 16
+# (name, kernel, signature, constexprs, options); pointers and integers are multiples of 16 but those in options["odd"]
 COMPILE_CASES = _compile_cases()
 
 Copies = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -268,13 +222,11 @@ def _launch(
     def rest() -> Rest:
         (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
         inputs = dh.stride(0), gate.stride(0), up.stride(0)
-        whole = all(size % 16 == 0 for size in (M, K, *inputs))
-        joint = row is None or (JOINT and bf16 and whole and kinds[1] and kinds[2] and col is not None)
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS)
+        tile, options = _tiling(bf16, col is not None, are_whole(M, K, *inputs), kinds[1] and kinds[2])
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
-        constants |= {"COL": col is not None, "QUANTIZE": row is not None, "JOINT": joint}
+        constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
-        return tiles(M, K, 1 if joint else 2), (M, K, *inputs, *strides, 0), constants | tile, options
+        return tiles(M, K, 1 if row is None else 2), (M, K, *inputs, *strides, 0), constants | tile, options
 
     launch(_swiglu_backward_quantize_kernel, kinds, (dh, gate, up, out, row, row_scale, col, col_scale), rest)
 

@@ -18,21 +18,25 @@ from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
+    load_strip,
+    store_plain,
+    store_tile,
+)
+from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
+    are_whole,
     check_format,
     check_matrix,
     empty_copies,
     leading_strides,
-    load_strip,
     max_bits,
-    store_plain,
-    store_tile,
     tiles,
     tiling,
 )
 
 KEEP = True  # calculate h once
+MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
 
 
 @triton.jit
@@ -40,7 +44,7 @@ def _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.co
     """silu(gate) * up of strip i, rounded twice as torch does, fp32."""
     gate = load_strip(gate_ptr, stride_gm, i, m, k, M, K, STRIPS)
     up = load_strip(up_ptr, stride_um, i, m, k, M, K, STRIPS)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(gate_ptr.dtype.element_ty).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(gate * -1.0))).to(gate_ptr.dtype.element_ty).to(tl.float32)
     return (silu * up).to(gate_ptr.dtype.element_ty).to(tl.float32)
 
 
@@ -53,9 +57,12 @@ def _swiglu_quantize_kernel(
     M, K, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
     STRIPS: tl.constexpr, KEEP: tl.constexpr,
+    WHOLE: tl.constexpr,  # M and K are multiples of 128
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
+    if WHOLE:  # of which the compiler knows that nothing is outside
+        M, K = m + 128, k + 128
     inputs = gate_ptr, up_ptr, stride_gm, stride_um
     if QUANTIZE:
         store_tile(
@@ -77,10 +84,11 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS)
+            limit = MAX_REGISTERS if dtype == "bf16" and pow2 else None
+            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS, True, limit)
             cases.append((title, _swiglu_quantize_kernel, inputs | pointers, constants | more, options))
     _, kernel, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS)
+    more, options = tiling(True, False, KEEP, NUM_WARPS, True)
     constants = constants | more
     cases.append(("swiglu_quantize bf16 pow2 row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -148,8 +156,10 @@ def _launch(
         return
 
     def rest() -> Rest:
-        M, K = gate.shape
-        tile, options = tiling(gate.dtype is torch.bfloat16, col is not None, KEEP, NUM_WARPS)
+        (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
+        whole = are_whole(M, K, gate.stride(0), up.stride(0))
+        limit = MAX_REGISTERS if bf16 and whole and kinds[1] and kinds[2] else None
+        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, whole, limit)
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
