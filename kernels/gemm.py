@@ -4,7 +4,8 @@ Per 128 of K: acc = fma(partial, RN(a_scale * b_scale), acc) in FP32; the FP8 te
 are why it is promoted (DeepSeek-V3, arXiv:2412.19437, 3.3.2). a, b FP8, K-major; a_scale [M, ceil(K/128)], b_scale
 [ceil(N/128), ceil(K/128)] fp32, any strides (M-contiguous is fastest); c bf16 or fp32. Any M, N, K >= 0.
 Structure of the warp-specialised variant as in DeepGEMM: a TMA producer and two math warpgroups of 64x128.
-Measured (H100, 2026-11-26, M, N, K = 8192): 1245 TFLOP/s by gluon_192x128_s4, BF16 cuBLAS 803; see kernels/README.md.
+Measured (H200, 2026-11-26, M, N, K = 4096, 7168, 16384): 1287 TFLOP/s by gluon_256x128_s4, BF16 cuBLAS 811; see
+kernels/README.md.
 """
 
 import torch

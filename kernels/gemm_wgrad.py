@@ -4,7 +4,7 @@ Per 128 of K (tokens): acc = fma(partial, RN(a_scale * b_scale), acc) in FP32 (D
 a, b FP8, K-major; a_scale [M, ceil(K/128)], b_scale [N, ceil(K/128)] fp32, any strides (M- and N-contiguous are
 fastest); c fp32, read once where it is added to. Any M, N, K >= 0. Structure of the warp-specialised variant as in
 DeepGEMM: a TMA producer and two math warpgroups of 64x128.
-Measured (H100, 2026-11-26, M, N, K = 8192): 1012 TFLOP/s by gluon_192x128_s5, BF16 cuBLAS 807; see kernels/README.md.
+Measured (H200, 2026-11-26, M, N, K = 8192): 941 TFLOP/s by gluon_192x128_s5, BF16 cuBLAS 798; see kernels/README.md.
 """
 
 import torch

@@ -85,7 +85,7 @@ def _swiglu_backward_quantize_kernel(
     tile = tl.program_id(0) // 2 if QUANTIZE else tl.program_id(0)
     m, k = (tile // tiles_k).to(tl.int64) * 128, (tile % tiles_k).to(tl.int64) * 128
     inputs = dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um
-    rows, cols = M.to(tl.int64), K.to(tl.int64)
+    rows, cols = tl.cast(M, tl.int64), tl.cast(K, tl.int64)
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
     if QUANTIZE:
@@ -136,6 +136,8 @@ def _compile_cases() -> list[tuple]:
     title, _, signature, constants, _ = cases[0]
     more, free = _tiling(True, True, False, True)
     cases.append((f"{title} ragged", kernel, signature, constants | more, free | {"odd": ("M", "K", *sizes[:3])}))
+    one_row = {name: kind for name, kind in signature.items() if name != "M"}  # a size of 1 is a constant of the kernel
+    cases.append((f"{title} one row", kernel, one_row, constants | more | {"M": 1}, free))
     more, options = _tiling(True, False, True, True)
     constants = constants | more | {"COL": False}
     cases.append((f"{title} row copies", kernel, signature, constants, options))
