@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fp8train.arguments import parse_arguments
 from fp8train.backends import BACKENDS, get_backend
-from fp8train.backends.interface import Backend
+from fp8train.backends.interface import Backend, Copies
 from fp8train.benchmarks.timing import (
     BenchArguments,
     BenchResult,
@@ -28,17 +29,24 @@ from fp8train.quant.formats import BLOCKWISE, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 BASELINE = "copy"
-CASES = {"row": (False,), "column": (True,), "both": (False, True), "weight": (False, True)}  # is a result transposed?
+# is a result transposed?
+CASES = {
+    "row": (False,), "column": (True,), "both": (False, True), "weight": (False, True), "rmsnorm": (False, True),
+    "swiglu": (False, True), "swiglu_backward": (False, True, False, True),
+}  # fmt: skip
 SHAPES = ((8192, 4096), (8192, 7168), (32768, 4096), (16384, 14336))
+INPUTS = {"swiglu": 2, "swiglu_backward": 3}
+EPS = 1e-5
 CHECKED_ROWS = 512  # of each result are compared with the definition, which is slow
 
 
 @dataclass(kw_only=True, slots=True)
 class QuantizeArguments(BenchArguments):
-    """Quantisers: row copy, transposed column copy, both from one read, and a weight's codes with their transpose.
+    """Quantisers: row copy, transposed column copy, both from one read, a weight's codes with their transpose, and what
+    makes the input or the gradient that it rounds: RMSNorm of an FP32 stream, SwiGLU, SwiGLU's backward.
 
     backend: auto takes the first of triton and cpu that runs here
-    cases: of row, column, both, weight
+    cases: of row, column, both, weight, rmsnorm, swiglu, swiglu_backward
     shapes: [rows, columns]; null: activations of 4096 to 14336 channels
     """
 
@@ -89,39 +97,64 @@ def _first(names: Sequence[str], device: torch.device) -> str:
 def _compare(
     case: str, rows: int, cols: int, backend: Backend, arguments: QuantizeArguments, device: torch.device
 ) -> tuple[BenchResult, dict[str, float]]:
-    """One case on one shape: its timing beside a copy of the same tensor, and the bytes that each moves."""
-    dtype = torch.float32 if case == "weight" else torch.bfloat16
+    """One case on one shape: its timing beside a copy of its first input, and the bytes that each must move."""
+    dtype = torch.float32 if case in ("weight", "rmsnorm") else torch.bfloat16
     generator = torch.Generator(device=device).manual_seed(0)
-    x = torch.randn(rows, cols, generator=generator, device=device).to(dtype)
-    target = torch.empty_like(x)
+    inputs = [torch.randn(rows, cols, generator=generator, device=device).to(dtype) for _ in range(INPUTS.get(case, 1))]
+    target = torch.empty_like(inputs[0])
     spec = BLOCKWISE.fprop.right if case == "weight" else BLOCKWISE.fprop.left
     assert spec is not None
-    call = _quantiser(case, backend, x, spec)
+    call, sources = _quantiser(case, backend, inputs, spec)
     made = call()
     written = sum(q.qdata.nbytes + 4 * q.scale_inv.numel() for q in made)
-    traffic = {BASELINE: 2.0 * x.nbytes, case: float(x.nbytes + written)}
-    timings = interleaved({BASELINE: lambda: target.copy_(x), case: call}, arguments, device, kernels_only=True)
+    traffic = {BASELINE: 2.0 * target.nbytes, case: float(sum(x.nbytes for x in inputs) + written)}
+    calls = {BASELINE: lambda: target.copy_(inputs[0]), case: call}
+    timings = interleaved(calls, arguments, device, kernels_only=True)
     share = traffic[case] / timings[case].median_seconds / (traffic[BASELINE] / timings[BASELINE].median_seconds)
+    of = [source for source in sources() for _ in range(2)]
     facts: dict[str, Any] = {
         "case": case,
         "rows": rows,
         "cols": cols,
         "bytes": traffic,
         "share_of_copy_bandwidth": share,
-        "bitwise": all(_as_defined(q, flipped, x, spec) for q, flipped in zip(made, CASES[case], strict=True)),
+        "bitwise": all(_as_defined(*result, spec) for result in zip(made, CASES[case], of, strict=False)),
     }
     return BenchResult(title=f"quantize {case}, {rows} x {cols} {dtype}", timings=timings, facts=facts), traffic
 
 
-def _quantiser(case: str, backend: Backend, x: torch.Tensor, spec: QuantSpec) -> Callable[[], Sequence[QTensor]]:
+def _quantiser(
+    case: str, backend: Backend, inputs: Sequence[Tensor], spec: QuantSpec
+) -> tuple[Callable[[], Sequence[QTensor]], Callable[[], Sequence[Tensor]]]:
+    """What is timed, and what the codes are of: for each two of them."""
+    x, bf16 = inputs[0], torch.bfloat16
     if case == "weight":
-        return lambda: backend.quantize_square(x, spec)
+        return lambda: backend.quantize_square(x, spec), lambda: [x]
     if case == "both":
-        return lambda: backend.quantize_dual(x, spec, spec)
-    return lambda: (backend.quantize(x, spec, case == "column"),)
+        return lambda: backend.quantize_dual(x, spec, spec), lambda: [x]
+    if case == "rmsnorm":
+        weight = torch.linspace(0.5, 1.5, x.shape[1], device=x.device)
+        return (
+            lambda: _made(backend.rmsnorm_quantize(x, weight, EPS, bf16, spec, spec)[0]),
+            lambda: [backend.rms_norm(x, weight, EPS, bf16)[0]],
+        )
+    if case == "swiglu":
+        gate, up = inputs
+        return lambda: _made(backend.swiglu_quantize(gate, up, spec, spec)), lambda: [backend.swiglu(gate, up)]
+    if case == "swiglu_backward":
+        dh, gate, up = inputs
+        return (
+            lambda: [q for half in backend.swiglu_backward_quantize(dh, gate, up, spec, spec) for q in _made(half)],
+            lambda: backend.swiglu_backward(dh, gate, up),
+        )
+    return lambda: (backend.quantize(x, spec, case == "column"),), lambda: [x]
 
 
-def _as_defined(q: QTensor, transposed: bool, x: torch.Tensor, spec: QuantSpec) -> bool:
+def _made(copies: Copies) -> list[QTensor]:
+    return [q for q in copies if q is not None]
+
+
+def _as_defined(q: QTensor, transposed: bool, x: Tensor, spec: QuantSpec) -> bool:
     """Whether the first rows of a result equal the definition's, bit for bit."""
     part = x[:, :CHECKED_ROWS] if transposed else x[:CHECKED_ROWS]
     wanted = reference.quantize(part, spec, transpose=transposed)
