@@ -5,8 +5,9 @@ gemm_wgrad.py (b in blocks of 1x128: wgrad), whose entries that have MATH_GROUPS
 
 One TMA producer warp fills a ring of STAGES slots of shared memory; each of MATH_GROUPS warpgroups multiplies its 64
 rows of a, or its WAVES of 64, by the BLOCK_N rows of b in a slot. full[slot] completes when the bytes of a slot have
-come, empty[slot] when every warpgroup has read it; empty[STAGES] is nobody's. Both sides take the slots in turn, also
-across the tiles of a program (_next_slot). IN_FLIGHT = 2 starts a second block of K before the first is promoted.
+come, empty[slot] when every warpgroup has read it; nobody waits for empty[STAGES], which takes what a warpgroup gives
+back before it has had a slot. Both sides take the slots in turn, also across the tiles of a program (_next_slot).
+IN_FLIGHT = 2 starts a second block of K before the first is promoted.
 Structure as in DeepGEMM. Figures, compiled and measured: kernels/README.md.
 """
 
@@ -92,9 +93,10 @@ def _scales(a_scale_ptrs, b_scale_ptrs, k, blocks, a_step, b_step, B_ROWS: gl.co
 
 @gluon.jit
 def _promoted(acc, partial, scale, ring, slot, BLOCK_N: gl.constexpr, B_ROWS: gl.constexpr):
-    """acc + partial * RN(a_scale * b_scale), rounded once; the slot, whose multiplication has ended, is given back.
+    """acc + partial * RN(a_scale * b_scale), rounded once.
 
-    A slot that brought scales is read here, and given back by _give_back.
+    Here the scales of b that came with the slot are read; a slot that brought none, whose multiplication has ended, is
+    given back.
     """
     a_smem, b_smem, b_scale_smem, full, empty = ring
     if B_ROWS == 1:
@@ -112,9 +114,10 @@ def _give_back(ring, held, slot, B_ROWS: gl.constexpr):
     """Give back the slot that is held, behind the start of the next multiplication, whose slot is held from here on.
 
     A barrier of the warpgroup does not wait for what its warps have asked of shared memory: scales that were asked for
-    just before came from the block that TMA had put in their place (H200, 2026-11-26: a few columns of 16 rows in each
-    of 20 tiles, where other warpgroups were busy adding to c). A multiplication overwrites the registers of the last
-    product, so that when it has been started, that product has been promoted, and the scales for it have come.
+    just before came from the block that TMA had put in their place (H200, 2026-11-26: a few columns of 16 rows in some
+    tiles of every product, while other warpgroups added to c). A multiplication overwrites the registers of the last
+    product: when it has been started, that product has been promoted, and the scales for it have come. That ptxas keeps
+    this order is looked up in its code (tests/kernels/sm90.py).
     """
     a_smem, b_smem, b_scale_smem, full, empty = ring
     if B_ROWS == 1:

@@ -75,7 +75,7 @@ def _quantize_kernel(
     M, K, stride_xm, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
     ROW: tl.constexpr, COL: tl.constexpr, STATS: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
-    WHOLE: tl.constexpr,  # M and K are multiples of 128
+    WHOLE: tl.constexpr,  # are_whole: every tile lies inside
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
@@ -221,7 +221,7 @@ def _launch(
     def rest() -> Rest:
         (M, K), bf16 = x.shape, x.dtype is torch.bfloat16
         whole = are_whole(M, K, x.stride(0)) and stats is None
-        limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 else None
+        limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 and x.data_ptr() % 16 == 0 else None
         tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, whole, limit)
         constants = {"MAX_BITS": max_bits, "ROW_POW2": pow2, "COL_POW2": col_pow2}
         constants |= {"ROW": row is not None, "COL": col is not None, "STATS": stats is not None}

@@ -57,7 +57,7 @@ def _rstd_kernel(
         inside = (rows < M)[:, None] & (cols < K - start)[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_xm + start + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         squares = tl.fma(x, x, squares)
-    mean = tl.div_rn(tl.sum(squares, axis=1), K.to(tl.float32))
+    mean = tl.div_rn(tl.sum(squares, axis=1), tl.cast(K, tl.float32))
     tl.store(rstd_ptr + rows, tl.div_rn(1.0, tl.sqrt_rn(mean + eps)), mask=rows < M)
 
 
@@ -84,7 +84,7 @@ def _rmsnorm_quantize_kernel(
     M, K, stride_xm, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     BF16: tl.constexpr, MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
     COL: tl.constexpr, QUANTIZE: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
-    WHOLE: tl.constexpr,  # M and K are multiples of 128
+    WHOLE: tl.constexpr,  # are_whole: every tile lies inside
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
@@ -116,7 +116,11 @@ def _compile_cases() -> list[tuple]:
             cases.append((title, kernel, {"x_ptr": f"*{dtype}"} | vectors | pointers, constants | more, options))
         rstd = {"x_ptr": f"*{dtype}", "rstd_ptr": "*fp32", "M": "i32", "K": "i32", "stride_xm": "i32", "eps": "fp32"}
         tile = {"ROWS": RSTD_ROWS, "COLS": RSTD_COLS}
-        cases.append((f"rmsnorm rstd {dtype}", _rstd_kernel, rstd, tile, {"num_warps": RSTD_WARPS, "odd": ("eps",)}))
+        options = {"num_warps": RSTD_WARPS, "odd": ("eps",)}
+        cases.append((f"rmsnorm rstd {dtype}", _rstd_kernel, rstd, tile, options))
+        if dtype == "bf16":  # a size of 1 is a constant of the kernel
+            one = {name: kind for name, kind in rstd.items() if name != "K"}
+            cases.append(("rmsnorm rstd bf16 one column", _rstd_kernel, one, tile | {"K": 1}, options))
     title, _, signature, constants, _ = cases[0]
     more, options = tiling(True, False, KEEP, NUM_WARPS, True)
     constants = constants | more

@@ -35,7 +35,7 @@ from fp8train.kernels.tile_launch import (
 )
 
 KEEP = True  # calculate the gradients once
-RAGGED_WARPS = 16  # of a tile that may not be whole: 8 spill
+RAGGED_WARPS = 16  # of a tile that may not be whole: with 8 all of them spill, with 16 those of FP32 scales
 MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
 
 
@@ -79,7 +79,7 @@ def _swiglu_backward_quantize_kernel(
     M, K, stride_dm, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
     STRIPS: tl.constexpr, KEEP: tl.constexpr,
-    WHOLE: tl.constexpr,  # M and K are multiples of 128
+    WHOLE: tl.constexpr,  # are_whole: every tile lies inside
 ):  # fmt: skip
     tiles_m, tiles_k = (M - 1) // 128 + 1, (K - 1) // 128 + 1  # M + 127 could overflow
     tile = tl.program_id(0) // 2 if QUANTIZE else tl.program_id(0)

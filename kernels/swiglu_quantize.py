@@ -57,7 +57,7 @@ def _swiglu_quantize_kernel(
     M, K, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
     STRIPS: tl.constexpr, KEEP: tl.constexpr,
-    WHOLE: tl.constexpr,  # M and K are multiples of 128
+    WHOLE: tl.constexpr,  # are_whole: every tile lies inside
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128

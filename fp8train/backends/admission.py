@@ -31,8 +31,8 @@ from fp8train.backends.machine import no_gpu
 
 LOG = logging.getLogger("fp8train")
 SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
-AT_ONCE = min(16, max(4, os.cpu_count() or 4))  # processes: compilers, each with half a GiB of GPU memory
-WRONG, NO_GPU, UNDECIDED = 1, 2, 3  # exit statuses of the check
+AT_ONCE = min(16, max(4, os.cpu_count() or 4))  # processes: compilers, each with up to a GiB of GPU memory
+WRONG, NO_GPU, UNDECIDED = 4, 2, 3  # exit statuses of the check; 1 is an uncaught error's
 Kernel = tuple[str, str]  # operation and entry
 
 
@@ -163,10 +163,10 @@ def main(argv: Sequence[str]) -> int:
             sys.stdout.write(f"{operation} {entry}: {reason or 'correct'}\n")
         return WRONG if any(found.values()) else 0
     try:
-        torch.empty(2**28, dtype=torch.uint8, device=device)
+        torch.empty(2**29, dtype=torch.uint8, device=device)
+        reason = check(arguments.operation, arguments.entry, device)
     except torch.cuda.OutOfMemoryError as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return UNDECIDED
-    reason = check(arguments.operation, arguments.entry, device)
     sys.stdout.write(f"{reason or 'correct'}\n")
     return WRONG if reason else 0

@@ -18,9 +18,9 @@ from fp8train.quant.reference import quantize
 
 GEMMS = ("gemm", "gemm_wgrad")
 SHAPES = ((128, 128, 128), (300, 200, 272), (1, 512, 1040), (513, 129, 64), (2048, 1536, 1024), (384, 256, 16384))
-# Five tiles to a program: an entry that gave slots back too early was right in SHAPES, and wrong in a few columns
-# of every product of this size (H200, 2026-11-26)
-CROWD = (2112, 7168, 2048)
+# Several tiles to a program: entries that gave slots back too early were right in SHAPES, and wrong in a few columns of
+# every product of this size that added to its result (H200, 2026-11-26).
+CROWD = (2112, 7168, 4096)
 TRIES = 3
 # Hopper cuts each of 32 products and their sum so far to 14 bits of the largest. In that model (backends/hopper.py) the
 # first shape's rows have a calc_diff of 9e-9 in the mean and 4.4e-8 at most; rows of positive ones, whose cuts all go
@@ -94,22 +94,24 @@ def check_crowd(
         tries: products of each kind.
     """
     module, (M, N, K) = importlib.import_module(f"fp8train.kernels.{operation}"), sizes
-    launch, plain = getattr(module, operation), next(name for name in module.PLAIN if name != entry)
-    generator = torch.Generator(device=device).manual_seed(0)
-    rows = -(-N // 128) if operation == "gemm" else N
+    launch, generator = getattr(module, operation), torch.Generator(device=device).manual_seed(0)
     codes = [
-        torch.randint(-8, 9, (size, K), generator=generator, device=device).to(torch.float8_e4m3fn) for size in (M, N)
+        torch.randint(-8, 9, (size, K), generator=generator, dtype=torch.int8, device=device).to(torch.float8_e4m3fn)
+        for size in (M, N)
     ]
     scales = [
         torch.randint(-3, 4, (-(-K // 128), size), generator=generator, device=device).float().exp2().t()
-        for size in (M, rows)
+        for size in (M, -(-N // 128) if operation == "gemm" else N)
     ]
-    for number in range(len(_variants(operation, M, N, device))):
-        wanted = launch(*codes, *scales, config=plain, **_variants(operation, M, N, device)[number][0])
+    others = [name for name in module.PLAIN if name != entry and module.refusal(name, *codes, *scales) is None]
+    if not others:
+        return None  # it is the only one that runs here
+    for number in range(len(_variants(operation, 1, 1, device))):
+        wanted = launch(*codes, *scales, config=others[0], **_variants(operation, M, N, device)[number][0])
         for _ in range(tries):
             y = launch(*codes, *scales, config=entry, **_variants(operation, M, N, device)[number][0])
             if wrong := int((y != wanted).sum()):
-                return f"{wrong} of its sums differ from those of {plain} for M, N, K = {M}, {N}, {K}"
+                return f"{wrong} of its sums differ from those of {others[0]} for M, N, K = {M}, {N}, {K}"
     return None
 
 

@@ -20,8 +20,8 @@ def accumulating_linears(model: nn.Module) -> list[Float8Linear]:
     """The linears with an FP8 wgrad that is the only gradient of their weight, and that nobody wants to see by itself.
 
     Left to autograd: wgrads in high precision, whose result is added in a pass of its own either way; weights that
-    modules share or that do not train; those with hooks on the gradient; linears whose input a remedy changes or that
-    have a sink already.
+    modules share, that do not train or whose rows are not contiguous, as a GEMM writes them; those with hooks on the
+    gradient, but for one with reads_values = False; linears whose input a remedy changes or that have a sink.
     """
     alone = own_weights(model)
     return [
@@ -34,8 +34,9 @@ def accumulating_linears(model: nn.Module) -> list[Float8Linear]:
         and (weight := linear._parameters.get("weight")) is not None
         and id(weight) in alone
         and weight.requires_grad
+        and weight.is_contiguous()
         and not weight._backward_hooks
-        and not weight._post_accumulate_grad_hooks
+        and not any(getattr(hook, "reads_values", True) for hook in (weight._post_accumulate_grad_hooks or {}).values())
     ]
 
 

@@ -220,6 +220,8 @@ class _Forward:
 class _Arrived:
     """Gradient hook of a weight."""
 
+    reads_values = False  # so that wgrad adds in place while it is audited, see trainer/accumulation.py
+
     def __init__(self, demand: Demand) -> None:
         self._demand = demand
 

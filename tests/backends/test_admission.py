@@ -65,6 +65,15 @@ def test_a_wrong_product_is_refused(
     assert "calc_diff" in str(check_product(operation, "tma_128x128_s4", CPU, SMALL[1:]))
 
 
+@operations
+def test_the_only_entry_that_runs_has_nothing_to_differ_from(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernel(operation)
+    monkeypatch.setattr(
+        module, "refusal", lambda name, *operands: None if name == "pointer_64x64_s3" else "needs sm_90"
+    )
+    assert check_crowd(operation, "pointer_64x64_s3", CPU, (140, 132, 272), tries=1) is None
+
+
 def one_bad_column(y: Tensor) -> Tensor:
     y[16:32, 6] *= 0.5
     return y

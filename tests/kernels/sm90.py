@@ -106,7 +106,8 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
     """Compile one case for sm_90a and read its machine code."""
     made = compiled(case)
     ptx, said = made.asm["ptx"], _assembler_says(made.asm["ptx"])
-    loop = _innermost_loop(_disassembled(made.asm["cubin"]).splitlines())
+    sass = _disassembled(made.asm["cubin"]).splitlines()
+    loop = _innermost_loop(sass)
     mix = collections.Counter(filter(None, map(_opcode, loop)))
     constants = case[3]
     groups, in_flight = constants.get("MATH_GROUPS", 0), constants.get("IN_FLIGHT", 1)
@@ -127,7 +128,7 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
         expected_fma=accumulators // threads,
         flushes=".ftz" in ptx,
         warnings=[line.strip() for line in said.splitlines() if "arning" in line or "serializ" in line.lower()],
-        ring=ring_faults(ptx, constants) if groups else [],
+        ring=ring_faults(ptx, constants) + given_back_early(sass, constants) if groups else [],
     )
 
 
@@ -170,6 +171,30 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
         if mark in before and behind != [before[mark], "bar.sync"]:
             found.append(f"{mark} behind {', '.join(order[max(at - 2, 0) : at])}; needs {before[mark]}, bar.sync")
     return found
+
+
+def given_back_early(sass: list[str], constants: dict[str, Any]) -> list[str]:
+    """What is wrong with the order of a GEMM whose slots bring scales: see _give_back in kernels/gemm_gluon.py.
+
+    Between two waits for multiplications a warpgroup starts those of a block, or of a pair of blocks, and then gives
+    back as many slots; it reads scales, and promotes, behind all of that.
+    """
+    if constants["B_ROWS"] != 1:
+        return []
+    found, started, returned = [], 0, 0
+    for line in sass:
+        opcode = _opcode(line)
+        if opcode == "QGMMA":
+            if returned:
+                found.append("a slot is given back between the multiplications of a pair")
+            started += 1
+        elif "SYNCS.ARRIVE" in line and started:
+            returned += 1
+        elif opcode in ("LDS", "FFMA") and started:
+            if 4 * returned != started:
+                found.append(f"{returned} slots are given back behind {started} multiplications; needs {started // 4}")
+            started = returned = 0
+    return sorted(set(found))
 
 
 def other_architectures() -> list[str]:

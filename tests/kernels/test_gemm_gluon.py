@@ -160,3 +160,18 @@ def test_machine_code_without_a_barrier_that_it_must_have_is_a_fault() -> None:
         "u32 232",
     ):
         assert sm90.ring_faults(CODE.replace(lost, lost.split("; ")[-1] if ";" in lost else "-", 1), constants), lost
+
+
+def test_machine_code_that_gives_slots_back_early_is_a_fault() -> None:
+    block, pair = ["QGMMA R24;"] * 4, ["QGMMA R24;"] * 8
+    back, promotion = ["@!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR5];"], ["LDS.64 R2, [R4];", "FFMA R8, R2, R24, R8;"]
+    slots = {"B_ROWS": 1}
+    right = block + back + promotion + pair + back + back + promotion + block + back + promotion
+    assert sm90.given_back_early(right, slots) == []
+    for wrong in (
+        block + promotion + back,
+        block + promotion[:1] + back + promotion[1:],
+        block + back + block + back + promotion,
+        pair + back + promotion + back,
+    ):
+        assert sm90.given_back_early(wrong, slots) and not sm90.given_back_early(wrong, {"B_ROWS": 128})
