@@ -1,7 +1,7 @@
 """Gluon variants of the blockwise FP8 GEMMs for Hopper: warps are specialised by hand, not by Triton.
 
 The operation, its formula and its operands are those of gemm.py (b in blocks of 128x128: fprop, dgrad) and of
-gemm_wgrad.py (b in blocks of 1x128: wgrad), whose entries that have MATH_GROUPS these are; gemm_gluon_launch.py.
+gemm_wgrad.py (b in blocks of 1x128: wgrad); these are their entries with MATH_GROUPS, gemm_gluon_launch.py starts them.
 
 One TMA producer warp fills a ring of STAGES slots of shared memory; each of MATH_GROUPS warpgroups multiplies its 64
 rows of a, or its WAVES of 64, by the BLOCK_N rows of b in a slot. full[slot] completes when the bytes of a slot have

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 
 # (operation, major compute capability) -> entry -> (rows, columns of its tile, TFLOP/s of full waves)
-# M, N, K = 8192, Triton 3.6.0, 2026-11-26: gluon_* on an NVIDIA H200, the others on an H100 80GB HBM3
+# M, N, K = 8192, Triton 3.6.0, 2026-11-26: gluon_* on an NVIDIA H200, in groups of 8 rows of tiles, the others on an
+# H100 80GB HBM3
 TABLE = {
     ("gemm", 9): {
         "gluon_192x128_s4": (192, 128, 1307),

@@ -18,12 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
-from fp8train.kernels.tile import (
-    load_strip,
-    store_plain,
-    store_tile,
-    strip,
-)
+from fp8train.kernels.tile import load_strip, store_plain, store_tile, strip
 from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
