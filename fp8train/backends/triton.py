@@ -124,9 +124,7 @@ class TritonBackend(Producers):
         self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Tensor]:
         """See Backend."""
-        if not (
-            self.fuses(row, col) and self._admitted("rmsnorm_quantize", _DTYPE_NAMES.get(x.dtype, "fp32"), x.device)
-        ):
+        if not self._makes("rmsnorm_quantize", x, row, col):
             return super().rmsnorm_quantize(x, weight, eps, dtype, row, col)
         run = kernel("rmsnorm_quantize").rmsnorm_quantize
         *copies, rstd = run(_rows_dense(x), weight, eps=eps, out_dtype=dtype, **_formats(row, col))
@@ -134,10 +132,7 @@ class TritonBackend(Producers):
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """See Backend."""
-        if not (
-            self.fuses(row, col)
-            and self._admitted("swiglu_quantize", _DTYPE_NAMES.get(gate.dtype, "fp32"), gate.device)
-        ):
+        if not self._makes("swiglu_quantize", gate, row, col):
             return super().swiglu_quantize(gate, up, row, col)
         run = kernel("swiglu_quantize").swiglu_quantize
         return _copies(run(_rows_dense(gate), _rows_dense(up), **_formats(row, col)), row, col)
@@ -146,10 +141,7 @@ class TritonBackend(Producers):
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Copies]:
         """See Backend."""
-        if not (
-            self.fuses(row, col)
-            and self._admitted("swiglu_backward_quantize", _DTYPE_NAMES.get(gate.dtype, "fp32"), gate.device)
-        ):
+        if not self._makes("swiglu_backward_quantize", gate, row, col):
             return super().swiglu_backward_quantize(dh, gate, up, row, col)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
         dgate, dup = run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up), **_formats(row, col))
@@ -230,6 +222,10 @@ class TritonBackend(Producers):
             self._served[key] = served
             self._note_refused()
         return served
+
+    def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> bool:
+        """Whether a fused kernel serves the formats and passed its check for the dtype of x."""
+        return self.fuses(row, col) and self._admitted(operation, _DTYPE_NAMES.get(x.dtype, "fp32"), x.device)
 
     def _note_refused(self) -> None:
         if self._admission.refused:
