@@ -76,16 +76,16 @@ def test_a_single_micro_batch_is_autograds(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_compiled_model_has_two_graphs_and_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.compiler.reset()
-    # a graph that another process compiled for another number of threads would add in another order
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
-    ours = weights_after(tmp_path, monkeypatch, "compile=true", steps=3)
-    assert graphs["unique_graphs"] == 2, "one for the first micro-batch, one for those after it"
-    torch.compiler.reset()
-    monkeypatch.setattr(step_module, "accumulating_linears", lambda model: [])
-    theirs = weights_after(tmp_path, monkeypatch, "compile=true", steps=3)
+    # no cache: a graph that another process compiled for another number of threads would add in another order
+    with torch.compiler.config.patch(force_disable_caches=True):
+        torch.compiler.reset()
+        ours = weights_after(tmp_path, monkeypatch, "compile=true", steps=3)
+        assert graphs["unique_graphs"] == 2, "one for the first micro-batch, one for those after it"
+        torch.compiler.reset()
+        monkeypatch.setattr(step_module, "accumulating_linears", lambda model: [])
+        theirs = weights_after(tmp_path, monkeypatch, "compile=true", steps=3)
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
