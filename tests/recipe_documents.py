@@ -1,0 +1,15 @@
+"""The recipe document that tests of recipes and of conversion fill in."""
+
+from __future__ import annotations
+
+FP8 = {
+    "fprop": {"x": "e4m3 1x128", "w": "e4m3 128x128"},
+    "dgrad": {"dy": "e4m3 1x128", "w": "e4m3 128x128"},
+    "wgrad": {"dy": "e4m3 1x128", "x": "e4m3 1x128", "source": "dual"},
+}
+REST = {"match": "*", "use": "bf16"}
+
+
+def document(*rules: dict, **more: object) -> dict:
+    """A document with these rules and the precision fp8; `more` are further top-level keys."""
+    return {"version": 1, "precisions": {"fp8": FP8}, "rules": list(rules), **more}
