@@ -1,4 +1,4 @@
-"""The command compare: what is trained, what is refused, what is printed and written."""
+"""The command compare, which trains its arms: what is trained, what is refused, what is printed and written."""
 
 from __future__ import annotations
 
@@ -6,37 +6,21 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
-from fp8train.compare import FolderArguments, compare_folders, main, train_and_compare, wandb_row
-from fp8train.config import RunConfig, config_to_dict, load_config
+from fp8train.compare import main, train_and_compare, wandb_row
+from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
-from fp8train.errors import ConfigError, DataError, RecipeError, UserError, exit_code
+from fp8train.errors import ConfigError, exit_code
 from fp8train.trainer.arms import plan_arms
 from fp8train.trainer.crossing import crossed_losses
 from fp8train.trainer.run_folder import RunResult
 from tests.run_folders import write_run
-
-TINY = [
-    "model.hidden_size=64",
-    "model.intermediate_size=96",
-    "model.num_layers=2",
-    "model.num_heads=2",
-    "model.num_kv_heads=2",
-    "seq_len=64",
-    "global_batch_tokens=256",
-    "data.eval_windows=4",
-]
-
-
-def configuration(run_dir: Path, *overrides: str) -> RunConfig:
-    return load_config([*TINY, "steps=40", f"run_dir={run_dir}", *overrides], "compare")
+from tests.tiny_comparison import TINY, configuration
 
 
 class FakeTrainer:
@@ -64,72 +48,15 @@ def compare(config: RunConfig, trainer: FakeTrainer) -> int:
     return train_and_compare(config, plan_arms(config), World(), trainer)
 
 
-def test_default_arms_are_bf16_and_the_recipe_each_in_its_own_run_folder(tmp_path: Path) -> None:
-    plan = plan_arms(configuration(tmp_path / "out", "seed=7"))
-    assert [(run.arm, run.config.recipe, run.config.seed, run.config.resume) for run in plan] == [
-        ("bf16", "bf16", 7, "auto"),
-        ("blockwise", "blockwise", 7, "auto"),
-    ]
-    assert [run.config.run_dir for run in plan] == [
-        str(tmp_path / "out" / "arms" / arm / "seed_7") for arm in ("bf16", "blockwise")
-    ]
-    first, second = (config_to_dict(run.config) for run in plan)
-    assert {key for key in first if first[key] != second[key]} == {"recipe", "run_dir"}
+def text_file(folder: Path) -> Path:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n\n".join(f"document {n}: " + "to be or not to be, " * (n % 7 + 5) for n in range(300)))
+    return corpus
 
 
-def test_seeds_run_as_pairs(tmp_path: Path) -> None:
-    plan = plan_arms(configuration(tmp_path, "seed=3", "compare.seeds=2", "compare.arms=[bf16,blockwise,rowwise]"))
-    assert [run.label for run in plan] == [
-        f"{arm} seed {seed}" for seed in (3, 4) for arm in ("bf16", "blockwise", "rowwise")
-    ]
-
-
-def test_recipe_of_a_file_is_an_arm_named_after_the_file(tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("version: 1\nrules:\n  - {match: '*', use: fp32}\n")
-    assert [run.arm for run in plan_arms(configuration(tmp_path / "out", f"recipe={recipe}"))] == ["bf16", "mine"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "error", "message"),
-    [
-        (["recipe=bf16"], ConfigError, "recipe bf16 is the same as the arm bf16; needs arms that differ"),
-        (["compare.arms=[bf16]", "recipe=bf16"], ConfigError, "needs at least two recipes"),
-        (["compare.arms=[bf16,rowwise]"], ConfigError, "recipe is blockwise, but compare.arms are bf16, rowwise"),
-        (["compare.arms=[bf16,blockwise,blockwise]"], ConfigError, "blockwise is the same as the arm blockwise"),
-        (["recipe=blokwise"], RecipeError, "blockwise"),
-        (["compare.margin_percent=0"], ConfigError, "needs more than 0"),
-        (["resume=elsewhere/step_1"], ConfigError, "needs auto or never"),
-    ],
-    ids=["the baseline again", "one arm", "recipe not among arms", "arm twice", "typo", "margin", "resume"],
-)
-def test_plan_that_cannot_be_honoured_is_refused_before_anything_is_written(
-    tmp_path: Path, overrides: Sequence[str], error: type[UserError], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        plan_arms(configuration(tmp_path / "out", *overrides))
-    assert not (tmp_path / "out").exists()
-
-
-def test_same_recipe_under_another_file_name_is_refused(tmp_path: Path) -> None:
-    copied = tmp_path / "copied.yaml"
-    copied.write_text("version: 1\nrules:\n  - {match: '*', use: bf16}\n")
-    with pytest.raises(ConfigError, match="is the same as the arm"):
-        plan_arms(configuration(tmp_path / "out", f"compare.arms=[bf16,{copied}]", f"recipe={copied}"))
-
-
-def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    with pytest.raises(ConfigError, match="is the folder of a run"):
-        plan_arms(configuration(run))
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        plan_arms(configuration(file))
-    compared = tmp_path / "compared"
-    (compared / "arms").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="resume=never; needs an empty one"):
-        plan_arms(configuration(compared, "resume=never"))
+def tiny_arguments(folder: Path, out: str) -> list[str]:
+    data = ["data=text", f"data.path={text_file(folder)}", "steps=4", "optim.warmup_steps=1"]
+    return [*TINY, *data, f"run_dir={folder / out}"]
 
 
 def test_comparison_writes_verdict_and_report_and_ends_with_its_path(
@@ -220,86 +147,11 @@ def test_wandb_gets_the_numbers_of_the_verdict(tmp_path: Path) -> None:
     assert row["compare/blockwise/speed.raw.mean"] > 0 and row["compare/blockwise/speed.time_to_loss.mean"] > 0
 
 
-def test_folders_that_are_there_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bf16 = write_run(tmp_path / "a", recipe="bf16")
-    fp8 = write_run(tmp_path / "b", recipe="blockwise", eval_loss=2.2727)
-    out = tmp_path / "out"
-    assert main([f"runs=[{bf16},{fp8}]", f"run_dir={out}"]) == 0
-    verdict = json.loads((out / "verdict.json").read_text())
-    assert list(verdict["arms"]) == ["bf16", "blockwise"] and verdict["arms"]["blockwise"]["runs"][0]["run_dir"] == str(
-        fp8
-    )
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
-
-
-def test_two_runs_of_one_recipe_are_told_apart(tmp_path: Path) -> None:
-    runs = [str(write_run(tmp_path / name, recipe="blockwise")) for name in "abc"]
-    compare_folders(FolderArguments(runs=runs, run_dir=str(tmp_path / "out")))
-    assert list(json.loads((tmp_path / "out" / "verdict.json").read_text())["arms"]) == [
-        "blockwise",
-        "blockwise_2",
-        "blockwise_3",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"stream_hash": "x"}, "data order differs"),
-        ({"losses": np.full(50, 2.0)}, "token count differs: bf16 has 163,840, blockwise has 204,800"),
-        ({"tokenizer_hash": "x"}, "tokenizer differs"),
-        ({"eval_hash": "x"}, "eval set differs"),
-        ({"model_hash": "x"}, "model differs"),
-    ],
-    ids=["data order", "token count", "tokenizer", "eval set", "model"],
-)
-def test_folders_that_cannot_be_compared_are_refused_with_the_reason(
-    tmp_path: Path, change: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise", **change)
-    assert exit_code(main, [f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]) == 2
-    message = capsys.readouterr().err
-    assert reason in message and message.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["runs=[a]", "run_dir=out"], ConfigError, "needs at least two"),
-        (["runs=[a,./a]", "run_dir=out"], ConfigError, "names a folder twice"),
-        (["runs=[a,b]", "run_dir=out"], DataError, "b is not a folder"),
-        (["runs=[a,b]"], ConfigError, "run_dir"),
-        (["runs=[a,b]", "run_dir=out", "steps=3"], ConfigError, "steps"),
-        (["runs=[a,b]", "run_dir=a"], ConfigError, "is the folder of a run"),
-    ],
-    ids=["one", "twice", "missing", "no run_dir", "foreign key", "over a run"],
-)
-def test_bad_arguments_for_folders_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: type[UserError], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "a")
-    with pytest.raises(error, match=message):
-        main(arguments)
-    assert not (tmp_path / "out").exists()
-
-
-def test_damaged_metrics_are_named_by_file_and_line(tmp_path: Path) -> None:
-    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
-    with (fp8 / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 41, "lo')
-    with pytest.raises(DataError, match=r"b/metrics.jsonl:43: damaged line"):
-        compare_folders(FolderArguments(runs=[str(bf16), str(fp8)], run_dir=str(tmp_path / "out")))
-
-
 def test_real_arms_share_weights_and_tokens_and_a_second_call_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n\n".join(f"document {n}: " + "to be or not to be, " * (n % 7 + 5) for n in range(300)))
-    arguments = [*TINY, "data=text", f"data.path={corpus}", "steps=4", "optim.warmup_steps=1", f"run_dir={out}"]
+    arguments = tiny_arguments(tmp_path, "out")
     assert main(arguments) == 0
     verdict = json.loads((out / "verdict.json").read_text())
     bf16, fp8 = (verdict["arms"][arm]["runs"][0] for arm in ("bf16", "blockwise"))
@@ -333,91 +185,12 @@ def test_several_seeds_get_a_placebo_a_test_and_a_table_of_gaps(
     assert re.search(r"FP8 blockwise +\+0.44 % +\+0.44 % +\+0.44 % +\+0.44 % +\+0.44 to \+0.44 % +inferior", text)
 
 
-def test_one_seed_needs_no_placebo_and_a_placebo_can_be_asked_for(tmp_path: Path) -> None:
-    assert [run.arm for run in plan_arms(configuration(tmp_path, "recipe=placebo", "compare.seeds=2"))][:2] == [
-        "bf16",
-        "placebo",
-    ]
-    assert [run.arm for run in plan_arms(configuration(tmp_path))] == ["bf16", "blockwise"]
-
-
 def test_margin_of_the_user_decides(tmp_path: Path) -> None:
     for margin, status in ((0.4, "inferior"), (0.5, "equivalent")):
         out = tmp_path / str(margin)
         compare(configuration(out, "compare.seeds=2", f"compare.margin_percent={margin}"), FakeTrainer(eval_loss=2.26))
         verdict = json.loads((out / "verdict.json").read_text())
         assert (verdict["status"], verdict["margin_percent"]) == (status, margin)
-
-
-def test_parallel_runs_under_torchrun_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="under torchrun with 2 ranks; needs 1 there"):
-        plan_arms(configuration(tmp_path / "out", "compare.parallel=2"), ranks=2)
-
-
-def seeds_of_two_arms(folder: Path, seeds: Sequence[int] = (1, 2, 3), **changes: Any) -> dict[str, list[Path]]:
-    """Run folders of BF16 and of blockwise, 0.1 % above it in each seed."""
-    paths: dict[str, list[Path]] = {"bf16": [], "blockwise": []}
-    for seed in seeds:
-        for arm in paths:
-            options = {"recipe": arm, "seed": seed, "init_hash": f"seed {seed}", "stream_hash": f"stream {seed}"}
-            options |= {"eval_loss": (2.25 + 0.01 * seed) * (1.001 if arm == "blockwise" else 1.0)}
-            options |= changes if (arm, seed) == ("blockwise", 2) else {}
-            paths[arm].append(write_run(folder / arm / f"seed_{seed}", **options))
-    return paths
-
-
-def test_folders_of_several_seeds_are_grouped_into_arms(tmp_path: Path) -> None:
-    paths = seeds_of_two_arms(tmp_path / "arms")
-    interleaved = [str(path) for pair in zip(*paths.values(), strict=True) for path in pair]
-    for name, runs in {"runs": interleaved, "arms": [str(tmp_path / "arms" / arm) for arm in paths]}.items():
-        out = tmp_path / name
-        assert main([f"runs=[{','.join(runs)}]", f"run_dir={out}"]) == 0
-        verdict = json.loads((out / "verdict.json").read_text())
-        assert list(verdict["arms"]) == ["bf16", "blockwise"] and verdict["seeds"] == [1, 2, 3]
-        assert verdict["status"] == "equivalent" and verdict["comparisons"]["blockwise"]["test"]["mean"] == (
-            pytest.approx(0.1)
-        )
-
-
-def test_arms_with_other_seeds_are_refused(tmp_path: Path) -> None:
-    paths = seeds_of_two_arms(tmp_path / "arms")
-    runs = [*paths["bf16"], *paths["blockwise"][:2]]
-    with pytest.raises(ConfigError, match="bf16 has seeds 1, 2, 3, blockwise has 1, 2; needs a run of every arm"):
-        main([f"runs=[{','.join(map(str, runs))}]", f"run_dir={tmp_path / 'out'}"])
-
-
-def test_seed_that_saw_other_data_is_refused(tmp_path: Path) -> None:
-    paths = seeds_of_two_arms(tmp_path / "arms", stream_hash="other")
-    runs = ",".join(str(path) for runs in paths.values() for path in runs)
-    with pytest.raises(ConfigError, match="data order differs"):
-        main([f"runs=[{runs}]", f"run_dir={tmp_path / 'out'}"])
-
-
-def test_damaged_lines_are_left_out_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
-    lines = (fp8 / "metrics.jsonl").read_text().splitlines()
-    lines[4] = lines[4][:20]
-    (fp8 / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    arguments = [f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]
-    assert exit_code(main, arguments) == 2
-    error = capsys.readouterr().err
-    assert "metrics.jsonl:5: damaged line" in error and "compare.skip_damaged=true" in error and error.count("\n") == 1
-    assert main([*arguments, "compare.skip_damaged=true"]) == 0
-    verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
-    assert verdict["arms"]["blockwise"]["runs"][0]["damaged_lines"] == 1
-    assert verdict["comparisons"]["blockwise"]["seeds"][0]["relative_loss_error"]["steps"] == 39
-    assert "1 damaged lines of metrics were left out" in capsys.readouterr().out
-
-
-def text_file(folder: Path) -> Path:
-    corpus = folder / "corpus.txt"
-    corpus.write_text("\n\n".join(f"document {n}: " + "to be or not to be, " * (n % 7 + 5) for n in range(300)))
-    return corpus
-
-
-def tiny_arguments(folder: Path, out: str) -> list[str]:
-    data = ["data=text", f"data.path={text_file(folder)}", "steps=4", "optim.warmup_steps=1"]
-    return [*TINY, *data, f"run_dir={folder / out}"]
 
 
 @pytest.mark.slow
@@ -454,12 +227,3 @@ def test_run_that_fails_in_a_process_of_its_own_is_one_line(tmp_path: Path, capf
     assert exit_code(main, [*broken, "compare.parallel=2"]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and error.startswith("fp8train: error: ")
-
-
-def test_an_arm_that_cannot_run_is_refused_before_the_first_one_trains(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("version: 1\nrules:\n  - {match: 'nothing.like.this', use: fp32}\n  - {match: '*', use: bf16}\n")
-    for override in (f"recipe={broken}", "backend=te"):
-        with pytest.raises(UserError):
-            plan_arms(configuration(tmp_path / "out", override))
-    assert not (tmp_path / "out").exists()

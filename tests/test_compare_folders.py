@@ -1,0 +1,143 @@
+"""The command compare on run folders that are there: how they become arms, which are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fp8train.compare import FolderArguments, compare_folders, main
+from fp8train.errors import ConfigError, DataError, UserError, exit_code
+from tests.run_folders import write_run
+
+
+def test_folders_that_are_there_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bf16 = write_run(tmp_path / "a", recipe="bf16")
+    fp8 = write_run(tmp_path / "b", recipe="blockwise", eval_loss=2.2727)
+    out = tmp_path / "out"
+    assert main([f"runs=[{bf16},{fp8}]", f"run_dir={out}"]) == 0
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert list(verdict["arms"]) == ["bf16", "blockwise"] and verdict["arms"]["blockwise"]["runs"][0]["run_dir"] == str(
+        fp8
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+
+
+def test_two_runs_of_one_recipe_are_told_apart(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / name, recipe="blockwise")) for name in "abc"]
+    compare_folders(FolderArguments(runs=runs, run_dir=str(tmp_path / "out")))
+    assert list(json.loads((tmp_path / "out" / "verdict.json").read_text())["arms"]) == [
+        "blockwise",
+        "blockwise_2",
+        "blockwise_3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stream_hash": "x"}, "data order differs"),
+        ({"losses": np.full(50, 2.0)}, "token count differs: bf16 has 163,840, blockwise has 204,800"),
+        ({"tokenizer_hash": "x"}, "tokenizer differs"),
+        ({"eval_hash": "x"}, "eval set differs"),
+        ({"model_hash": "x"}, "model differs"),
+    ],
+    ids=["data order", "token count", "tokenizer", "eval set", "model"],
+)
+def test_folders_that_cannot_be_compared_are_refused_with_the_reason(
+    tmp_path: Path, change: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise", **change)
+    assert exit_code(main, [f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]) == 2
+    message = capsys.readouterr().err
+    assert reason in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["runs=[a]", "run_dir=out"], ConfigError, "needs at least two"),
+        (["runs=[a,./a]", "run_dir=out"], ConfigError, "names a folder twice"),
+        (["runs=[a,b]", "run_dir=out"], DataError, "b is not a folder"),
+        (["runs=[a,b]"], ConfigError, "run_dir"),
+        (["runs=[a,b]", "run_dir=out", "steps=3"], ConfigError, "steps"),
+        (["runs=[a,b]", "run_dir=a"], ConfigError, "is the folder of a run"),
+    ],
+    ids=["one", "twice", "missing", "no run_dir", "foreign key", "over a run"],
+)
+def test_bad_arguments_for_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: type[UserError], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a")
+    with pytest.raises(error, match=message):
+        main(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_metrics_are_named_by_file_and_line(tmp_path: Path) -> None:
+    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
+    with (fp8 / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    with pytest.raises(DataError, match=r"b/metrics.jsonl:43: damaged line"):
+        compare_folders(FolderArguments(runs=[str(bf16), str(fp8)], run_dir=str(tmp_path / "out")))
+
+
+def seeds_of_two_arms(folder: Path, seeds: Sequence[int] = (1, 2, 3), **changes: Any) -> dict[str, list[Path]]:
+    """Run folders of BF16 and of blockwise, 0.1 % above it in each seed."""
+    paths: dict[str, list[Path]] = {"bf16": [], "blockwise": []}
+    for seed in seeds:
+        for arm in paths:
+            options = {"recipe": arm, "seed": seed, "init_hash": f"seed {seed}", "stream_hash": f"stream {seed}"}
+            options |= {"eval_loss": (2.25 + 0.01 * seed) * (1.001 if arm == "blockwise" else 1.0)}
+            options |= changes if (arm, seed) == ("blockwise", 2) else {}
+            paths[arm].append(write_run(folder / arm / f"seed_{seed}", **options))
+    return paths
+
+
+def test_folders_of_several_seeds_are_grouped_into_arms(tmp_path: Path) -> None:
+    paths = seeds_of_two_arms(tmp_path / "arms")
+    interleaved = [str(path) for pair in zip(*paths.values(), strict=True) for path in pair]
+    for name, runs in {"runs": interleaved, "arms": [str(tmp_path / "arms" / arm) for arm in paths]}.items():
+        out = tmp_path / name
+        assert main([f"runs=[{','.join(runs)}]", f"run_dir={out}"]) == 0
+        verdict = json.loads((out / "verdict.json").read_text())
+        assert list(verdict["arms"]) == ["bf16", "blockwise"] and verdict["seeds"] == [1, 2, 3]
+        assert verdict["status"] == "equivalent" and verdict["comparisons"]["blockwise"]["test"]["mean"] == (
+            pytest.approx(0.1)
+        )
+
+
+def test_arms_with_other_seeds_are_refused(tmp_path: Path) -> None:
+    paths = seeds_of_two_arms(tmp_path / "arms")
+    runs = [*paths["bf16"], *paths["blockwise"][:2]]
+    with pytest.raises(ConfigError, match="bf16 has seeds 1, 2, 3, blockwise has 1, 2; needs a run of every arm"):
+        main([f"runs=[{','.join(map(str, runs))}]", f"run_dir={tmp_path / 'out'}"])
+
+
+def test_seed_that_saw_other_data_is_refused(tmp_path: Path) -> None:
+    paths = seeds_of_two_arms(tmp_path / "arms", stream_hash="other")
+    runs = ",".join(str(path) for runs in paths.values() for path in runs)
+    with pytest.raises(ConfigError, match="data order differs"):
+        main([f"runs=[{runs}]", f"run_dir={tmp_path / 'out'}"])
+
+
+def test_damaged_lines_are_left_out_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
+    lines = (fp8 / "metrics.jsonl").read_text().splitlines()
+    lines[4] = lines[4][:20]
+    (fp8 / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = [f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]
+    assert exit_code(main, arguments) == 2
+    error = capsys.readouterr().err
+    assert "metrics.jsonl:5: damaged line" in error and "compare.skip_damaged=true" in error and error.count("\n") == 1
+    assert main([*arguments, "compare.skip_damaged=true"]) == 0
+    verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert verdict["arms"]["blockwise"]["runs"][0]["damaged_lines"] == 1
+    assert verdict["comparisons"]["blockwise"]["seeds"][0]["relative_loss_error"]["steps"] == 39
+    assert "1 damaged lines of metrics were left out" in capsys.readouterr().out
