@@ -19,6 +19,12 @@ FACTS = {
     "eval_hash": "e" * 16,
     "init_hash": "i" * 16,
 }
+ENVIRONMENT = {
+    "date": "2025-11-20",
+    "python": "3.12.3",
+    "torch": "2.13.0",
+    "device": {"name": "CPU, 2 cores", "memory_bytes": 25_769_803_776},
+}
 TOKENS_PER_STEP = 4096
 LINEARS = {
     "self_attn.q_proj": (256, 256),
@@ -46,9 +52,44 @@ def write_run(
     """Write a finished run of len(losses) steps (default 40); `facts` go into result.json over FACTS."""
     folder.mkdir(parents=True)
     losses = 2.2 + 3.3 * np.exp(-np.arange(40) / 12) if losses is None else losses
+    rows = _metrics(recipe, losses, eval_loss, tokens_per_second, seed)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = {
+        "finished": True,
+        "steps": len(losses),
+        "tokens_seen": len(losses) * TOKENS_PER_STEP,
+        "parameters": 3_468_544,
+        "device": "cpu",
+        "train_seconds": len(losses) * TOKENS_PER_STEP / tokens_per_second,
+        "peak_memory_bytes": memory_bytes,
+        **FACTS,
+        **facts,
+    }
+    config = {
+        "recipe": recipe,
+        "steps": len(losses),
+        "seed": seed,
+        "run_dir": str(folder),
+        "model": {"name": "quickstart"},
+        "optim": {"lr": 1e-3},
+    }
+    coverage = make_coverage(recipe) if coverage is None else coverage
+    for name, content in (("result", result), ("environment", ENVIRONMENT), ("coverage", coverage)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    precisions = "precisions: {placebo: {noise: 0.0265}}\n" if recipe == "placebo" else ""
+    rules = f"version: 1\n{precisions}rules:\n  - {{match: '*', use: {recipe}}}\n"
+    (folder / "recipe.yaml").write_text(rules, encoding="utf-8")
+    return folder
+
+
+def _metrics(
+    recipe: str, losses: np.ndarray, eval_loss: float, tokens_per_second: float, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl: every step, and an evaluation half-way, 0.3 above eval_loss, and at the end."""
     speeds = tokens_per_second * (1 + 0.02 * np.random.default_rng(seed).standard_normal(len(losses)))
     speeds[0] *= 0.4
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step, (loss, speed) in enumerate(zip(losses.tolist(), speeds.tolist(), strict=True), start=1):
         good = math.isfinite(loss)
         row = {"step": step, "loss": loss if good else None, "lr": 1e-3, "grad_norm": 1.0 if good else None}
@@ -66,42 +107,7 @@ def write_run(
             high = value if recipe == "bf16" else value - 0.001
             bits = {"bits_per_byte": value / math.log(2), "bits_per_byte_bf16": high / math.log(2)}
             rows.append({"step": step, "eval_loss": value, "eval_loss_bf16": high, **bits})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    result = {
-        "finished": True,
-        "steps": len(losses),
-        "tokens_seen": len(losses) * TOKENS_PER_STEP,
-        "parameters": 3_468_544,
-        "device": "cpu",
-    }
-    result |= {
-        "train_seconds": len(losses) * TOKENS_PER_STEP / tokens_per_second,
-        "peak_memory_bytes": memory_bytes,
-        **FACTS,
-        **facts,
-    }
-    config = {
-        "recipe": recipe,
-        "steps": len(losses),
-        "seed": seed,
-        "run_dir": str(folder),
-        "model": {"name": "quickstart"},
-        "optim": {"lr": 1e-3},
-    }
-    environment = {
-        "date": "2025-11-20",
-        "python": "3.12.3",
-        "torch": "2.13.0",
-        "device": {"name": "CPU, 2 cores", "memory_bytes": 25_769_803_776},
-    }
-    coverage = make_coverage(recipe) if coverage is None else coverage
-    for name, content in (("result", result), ("environment", environment), ("coverage", coverage)):
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    precisions = "precisions: {placebo: {noise: 0.0265}}\n" if recipe == "placebo" else ""
-    rules = f"version: 1\n{precisions}rules:\n  - {{match: '*', use: {recipe}}}\n"
-    (folder / "recipe.yaml").write_text(rules, encoding="utf-8")
-    return folder
+    return rows
 
 
 def make_coverage(recipe: str, *, layers: int = 4, rows: int = 1000) -> dict[str, Any]:
