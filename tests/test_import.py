@@ -16,6 +16,7 @@ OPTIONAL = [
     "deepspeed",
     "tensorboard",
     "tokenizers",
+    "torchao",
     "transformer_engine",
     "transformers",
     "triton",

@@ -105,7 +105,7 @@ def test_models_data_optim_and_distributed_do_not_know_of_fp8() -> None:
 
 
 def test_only_backends_reach_the_kernels_and_vendor_libraries() -> None:
-    reserved = re.compile(r"(fp8train\.kernels|triton|transformer_engine|deep_gemm)(\.|$)")
+    reserved = re.compile(r"(fp8train\.kernels|triton|transformer_engine|deep_gemm|torchao)(\.|$)")
     reached = [f"{path} imports {name}" for path in SOURCES for name in imports(path) if reserved.match(name)]
     assert not [line for line in reached if not line.startswith("fp8train/backends/")]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm
 from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu, not_served
-from fp8train.backends.vendor import VendorBackend, dense_codes, imported, round_up, rows_first
+from fp8train.backends.vendor import VendorBackend, dense_codes, imported, required, round_up, rows_first
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision
 from fp8train.quant.qtensor import QTensor
@@ -53,7 +53,6 @@ class DeepGemmBackend(VendorBackend):
         right = (dense_codes(b, cols, depth).view(b.qdata.dtype), scale)
         product = torch.zeros(rows, cols, dtype=torch.bfloat16 if square else torch.float32, device=left[0].device)
         recipe = (1, 128, 128) if square else (1, 1, 128)
-        module = imported("deep_gemm")
-        assert not isinstance(module, str), module
-        module.fp8_gemm_nt(left, right, product, c=None if square else product, recipe=recipe, disable_ue8m0_cast=True)
+        multiply = required("deep_gemm").fp8_gemm_nt
+        multiply(left, right, product, c=None if square else product, recipe=recipe, disable_ue8m0_cast=True)
         return reference.finish(product[:M, :N], bias, out, accumulate, out_dtype)

@@ -14,6 +14,7 @@ from fp8train.backends.hopper import hopper_backend
 from fp8train.backends.interface import Backend
 from fp8train.backends.reference import ReferenceBackend
 from fp8train.backends.te import TransformerEngineBackend
+from fp8train.backends.torchao import TorchaoBackend
 from fp8train.backends.triton import TritonBackend, triton_refusal
 from fp8train.errors import BackendError
 from fp8train.quant.formats import LinearPrecision
@@ -33,9 +34,10 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "dequant_bf16": DequantBackend,
     "reference": ReferenceBackend,
     "te": TransformerEngineBackend,
+    "torchao": TorchaoBackend,
     "triton": TritonBackend,
 }
-QUANTISE_BY_KERNELS = ("triton", "cublaslt", "te", "deepgemm")
+QUANTISE_BY_KERNELS = ("triton", "cublaslt", "te", "deepgemm", "torchao")
 # dequant_bf16: a GPU without FP8 units, or a recipe without FP8 kernels, trains with the same numbers; the log says so
 AUTO_ORDER = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton", "cublaslt", "dequant_bf16")}
 

@@ -8,7 +8,6 @@ multiply.
 from __future__ import annotations
 
 import inspect
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,15 @@ from torch import Tensor
 from fp8train.backends import device_gemm
 from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu, not_served
 from fp8train.backends.triton import codes_like
-from fp8train.backends.vendor import VendorBackend, blocks_first, dense_codes, imported, round_up, rows_first
+from fp8train.backends.vendor import (
+    VendorBackend,
+    blocks_first,
+    dense_codes,
+    imported,
+    required,
+    round_up,
+    rows_first,
+)
 from fp8train.quant import reference
 from fp8train.quant.formats import E4M3, LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -79,7 +86,7 @@ class TransformerEngineBackend(VendorBackend):
             return device_gemm.decoded_mm(a, b, bias, out, accumulate, out_dtype)
         direct = bias is None and out is None
         dtype = out_dtype if direct else torch.float32
-        general_gemm = _module(GEMM).general_gemm
+        general_gemm = required(GEMM).general_gemm
         # TransformerEngine is column-major: its A is our right operand
         arguments: dict[str, Any] = {"out_dtype": dtype, "layout": "TN", "use_split_accumulator": True}
         if "workspace" in inspect.signature(general_gemm).parameters:
@@ -88,20 +95,14 @@ class TransformerEngineBackend(VendorBackend):
         return product if direct else reference.finish(product, bias, out, accumulate, out_dtype)
 
 
-def _module(name: str) -> ModuleType:
-    module = imported(name)
-    assert not isinstance(module, str), module
-    return module
-
-
 def _serves(x: Tensor, spec: QuantSpec) -> bool:
     whole = x.numel() > 0 and x.shape[0] % WHOLE == 0 and x.shape[1] % WHOLE == 0
     return whole and spec.format is E4M3 and spec.block in ((1, 128), (128, 128))
 
 
 def _quantizer(spec: QuantSpec, rowwise: bool, columnwise: bool) -> Any:
-    return _module(TENSORS).Float8BlockQuantizer(
-        _module("transformer_engine_torch").DType.kFloat8E4M3,
+    return required(TENSORS).Float8BlockQuantizer(
+        required("transformer_engine_torch").DType.kFloat8E4M3,
         rowwise=rowwise,
         columnwise=columnwise,
         amax_epsilon=0.0,
@@ -137,10 +138,10 @@ def _wrapped(q: QTensor) -> Any:
     """One of our operands as TransformerEngine's tensor, padded to whole units of 16."""
     rows, cols = (round_up(size, MULTIPLE) for size in q.shape)
     square = q.spec.block == (128, 128)
-    return _module(TENSORS).Float8BlockwiseQTensor(
+    return required(TENSORS).Float8BlockwiseQTensor(
         shape=(rows, cols),
         dtype=torch.bfloat16,
-        fp8_dtype=_module("transformer_engine_torch").DType.kFloat8E4M3,
+        fp8_dtype=required("transformer_engine_torch").DType.kFloat8E4M3,
         rowwise_data=dense_codes(q, rows, cols),
         rowwise_scale_inv=blocks_first(q.scale_inv) if square else rows_first(q.scale_inv, rows).T,
         columnwise_data=None,

@@ -45,8 +45,15 @@ def imported(module: str) -> ModuleType | str:
         return __import__(module, fromlist=["_"])
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    except (ImportError, RuntimeError, OSError) as error:  # an empty meta package, or a shared library that is missing
+    except Exception as error:  # an empty meta package, a missing shared library, a Triton that refuses its kernels
         return f"import of {module} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
+def required(module: str) -> ModuleType:
+    """A vendor's module that Backend.unavailable has found."""
+    found = imported(module)
+    assert not isinstance(found, str), found
+    return found
 
 
 def rows_first(scale: Tensor, rows: int) -> Tensor:

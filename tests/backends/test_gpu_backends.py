@@ -6,13 +6,17 @@ import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fp8train.backends import get_backend, select_backend
+from fp8train.backends import get_backend, select_backend, torchao
 from fp8train.backends.interface import Backend
+from fp8train.backends.triton import codes_like
+from fp8train.backends.vendor import imported
 from fp8train.errors import BackendError
 from fp8train.quant import reference
 from fp8train.quant.formats import BF16, BLOCKWISE, GemmPrecision, LinearPrecision, QuantSpec
@@ -24,7 +28,8 @@ from tests.quant.test_reference_gemm import calc_diff, exact, operands
 from tests.shapes import matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # before a fixture says that there is a GPU
-GPU_BACKENDS = ("triton", "cublaslt", "te", "deepgemm")
+GPU_BACKENDS = ("triton", "cublaslt", "te", "deepgemm", "torchao")
+VENDORS = ("cublaslt", "te", "deepgemm", "torchao")
 BLOCK_PAIRS = {
     "fprop": ("e4m3 1x128 pow2", "e4m3 128x128 pow2"),
     "fprop-fp32": ("e4m3 1x128 fp32", "e4m3 128x128 fp32"),
@@ -170,10 +175,52 @@ def test_an_import_that_fails_in_any_way_is_a_reason(
 
 
 @pytest.fixture
+def torchao_is_not_loaded(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_missing_torchao_is_named_with_its_remedy(torchao_is_not_loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    wanted = r"torchao cannot be used: torchao.* is not installed; pip install fp8train\[triton\] 'torchao>=0.17'"
+    with pytest.raises(BackendError, match=wanted):
+        select_backend("torchao", "cuda", [BLOCKWISE])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"torchao\.prototype is not installed; pip install .*'torchao>=0.17'"),
+        ("raise ValueError('key contains names that are not kernel arguments: num_elements')",  # 0.16 with Triton 3.9
+         r"import of torchao\..*\.kernels failed: key contains names .*; pip install .*'torchao>=0.17'"),
+    ],
+    ids=["0.11", "0.16"],
+)  # fmt: skip
+def test_versions_of_torchao_that_cannot_be_imported_are_refused(
+    torchao_is_not_loaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BackendError, match=message):
+        select_backend("torchao", "cuda", [BLOCKWISE])
+    sys.modules.pop("torchao", None)
+
+
+def test_a_torchao_without_the_gemms_is_refused(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType(torchao.KERNELS)
+    module.triton_fp8_gemm_1x128_128x128 = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, torchao.KERNELS, module)
+    with pytest.raises(BackendError, match="has no triton_fp8_gemm_1x128_128x1; needs torchao 0.17 or newer"):
+        select_backend("torchao", "cuda", [BLOCKWISE])
+
+
+@pytest.fixture
 def vendors(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All vendors are there, as doubles that read memory as the real ones do."""
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", vendor_doubles.scaled_mm)
     monkeypatch.setitem(sys.modules, "deep_gemm", vendor_doubles.deep_gemm())
+    monkeypatch.setitem(sys.modules, torchao.KERNELS, vendor_doubles.torchao_kernels())
     for name, module in vendor_doubles.transformer_engine().items():
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -199,12 +246,79 @@ def assert_products(backend: Backend, M: int, N: int, K: int, left: str, right: 
 
 @block_pairs
 @shapes
-@pytest.mark.parametrize("name", ["cublaslt", "te", "deepgemm"])
+@pytest.mark.parametrize("name", VENDORS)
 def test_vendors_are_handed_operands_in_their_layout(
     vendors: None, name: str, M: int, N: int, K: int, left: str, right: str
 ) -> None:
     assert get_backend(name).unavailable("cuda") is None
     assert_products(get_backend(name), M, N, K, left, right)
+
+
+@pytest.mark.parametrize(("N", "K"), [(200, 60), (60, 300)])
+@pytest.mark.parametrize("name", VENDORS)
+def test_vendors_take_a_transposed_weight_whose_scales_have_other_strides(
+    vendors: None, name: str, N: int, K: int
+) -> None:
+    """Of one block the stride says nothing: [ceil(N/128), 1] turned round has strides (1, ceil(N/128))."""
+    a, _ = operands(33, N, K, *BLOCK_PAIRS["fprop"])
+    b = reference.quantize(matrix(K, N, seed=2), QuantSpec.parse("e4m3 128x128 pow2")).transpose()
+    y = get_backend(name).scaled_mm(a, b, None, None, False, torch.bfloat16)
+    assert y.shape == (33, N) and calc_diff(y, exact(a, b)) < BF16_CALC_DIFF
+
+
+@block_pairs
+def test_torchao_reads_scales_of_our_kernels_in_place(
+    vendors: None, monkeypatch: pytest.MonkeyPatch, left: str, right: str
+) -> None:
+    def in_place(q: QTensor) -> QTensor:
+        codes, scale_inv = codes_like(q.scale_inv, q.spec, *q.shape, False)
+        return QTensor(codes.copy_(q.qdata), scale_inv.copy_(q.scale_inv), q.spec)
+
+    handed: list[Tensor] = []
+
+    def watch(*tensors: Tensor, **options: Any) -> Tensor:
+        handed.extend(tensors)
+        return multiply(*tensors, **options)
+
+    kernels = sys.modules[torchao.KERNELS]
+    name = torchao.SQUARE if "128x128" in right else torchao.ROWS
+    multiply = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, watch)
+    a, b = map(in_place, operands(300, 200, 256, left, right))
+    assert calc_diff(get_backend("torchao").scaled_mm(a, b, None, None, False, torch.float32), exact(a, b)) < 1e-12
+    ours = (a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+    assert [tensor.data_ptr() for tensor in handed] == [tensor.data_ptr() for tensor in ours]
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(257, 5, 4), (5, 257, 4), (200, 200, 4)], ids=["left", "right", "product"])
+def test_torchao_is_handed_nothing_that_its_offsets_cannot_reach(
+    vendors: None, monkeypatch: pytest.MonkeyPatch, M: int, N: int, K: int
+) -> None:
+    """They are 32 bits wide, here 15. Without its GEMMs the product can only be the decoded one."""
+    monkeypatch.setattr(torchao, "ADDRESSED", 2**15)
+    monkeypatch.setitem(sys.modules, torchao.KERNELS, ModuleType(torchao.KERNELS))
+    assert_products(get_backend("torchao"), M, N, K, *BLOCK_PAIRS["wgrad"])
+
+
+@block_pairs
+@pytest.mark.parametrize(("M", "N", "K"), [(33, 50, 300), (300, 260, 130)])
+def test_torchao_itself_returns_what_its_double_does(
+    monkeypatch: pytest.MonkeyPatch, M: int, N: int, K: int, left: str, right: str
+) -> None:
+    """On a GPU as it is; without one by Triton's interpreter, which cannot time six tilings: by the last of them."""
+    backend, kernels = get_backend("torchao"), imported(torchao.KERNELS)
+    reason = kernels if isinstance(kernels, str) else backend.unavailable("cuda") if DEVICE == "cuda" else None
+    if reason:
+        pytest.skip(f"needs torchao: {reason}")
+    if DEVICE == "cuda":
+        a, b = operands(M, N, K, left, right)
+        y = backend.scaled_mm(on_gpu(a), on_gpu(b), None, None, False, torch.bfloat16)
+        assert y.shape == (M, N) and calc_diff(y.cpu(), exact(a, b)) < BF16_CALC_DIFF
+        return
+    for name in (torchao.SQUARE, torchao.ROWS):
+        kernel = getattr(kernels, f"{name}_kernel")
+        monkeypatch.setattr(kernel, "configs", kernel.configs[-1:])
+    assert_products(backend, M, N, K, left, right)
 
 
 @pytest.mark.parametrize(("left", "right"), [*BLOCK_PAIRS.values(), *WHOLE_PAIRS.values(), ("e4m3 1x32", "e5m2 row")])

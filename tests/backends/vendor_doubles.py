@@ -62,6 +62,42 @@ def deep_gemm() -> ModuleType:
     return module
 
 
+def torchao_kernels() -> ModuleType:
+    """torchao 0.14 to 0.18: two GEMMs that load scales for whole tiles of 256 without a mask, and mask K once only."""
+
+    def loaded(scale: Tensor, size: list[int]) -> Tensor:
+        """Raises where the storage ends before the tile does."""
+        assert scale.dtype is torch.float32
+        return scale.as_strided(size, scale.stride(), scale.storage_offset())
+
+    def gemm(
+        a: Tensor, b: Tensor, a_s: Tensor, b_s: Tensor, block_size: int, out_dtype: torch.dtype, b_rows: int
+    ) -> Tensor:
+        (M, K), N = a.shape, b.shape[1]
+        assert b.shape[0] == K and block_size == 128 and K % 128 == 0, "beyond K the last block is not masked"
+        assert a.dtype is b.dtype is E4M3.dtype and a.stride(1) == 1 and b.stride(0) == 1 and a_s.stride(0) == 1
+        scale_a = loaded(a_s, [-(-M // 256) * 256, K // 128])[:M]
+        scale_b = loaded(b_s, [K // 128, -(-N // 256) * 256 // b_rows])
+        return product(a, scale_a, b.T, scale_b.T[: -(-N // b_rows)], b_rows).to(out_dtype)
+
+    def triton_fp8_gemm_1x128_128x128(
+        a: Tensor, b: Tensor, a_s: Tensor, b_s: Tensor, block_size: int = 128, out_dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        assert b_s.stride(0) == 1
+        return gemm(a, b, a_s, b_s, block_size, out_dtype, 128)
+
+    def triton_fp8_gemm_1x128_128x1(
+        a: Tensor, b: Tensor, a_s: Tensor, b_s: Tensor, block_size: int = 128, out_dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        assert b_s.stride(1) == 1
+        return gemm(a, b, a_s, b_s, block_size, out_dtype, 1)
+
+    module = ModuleType("torchao.prototype.blockwise_fp8_training.kernels")
+    module.triton_fp8_gemm_1x128_128x128 = triton_fp8_gemm_1x128_128x128  # type: ignore[attr-defined]
+    module.triton_fp8_gemm_1x128_128x1 = triton_fp8_gemm_1x128_128x1  # type: ignore[attr-defined]
+    return module
+
+
 class BlockTensor(SimpleNamespace):
     """Float8BlockwiseQTensor: constructor arguments as attributes, with the leading underscore of the data."""
 
