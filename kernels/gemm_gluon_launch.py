@@ -42,7 +42,7 @@ def launch(
     box_n = entry["BLOCK_N"]
     boxes = {
         "a_desc": _described(a, gemm_gluon.BOX_M.value, BLOCK_K.value),
-        "b_desc": _described(b, box_n, BLOCK_K.value),
+        "b_desc": _described_quads(b, box_n) if in_quads(entry, b_rows) else _described(b, box_n, BLOCK_K.value),
     }
     tensors = {"a_desc": 0, "b_desc": 1, "c_ptr": 2, "a_scale_ptr": 3, "b_scale_ptr": 4, "bias_ptr": 5}
     if b_rows == 1:
@@ -69,9 +69,21 @@ def _described(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols], box_layout(rows, x.element_size()))
 
 
-def box_layout(rows: int, element_size: int) -> gl.NVMMASharedLayout:
+def in_quads(entry: Mapping[str, int], b_rows: int) -> bool:
+    """Whether an entry has the rows of b brought in another order (gemm_gluon._produce), 16 of them at a time."""
+    return bool(entry["AHEAD"]) and b_rows == 1
+
+
+def _described_quads(b: torch.Tensor, rows: int) -> TensorDescriptor:
+    """b [N, K] with N = 16 p + 4 q + 2 h + e by p, h, q, e."""
+    (N, K), step = b.shape, b.stride(0)
+    shape, strides = [N // 16, 2, 4, 2, K], [16 * step, 2 * step, 4 * step, step, 1]
+    return TensorDescriptor(b, shape, strides, [rows // 16, 2, 4, 2, BLOCK_K.value], box_layout(rows, 1, rank=5))
+
+
+def box_layout(rows: int, element_size: int, rank: int = 2) -> gl.NVMMASharedLayout:
     """Boxes of operands and results are swizzled as the tensor cores read them; a row of scales lies as it is."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128 if rows > 1 else 0, element_bitwidth=8 * element_size, rank=2)
+    return gl.NVMMASharedLayout(swizzle_byte_width=128 if rows > 1 else 0, element_bitwidth=8 * element_size, rank=rank)
 
 
 def registers(entry: Mapping[str, int]) -> dict[str, int]:

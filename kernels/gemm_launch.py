@@ -74,6 +74,8 @@ class Gemm:
             return (
                 f"config {config!r} reads b_scale by TMA; needs N contiguous, from a multiple of 16 bytes to the next"
             )
+        if by_hand and self.b_rows == 1 and self.configs[config]["AHEAD"] and b.shape[0] % 16 != 0:
+            return f"config {config!r} reads rows of b by 16; needs N that is a multiple of 16, got {b.shape[0]}"
         return None
 
     def _launch(

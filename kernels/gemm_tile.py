@@ -24,6 +24,14 @@ def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M):
     return first + index % width % height, index % width // height
 
 
+def by_hand(
+    *, math_groups: int, stages: int, group_m: int, waves: int = 1, in_flight: int = 1, ahead: bool = False
+) -> dict[str, int]:
+    """A launch entry of gemm_gluon.py, whose constants these are."""
+    tile = {"MATH_GROUPS": math_groups, "WAVES": waves, "BLOCK_N": 128, "GROUP_M": group_m}
+    return tile | {"STAGES": stages, "IN_FLIGHT": in_flight, "AHEAD": ahead}
+
+
 def tma_reads(x: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can read or write this matrix."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0

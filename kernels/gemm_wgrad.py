@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fp8train.kernels.gemm_launch import Gemm
-from fp8train.kernels.gemm_tile import BLOCK_K, TILE_ORDER, num_blocks, tile_at
+from fp8train.kernels.gemm_tile import BLOCK_K, TILE_ORDER, by_hand, num_blocks, tile_at
 
 # In plain Triton 128x256 spills 204 bytes, 128x128 by pointers 176. Warp specialisation splits
 # BLOCK_M = 128 into two warpgroups: with BLOCK_M = 64 both would compute the same tile, with num_warps=8 the pass does
@@ -22,8 +22,10 @@ CONFIGS = {
     "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
     "tma_64x128_s4": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": False},
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
-    "gluon_192x128_s5": {"MATH_GROUPS": 3, "WAVES": 1, "BLOCK_N": 128, "STAGES": 5, "IN_FLIGHT": 1, "GROUP_M": 8},
-    "gluon_128x128_k2_s6": {"MATH_GROUPS": 2, "WAVES": 1, "BLOCK_N": 128, "STAGES": 6, "IN_FLIGHT": 2, "GROUP_M": 8},
+    "gluon_192x128_s5": by_hand(math_groups=3, stages=5, group_m=8),
+    "gluon_128x128_k2_s6": by_hand(math_groups=2, stages=6, in_flight=2, group_m=8),
+    "gluon_192x128_ahead_s5": by_hand(math_groups=3, stages=5, ahead=True, group_m=8),
+    "gluon_128x128_ahead_s6": by_hand(math_groups=2, stages=6, ahead=True, group_m=8),
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 

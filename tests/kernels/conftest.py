@@ -13,8 +13,8 @@ def gluon_is_modelled_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, launches of the compiled kernel go to the model, and the launchers believe in a Hopper."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
-    from fp8train.kernels import gemm_gluon, gemm_launch
+    from fp8train.kernels import gemm_gluon, gemm_gluon_sum, gemm_launch
     from tests.kernels.gluon_model import Kernel
 
     monkeypatch.setattr(gemm_launch, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(gemm_gluon))
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(gemm_gluon_sum, gemm_gluon))

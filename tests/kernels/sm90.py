@@ -27,7 +27,8 @@ README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 BEGIN = "<!-- compiled figures: written by `python -m tests.kernels.sm90 --write` -->"
 END = "<!-- end of compiled figures -->"
 COLUMNS = (
-    "kernel and entry|registers|of math warps|spilled bytes|shared KiB|FP8 MMA|promotion FMA|instructions per K block"
+    "kernel and entry|registers|of math warps|spilled bytes|shared KiB|FP8 MMA|promotion FMA|instructions per K block|"
+    "between two MMA"
 )
 
 
@@ -43,6 +44,7 @@ class Figures:
     fp8_mma: int  # this and the next two per math thread and K block
     promotion_fma: int
     loop_instructions: int
+    idle_instructions: int  # of those, what stands between the end of a multiplication and the start of the next
     expected_fma: int  # accumulators per thread: each is promoted once per K block
     flushes: bool  # some instruction flushes subnormal numbers to zero
     warnings: list[str]
@@ -53,6 +55,7 @@ class Figures:
         shared = f"{self.shared_bytes / 1024:.0f}"
         cells = [self.name, self.registers, self.math_registers or "-", self.spilled_bytes, shared]
         cells += [self.fp8_mma, self.promotion_fma, self.loop_instructions] if self.fp8_mma else ["-"] * 3
+        cells.append(self.idle_instructions or "-")
         return "| " + " | ".join(map(str, cells)) + " |"
 
     def faults(self) -> list[str]:
@@ -109,6 +112,7 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
     sass = _disassembled(made.asm["cubin"]).splitlines()
     loop = _innermost_loop(sass)
     mix = collections.Counter(filter(None, map(_opcode, loop)))
+    idle = idle_instructions(loop)
     constants = case[3]
     groups, in_flight = constants.get("MATH_GROUPS", 0), constants.get("IN_FLIGHT", 1)
     rows = constants.get("BLOCK_M", 64 * groups * constants.get("WAVES", 1))
@@ -125,11 +129,40 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
         fp8_mma=mix["QGMMA"] // in_flight,
         promotion_fma=mix["FFMA"] // in_flight,
         loop_instructions=sum(mix.values()) // in_flight,
+        idle_instructions=len(idle) // in_flight,
         expected_fma=accumulators // threads,
         flushes=".ftz" in ptx,
         warnings=[line.strip() for line in said.splitlines() if "arning" in line or "serializ" in line.lower()],
-        ring=ring_faults(ptx, constants) + given_back_early(sass, constants) if groups else [],
+        ring=_by_hand_faults(ptx, sass, idle, constants) if groups else [],
     )
+
+
+def _by_hand_faults(ptx: str, sass: list[str], idle: list[str], constants: dict[str, Any]) -> list[str]:
+    found = ring_faults(ptx, constants) + given_back_early(sass, constants)
+    return found + (idle_faults(idle, constants) if constants["AHEAD"] else [])
+
+
+def idle_instructions(loop: list[str]) -> list[str]:
+    """Opcodes between the wait for all multiplications of a warpgroup and the start of the next, around the loop."""
+    idle = False
+    for _ in range(2):  # how the first round ends says how the second begins, which is the one that counts
+        found = []
+        for line in loop:
+            opcode = _opcode(line)
+            if opcode == "WARPGROUP" and re.search("DEPBAR.*gsb0, 0x0", line):
+                idle = True
+            elif opcode == "QGMMA":
+                idle = False
+            elif idle and opcode:
+                found.append(opcode)
+    return found
+
+
+def idle_faults(idle: list[str], constants: dict[str, Any]) -> list[str]:
+    """What stands there though it could have been done ahead: waits, barriers, and scales if registers hold them."""
+    products = constants["B_ROWS"] == 1 and constants["MATH_GROUPS"] == 2
+    early = {"BAR", "SYNCS", "LDG"} | ({"LDS", "FMUL"} if products else set())
+    return [f"{opcode} between two multiplications" for opcode in sorted(early & set(idle))]
 
 
 def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
@@ -137,15 +170,17 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
 
     A warpgroup waits once and arrives once for each block of K that its code multiplies; it arrives only behind a
     barrier of its own 128 threads, since each of its warps waits for its own part of the multiplication; a box goes to
-    global memory only behind a fence and such a barrier. The producer announces the bytes of all boxes of a slot.
+    global memory only behind a fence and such a barrier. The producer announces the bytes of all boxes of a slot. With
+    AHEAD all wait once more, for the first slot and the last, which the producer completes without bytes.
     """
     groups, boxes = constants["MATH_GROUPS"], constants["MATH_GROUPS"] * constants["WAVES"]
     rows = constants["BLOCK_N"] + 64 * boxes
     multiplied = groups * (1 if constants["IN_FLIGHT"] == 1 else constants["IN_FLIGHT"] + 1)  # a pair, and the odd one
     scales = constants["B_ROWS"] == 1  # those of b come with the slot
+    ahead = constants["AHEAD"]
     wanted = {
-        r"mbarrier\.try_wait": multiplied + 1,
-        r"mbarrier\.arrive\.shared": multiplied,
+        r"mbarrier\.try_wait": (multiplied + 1) * (2 if ahead else 1),
+        r"mbarrier\.arrive\.shared": multiplied + ahead,
         rf"mbarrier\.arrive\.expect_tx\S+ _, \[\S+\], {128 * rows + 4 * scales * constants['BLOCK_N']};": 1,
         r"mbarrier::complete_tx": boxes + 1 + scales,
         r"wgmma\.mma_async": 4 * multiplied,
@@ -157,10 +192,12 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
         for what, n in wanted.items()
         if len(re.findall(what, ptx)) != n
     ]
+    consumers, copied, behind_copies = ptx.rpartition("complete_tx")
+    ptx = consumers + copied + behind_copies.replace("mbarrier.arrive.shared", "", 1 if ahead else 0)
     marks = "wgmma.wait_group|wgmma.mma_async|bar.sync|mbarrier.arrive.shared|fence.proxy.async|tensor.2d.global.shared"
     order = [mark for mark, _ in itertools.groupby(re.findall(marks.replace(".", "[.]"), ptx))]
     # scales that a slot brought are on their way until the next multiplication has been started
-    read = "wgmma.mma_async" if constants["B_ROWS"] == 1 else "wgmma.wait_group"
+    read = "wgmma.mma_async" if ahead or scales else "wgmma.wait_group"
     before = {"mbarrier.arrive.shared": read, "tensor.2d.global.shared": "fence.proxy.async"}
     for at, mark in enumerate(order):
         behind = order[at - 2 : at]
@@ -174,7 +211,7 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
 
 
 def given_back_early(sass: list[str], constants: dict[str, Any]) -> list[str]:
-    """What is wrong with the order of a GEMM whose slots bring scales: see _give_back in kernels/gemm_gluon.py.
+    """What is wrong with the order of a GEMM whose slots bring scales: see _give_back in kernels/gemm_gluon_sum.py.
 
     Between two waits for multiplications a warpgroup starts those of a block, or of a pair of blocks, and then gives
     back as many slots; it reads scales, and promotes, behind all of that.

@@ -21,7 +21,7 @@ from tests.kernels.products import (  # noqa: E402
 from tests.shapes import matrix  # noqa: E402
 
 WEIGHT = "e4m3 128x128"
-HOPPER = ["gluon_256x128_s4", "gluon_192x128_s4", "gluon_128x128_k2_s6"]
+HOPPER = [name for name in CONFIGS if name.startswith("gluon_")]
 variants = pytest.mark.parametrize("config", ["pointer_64x64_s3", "tma_128x128_s4", "ws_128x128_s4", *HOPPER])
 every_config = pytest.mark.parametrize("config", list(CONFIGS))
 

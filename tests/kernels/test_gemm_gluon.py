@@ -13,26 +13,33 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends.admission_checks import CROWD, check_crowd  # noqa: E402
-from fp8train.kernels import gemm, gemm_gluon, gemm_launch, gemm_wgrad  # noqa: E402
+from fp8train.kernels import gemm, gemm_gluon, gemm_gluon_sum, gemm_launch, gemm_wgrad  # noqa: E402
 from tests.kernels import sm90  # noqa: E402
-from tests.kernels.gluon_model import Hazard, Kernel  # noqa: E402
+from tests.kernels.gluon_machine import Hazard  # noqa: E402
+from tests.kernels.gluon_model import Kernel  # noqa: E402
 from tests.kernels.products import DEVICE, assert_product, m_contiguous, quantized  # noqa: E402
+from tests.shapes import matrix  # noqa: E402
 
 ENTRIES = [
     (module, name) for module in (gemm, gemm_wgrad) for name, entry in module.CONFIGS.items() if "MATH_GROUPS" in entry
 ]
+SEEN = (Hazard, AssertionError, AttributeError, TypeError, IndexError)
 on_a_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="the model stands in for a GPU only where there is none")
 
 
 def product(module: object, config: str) -> None:
-    """Multiply, several tiles and more than a ring of slots to each program; assert that the product is right."""
+    """Multiply, and add if the module adds; several tiles and more than a ring of slots to each program.
+
+    Asserts that the result is right.
+    """
     operation = "gemm" if module is gemm else "gemm_wgrad"
     a = quantized(300, 1104, "e4m3 1x128", 1)
     b = quantized(400, 1104, "e4m3 128x128" if module is gemm else "e4m3 1x128", 2)
     scale = b.scale_inv if module is gemm else m_contiguous(b.scale_inv)
-    options = {"out_dtype": torch.bfloat16} if module is gemm else {}
+    before = None if module is gemm else matrix(300, 400).to(DEVICE)
+    options = {"out_dtype": torch.bfloat16} if before is None else {"out": before.clone(), "accumulate": True}
     y = getattr(module, operation)(a.qdata, b.qdata, a.scale_inv, scale, config=config, **options)
-    assert_product(y, a, b)
+    assert_product(y, a, b, before)
 
 
 @on_a_cpu
@@ -43,7 +50,7 @@ def test_any_order_of_events_gives_the_product(
 ) -> None:
     monkeypatch.undo()  # the fixture's model, which this one takes apart again
     monkeypatch.setattr(gemm_launch, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(gemm_gluon, seed=seed))
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(gemm_gluon_sum, gemm_gluon, seed=seed))
     product(module, config)
 
 
@@ -56,7 +63,7 @@ def test_sums_are_those_of_the_plain_entry_bit_for_bit_where_programs_have_many_
     assert check_crowd(operation, config, torch.device(DEVICE), sizes, tries=20 if DEVICE == "cuda" else 1) is None
 
 
-FAULTS = {
+FAULTS = {  # what to change in the source of the kernel or in that of its loops
     "the producer waits for slots that nobody has used": ("    phase = 1  # of barriers", "    phase = 0  # of"),
     "a slot is free as soon as one warpgroup has read it": ("count=MATH_GROUPS", "count=1"),
     "the parity does not turn": ("        phase ^= 1", "        phase ^= 0"),
@@ -68,30 +75,72 @@ FAULTS = {
     "a warpgroup reads the rows of another": ("slot * MATH_GROUPS + GROUP)", "slot * MATH_GROUPS)"),
     "the scales of the block before are used": ("k + 1, blocks, a_step", "k, blocks, a_step"),
 }  # fmt: skip
+NEXT_WAIT = "        mbarrier.wait(full.index(slot), phase)\n        a_scale_ptrs"
+GIVE_BACK = "        mbarrier.arrive(empty.index(held), count=1)\n        held = slot\n"
+LAST_SLOT = "        mbarrier.arrive(full.index(slot), count=1)\n"
+FIRST_WAIT = "        mbarrier.wait(ring[3].index(slot), phase)\n"
+AHEAD_FAULTS = {
+    "a slot is read before its bytes have come": (NEXT_WAIT, "        a_scale_ptrs"),
+    "the first slot is not awaited": (FIRST_WAIT, "        pass\n"),
+    "nothing comes behind the last block": (LAST_SLOT, "        pass\n"),
+    "a slot is given back while it is multiplied": (GIVE_BACK, GIVE_BACK.replace("index(held)", "index(slot)")),
+    "the scales of the block before are used": ("+= gl.where(k < blocks, a_step", "+= gl.where(1 < k < blocks, a_step"),
+    "scales are read past the last block": ("+= gl.where(k < blocks, a_step", "+= gl.where(k <= blocks, a_step"),
+    "a warpgroup reads the rows of another": ("slot * MATH_GROUPS + GROUP), b", "slot * MATH_GROUPS), b"),
+}
+QUAD_FAULTS = {
+    "columns are taken in the order of the slot": ("permute((0, 1, 3, 2, 4))", "permute((0, 1, 2, 3, 4))"),
+    "tiles start at rows that are no multiple of theirs": ("tile_n * (BLOCK_N // 16)", "tile_n * (BLOCK_N // 32)"),
+    "what is added to is prefetched from beyond it": ("gl.minimum(rows, M - 1) * stride_cm", "rows * stride_cm"),
+}  # fmt: skip
 
 
 def faulty_kernel(folder: Path, *changes: tuple[str, str]) -> Kernel:
     """The kernel with changes to its source."""
-    text = Path(gemm_gluon.__file__).read_text(encoding="utf-8")
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path = folder / "faulty.py"
-    path.write_text(text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    assert spec is not None and spec.loader is not None
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
-    return Kernel(faulty)
+    faulty = []
+    found = 0
+    for module in (gemm_gluon_sum, gemm_gluon):
+        text = Path(module.__file__).read_text(encoding="utf-8")
+        for old, new in changes:
+            found += old in text
+            text = text.replace(old, new)
+        path = folder / f"{module.__name__.rpartition('.')[2]}.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(f"faulty_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        faulty.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(faulty[-1])
+    assert found == len(changes)
+    loops = {name for name, value in vars(gemm_gluon_sum).items() if hasattr(value, "fn") or name == "BOX_M"}
+    for name in loops & set(vars(faulty[1])):  # imported from the right one
+        delattr(faulty[1], name)
+    return Kernel(*faulty)
 
 
 @on_a_cpu
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_model_sees(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, FAULTS[fault]))
-    with pytest.raises((Hazard, AssertionError, AttributeError, TypeError)):
+    with pytest.raises(SEEN):
         for _ in range(5):
             product(gemm, "gluon_192x128_s4")
+
+
+@on_a_cpu
+@pytest.mark.parametrize("fault", AHEAD_FAULTS)
+def test_the_model_sees_in_loops_that_work_ahead(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, AHEAD_FAULTS[fault]))
+    with pytest.raises(SEEN):
+        for _ in range(5):
+            product(gemm, "gluon_192x128_ahead_s4")
+
+
+@on_a_cpu
+@pytest.mark.parametrize("fault", QUAD_FAULTS)
+def test_the_model_sees_in_rows_that_come_in_quads(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, QUAD_FAULTS[fault]))
+    with pytest.raises(SEEN):
+        product(gemm_wgrad, "gluon_128x128_ahead_s6")
 
 
 @on_a_cpu
@@ -109,6 +158,20 @@ def test_a_slot_whose_scales_may_be_on_their_way_is_not_given_back(
         product(gemm_wgrad, config)
 
 
+@on_a_cpu
+def test_a_slot_whose_scales_may_be_on_their_way_is_not_given_back_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted = "            acc = gl.fma(in_order(partial, BLOCK_N), scales, acc)\n"
+    changes = (
+        (GIVE_BACK, "        held = slot\n"),
+        (promoted, promoted + "            mbarrier.arrive(empty.index(held), count=1)\n"),
+    )
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, *changes))
+    with pytest.raises(Hazard, match="may be on its way"):
+        product(gemm_wgrad, "gluon_128x128_ahead_s6")
+
+
 def test_entries_for_hopper_are_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = quantized(32, 128, "e4m3 1x128", 1), quantized(32, 128, "e4m3 1x128", 2)
     for here in ((0, 0), (8, 9), (10, 0)):
@@ -124,6 +187,12 @@ def test_scales_that_tma_cannot_read_are_refused() -> None:
         rows = b.qdata[: scale.shape[0]]
         with pytest.raises(ValueError, match="reads b_scale by TMA; needs N contiguous, from a multiple of 16 bytes"):
             gemm_wgrad.gemm_wgrad(a.qdata, rows, a.scale_inv, scale, config="gluon_192x128_s5")
+
+
+def test_rows_in_quads_are_refused_where_there_are_not_enough() -> None:
+    a, b = quantized(32, 256, "e4m3 1x128", 1), quantized(40, 256, "e4m3 1x128", 2)
+    with pytest.raises(ValueError, match="reads rows of b by 16; needs N that is a multiple of 16, got 40"):
+        gemm_wgrad.gemm_wgrad(a.qdata, b.qdata, a.scale_inv, m_contiguous(b.scale_inv), config="gluon_128x128_ahead_s6")
 
 
 def test_one_block_of_scales_may_have_any_step() -> None:
@@ -149,6 +218,7 @@ mbarrier::complete_tx mbarrier::complete_tx mbarrier::complete_tx
 
 def test_machine_code_without_a_barrier_that_it_must_have_is_a_fault() -> None:
     constants = {"MATH_GROUPS": 2, "WAVES": 1, "BLOCK_N": 128, "IN_FLIGHT": 1, "B_ROWS": 128, "MATH_REGISTERS": 232}
+    constants |= {"AHEAD": False}
     assert sm90.ring_faults(CODE, constants) == []
     for lost in (
         "bar.sync 0, 128; mbarrier",

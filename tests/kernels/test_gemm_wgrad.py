@@ -21,9 +21,14 @@ from tests.kernels.products import (  # noqa: E402
 from tests.shapes import matrix  # noqa: E402
 
 SPEC = "e4m3 1x128"
-HOPPER = ["gluon_192x128_s5", "gluon_128x128_k2_s6"]
+HOPPER = [name for name in CONFIGS if name.startswith("gluon_")]
 variants = pytest.mark.parametrize("config", ["pointer_64x64_s3", "tma_128x128_s4", "ws_128x128_s4", *HOPPER])
 every_config = pytest.mark.parametrize("config", list(CONFIGS))
+
+
+def columns(config: str, N: int) -> int:
+    """N, or the next that the entry serves."""
+    return -(-N // 16) * 16 if CONFIGS[config].get("AHEAD") else N
 
 
 def operands(M: int, N: int, K: int, seed: int = 0, scale: str = "pow2") -> tuple[QTensor, QTensor]:
@@ -46,6 +51,7 @@ def run(a: QTensor, b: QTensor, **options: object) -> Tensor:
 @pytest.mark.parametrize("batch", range(4))
 def test_product_equals_fp64_on_drawn_shapes(config: str, batch: int) -> None:
     for number, (M, N, K) in enumerate(drawn_shapes(16, seed=100 * batch + 50 + len(config))):
+        N = columns(config, N)
         a, b = operands(M, N, K, seed=number, scale=("pow2", "fp32")[number % 2])
         before = matrix(M, N, seed=number).to(DEVICE) if number % 3 == 0 else None
         out = None if before is None else before.clone()
@@ -56,14 +62,14 @@ def test_product_equals_fp64_on_drawn_shapes(config: str, batch: int) -> None:
 
 @every_config
 def test_every_entry_computes_several_tiles(config: str) -> None:
-    a, b = operands(300, 200, 272)
+    a, b = operands(300, columns(config, 200), 272)
     assert_product(run(a, b, config=config), a, b)
 
 
 @variants
 @pytest.mark.parametrize("at", [0, 127, 128, 260, 299])
 def test_planted_one_hot_meets_its_own_scales(config: str, at: int) -> None:
-    a, b, expected = planted(270, 140, 300, at, b_rows=1)
+    a, b, expected = planted(270, columns(config, 140), 300, at, b_rows=1)
     a, b = (QTensor(padded_rows(q.qdata, 16), q.scale_inv, q.spec) for q in (a, b))
     assert int((expected != 0).sum()) == 6
     assert torch.equal(run(a, readable(config, b), config=config), expected)
@@ -71,23 +77,25 @@ def test_planted_one_hot_meets_its_own_scales(config: str, at: int) -> None:
 
 @variants
 def test_accumulating_adds_in_fp32_to_the_gradient_and_nothing_beside_it(config: str) -> None:
-    a, b = operands(70, 40, 144)
-    frame = torch.full((72, 48), 7.0, device=DEVICE)
-    out = frame[1:71, :40]
-    before = matrix(70, 40).to(DEVICE)
+    N = columns(config, 40)
+    a, b = operands(70, N, 144)
+    frame = torch.full((72, N + 8), 7.0, device=DEVICE)
+    out = frame[1:71, :N]
+    before = matrix(70, N).to(DEVICE)
     out.copy_(before)
     assert run(a, b, config=config, out=out, accumulate=True) is out
     assert torch.equal(out, before + run(a, b, config=config))
     run(a, b, config=config, out=out, accumulate=True)
     assert_product(out, a, QTensor(b.qdata, 2 * b.scale_inv, b.spec), before)
-    frame[1:71, :40] = 7.0
+    frame[1:71, :N] = 7.0
     assert bool((frame == 7.0).all())
 
 
 @variants
 def test_out_without_accumulate_is_overwritten(config: str) -> None:
-    a, b = operands(70, 40, 144)
-    out = torch.full((70, 40), float("nan"), device=DEVICE)
+    N = columns(config, 40)
+    a, b = operands(70, N, 144)
+    out = torch.full((70, N), float("nan"), device=DEVICE)
     assert run(a, b, config=config, out=out) is out
     assert_product(out, a, b)
 
@@ -105,17 +113,18 @@ def test_rows_that_tma_cannot_read_are_read_by_pointers(K: int) -> None:
 
 @variants
 def test_rows_of_a_wider_matrix(config: str) -> None:
-    wide, b = quantized(64, 512, SPEC, 3), readable(config, quantized(40, 256, SPEC, 4))
+    wide, b = quantized(64, 512, SPEC, 3), readable(config, quantized(columns(config, 40), 256, SPEC, 4))
     a = QTensor(wide.qdata[::2, 128:384], wide.scale_inv[::2, 1:3], wide.spec)
     assert_product(run(a, b, config=config), a, b)
 
 
 @variants
 def test_a_nan_scale_strikes_its_row_or_its_column_only(config: str) -> None:
-    a, b = operands(130, 140, 300)
+    N = columns(config, 140)
+    a, b = operands(130, N, 300)
     a.scale_inv[5, 1] = float("nan")
     b.scale_inv[129, 2] = float("nan")
-    struck = torch.zeros(130, 140, dtype=torch.bool, device=DEVICE)
+    struck = torch.zeros(130, N, dtype=torch.bool, device=DEVICE)
     struck[5], struck[:, 129] = True, True
     assert torch.equal(run(a, b, config=config).isnan(), struck)
 
