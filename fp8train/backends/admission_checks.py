@@ -36,6 +36,7 @@ QUANTISERS = (
     ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "bf16"), ("swiglu_quantize", "bf16"),
     ("swiglu_backward_quantize", "bf16"),
 )  # fmt: skip
+GRADIENTS = (("rmsnorm_backward", "fp32"),)  # likewise; dtype of the residual stream
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MATRICES = ((256, 384), (300, 200))  # whole blocks in rows that start at 16 bytes; neither
 
@@ -45,11 +46,13 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
 
     Args:
         operation: a file of kernels/.
-        entry: of its launch entries, or a variant as in QUANTISERS.
+        entry: of its launch entries, or a variant as in QUANTISERS and GRADIENTS.
         device: where to run it.
     """
     if operation in GEMMS:
         return check_product(operation, entry, device) or check_crowd(operation, entry, device)
+    if operation in dict(GRADIENTS):
+        return check_norm_gradients(entry, device)
     return check_codes(operation, entry, device)
 
 
@@ -167,6 +170,35 @@ def check_codes(
                     if not _same(q, wanted):
                         what = f"{list(x.shape)} {str(dtype).removeprefix('torch.')} with {scale} scales"
                         return f"its {name} differs from the definition for {what}"
+    return None
+
+
+def check_norm_gradients(
+    variant: str, device: torch.device, matrices: Sequence[tuple[int, int]] = (*MATRICES, (2048, 4096))
+) -> str | None:
+    """Where gradients of RMSNorm are not the formula's in FP64, or None.
+
+    Args:
+        variant: dtype of x.
+        device: where to compute.
+        matrices: rows and columns of x.
+    """
+    run = importlib.import_module("fp8train.kernels.rmsnorm_backward").rmsnorm_backward
+    for number, (rows, cols) in enumerate(matrices):
+        for dtype in DTYPES.values():
+            generator = torch.Generator().manual_seed(number)
+            dy, x = (torch.randn(rows, cols, generator=generator) for _ in range(2))
+            dy, x = dy.to(device, dtype), x.to(device, DTYPES[variant])
+            weight = torch.linspace(0.5, 1.5, cols, device=device)
+            rstd = (x.double().square().mean(1) + 1e-5).rsqrt().float()
+            wide = dy.double() * weight, x.double(), rstd.double()[:, None]
+            dx = wide[0] * wide[2] - wide[1] * wide[2] ** 3 * (wide[0] * wide[1]).mean(1, keepdim=True)
+            wanted = dx, (dy.double() * wide[1] * wide[2]).sum(0)
+            for name, made, exact in zip(("dx", "dweight"), run(dy, x, weight, rstd), wanted, strict=True):
+                # a BF16 number is off by half a place; FP32 sums of 4096 numbers by a few 2^-24 of their size
+                limit = exact.abs() * (2.0**-8 if made.dtype is torch.bfloat16 else 0) + 1e-5 * exact.abs().max()
+                if not bool(((made.double() - exact).abs() <= limit).all()):
+                    return f"its {name} differs from the formula for {[rows, cols]}, dy {dtype}"
     return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.backends import producers
 from fp8train.backends.interface import Copies
 from fp8train.backends.ops import as_spec, register
 from fp8train.backends.selection import get_backend
@@ -19,7 +18,7 @@ from fp8train.quant.reference import check_quantize_input
 _QUANTIZE = "str row, str? col, str backend"
 _SCHEMAS = {
     "rms_norm": "(Tensor x, Tensor weight, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, str backend) -> (Tensor, Tensor)",
     "rmsnorm_quantize": f"(Tensor x, Tensor weight, float eps, ScalarType dtype, {_QUANTIZE}) -> Tensor[]",
     "swiglu": "(Tensor gate, Tensor up, str backend) -> Tensor",
     "swiglu_backward": "(Tensor dh, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
@@ -33,13 +32,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend:
     return get_backend(backend).rms_norm(x, weight, eps, dtype)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx [M, K], dweight [K]); on CUDA by torch's own kernel of the same formula."""
-    if dy.device.type == "cuda":
-        wide = (dy.float(), x.float(), list(weight.shape), rstd.unsqueeze(-1), weight)
-        dx, dweight = torch.ops.aten._fused_rms_norm_backward(*wide, [True, True])
-        return dx.to(x.dtype), dweight
-    return producers.rms_norm_backward(dy, x, weight, rstd)
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """(dx [M, K], dweight [K]) of rms_norm."""
+    return get_backend(backend).rms_norm_backward(dy, x, weight, rstd)
 
 
 def rmsnorm_quantize(
@@ -94,7 +89,7 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, ba
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _fake_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 

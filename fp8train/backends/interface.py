@@ -57,6 +57,9 @@ class Backend(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(y [M, K] in dtype, rstd [M] fp32): y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps), in FP32."""
 
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        """(dx [M, K] in x's dtype, dweight [K]) of rms_norm: producers.norm_gradients, up to the order of sums."""
+
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """h = silu(gate) * up [M, K]; silu(gate) and h are rounded to the dtype of gate."""
 

@@ -31,6 +31,14 @@ class Producers:
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * rstd * weight).to(dtype), rstd.squeeze(-1)
 
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend; on CUDA by torch's own kernel of the same formula."""
+        if dy.device.type != "cuda":
+            return norm_gradients(dy, x, weight, rstd)
+        wide = (dy.float(), x.float(), list(weight.shape), rstd.unsqueeze(-1), weight)
+        dx, dweight = torch.ops.aten._fused_rms_norm_backward(*wide, [True, True])
+        return dx.to(x.dtype), dweight
+
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
         return F.silu(gate) * up
@@ -62,7 +70,7 @@ def _copies(backend: Backend, x: Tensor, row: QuantSpec, col: QuantSpec | None) 
     return (backend.quantize(x, row, False), None) if col is None else backend.quantize_dual(x, row, col)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of RMSNorm in FP32, with the roundings of autograd through F.rms_norm on the CPU.
 
     g = dy * weight; dx = g * rstd - x * rstd^3 * mean(g * x); dweight = sum over rows of dy * x * rstd.

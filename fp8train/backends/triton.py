@@ -111,6 +111,13 @@ class TritonBackend(Producers):
         """See Backend."""
         return kernel("rmsnorm_quantize").rmsnorm(_rows_dense(x), weight, eps=eps, out_dtype=dtype)
 
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        module = kernel("rmsnorm_backward")
+        if x.shape[1] > module.WIDEST or not self._admitted("rmsnorm_backward", _DTYPE_NAMES[x.dtype], x.device):
+            return super().rms_norm_backward(dy, x, weight, rstd)
+        return module.rmsnorm_backward(_rows_dense(dy), _rows_dense(x), weight, rstd)
+
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
         return kernel("swiglu_quantize").swiglu(_rows_dense(gate), _rows_dense(up))

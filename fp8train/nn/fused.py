@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8train.backends import fused_ops as _fused_ops  # noqa: F401  registers the operators
-from fp8train.backends.producers import rms_norm_backward
+from fp8train.backends.producers import norm_gradients
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import HIGH, Float8Linear, InplaceGrad, Plan, weight_grad, wgrad_operand
 from fp8train.nn.operands import OPS, Operand, as_matrix, gemm
@@ -76,10 +76,11 @@ class FusedRMSNorm(nn.Module):
         matrix, weight = as_matrix(x.detach()), self.weight.detach()
         if _watched(fusion.readers):
             y, rstd = OPS.rms_norm(matrix, weight, fusion.eps, out_dtype, backend)
-            return _RMSNorm.apply(x, self.weight, rstd, out_dtype, y.view(x.shape))
+            return _RMSNorm.apply(x, self.weight, rstd, out_dtype, y.view(x.shape), backend)
         row, col = _input_specs(precision, _train(fusion.readers))
         *copies, rstd = OPS.rmsnorm_quantize(matrix, weight, fusion.eps, out_dtype, row, col, backend)
-        return _quantized_input(_RMSNorm.apply(x, self.weight, rstd, out_dtype, None), copies, row, col, precision)
+        y = _RMSNorm.apply(x, self.weight, rstd, out_dtype, None, backend)
+        return _quantized_input(y, copies, row, col, precision)
 
     def _serves(self, x: Tensor, out_dtype: torch.dtype) -> bool:
         dtypes = x.dtype in HIGH and out_dtype in HIGH and self.weight.dtype is torch.float32
@@ -116,18 +117,23 @@ class _RMSNorm(torch.autograd.Function):
     """Connects the normalised x, which is computed already, with x and the weight; y: None if it is in FP8 only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, y: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, y: Tensor | None, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, rstd)
+        ctx.backend = backend
         return _unwritten(x, dtype) if y is None else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        # traced, the formula is fused with what is around it
-        run = rms_norm_backward if torch.compiler.is_compiling() else OPS.rms_norm_backward
-        dx, dweight = run(as_matrix(dy), as_matrix(x), weight, rstd)
-        return dx.view(x.shape), dweight, None, None, None
+        inputs = as_matrix(dy), as_matrix(x), weight, rstd
+        if torch.compiler.is_compiling():  # traced, the formula is fused with what is around it
+            dx, dweight = norm_gradients(*inputs)
+        else:
+            dx, dweight = OPS.rms_norm_backward(*inputs, ctx.backend)
+        return dx.view(x.shape), dweight, None, None, None, None
 
 
 class _Product(torch.autograd.Function):

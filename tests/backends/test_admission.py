@@ -18,7 +18,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends import admission, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
-from fp8train.backends.admission_checks import QUANTISERS, check_codes, check_crowd, check_product  # noqa: E402
+from fp8train.backends.admission_checks import (  # noqa: E402
+    MATRICES,
+    QUANTISERS,
+    check_codes,
+    check_crowd,
+    check_norm_gradients,
+    check_product,
+)
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
@@ -126,6 +133,27 @@ def test_a_wrong_byte_in_any_copy_is_refused(operation: str, variant: str, monke
         assert "differs from the definition for [128, 256] bfloat16" in str(
             check_codes(operation, variant, CPU, ((128, 256),))
         )
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp32"])
+@pytest.mark.parametrize("device", devices())
+def test_gradients_of_the_norm_pass_their_own_check(variant: str, device: str) -> None:
+    sizes = MATRICES if device == "cuda" else ((77, 131),)
+    assert check_norm_gradients(variant, torch.device(device), sizes) is None
+
+
+@pytest.mark.parametrize("spoilt", [0, 1], ids=["dx", "dweight"])
+def test_a_wrong_gradient_of_the_norm_is_refused(spoilt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernel("rmsnorm_backward")
+    run = module.rmsnorm_backward
+
+    def spoil(*args: Any) -> Any:
+        made = run(*args)
+        made[spoilt].view(-1)[70] *= 1.01
+        return made
+
+    monkeypatch.setattr(module, "rmsnorm_backward", spoil)
+    assert "differs from the formula for [77, 131], dy" in str(check_norm_gradients("fp32", CPU, ((77, 131),)))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8train.backends import fused_ops, get_backend
-from fp8train.backends.producers import rms_norm_backward
+from fp8train.backends.producers import norm_gradients
 from fp8train.quant import reference
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -49,7 +49,7 @@ def calls(backend: str, rows: int = 35, dtype: torch.dtype = torch.bfloat16) -> 
     norm = (x, weight, EPS, torch.bfloat16)
     return {
         "rms_norm": (OPS.rms_norm.default, (*norm, backend)),
-        "rms_norm_backward": (OPS.rms_norm_backward.default, (dy, x, weight, rstd)),
+        "rms_norm_backward": (OPS.rms_norm_backward.default, (dy, x, weight, rstd, backend)),
         "rmsnorm_quantize": (OPS.rmsnorm_quantize.default, (*norm, X, X, backend)),
         "rmsnorm_quantize-row": (OPS.rmsnorm_quantize.default, (*norm, X, None, backend)),
         "swiglu": (OPS.swiglu.default, (x, up, backend)),
@@ -128,7 +128,7 @@ def test_norm_has_the_bits_of_torch_forward_and_backward(dtype: torch.dtype, out
     theirs = F.rms_norm(x.float(), weight.shape, weight, EPS).to(out_dtype)
     theirs.backward(dy)
     y, rstd = get_backend("reference").rms_norm(x.detach(), weight.detach(), EPS, out_dtype)
-    dx, dweight = rms_norm_backward(dy, x.detach(), weight.detach(), rstd)
+    dx, dweight = norm_gradients(dy, x.detach(), weight.detach(), rstd)
     assert torch.equal(y, theirs)
     assert torch.equal(dx, x.grad) and torch.equal(dweight, weight.grad)
 
@@ -145,7 +145,7 @@ def test_norm_backward_is_the_derivative() -> None:
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-            return rms_norm_backward(*wide(dy, *ctx.saved_tensors))
+            return norm_gradients(*wide(dy, *ctx.saved_tensors))
 
     class Wide(Tensor):
         """FP64 that stays FP64 where the formula asks for FP32."""
@@ -198,14 +198,15 @@ def test_kernels_are_run_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -
         call()
 
 
-@requires_gpu(sm=89)
+@needs_triton
 @dtypes
-def test_norm_backward_on_a_gpu_is_the_formula(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["triton", pytest.param("reference", marks=requires_gpu(sm=89))])
+def test_norm_backward_is_the_formula(backend: str, dtype: torch.dtype) -> None:
     x, dy = numbers(300, 1100, dtype), numbers(300, 1100, seed=1)
     weight = torch.linspace(0.5, 2.0, 1100, device=DEVICE)
     _, rstd = get_backend("reference").rms_norm(x, weight, EPS, torch.bfloat16)
     for mine, theirs in zip(
-        OPS.rms_norm_backward(dy, x, weight, rstd), rms_norm_backward(dy, x, weight, rstd), strict=True
+        OPS.rms_norm_backward(dy, x, weight, rstd, backend), norm_gradients(dy, x, weight, rstd), strict=True
     ):
         # sums of 1100 and 300 terms in other orders: at most their number times 2^-24 of the largest, in practice its
         # root; BF16 rounds both, one place apart at most

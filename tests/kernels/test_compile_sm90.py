@@ -70,7 +70,7 @@ def test_plain_gemms_compile_for_ada_and_blackwell() -> None:
 
 
 def test_a_spill_a_missing_promotion_and_a_flush_are_faults() -> None:
-    good = sm90.Figures("gemm x", 168, 232, 0, 1024, 4, 64, 130, 64, False, [], [])
+    good = sm90.Figures("gemm x", 168, 232, 0, 1024, 4, 64, 130, 70, 64, False, [], [])
     assert good.faults() == []
-    bad = sm90.Figures("gemm x", 255, 0, 8, 1024, 0, 0, 130, 64, True, ["C7510 wgmma serialized"], ["lost barrier"])
+    bad = sm90.Figures("gemm x", 255, 0, 8, 1024, 0, 0, 130, 70, 64, True, ["C7510 wgmma serialized"], ["lost barrier"])
     assert [fault.split()[0] for fault in bad.faults()] == ["8", "flushes", "assembler:", "lost", "0", "0"]

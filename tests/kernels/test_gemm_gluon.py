@@ -245,3 +245,25 @@ def test_machine_code_that_gives_slots_back_early_is_a_fault() -> None:
         pair + back + promotion + back,
     ):
         assert sm90.given_back_early(wrong, slots) and not sm90.given_back_early(wrong, {"B_ROWS": 128})
+
+
+def test_what_a_loop_that_works_ahead_does_between_two_multiplications_is_counted() -> None:
+    wait, start = "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24 ;"
+    loop = [
+        "UIADD3 UR8, UR8, 0x2, URZ ;",
+        start,
+        "SYNCS.PHASECHK P0 ;",
+        start,
+        wait,
+        "FFMA R8, R2, R24, R8;",
+        "@P0 BRA L ;",
+    ]
+    assert sm90.idle_instructions(loop) == ["UIADD3", "FFMA", "BRA"]
+    pair = [start, start, "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "FFMA R8, R2, R24, R8;", wait, "FMUL R2, R3, R4 ;"]
+    assert sm90.idle_instructions(pair) == ["FMUL"]
+    fprop, wgrad = {"B_ROWS": 128, "MATH_GROUPS": 3}, {"B_ROWS": 1, "MATH_GROUPS": 2}
+    assert sm90.idle_faults(["FFMA", "FMUL", "LDS"], fprop) == []
+    assert sm90.idle_faults(["FFMA", "BAR"], fprop) == ["BAR between two multiplications"]
+    assert sm90.idle_faults(["LDS", "FMUL"], wgrad) == [
+        f"{name} between two multiplications" for name in ("FMUL", "LDS")
+    ]

@@ -18,6 +18,7 @@ from fp8train.kernels import (  # noqa: E402
     launch,
     quantize,
     quantize_weight,
+    rmsnorm_backward,
     rmsnorm_quantize,
     swiglu_backward_quantize,
     swiglu_quantize,
@@ -182,6 +183,7 @@ def test_a_second_call_of_each_quantiser_is_that_of_its_own_input(kept: dict[Any
         "dual": lambda x, y, z: quantize.quantize_dual(x, **options),
         "weight": lambda x, y, z: quantize_weight.quantize_weight(x.float(), **options),
         "norm": lambda x, y, z: rmsnorm_quantize.rmsnorm_quantize(x, weight, eps=1e-5, **options)[:4],
+        "norm backward": lambda x, y, z: rmsnorm_backward.rmsnorm_backward(x, y, weight, z[:, 0].float()),
         "swiglu": lambda x, y, z: swiglu_quantize.swiglu_quantize(x, y, **options),
         "backward": lambda x, y, z: sum(swiglu_backward_quantize.swiglu_backward_quantize(x, y, z, **options), ()),
     }
