@@ -82,7 +82,7 @@ print(*(f'{name}:{chr(44).join(gemms)}' for name, gemms in serve.items() if name
 step admission 120 "$python" -m fp8train.backends # by itself: what follows reads its verdicts
 if [[ $PARTS == *" tests "* ]]; then
   share=$((CORES > 8 ? CORES / 4 : 2))
-  tests test_quantisers 120 "$share" tests/kernels -k "quantize and not compile" &
+  tests test_quantisers 120 "$share" tests/kernels -k "(quantize or norm) and not compile" &
   tests test_gemms 120 "$share" tests/kernels -k "gemm and not compile and not ws_128 and not gluon" &
   tests test_fused 120 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
   tests test_backends 120 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
