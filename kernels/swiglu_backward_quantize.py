@@ -34,8 +34,8 @@ from fp8train.kernels.tile_launch import (
     tiling,
 )
 
-KEEP = True  # calculate the gradients once
-RAGGED_WARPS = 16  # of a tile that may not be whole: with 8 all of them spill, with 16 those of FP32 scales
+KEEP = True  # calculate the gradients of whole tiles once
+RAGGED_WARPS = 16  # of a tile that may not be whole: with 8 all of them spill, with 16 those kept with FP32 scales
 MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
 
 
@@ -116,7 +116,7 @@ def _swiglu_backward_quantize_kernel(
 
 def _tiling(bf16: bool, columns: bool, whole: bool, pow2: bool) -> tuple[dict[str, object], dict[str, object]]:
     limit = MAX_REGISTERS if bf16 and columns and whole and pow2 else None
-    return tiling(bf16, columns, KEEP, NUM_WARPS if whole else RAGGED_WARPS, whole, limit)
+    return tiling(bf16, columns, KEEP and whole, NUM_WARPS if whole else RAGGED_WARPS, whole, limit)
 
 
 def _compile_cases() -> list[tuple]:
@@ -135,7 +135,11 @@ def _compile_cases() -> list[tuple]:
             cases.append((title, kernel, inputs | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
     more, free = _tiling(True, True, False, True)
-    cases.append((f"{title} ragged", kernel, signature, constants | more, free | {"odd": ("M", "K", *sizes[:3])}))
+    odd = {"odd": ("M", "K", *sizes[:3])}
+    for scale, row, col in (("pow2", True, True), ("fp32", False, False), ("mixed", False, True)):
+        kinds = {"ROW_POW2": row, "COL_POW2": col}
+        name = title.replace("pow2", f"{scale} ragged")
+        cases.append((name, kernel, signature, constants | more | kinds, free | odd))
     one_row = {name: kind for name, kind in signature.items() if name != "M"}  # a size of 1 is a constant of the kernel
     cases.append((f"{title} one row", kernel, one_row, constants | more | {"M": 1}, free))
     more, options = _tiling(True, False, True, True)

@@ -72,22 +72,23 @@ json.dump(environment(torch.device('cuda')), open(sys.argv[1], 'w'), indent=2)" 
 
 # Correctness first, all at once: codes and scales bit for bit, and every entry of the GEMMs. An entry with specialised
 # warps that is wrong may never end, so each is in a process of its own. What trains needs no quiet GPU.
-entries=$("$python" -c "
+by_hand() { # OPERATION PREFIX: its entries with specialised warps, PREFIX before each, by commas
+  "$python" -c "
+import sys
 from fp8train.backends.triton import kernel
-serve = {}  # entry -> GEMMs
-for operation, gemm in (('gemm', 'fprop'), ('gemm_wgrad', 'wgrad')):
-    for name in kernel(operation).CONFIGS:
-        serve.setdefault(name, []).append(gemm)
-print(*(f'{name}:{chr(44).join(gemms)}' for name, gemms in serve.items() if name.startswith(('ws_', 'gluon_'))))")
-step admission 120 "$python" -m fp8train.backends # by itself: what follows reads its verdicts
+operation, prefix = sys.argv[1:]
+print(*(prefix + name for name in kernel(operation).CONFIGS if name.startswith(('ws_', 'gluon_'))), sep=',')" "$@"
+}
+# by itself, since what follows reads its verdicts; a process for each kernel
+step admission 150 "$python" -m fp8train.backends --all
 if [[ $PARTS == *" tests "* ]]; then
   share=$((CORES > 8 ? CORES / 4 : 2))
   tests test_quantisers 120 "$share" tests/kernels -k "(quantize or norm) and not compile" &
   tests test_gemms 120 "$share" tests/kernels -k "gemm and not compile and not ws_128 and not gluon" &
   tests test_fused 120 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
   tests test_backends 120 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
-  for entry in $entries; do
-    tests "test_${entry%:*}" 120 1 tests/kernels -k "gemm and ${entry%:*}" &
+  for entry in $({ by_hand gemm "" && by_hand gemm_wgrad ""; } | tr , '\n' | sort -u); do
+    tests "test_$entry" 120 1 tests/kernels -k "gemm and $entry" &
   done
   step train 150 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare" &
 fi
@@ -122,10 +123,14 @@ benches() {
   step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
 }
 [[ $PARTS != *" benches "* ]] || benches
-if [[ $PARTS == *" entries "* ]]; then # of the GEMMs, each by itself, whether the launch table has it or not
-  for entry in $entries; do
-    bench "${entry%:*}" 40 gemm "backends=[triton:${entry%:*}]" "gemms=[${entry#*:}]" rows=[4096] rounds=7
+if [[ $PARTS == *" entries "* ]]; then # of the GEMMs, whether the launch table has them or not, in turn
+  for operation in gemm gemm_wgrad; do
+    gemms=$([[ $operation == gemm ]] && echo fprop,dgrad || echo wgrad)
+    each=("backends=[cublaslt,$(by_hand "$operation" triton:)]" "gemms=[$gemms]" rounds=7)
+    bench "entries_$operation" 90 gemm "${each[@]}"
+    bench "waves_$operation" 20 gemm "${each[@]}" rows=[8192] shapes=[[8192,8192]] # rates of full waves: gemm_table.py
   done
+  bench adding 40 gemm "${each[@]}" accumulate=true # wgrad, as from the second micro-batch on
   wait
 fi
 grep -Eq '^\| bench_[^|]* \| (failed|over|not)' "$summary" && failed=1

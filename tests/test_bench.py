@@ -58,6 +58,23 @@ def test_gemm_bench_times_what_is_right(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(set(result["timings"]) == {"bf16", "cpu"} and not result["wrong"] for result in results)
 
 
+def test_gemm_that_adds_keeps_adding_to_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Watched(gemm.get_backend("cpu").__class__):  # type: ignore[misc]
+        def scaled_mm(self, a, b, bias, out, accumulate, out_dtype):  # type: ignore[no-untyped-def]
+            given.append((a.shape, accumulate, None if out is None else (id(out), out.dtype)))
+            return super().scaled_mm(a, b, bias, out, accumulate, out_dtype)
+
+    monkeypatch.setattr(gemm, "get_backend", lambda name: Watched())
+    arguments = ["gemm", "rows=[64]", "shapes=[[48,32]]", "backends=[cpu]", "rounds=2", "warmup=0", "accumulate=true"]
+    assert exit_code(bench.main, arguments) == 0
+    checked, *timed = [call for call in given if call[0] == (48, 64)]
+    assert checked[1:] == (False, None) and len({call[2] for call in timed}) == 1
+    assert all(adds and out[1] is torch.float32 for _, adds, out in timed)
+    assert not any(adds for shape, adds, _ in given if shape != (48, 64))
+
+
 def test_gemm_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Wrong(gemm.get_backend("cpu").__class__):  # type: ignore[misc]
         def scaled_mm(self, *args):  # type: ignore[no-untyped-def]
@@ -69,6 +86,22 @@ def test_gemm_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys
     arguments = ["gemm", "rows=[64]", "shapes=[[64,64]]", "backends=[cpu]", "gemms=[wgrad]", "rounds=1"]
     assert exit_code(bench.main, arguments) == 1
     assert "NOT TIMED" in capsys.readouterr().out
+
+
+def test_gemm_that_fails_is_not_timed_and_the_others_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(gemm.get_backend("cpu").__class__):  # type: ignore[misc]
+        def scaled_mm(self, *args):  # type: ignore[no-untyped-def]
+            raise OSError("libvendor.so: no such symbol\nand a traceback")
+
+    real = gemm.get_backend
+    monkeypatch.setattr(gemm, "get_backend", lambda name: Broken() if name == "cpu" else real(name))
+    arguments = ["gemm", "rows=[64]", "shapes=[[64,64]]", "backends=[cpu,reference]", "gemms=[fprop]", "rounds=1"]
+    assert exit_code(bench.main, arguments) == 1
+    said = capsys.readouterr().out
+    assert "cpu            NOT TIMED: OSError: libvendor.so: no such symbol\n" in said
+    assert "reference" in said.split("fprop M 64, N 64, K 64")[1].split("NOT TIMED")[0]
 
 
 def test_nan_counts_as_total_disagreement() -> None:

@@ -29,7 +29,7 @@ def pretender(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "python").write_text(
         f'#!/bin/bash\nfor a in "$@"; do grep -qxF -e "$a" {folder}/fail && exit 7; done\n'
-        '[[ "$*" == *CONFIGS* ]] && echo gluon_1x1:fprop ws_1x1:fprop,wgrad\nexit 0\n'
+        f'[[ "$*" == *CONFIGS* ]] && echo "$4"gluon_1x1,"$4"ws_1x1\necho "$*" >>{folder}/calls\nexit 0\n'
     )
     (folder / "nvidia-smi").write_text("#!/bin/bash\nexit 0\n")
     (folder / "fail").write_text("nothing\n")
@@ -58,14 +58,20 @@ def test_every_step_has_a_row(tmp_path: Path, pretender: Path) -> None:
         "correctness comes first, entries by themselves"
     )
     assert {"bench_gemm", "bench_quantize", "bench_linear_4096", "bench_step_eager", "bench_step_fused"} <= set(names)
-    assert names[-3] == "bench_host" and set(names[-2:]) == {"bench_gluon_1x1", "bench_ws_1x1"}
+    entries = {f"bench_{kind}_{operation}" for kind in ("entries", "waves") for operation in ("gemm", "gemm_wgrad")}
+    assert names[-6] == "bench_host" and set(names[-5:]) == entries | {"bench_adding"}
     assert all("passed" in row for row in rows)
+    calls = (pretender / "calls").read_text()
+    for gemms in ("fprop,dgrad", "wgrad"):
+        assert f"bench gemm backends=[cublaslt,triton:gluon_1x1,triton:ws_1x1] gemms=[{gemms}] rounds=7 lock=" in calls
 
 
 def test_figures_and_logs_are_bundled(tmp_path: Path, pretender: Path) -> None:
     """With the real interpreter for what is read from standard input: the bundling itself."""
     python = pretender / "python"
-    python.write_text(python.read_text().replace("exit 0", f'[[ $1 == - ]] && exec {sys.executable} "$@"\nexit 0'))
+    python.write_text(
+        python.read_text().replace('echo "$*"', f'[[ $1 == - ]] && exec {sys.executable} "$@"\necho "$*"')
+    )
     out = tmp_path / "out"
     out.mkdir()
     (out / "gemm.json").write_text('{"subject": "gemm"}')
@@ -78,7 +84,7 @@ def test_figures_and_logs_are_bundled(tmp_path: Path, pretender: Path) -> None:
 
 def test_a_step_that_fails_costs_its_own_row_and_the_status(tmp_path: Path, pretender: Path) -> None:
     steps = {
-        "quantize and not compile": "test_quantisers",  # one of those that run at once
+        "(quantize or norm) and not compile": "test_quantisers",  # one of those that run at once
         "gemm and gluon_1x1": "test_gluon_1x1",
         "quantize": "bench_quantize",
     }

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from fp8train._layout import folder
-from fp8train.backends.admission_checks import GRADIENTS, QUANTISERS, check
+from fp8train.backends.admission_checks import GEMMS, GRADIENTS, QUANTISERS, check
 from fp8train.backends.machine import no_gpu
 
 LOG = logging.getLogger("fp8train")
@@ -96,6 +96,14 @@ def _used(index: int) -> list[Kernel]:
     return [*table.listed(torch.cuda.get_device_capability(index)), *QUANTISERS, *GRADIENTS]
 
 
+def _entries(index: int) -> list[Kernel]:
+    """Every launch entry of the GEMMs, on a Hopper; elsewhere some run and some do not."""
+    if torch.cuda.get_device_capability(index)[0] != 9:
+        return []
+    configs = {operation: importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS for operation in GEMMS}
+    return [(operation, entry) for operation, entries in configs.items() for entry in entries]
+
+
 def _log(made: dict[Kernel, tuple[str | None, bool]], device: str) -> None:
     good = [" ".join(kernel) for kernel, (reason, _) in made.items() if reason is None]
     if good:
@@ -152,13 +160,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("operation", nargs="?")
     parser.add_argument("entry", nargs="?")
     parser.add_argument("--device", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="launch entries too that the table does not have")
     arguments = parser.parse_args(argv)
     if reason := no_gpu("cuda"):
         sys.stderr.write(f"fp8train.backends: {reason}; needs a GPU with FP8 units. Nothing was checked.\n")
         return NO_GPU
     device = torch.device("cuda", arguments.device)
     if arguments.entry is None:
-        found = verdicts(arguments.device)
+        found = verdicts(arguments.device, _entries(arguments.device) if arguments.all else ())
         for (operation, entry), reason in sorted(found.items()):
             sys.stdout.write(f"{operation} {entry}: {reason or 'correct'}\n")
         return WRONG if any(found.values()) else 0

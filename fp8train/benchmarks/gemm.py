@@ -47,16 +47,18 @@ class GemmArguments(BenchArguments):
     gemms: of fprop, dgrad, wgrad
     rows: tokens, M; several are timed one after the other
     shapes: [N, K] of the weights; null: DeepGEMM's
+    accumulate: wgrad in FP8 adds to its result, as from the second micro-batch on; BF16 stays a plain product
     """
 
     backends: list[str] | None = None
     gemms: list[str] = field(default_factory=lambda: ["fprop", "dgrad", "wgrad"])
     rows: list[int] = field(default_factory=lambda: [4096, 8192])
     shapes: list[list[int]] | None = None
+    accumulate: bool = False
 
 
 def run(argv: Sequence[str], world: World) -> int:
-    """Check, then time every GEMM; a backend whose result is wrong is not timed, and the status is 1.
+    """Check, then time every GEMM; a backend that is wrong, or that fails, is not timed, and the status is 1.
 
     Raises:
         ConfigError: no such GEMM or backend, or a shape that is not [N, K].
@@ -77,8 +79,10 @@ def run(argv: Sequence[str], world: World) -> int:
                 sys.stdout.write("\n" + table(results[-1], _rate(2.0 * M * N * K)))
                 for name, diff in results[-1].facts["wrong"].items():
                     sys.stdout.write(f"{name:14s} NOT TIMED: calc_diff {diff:.1e} against the dequantised product\n")
+                for name, error in results[-1].facts["failed"].items():
+                    sys.stdout.write(f"{name:14s} NOT TIMED: {error}\n")
     write_results("gemm", results, world.device, "; ".join(notes), arguments)
-    return int(any(result.facts["wrong"] for result in results))
+    return int(any(result.facts["wrong"] or result.facts["failed"] for result in results))
 
 
 def _rate(flops: float) -> Callable[[str, Timing], str]:
@@ -112,15 +116,22 @@ def _compare(
     b = torch.randn(cols, contracted, generator=generator, device=device, dtype=torch.bfloat16)
     out_dtype = torch.float32 if gemm == "wgrad" else torch.bfloat16
     calls: dict[str, Callable[[], Any]] = {BASELINE: _bf16(a, b)}
-    wrong = {}
+    wrong, failed = {}, {}
     for name, backend in backends.items():
-        qa, qb = _quantised(backend, gemm, a, b)
-        diff = calc_diff(backend.scaled_mm(qa, qb, None, None, False, out_dtype), _decoded_product(qa, qb))
+        try:
+            qa, qb = _quantised(backend, gemm, a, b)
+            diff = calc_diff(backend.scaled_mm(qa, qb, None, None, False, out_dtype), _decoded_product(qa, qb))
+        except Exception as error:  # a vendor's library may raise anything; the others are timed all the same
+            failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+            continue
         if diff < TOLERANCE[out_dtype]:
-            calls[name] = _scaled(backend, qa, qb, out_dtype)
+            adds = arguments.accumulate and gemm == "wgrad"
+            out = torch.zeros(rows, cols, dtype=out_dtype, device=device) if adds else None
+            calls[name] = _scaled(backend, qa, qb, out, out_dtype)
         else:
             wrong[name] = diff
     facts = {"gemm": gemm, "M": M, "N": N, "K": K, "flops": 2.0 * M * N * K, "wrong": wrong}
+    facts |= {"failed": failed}
     title = f"{gemm} M {M}, N {N}, K {K}"
     return BenchResult(title=title, timings=interleaved(calls, arguments, device, kernels_only=True), facts=facts)
 
@@ -137,8 +148,10 @@ def _bf16(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     return lambda: a @ b.T
 
 
-def _scaled(backend: Backend, qa: QTensor, qb: QTensor, out_dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: backend.scaled_mm(qa, qb, None, None, False, out_dtype)
+def _scaled(
+    backend: Backend, qa: QTensor, qb: QTensor, out: Tensor | None, out_dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    return lambda: backend.scaled_mm(qa, qb, None, out, out is not None, out_dtype)
 
 
 def _decoded_product(qa: QTensor, qb: QTensor) -> Tensor:

@@ -352,6 +352,21 @@ def test_table_orders_entries_by_the_waves_of_their_tiles(operation: str) -> Non
     assert table.device_entries(operation, CPU, 4096, 4096) == ()
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9)])
+def test_the_command_checks_entries_too_that_no_table_has(
+    capability: tuple[int, int], machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(admission, "no_gpu", lambda device_type: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(subprocess, "run", child(0, "correct"))
+    assert admission.main([]) == 0
+    assert capsys.readouterr().out.splitlines() == ["gemm ws_128x128_s4: correct"]
+    assert admission.main(["--all"]) == 0
+    checked = {line.removesuffix(": correct") for line in capsys.readouterr().out.splitlines()}
+    every = {f"{operation} {entry}" for operation in ("gemm", "gemm_wgrad") for entry in kernel(operation).CONFIGS}
+    assert checked == (every if capability == (9, 0) else {"gemm ws_128x128_s4"})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_command_says_in_one_line_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, "-m", "fp8train.backends"], capture_output=True, text=True, cwd=ROOT)
