@@ -144,7 +144,9 @@ def quantize_weight(
         scale_inv = torch.empty(blocks_n, blocks_k, dtype=torch.float32, device=w.device)
         out = qdata, scale_inv, qdata_t, torch.empty_like(scale_inv.t(), memory_format=torch.contiguous_format)
     else:
-        _check_out(w, out, fp8_dtype)
+        reason = misfit(w, out, fp8_dtype)
+        if reason is not None:
+            raise ValueError(f"quantize_weight: {reason}. Pass what a call for this weight returned.")
     if N == 0 or K == 0:
         return out
     for copies in ((True, False), (False, True)) if two_launches else ((True, True),):
@@ -174,26 +176,28 @@ def _check(w: Tensor, fp8_dtype: torch.dtype, block: int, stats: Tensor | None) 
         raise ValueError(f"{name}: stats is {list(stats.shape)} {stats.dtype}; needs [5] torch.int64, contiguous.")
 
 
-def _check_out(w: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor], fp8_dtype: torch.dtype) -> None:
-    """Raise ValueError unless the kernel can write to `out` for w."""
+def misfit(w: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor], fp8_dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot write to `out` for w, or None."""
     N, K = w.shape
     blocks = -(-N // BLOCK), -(-K // BLOCK)
     wanted = ((N, K), fp8_dtype), (blocks, torch.float32), ((K, N), fp8_dtype), (blocks[::-1], torch.float32)
     got = tuple((tuple(tensor.shape), tensor.dtype) for tensor in out)
     if got != wanted:
-        raise ValueError(f"quantize_weight: out is {got}; needs {wanted}. Pass what a call for this weight returned.")
+        return f"out is {got}; needs {wanted}"
+    if any(tensor.device != w.device for tensor in out):
+        return f"out is on {[str(tensor.device) for tensor in out]}; needs {w.device}, as w"
     if min(N, K) == 0:
-        return
+        return None
     qdata, scale_inv, qdata_t, scale_inv_t = out
     whole_rows = qdata_t.stride(0) % 4 == 0 and qdata_t.stride(0) >= BLOCK * blocks[0] and qdata_t.data_ptr() % 4 == 0
     dense = qdata.stride(1) == qdata_t.stride(1) == 1 and scale_inv.is_contiguous() and scale_inv_t.is_contiguous()
     room = qdata_t.untyped_storage().nbytes() - qdata_t.storage_offset() >= K * qdata_t.stride(0)
     if not (whole_rows and dense and room):
-        raise ValueError(
-            f"quantize_weight: out has strides {[tensor.stride() for tensor in out]}; needs row-major codes, "
-            f"contiguous scales, and for the codes of w.T whole rows of {BLOCK * blocks[0]}. "
-            "Pass what a call for this weight returned."
+        return (
+            f"out has strides {[tensor.stride() for tensor in out]}; needs row-major codes, contiguous scales, and for "
+            f"the codes of w.T whole rows of {BLOCK * blocks[0]}"
         )
     storages = [tensor.untyped_storage().data_ptr() for tensor in (w, *out)]
     if len(set(storages)) < len(storages):
-        raise ValueError("quantize_weight: out shares memory with w or within itself; needs tensors of their own.")
+        return "out shares memory with w or within itself; needs tensors of their own"
+    return None

@@ -83,7 +83,9 @@ class CpuBackend(Producers):
         self._lib.fp8_quantize_dual(*_matrix(x), e5m2, row_pow2, _kind(col)[1], *outputs, torch.get_num_threads())
         return QTensor(q, scale, row), QTensor(qt, scale_t, col)
 
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+    def quantize_square(
+        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
+    ) -> tuple[QTensor, QTensor]:
         """See Backend."""
         block = spec.block_shape(*x.shape)[0]
         if self._lib is None or spec.block == "tensor" or block > TILE:

@@ -31,8 +31,12 @@ class Backend(Protocol):
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
         """(quantize(x, row), quantize(x, col, transpose=True)) from one read of x where the specifications allow."""
 
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
-        """(q, q.transpose()) for a transposable spec, from one read of x."""
+    def quantize_square(
+        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
+    ) -> tuple[QTensor, QTensor]:
+        """(q, q.transpose()) for a transposable spec, from one read of x.
+
+        out: what an earlier call returned; it may be overwritten and returned, or left alone."""
 
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
         """What its quantiser counts while it rounds all of x: int64 [5], bits of the finite amax, elements flushed to

@@ -33,7 +33,9 @@ class ReferenceBackend(Producers):
         """See Backend."""
         return self.quantize(x, row, False), self.quantize(x, col, True)
 
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+    def quantize_square(
+        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
+    ) -> tuple[QTensor, QTensor]:
         """See Backend."""
         q = self.quantize(x, spec, False)
         return q, q.transpose()

@@ -70,10 +70,12 @@ class TransformerEngineBackend(VendorBackend):
         made = _quantized(x, row, rowwise=True, columnwise=True)
         return _rows(made, x, row), _columns(made, x, col)
 
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+    def quantize_square(
+        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
+    ) -> tuple[QTensor, QTensor]:
         """See Backend."""
         if not _serves(x, spec):
-            return super().quantize_square(x, spec)
+            return super().quantize_square(x, spec, out)
         made = _quantized(x, spec, rowwise=True, columnwise=True)
         return _rows(made, x, spec), _columns(made, x, spec)
 

@@ -91,7 +91,9 @@ class TritonBackend(Producers):
         q, scale, qt, scale_t = run(_rows_dense(x), **_format(row), col_pow2=col.scale == "pow2")
         return QTensor(q, scale, row), QTensor(qt, scale_t, col)
 
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+    def quantize_square(
+        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
+    ) -> tuple[QTensor, QTensor]:
         """See Backend."""
         if spec.block != SQUARE:
             made = self.quantize(x, spec, False)
@@ -99,8 +101,11 @@ class TritonBackend(Producers):
         one_read = self._admitted("quantize_weight", "one_read", x.device)
         if not one_read and not self._admitted("quantize_weight", "two_launches", x.device):
             return _as_defined(x, spec, False), _as_defined(x, spec, True)
-        run = kernel("quantize_weight").quantize_weight
-        q, scale, qt, scale_t = run(_rows_dense(x), two_launches=not one_read, **_format(spec))
+        module, x = kernel("quantize_weight"), _rows_dense(x)
+        held = None if out is None else (out[0].qdata, out[0].scale_inv, out[1].qdata, out[1].scale_inv)
+        if held is not None and module.misfit(x, held, spec.format.dtype) is not None:
+            held = None
+        q, scale, qt, scale_t = module.quantize_weight(x, out=held, two_launches=not one_read, **_format(spec))
         return QTensor(q, scale, spec), QTensor(qt, scale_t, spec)
 
     def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:

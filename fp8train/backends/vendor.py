@@ -34,9 +34,11 @@ class VendorBackend(DequantBackend):
         """See Backend."""
         return self.quantisers.quantize_dual(x, row, col)
 
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+    def quantize_square(
+        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
+    ) -> tuple[QTensor, QTensor]:
         """See Backend."""
-        return self.quantisers.quantize_square(x, spec)
+        return self.quantisers.quantize_square(x, spec, out)
 
 
 def imported(module: str) -> ModuleType | str:

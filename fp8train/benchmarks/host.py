@@ -51,7 +51,9 @@ class NoKernels(CpuBackend):
         """See Backend."""
         return self.quantize(x, row, False), self.quantize(x, col, True)
 
-    def quantize_square(self, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+    def quantize_square(
+        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
+    ) -> tuple[QTensor, QTensor]:
         """See Backend."""
         return self.quantize(x, spec, False), self.quantize(x, spec, True)
 

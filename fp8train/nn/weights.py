@@ -61,7 +61,7 @@ class LocalWeight:
             gate, up = linear.remedy.smooth
             made["channel_scale"] = scale = channel_scale(gate.weight, up.weight).to(weight.device)
             weight = weight / scale
-        fprop, dgrad = _quantized_weight(weight, precision, linear.backend_name)
+        fprop, dgrad = _quantized_weight(weight, precision, linear)
         if fprop is not None:
             made["w_qdata"], made["w_scale_inv"] = fprop.qdata, fprop.scale_inv
         if dgrad is not None:
@@ -90,12 +90,18 @@ def _has_high_copy(precision: LinearPrecision) -> bool:
 
 
 def _quantized_weight(
-    weight: Tensor, precision: LinearPrecision, backend_name: str
+    weight: Tensor, precision: LinearPrecision, linear: Float8Linear
 ) -> tuple[QTensor | None, QTensor | None]:
-    """Codes of w for fprop and of w.T for dgrad; None for an operand that stays in high precision."""
-    fprop, dgrad, backend = precision.fprop.right, precision.dgrad.right, get_backend(backend_name)
+    """Codes of w for fprop and of w.T for dgrad; None for an operand that stays in high precision.
+
+    Both may be the linear's buffers, written anew.
+    """
+    fprop, dgrad, backend = precision.fprop.right, precision.dgrad.right, get_backend(linear.backend_name)
     if fprop is not None and fprop == dgrad and fprop.transposable:
-        return backend.quantize_square(weight, fprop)
+        w, w_scale, wt, wt_scale = (getattr(linear, name) for name in BUFFERS[:4])
+        whole = all(tensor is not None for tensor in (w, w_scale, wt, wt_scale))
+        held = (QTensor(w, w_scale, fprop), QTensor(wt, wt_scale, fprop)) if whole else None
+        return backend.quantize_square(weight, fprop, held)
     return (
         None if fprop is None else backend.quantize(weight, fprop, False),
         None if dgrad is None else backend.quantize(weight, dgrad, True),
@@ -105,6 +111,9 @@ def _quantized_weight(
 def _rewrite(linear: Float8Linear, name: str, value: Tensor | None) -> None:
     """Set a buffer in place where it can hold the value, so that compiled graphs keep its address."""
     held = getattr(linear, name)
+    if held is value and held is not None:
+        torch.autograd.graph.increment_version(held)  # a backend's kernel has written it, which autograd has not seen
+        return
     if held is not None and value is not None and held.shape == value.shape and held.dtype == value.dtype:
         held.copy_(value)
     else:

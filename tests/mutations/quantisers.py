@@ -27,7 +27,7 @@ def install(patch: pytest.MonkeyPatch, quantise: Quantiser) -> None:
     def dual(self: CpuBackend, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
         return one(self, x, row, False), one(self, x, col, True)
 
-    def square(self: CpuBackend, x: Tensor, spec: QuantSpec) -> tuple[QTensor, QTensor]:
+    def square(self: CpuBackend, x: Tensor, spec: QuantSpec, out: object = None) -> tuple[QTensor, QTensor]:
         return one(self, x, spec, False), one(self, x, spec, True)
 
     patch.setattr(CpuBackend, "quantize", one)
