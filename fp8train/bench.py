@@ -6,6 +6,7 @@ fp8train bench gemm rows=[4096] gemms=[fprop]                        GEMMs alone
 fp8train bench quantize cases=[both]                                 quantisers against a copy
 fp8train bench telemetry model=quickstart                            a sampled step against a plain one
 fp8train bench host                                                  time on the host of a converted linear
+fp8train bench entries write=true                                    launch entries of our GEMMs on this very GPU
 
 Benches that are started together take turns with lock=FILE: each computes while it holds the lock, and is ended if that
 takes longer than limit_seconds=N.
@@ -24,7 +25,7 @@ from fp8train.arguments import nearest, parse_arguments
 from fp8train.distributed import World, init
 from fp8train.errors import ConfigError, exit_code
 
-SUBJECTS = ("step", "linear", "gemm", "quantize", "telemetry", "host")
+SUBJECTS = ("step", "linear", "gemm", "quantize", "telemetry", "host", "entries")
 
 
 def main(argv: Sequence[str]) -> int:

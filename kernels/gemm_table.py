@@ -4,17 +4,22 @@ A small table instead of a racing autotune: the same shape takes the same kernel
 rate of each entry while all multiprocessors are busy; the time of a GEMM is then that of the waves of tiles which the
 multiprocessors work through, and entries are tried in the order of these times. An entry is listed only if it compiles
 without spills (kernels/README.md), and used only after a check on the device (fp8train/backends/admission.py). Where
-the table has none, or none passes, the launcher's plain variant runs.
+the table has none, or none passes, the launcher's plain variant runs. Rates that were measured on a machine itself
+(fp8train/backends/launch_rates.py) stand in for these there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-# (operation, major compute capability) -> entry -> (rows, columns of its tile, TFLOP/s of full waves)
+Rates = Mapping[str, tuple[int, int, float]]  # entry -> rows, columns of its tile, TFLOP/s of full waves
+
+# by operation and major compute capability
 # M, N, K = 8192, Triton 3.6.0, 2026-11-26: gluon_* on an NVIDIA H200, in groups of 8 rows of tiles, the others on an
 # H100 80GB HBM3
-TABLE = {
+TABLE: dict[tuple[str, int], Rates] = {
     ("gemm", 9): {
         "gluon_192x128_s4": (192, 128, 1307),
         "gluon_256x128_s4": (256, 128, 1298),
@@ -38,21 +43,32 @@ def listed(capability: tuple[int, int]) -> list[tuple[str, str]]:
     ]
 
 
-def entries(operation: str, capability: tuple[int, int], M: int, N: int, multiprocessors: int) -> tuple[str, ...]:
-    """Entries for a result [M, N] on such a device, the fastest first; () where only the plain one runs."""
+def table_rates(operation: str, capability: tuple[int, int]) -> Rates:
+    """The table's for such a device; {} where only the plain entry runs."""
+    return TABLE.get((operation, capability[0]), {})
+
+
+def waves(rows: int, cols: int, M: int, N: int, multiprocessors: int) -> int:
+    """How often the multiprocessors take a tile of a result [M, N] each."""
+    return -(-(-(-M // rows) * -(-N // cols)) // multiprocessors)
+
+
+def ordered(rates: Rates, M: int, N: int, multiprocessors: int) -> tuple[str, ...]:
+    """The entries for a result [M, N], the fastest first."""
 
     def time(entry: str) -> float:
-        rows, cols, rate = listed_here[entry]
-        waves = -(-(-(-M // rows) * -(-N // cols)) // multiprocessors)
-        return waves * rows * cols / rate
+        rows, cols, rate = rates[entry]
+        return waves(rows, cols, M, N, multiprocessors) * rows * cols / rate
 
-    listed_here = TABLE.get((operation, capability[0]), {})
-    return tuple(sorted(listed_here, key=time))
+    return tuple(sorted(rates, key=time))
 
 
-def device_entries(operation: str, device: torch.device, M: int, N: int) -> tuple[str, ...]:
-    """As entries, for a CUDA device."""
+def device_entries(
+    operation: str, device: torch.device, M: int, N: int, measured: Rates | None = None
+) -> tuple[str, ...]:
+    """As ordered, for a CUDA device, by the table's rates or by those that were measured there."""
     if device.type != "cuda":
         return ()
     properties = torch.cuda.get_device_properties(device)
-    return entries(operation, (properties.major, properties.minor), M, N, properties.multi_processor_count)
+    rates = measured or table_rates(operation, (properties.major, properties.minor))
+    return ordered(rates, M, N, properties.multi_processor_count)

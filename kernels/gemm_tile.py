@@ -1,5 +1,7 @@
 """What the GEMM kernels share: the order of their tiles, and what their launchers ask of memory and device."""
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,12 @@ def by_hand(
     """A launch entry of gemm_gluon.py, whose constants these are."""
     tile = {"MATH_GROUPS": math_groups, "WAVES": waves, "BLOCK_N": 128, "GROUP_M": group_m}
     return tile | {"STAGES": stages, "IN_FLIGHT": in_flight, "AHEAD": ahead}
+
+
+def tile_of(entry: Mapping[str, int]) -> tuple[int, int]:
+    """Rows and columns of the tile of a launch entry."""
+    rows = entry["BLOCK_M"] if "BLOCK_M" in entry else 64 * entry["MATH_GROUPS"] * entry["WAVES"]
+    return rows, entry["BLOCK_N"]
 
 
 def tma_reads(x: torch.Tensor) -> bool:

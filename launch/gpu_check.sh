@@ -127,9 +127,9 @@ if [[ $PARTS == *" entries "* ]]; then # of the GEMMs, whether the launch table 
   for operation in gemm gemm_wgrad; do
     gemms=$([[ $operation == gemm ]] && echo fprop,dgrad || echo wgrad)
     each=("backends=[cublaslt,$(by_hand "$operation" triton:)]" "gemms=[$gemms]" rounds=7)
-    bench "entries_$operation" 90 gemm "${each[@]}"
-    bench "waves_$operation" 20 gemm "${each[@]}" rows=[8192] shapes=[[8192,8192]] # rates of full waves: gemm_table.py
+    bench "each_$operation" 90 gemm "${each[@]}"
   done
+  bench entries 60 entries # the rates of gemm_table.py
   bench adding 40 gemm "${each[@]}" accumulate=true # wgrad, as from the second micro-batch on
   wait
 fi

@@ -70,7 +70,7 @@ def verdicts(index: int, wanted: Iterable[Kernel] = ()) -> dict[Kernel, str | No
         index: of the GPU.
         wanted: kernels to answer for besides those of the launch table and the quantisers.
     """
-    path = cache_folder() / f"kernels_{_fingerprint(index)}.json"
+    path = cache_folder() / f"kernels_{fingerprint(index)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine check once
         known = json.loads(path.read_text()) if path.is_file() else {}
@@ -140,7 +140,7 @@ def cache_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="fp8train-"))
 
 
-def _fingerprint(index: int) -> str:
+def fingerprint(index: int) -> str:
     """What a verdict depends on: the GPU, the versions that compile for it, the kernels' sources and the checks'."""
     triton = importlib.import_module("triton")
     properties = torch.cuda.get_device_properties(index)
@@ -168,6 +168,8 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cuda", arguments.device)
     if arguments.entry is None:
         found = verdicts(arguments.device, _entries(arguments.device) if arguments.all else ())
+        own = importlib.import_module("fp8train.backends.launch_rates").measured(arguments.device)
+        sys.stdout.write("" if own is None else f"launch table: measured on this machine, {own.date}\n")
         for (operation, entry), reason in sorted(found.items()):
             sys.stdout.write(f"{operation} {entry}: {reason or 'correct'}\n")
         return WRONG if any(found.values()) else 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.backends import device_gemm
+from fp8train.backends import device_gemm, launch_rates
 from fp8train.backends.admission import Admission
 from fp8train.backends.admission_checks import DTYPES
 from fp8train.backends.interface import Copies
@@ -55,7 +55,7 @@ class TritonBackend(Producers):
 
     def __init__(self, entry: str = "") -> None:
         """With an entry of a GEMM's CONFIGS, that one and no other multiplies: to measure it."""
-        self.note = f"own FP8 kernels, GEMMs by {entry} only" if entry else "own FP8 kernels"
+        self.note = self._plain_note = f"own FP8 kernels, GEMMs by {entry} only" if entry else "own FP8 kernels"
         self._only = (entry,) if entry else ()
         self._admission = Admission()
         self._entries: dict[Hashable, str | None] = {}
@@ -232,20 +232,23 @@ class TritonBackend(Producers):
         served = self._admission.admits(operation, variant, device)
         if served or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             self._served[key] = served
-            self._note_refused()
+            self._renew_note(device)
         return served
 
     def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> bool:
         """Whether a fused kernel serves the formats and passed its check for the dtype of x."""
         return self.fuses(row, col) and self._admitted(operation, _DTYPE_NAMES.get(x.dtype, "fp32"), x.device)
 
-    def _note_refused(self) -> None:
-        if self._admission.refused:
-            self.note = f"own FP8 kernels; refused on this machine: {'; '.join(self._admission.refused)}"
+    def _renew_note(self, device: torch.device) -> None:
+        """Say whose launch table is used, and which kernels are not."""
+        own, refused = None if self._only else _measured(device), self._admission.refused
+        table = [] if own is None else [f"launch table measured on this machine, {own.date}"]
+        gone = [f"refused on this machine: {'; '.join(refused)}"] if refused else []
+        self.note = "; ".join([self._plain_note, *table, *gone])
 
     def _chosen(self, key: Hashable, operation: str, a: QTensor, b: QTensor) -> str | None:
         """As _entry, from the verdicts, which never change in a process: so the choice is kept under the key."""
-        device, chosen, refused = a.qdata.device, None, False
+        device, chosen = a.qdata.device, None
         candidates = self._only or _table_entries(operation, device, a.shape[0], b.shape[0])
         for entry in candidates:
             reason = kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
@@ -254,11 +257,9 @@ class TritonBackend(Producers):
                 break
             if self._only:
                 raise BackendError(f"backend: triton:{entry}: {reason or '; '.join(self._admission.refused)}.")
-            refused = refused or reason is None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return chosen  # an entry that has no verdict was passed over, not refused: the next call asks again
-        if refused:
-            self._note_refused()
+        self._renew_note(device)
         if len(self._entries) >= MOST_SHAPES:
             self._entries.clear()
         self._entries[key] = chosen
@@ -300,7 +301,15 @@ def _as_defined(x: Tensor, spec: QuantSpec, transposed: bool) -> QTensor:
 
 
 def _table_entries(operation: str, device: torch.device, M: int, N: int) -> tuple[str, ...]:
-    return kernel("gemm_table").device_entries(operation, device, M, N)
+    """Of the launch table, or of the rates that were measured on this machine."""
+    own = _measured(device)
+    return kernel("gemm_table").device_entries(operation, device, M, N, None if own is None else own.rates[operation])
+
+
+def _measured(device: torch.device) -> launch_rates.Measured | None:
+    if device.type != "cuda":
+        return None
+    return launch_rates.measured(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def _format(spec: QuantSpec) -> dict[str, Any]:

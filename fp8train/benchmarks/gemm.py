@@ -75,7 +75,7 @@ def run(argv: Sequence[str], world: World) -> int:
     for gemm in arguments.gemms:
         for M in arguments.rows:
             for N, K in shapes:
-                results.append(_compare(gemm, (M, N, K), backends, arguments, world.device))
+                results.append(compare(gemm, (M, N, K), backends, arguments, world.device))
                 sys.stdout.write("\n" + table(results[-1], _rate(2.0 * M * N * K)))
                 for name, diff in results[-1].facts["wrong"].items():
                     sys.stdout.write(f"{name:14s} NOT TIMED: calc_diff {diff:.1e} against the dequantised product\n")
@@ -105,7 +105,7 @@ def _backends(names: Sequence[str] | None, device: torch.device) -> tuple[dict[s
     return chosen, notes
 
 
-def _compare(
+def compare(
     gemm: str, sizes: tuple[int, int, int], backends: dict[str, Backend], arguments: GemmArguments, device: torch.device
 ) -> BenchResult:
     """Every backend's result against the product of the decoded operands, then the times of those that are right."""

@@ -160,7 +160,7 @@ def test_a_wrong_gradient_of_the_norm_is_refused(spoilt: int, monkeypatch: pytes
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine with one GPU that uses one kernel, as far as the verdicts look at it; its cache folder."""
     monkeypatch.setattr(admission, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(admission, "_fingerprint", lambda index: "of-this-machine")
+    monkeypatch.setattr(admission, "fingerprint", lambda index: "of-this-machine")
     monkeypatch.setattr(admission, "_used", lambda index: [("gemm", "ws_128x128_s4")])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -344,11 +344,13 @@ def test_table_orders_entries_by_the_waves_of_their_tiles(operation: str) -> Non
     for (name, _), rows in table.TABLE.items():
         for entry, (height, width, rate) in rows.items():
             assert f"_{height}x{width}_" in entry and entry in kernel(name).CONFIGS and rate > 0
-    many = table.entries(operation, (9, 0), 8192, 8192, 132)
+    rates = table.table_rates(operation, (9, 0))
+    many = table.ordered(rates, 8192, 8192, 132)
     assert many[0].startswith("gluon_192x128") and set(many) == set(table.TABLE[operation, 9])
-    assert table.entries(operation, (9, 0), 4096, 512, 132)[0] == "gluon_128x128_k2_s6", "128 tiles, and 88 of 192 rows"
-    assert table.entries("gemm", (9, 0), 64, 4096, 132)[0] == "tma_64x128_s4", "others would pad half of their rows"
-    assert table.entries(operation, (8, 9), 4096, 4096, 132) == ()
+    assert table.ordered(rates, 4096, 512, 132)[0] == "gluon_128x128_k2_s6", "128 tiles, and 88 of 192 rows"
+    fprop = table.table_rates("gemm", (9, 0))
+    assert table.ordered(fprop, 64, 4096, 132)[0] == "tma_64x128_s4", "others would pad half of their rows"
+    assert table.table_rates(operation, (8, 9)) == {}
     assert table.device_entries(operation, CPU, 4096, 4096) == ()
 
 
@@ -357,6 +359,7 @@ def test_the_command_checks_entries_too_that_no_table_has(
     capability: tuple[int, int], machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(admission, "no_gpu", lambda device_type: None)
+    monkeypatch.setattr("fp8train.backends.launch_rates.measured", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(subprocess, "run", child(0, "correct"))
     assert admission.main([]) == 0

@@ -114,6 +114,7 @@ class Verdicts:
 def chooser(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
     """A backend that may take tma_128x128_s4, and to which ws_128x128_s4 is refused."""
     monkeypatch.setattr(triton, "_table_entries", lambda *shape: ("ws_128x128_s4", "tma_128x128_s4"))
+    monkeypatch.setattr(triton, "_measured", lambda device: None)
     backend = TritonBackend()
     backend._admission = Verdicts({"ws_128x128_s4": False, "tma_128x128_s4": True})  # type: ignore[assignment]
     return backend
