@@ -72,7 +72,7 @@ def _prefetch(c_ptr, row, tile_n, M, N, stride_cm, BLOCK_N: gl.constexpr):
     """Have the 64 rows of a tile brought to L2 in lines of 128 bytes, since they are added to when it is done."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     rows = gl.cast(row, gl.int64) + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
-    cols = tile_n * BLOCK_N + 32 * gl.arange(0, BLOCK_N // 32, gl.SliceLayout(0, layout))
+    cols = gl.cast(tile_n, gl.int64) * BLOCK_N + 32 * gl.arange(0, BLOCK_N // 32, gl.SliceLayout(0, layout))
     lines = gl.expand_dims(c_ptr + gl.minimum(rows, M - 1) * stride_cm, 1) + gl.expand_dims(gl.minimum(cols, N - 1), 0)
     gl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=gl.int32, is_pure=False, pack=1

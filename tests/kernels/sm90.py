@@ -161,7 +161,7 @@ def idle_instructions(loop: list[str]) -> list[str]:
 def idle_faults(idle: list[str], constants: dict[str, Any]) -> list[str]:
     """What stands there though it could have been done ahead: waits, barriers, and scales if registers hold them."""
     products = constants["B_ROWS"] == 1 and constants["MATH_GROUPS"] == 2
-    early = {"BAR", "SYNCS", "LDG"} | ({"LDS", "FMUL"} if products else set())
+    early = {"BAR", "SYNCS"} | ({"LDS", "FMUL"} if products else set())
     return [f"{opcode} between two multiplications" for opcode in sorted(early & set(idle))]
 
 
