@@ -28,9 +28,10 @@ from fp8train.kernels.gemm_gluon_sum import (
 )
 from fp8train.kernels.gemm_tile import BLOCK_K, num_blocks, tile_at
 
-# renamed between Triton 3.6 and 3.9, where the old names raise; the second goes with Triton 3.6
+# renamed between Triton 3.6 and 3.9, where the old names raise; the second, or the last line, goes with Triton 3.6
 _load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_UNDERSCORED = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -40,8 +41,8 @@ def _produce(
 ):  # fmt: skip
     """Fill the slots: every block of K of every tile of this program.
 
-    With QUADS, row 16 p + 8 h + 2 q + e of b in a slot is row 16 p + 4 q + 2 h + e of its tile; b_desc has a dimension
-    for each of p, h, q and e.
+    With QUADS, row 64 h + 8 p + 2 q + e of b in a slot is row 16 p + 4 q + 2 h + e of its tile; b_desc has a dimension
+    for each of p, q, h and e, and a box for each h.
     """
     a_smem, b_smem, b_scale_smem, full, empty = ring
     BLOCK_M: gl.constexpr = BOXES * BOX_M
@@ -57,8 +58,16 @@ def _produce(
             for box in gl.static_range(BOXES):
                 row = tile_m * BLOCK_M + box * BOX_M
                 _load_box(a_desc, [row, k * BLOCK_K], full.index(slot), a_smem.index(slot * BOXES + box))
-            corner = [tile_n * (BLOCK_N // 16), 0, 0, 0, k * BLOCK_K] if QUADS else [tile_n * BLOCK_N, k * BLOCK_K]
-            _load_box(b_desc, corner, full.index(slot), b_smem.index(slot))
+            if QUADS:
+                if _UNDERSCORED:
+                    halves = b_smem.index(slot)._reinterpret(b_desc.dtype, [2] + b_desc.block_shape, b_desc.layout)
+                else:
+                    halves = b_smem.index(slot).reinterpret(b_desc.dtype, [2] + b_desc.block_shape, b_desc.layout)
+                for half in gl.static_range(2):
+                    corner = [tile_n * (BLOCK_N // 16), 0, half, 0, k * BLOCK_K]
+                    _load_box(b_desc, corner, full.index(slot), halves.index(half))
+            else:
+                _load_box(b_desc, [tile_n * BLOCK_N, k * BLOCK_K], full.index(slot), b_smem.index(slot))
             if b_scale_desc is not None:
                 _load_box(b_scale_desc, [k, tile_n * BLOCK_N], full.index(slot), b_scale_smem.index(slot))
             slot, phase = next_slot(slot, phase, STAGES)
@@ -213,7 +222,7 @@ def _gemm_gluon_kernel(
     BOXES: gl.constexpr = MATH_GROUPS * WAVES
     a_smem = gl.allocate_shared_memory(a_desc.dtype, [STAGES * BOXES, BOX_M, BLOCK_K], a_desc.layout)
     QUADS: gl.constexpr = AHEAD and B_ROWS == 1
-    b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_shape, b_desc.layout)
+    b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], a_desc.layout)
     c_smem, b_scale_smem = b_smem, b_smem  # stand-ins where they are not used
     if c_desc is not None:
         c_smem = gl.allocate_shared_memory(c_desc.dtype, [MATH_GROUPS, BOX_M, BLOCK_N], c_desc.layout)

@@ -75,10 +75,13 @@ def in_quads(entry: Mapping[str, int], b_rows: int) -> bool:
 
 
 def _described_quads(b: torch.Tensor, rows: int) -> TensorDescriptor:
-    """b [N, K] with N = 16 p + 4 q + 2 h + e by p, h, q, e."""
+    """Rows 16 p + 4 q + 2 h + e of b [N, K] by p, q, h, e; boxes of one h.
+
+    Each stride is that of the dimension within times its size, as cuTensorMapEncodeTiled wants them.
+    """
     (N, K), step = b.shape, b.stride(0)
-    shape, strides = [N // 16, 2, 4, 2, K], [16 * step, 2 * step, 4 * step, step, 1]
-    return TensorDescriptor(b, shape, strides, [rows // 16, 2, 4, 2, BLOCK_K.value], box_layout(rows, 1, rank=5))
+    shape, strides = [N // 16, 4, 2, 2, K], [16 * step, 4 * step, 2 * step, step, 1]
+    return TensorDescriptor(b, shape, strides, [rows // 16, 4, 1, 2, BLOCK_K.value], box_layout(rows, 1, rank=5))
 
 
 def box_layout(rows: int, element_size: int, rank: int = 2) -> gl.NVMMASharedLayout:

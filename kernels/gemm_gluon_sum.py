@@ -9,8 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from fp8train.kernels.gemm_tile import BLOCK_K
-
 BOX_M = gl.constexpr(64)  # rows of a warpgroup
 
 
@@ -37,10 +35,10 @@ def in_order(x, BLOCK_N: gl.constexpr):
     """A product with rows of b in quads, by the columns of the matrix; no instruction, since they change their names.
 
     A tensor-core instruction leaves pairs of columns to a thread, 8 apart. TMA brings the rows of b (gemm_gluon.py) in
-    such an order that two such pairs are four neighbours: their scales are one read of shared memory, and they are
-    written, and added to, in units of 16 bytes.
+    such an order that two such pairs, 64 apart, are four neighbours: their scales are one read of shared memory, and
+    they are written, and added to, in units of 16 bytes.
     """
-    x = x.reshape([BOX_M, BLOCK_N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([BOX_M, BLOCK_N])
+    x = x.reshape([BOX_M, 2, BLOCK_N // 16, 4, 2]).permute((0, 2, 3, 1, 4)).reshape([BOX_M, BLOCK_N])
     return gl.convert_layout(x, quad_layout(BLOCK_N))
 
 
@@ -197,7 +195,7 @@ def sum_ahead(
     """As sum_of_blocks, but the bytes of `slot` have come, and when it ends those of the slot after have, too.
 
     Two math warpgroups have the registers for the products of the scales of a and b, which are formed while the block
-    that wants them is multiplied.
+    that wants them is multiplied (if rows of c are aligned; otherwise ptxas moves some of them).
     """
     a_smem, b_smem, b_scale_smem, full, empty = ring
     QUADS: gl.constexpr = B_ROWS == 1
@@ -210,10 +208,8 @@ def sum_ahead(
     a_scale = gl.load(a_scale_ptrs)
     for k in range(1, blocks + 1):
         scale = a_scale * b_scale
-        a, b = a_smem.index(slot * MATH_GROUPS + GROUP), b_smem.index(slot)
-        if QUADS:
-            b = b.reshape([BLOCK_N, BLOCK_K])
-        partial = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+        a, b = a_smem.index(slot * MATH_GROUPS + GROUP), b_smem.index(slot).permute((1, 0))
+        partial = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
         mbarrier.arrive(empty.index(held), count=1)
         held = slot
         slot, phase = next_slot(slot, phase, STAGES)

@@ -74,9 +74,13 @@ class Gemm:
             return (
                 f"config {config!r} reads b_scale by TMA; needs N contiguous, from a multiple of 16 bytes to the next"
             )
-        if by_hand and self.b_rows == 1 and self.configs[config]["AHEAD"] and b.shape[0] % 16 != 0:
+        if b.shape[0] % self.columns_multiple(config) != 0:
             return f"config {config!r} reads rows of b by 16; needs N that is a multiple of 16, got {b.shape[0]}"
         return None
+
+    def columns_multiple(self, config: str) -> int:
+        """What N must be a multiple of for an entry."""
+        return 16 if self.b_rows == 1 and self.configs.get(config, {}).get("AHEAD") else 1
 
     def _launch(
         self, key: Any, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor,

@@ -69,9 +69,9 @@ def test_gemm_that_adds_keeps_adding_to_one_result(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gemm, "get_backend", lambda name: Watched())
     arguments = ["gemm", "rows=[64]", "shapes=[[48,32]]", "backends=[cpu]", "rounds=2", "warmup=0", "accumulate=true"]
     assert exit_code(bench.main, arguments) == 0
-    checked, *timed = [call for call in given if call[0] == (48, 64)]
-    assert checked[1:] == (False, None) and len({call[2] for call in timed}) == 1
-    assert all(adds and out[1] is torch.float32 for _, adds, out in timed)
+    wgrads = [call for call in given if call[0] == (48, 64)]
+    assert len(wgrads) == 3 and len({call[2] for call in wgrads}) == 1, "checked once, timed twice"
+    assert all(adds and out[1] is torch.float32 for _, adds, out in wgrads)
     assert not any(adds for shape, adds, _ in given if shape != (48, 64))
 
 

@@ -39,6 +39,7 @@ QUANTISERS = (
 GRADIENTS = (("rmsnorm_backward", "fp32"),)  # likewise; dtype of the residual stream
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MATRICES = ((256, 384), (300, 200))  # whole blocks in rows that start at 16 bytes; neither
+NORMS = (*MATRICES, (300, 2048), (2048, 4096), (65, 4095), (300, 8192))  # and each tile of rmsnorm_backward
 
 
 def check(operation: str, entry: str, device: torch.device) -> str | None:
@@ -69,7 +70,9 @@ def check_product(
     """
     module = importlib.import_module(f"fp8train.kernels.{operation}")
     launch, right = getattr(module, operation), "128x128" if operation == "gemm" else "1x128"
-    for number, (M, N, K) in enumerate(shapes):
+    multiple = module.GEMM.columns_multiple(entry)
+    for number, (M, wanted_N, K) in enumerate(shapes):
+        N = -(-wanted_N // multiple) * multiple
         for positive in (False, True):
             a = _operand(M, K, "1x128", 2 * number, positive, device)
             b = _operand(N, K, right, 2 * number + 1, positive, device)
@@ -173,9 +176,7 @@ def check_codes(
     return None
 
 
-def check_norm_gradients(
-    variant: str, device: torch.device, matrices: Sequence[tuple[int, int]] = (*MATRICES, (2048, 4096))
-) -> str | None:
+def check_norm_gradients(variant: str, device: torch.device, matrices: Sequence[tuple[int, int]] = NORMS) -> str | None:
     """Where gradients of RMSNorm are not the formula's in FP64, or None.
 
     Args:

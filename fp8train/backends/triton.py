@@ -119,7 +119,7 @@ class TritonBackend(Producers):
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
         module = kernel("rmsnorm_backward")
-        if x.shape[1] > module.WIDEST or not self._admitted("rmsnorm_backward", _DTYPE_NAMES[x.dtype], x.device):
+        if x.shape[1] > module.WIDEST or not self._admitted("rmsnorm_backward", _dtype_name(x), x.device):
             return super().rms_norm_backward(dy, x, weight, rstd)
         return module.rmsnorm_backward(_rows_dense(dy), _rows_dense(x), weight, rstd)
 
@@ -237,7 +237,7 @@ class TritonBackend(Producers):
 
     def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> bool:
         """Whether a fused kernel serves the formats and passed its check for the dtype of x."""
-        return self.fuses(row, col) and self._admitted(operation, _DTYPE_NAMES.get(x.dtype, "fp32"), x.device)
+        return self.fuses(row, col) and self._admitted(operation, _dtype_name(x), x.device)
 
     def _renew_note(self, device: torch.device) -> None:
         """Say whose launch table is used, and which kernels are not."""
@@ -323,6 +323,11 @@ def _formats(row: QuantSpec, col: QuantSpec | None) -> dict[str, Any]:
 def _copies(tensors: Sequence[Tensor], row: QuantSpec, col: QuantSpec | None) -> Copies:
     q, scale, qt, scale_t = tensors
     return QTensor(q, scale, row), None if col is None else QTensor(qt, scale_t, col)
+
+
+def _dtype_name(x: Tensor) -> str:
+    """The variant of a kernel that serves x; of others, whose launcher says what is wrong with x."""
+    return _DTYPE_NAMES.get(x.dtype, "fp32")
 
 
 def _rows_dense(x: Tensor) -> Tensor:

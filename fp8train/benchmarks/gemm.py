@@ -117,16 +117,16 @@ def compare(
     out_dtype = torch.float32 if gemm == "wgrad" else torch.bfloat16
     calls: dict[str, Callable[[], Any]] = {BASELINE: _bf16(a, b)}
     wrong, failed = {}, {}
+    adds = arguments.accumulate and gemm == "wgrad"
     for name, backend in backends.items():
+        out = torch.zeros(rows, cols, dtype=out_dtype, device=device) if adds else None
         try:
             qa, qb = _quantised(backend, gemm, a, b)
-            diff = calc_diff(backend.scaled_mm(qa, qb, None, None, False, out_dtype), _decoded_product(qa, qb))
+            diff = calc_diff(_scaled(backend, qa, qb, out, out_dtype)(), _decoded_product(qa, qb))
         except Exception as error:  # a vendor's library may raise anything; the others are timed all the same
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
             continue
         if diff < TOLERANCE[out_dtype]:
-            adds = arguments.accumulate and gemm == "wgrad"
-            out = torch.zeros(rows, cols, dtype=out_dtype, device=device) if adds else None
             calls[name] = _scaled(backend, qa, qb, out, out_dtype)
         else:
             wrong[name] = diff

@@ -30,7 +30,7 @@ def compile_cases(operation: str, configs: Mapping[str, Any]) -> list[tuple[Any,
             made = signature | {key: kind if isinstance(kind, str) else box_type(*kind) for key, kind in boxes.items()}
             if in_quads(entry, flags["B_ROWS"]):
                 layout = box_layout(entry["BLOCK_N"], 1, rank=5)
-                made["b_desc"] = f"tensordesc<fp8e4nv[{entry['BLOCK_N'] // 16}, 2, 4, 2, 128],{layout!r}>"
+                made["b_desc"] = f"tensordesc<fp8e4nv[{entry['BLOCK_N'] // 16}, 4, 1, 2, 128],{layout!r}>"
             constants = entry | registers(entry) | flags | {"stride_sam": 1, "BIAS": "bias_ptr" in types}
             constants = {key: value for key, value in constants.items() if key != "GROUP_M"}
             options = {"gluon": True, "num_warps": 4, "enable_fp_fusion": True, "odd": ("M", "K", "group_m")}

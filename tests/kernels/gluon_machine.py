@@ -61,10 +61,24 @@ class Shared:
         """As for a tensor."""
         return Shared(self.data.view(shape), self.home, self.part)
 
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+        """The same bytes in another shape; its parts are parts of this box."""
+        return Parts(self.data.view(tuple(shape)), self.home, self.part)
+
+    _reinterpret = reinterpret
+
     @property
     def key(self) -> tuple[int, int | None]:
         """Which box this is."""
         return id(self.home), self.part
+
+
+class Parts(Shared):
+    """A box that was given another shape."""
+
+    def index(self, at: int) -> Shared:
+        """A part of the box, under the name of the whole."""
+        return Shared(self.data[at], self.home, self.part)
 
 
 class Pointer:

@@ -110,9 +110,10 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
     made = compiled(case)
     ptx, said = made.asm["ptx"], _assembler_says(made.asm["ptx"])
     sass = _disassembled(made.asm["cubin"]).splitlines()
-    loop = _innermost_loop(sass)
+    loops = _innermost_loops(sass)
+    loop = min(loops, key=len, default=[])
     mix = collections.Counter(filter(None, map(_opcode, loop)))
-    idle = idle_instructions(loop)
+    idle = [idle_instructions(loop) for loop in loops]
     constants = case[3]
     groups, in_flight = constants.get("MATH_GROUPS", 0), constants.get("IN_FLIGHT", 1)
     rows = constants.get("BLOCK_M", 64 * groups * constants.get("WAVES", 1))
@@ -129,17 +130,20 @@ def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]
         fp8_mma=mix["QGMMA"] // in_flight,
         promotion_fma=mix["FFMA"] // in_flight,
         loop_instructions=sum(mix.values()) // in_flight,
-        idle_instructions=len(idle) // in_flight,
+        idle_instructions=max(map(len, idle), default=0) // in_flight,
         expected_fma=accumulators // threads,
         flushes=".ftz" in ptx,
         warnings=[line.strip() for line in said.splitlines() if "arning" in line or "serializ" in line.lower()],
-        ring=_by_hand_faults(ptx, sass, idle, constants) if groups else [],
+        ring=_by_hand_faults(ptx, sass, idle, accumulators // threads, constants) if groups else [],
     )
 
 
-def _by_hand_faults(ptx: str, sass: list[str], idle: list[str], constants: dict[str, Any]) -> list[str]:
+def _by_hand_faults(
+    ptx: str, sass: list[str], idle: list[list[str]], accumulators: int, constants: dict[str, Any]
+) -> list[str]:
     found = ring_faults(ptx, constants) + given_back_early(sass, constants)
-    return found + (idle_faults(idle, constants) if constants["AHEAD"] else [])
+    loops = idle if constants["AHEAD"] else []
+    return found + sorted({fault for loop in loops for fault in idle_faults(loop, accumulators, constants)})
 
 
 def idle_instructions(loop: list[str]) -> list[str]:
@@ -158,11 +162,17 @@ def idle_instructions(loop: list[str]) -> list[str]:
     return found
 
 
-def idle_faults(idle: list[str], constants: dict[str, Any]) -> list[str]:
-    """What stands there though it could have been done ahead: waits, barriers, and scales if registers hold them."""
+def idle_faults(idle: list[str], accumulators: int, constants: dict[str, Any]) -> list[str]:
+    """What stands there though it could have been done ahead: waits, barriers, and scales if registers hold them.
+
+    And whether all promotion does, `accumulators` of a thread: behind the start of the next multiplication it would
+    read scales of a slot that has been given back.
+    """
     products = constants["B_ROWS"] == 1 and constants["MATH_GROUPS"] == 2
     early = {"BAR", "SYNCS"} | ({"LDS", "FMUL"} if products else set())
-    return [f"{opcode} between two multiplications" for opcode in sorted(early & set(idle))]
+    found = [f"{opcode} between two multiplications" for opcode in sorted(early & set(idle))]
+    promoted = idle.count("FFMA")
+    return found if promoted == accumulators else [*found, f"{promoted} promotions there; needs {accumulators}"]
 
 
 def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
@@ -182,7 +192,7 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
         r"mbarrier\.try_wait": (multiplied + 1) * (2 if ahead else 1),
         r"mbarrier\.arrive\.shared": multiplied + ahead,
         rf"mbarrier\.arrive\.expect_tx\S+ _, \[\S+\], {128 * rows + 4 * scales * constants['BLOCK_N']};": 1,
-        r"mbarrier::complete_tx": boxes + 1 + scales,
+        r"mbarrier::complete_tx": boxes + 1 + scales + (scales and ahead),  # rows of b in quads come in two boxes
         r"wgmma\.mma_async": 4 * multiplied,
         rf"setmaxnreg\S+\s+{constants['MATH_REGISTERS']};": groups,
         r"wgmma\.wait_group\.sync\.aligned\s+1;": groups * (constants["IN_FLIGHT"] - 1),
@@ -279,8 +289,8 @@ def _disassembled(cubin: bytes) -> str:
         return subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _innermost_loop(lines: list[str]) -> list[str]:
-    """Lines of the shortest loop that multiplies in FP8; [] if none does."""
+def _innermost_loops(lines: list[str]) -> list[list[str]]:
+    """Lines of the loops that multiply in FP8, one for each warpgroup that has its own code; [] if none does."""
     labels, spans = {}, []
     for number, line in enumerate(lines):
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -288,8 +298,10 @@ def _innermost_loop(lines: list[str]) -> list[str]:
         # conditional: the way back from a wait that is kept out of line is no loop
         jump = re.search(r"@!?U?P\d\s+BRA[^`]*`\((\.L_x_\d+)\)", line)
         if jump and jump[1] in labels:
-            spans.append(lines[labels[jump[1]] : number + 1])
-    return min((span for span in spans if any("QGMMA" in line for line in span)), key=len, default=[])
+            spans.append(range(labels[jump[1]], number + 1))
+    multiply = [span for span in spans if any("QGMMA" in lines[at] for at in span)]
+    inner = [span for span in multiply if not any(other != span and other[0] in span for other in multiply)]
+    return [[lines[at] for at in span] for span in inner]
 
 
 def _opcode(line: str) -> str | None:

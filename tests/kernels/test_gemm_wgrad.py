@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.kernels.gemm_wgrad import CONFIGS, PLAIN, gemm_wgrad, refusal  # noqa: E402
+from fp8train.kernels.gemm_wgrad import CONFIGS, GEMM, PLAIN, gemm_wgrad, refusal  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
 from tests.kernels.products import (  # noqa: E402
     DEVICE,
@@ -28,7 +28,8 @@ every_config = pytest.mark.parametrize("config", list(CONFIGS))
 
 def columns(config: str, N: int) -> int:
     """N, or the next that the entry serves."""
-    return -(-N // 16) * 16 if CONFIGS[config].get("AHEAD") else N
+    multiple = GEMM.columns_multiple(config)
+    return -(-N // multiple) * multiple
 
 
 def operands(M: int, N: int, K: int, seed: int = 0, scale: str = "pow2") -> tuple[QTensor, QTensor]:
