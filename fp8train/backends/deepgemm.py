@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import device_gemm
-from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu, not_served
+from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu
 from fp8train.backends.vendor import VendorBackend, dense_codes, imported, required, round_up, rows_first
 from fp8train.quant import reference
-from fp8train.quant.formats import LinearPrecision
 from fp8train.quant.qtensor import QTensor
 
 MULTIPLE = 16  # rows of codes are read by TMA, in units of 16 bytes
@@ -31,10 +30,6 @@ class DeepGemmBackend(VendorBackend):
         if not hasattr(module, "fp8_gemm_nt"):
             return "this deep_gemm has no fp8_gemm_nt; needs DeepGEMM 2.0 or newer"
         return None
-
-    def unsupported(self, precision: LinearPrecision) -> str | None:
-        """See Backend."""
-        return not_served(precision, BLOCKWISE_PAIRS, mixed=False)
 
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

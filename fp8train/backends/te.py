@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import device_gemm
-from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu, not_served
+from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu
 from fp8train.backends.triton import codes_like
 from fp8train.backends.vendor import (
     VendorBackend,
@@ -26,7 +26,7 @@ from fp8train.backends.vendor import (
     rows_first,
 )
 from fp8train.quant import reference
-from fp8train.quant.formats import E4M3, LinearPrecision, QuantSpec
+from fp8train.quant.formats import E4M3, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 MULTIPLE = 16
@@ -51,10 +51,6 @@ class TransformerEngineBackend(VendorBackend):
             if isinstance(module, str):
                 return f"{module}; pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9'"
         return None
-
-    def unsupported(self, precision: LinearPrecision) -> str | None:
-        """See Backend."""
-        return not_served(precision, BLOCKWISE_PAIRS, mixed=False)
 
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""

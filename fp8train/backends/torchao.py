@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8train.backends import device_gemm
-from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu, not_served
+from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu
 from fp8train.backends.vendor import (
     VendorBackend,
     blocks_first,
@@ -30,7 +30,6 @@ from fp8train.backends.vendor import (
     rows_first,
 )
 from fp8train.quant import reference
-from fp8train.quant.formats import LinearPrecision
 from fp8train.quant.qtensor import QTensor
 
 KERNELS = "torchao.prototype.blockwise_fp8_training.kernels"
@@ -56,10 +55,6 @@ class TorchaoBackend(VendorBackend):
         if missing := [name for name in (SQUARE, ROWS) if not hasattr(module, name)]:
             return f"this torchao has no {' and no '.join(missing)}; needs torchao 0.17 or newer"
         return None
-
-    def unsupported(self, precision: LinearPrecision) -> str | None:
-        """See Backend."""
-        return not_served(precision, BLOCKWISE_PAIRS, mixed=False)
 
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fp8train.backends.dequant_bf16 import DequantBackend
 from fp8train.backends.interface import Backend
+from fp8train.backends.machine import BLOCKWISE_PAIRS, not_served
 from fp8train.backends.triton import TritonBackend, triton_refusal
-from fp8train.quant.formats import QuantSpec
+from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 
@@ -25,6 +26,10 @@ class VendorBackend(DequantBackend):
         if triton_refusal():
             return DequantBackend()
         return TritonBackend()
+
+    def unsupported(self, precision: LinearPrecision) -> str | None:
+        """See Backend; blockwise only, but for one that says otherwise."""
+        return not_served(precision, BLOCKWISE_PAIRS, mixed=False)
 
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""

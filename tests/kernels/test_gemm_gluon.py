@@ -123,30 +123,26 @@ def faulty_kernel(folder: Path, *changes: tuple[str, str]) -> Kernel:
     return Kernel(*faulty)
 
 
+PLANTED = [
+    pytest.param(module, config, change, id=f"{config}-{fault}")
+    for module, config, faults in (
+        (gemm, "gluon_192x128_s4", FAULTS),
+        (gemm, "gluon_192x128_ahead_s4", AHEAD_FAULTS),
+        (gemm_wgrad, "gluon_128x128_ahead_s6", QUAD_FAULTS),
+    )
+    for fault, change in faults.items()
+]
+
+
 @on_a_cpu
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_model_sees(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, FAULTS[fault]))
+@pytest.mark.parametrize(("module", "config", "change"), PLANTED)
+def test_the_model_sees_a_fault(
+    module: object, config: str, change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, change))
     with pytest.raises(SEEN):
         for _ in range(5):
-            product(gemm, "gluon_192x128_s4")
-
-
-@on_a_cpu
-@pytest.mark.parametrize("fault", AHEAD_FAULTS)
-def test_the_model_sees_in_loops_that_work_ahead(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, AHEAD_FAULTS[fault]))
-    with pytest.raises(SEEN):
-        for _ in range(5):
-            product(gemm, "gluon_192x128_ahead_s4")
-
-
-@on_a_cpu
-@pytest.mark.parametrize("fault", QUAD_FAULTS)
-def test_the_model_sees_in_rows_that_come_in_quads(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, QUAD_FAULTS[fault]))
-    with pytest.raises(SEEN):
-        product(gemm_wgrad, "gluon_128x128_ahead_s6")
+            product(module, config)
 
 
 @on_a_cpu

@@ -88,6 +88,8 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
     q, s, qt, st = run(w)
     with pytest.raises(ValueError, match="out is .* needs"):
         run(w, out=(q, s, qt, st[:0]))
+    with pytest.raises(ValueError, match=r"out is on \[.*'meta'.*needs .*, as w"):
+        run(w, out=(q, s, qt.to("meta"), st))
     with pytest.raises(ValueError, match="whole rows of 128"):
         run(w, out=(q, s, qt.contiguous(), st))
     with pytest.raises(ValueError, match="shares memory"):
