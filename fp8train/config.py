@@ -178,7 +178,7 @@ class RunConfig:
     recipe: precision of every linear: name of a file in recipes/, or a path
     backend: what executes FP8: auto (the best that can run here) or a name; fp8train explain says which and why
     fused: norms and MLPs that make the FP8 input of linears themselves: auto (those that the backend has kernels for),
-        always (all that the precisions permit) or never
+        always (all that the precisions permit) or never; rotary embeddings likewise
     steps: optimizer steps in all
     seed: of initial weights and data order
     run_dir: run folder; null: runs/MODEL-RECIPE-seedN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,8 +17,18 @@ from fp8train.backends.interface import Backend
 from fp8train.backends.selection import Selection
 from fp8train.conversion_report import ConversionReport, ConversionRow, ProducerRow
 from fp8train.errors import ConfigError, RecipeError
-from fp8train.nn.fused import FusedMLP, FusedRMSNorm, fused_mlp, fused_norm, mlp_refusal, plain_module, refusal
-from fp8train.nn.fused_layouts import Producer, find_producers
+from fp8train.nn.fused import (
+    FusedMLP,
+    FusedRMSNorm,
+    FusedRope,
+    fused_mlp,
+    fused_norm,
+    fused_rope,
+    mlp_refusal,
+    plain_module,
+    refusal,
+)
+from fp8train.nn.fused_layouts import ROPES, Producer, find_producers, full_name
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.remedies import InputRemedy
@@ -66,7 +76,7 @@ def convert_model(
         backend: "auto", or a backend's name.
         device_type: where the model will run; None takes the device of its parameters.
         fused: which norms and MLPs make the FP8 inputs of linears themselves (nn/fused.py): "auto" those that the
-            backend has kernels for, "always" all that the precisions permit, "never" none.
+            backend has kernels for, "always" all that the precisions permit, "never" none; rotary embeddings likewise.
 
     Returns:
         ConversionReport: one row for each linear.
@@ -250,7 +260,10 @@ def _set_remedies(model: nn.Module, swiglu: SwigluRemedy | None, treated: Collec
 
 
 def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
-    """Put fused modules in the place of norms and MLPs whose linears permit, and plain ones back where they do not."""
+    """Put fused modules in the place of norms and MLPs whose linears permit, and plain ones back where they do not.
+
+    Rotary embeddings too, whatever the precisions.
+    """
     slots: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -259,8 +272,10 @@ def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
     for held in slots.values():
         parent, name = held[0]
         child = getattr(parent, name)
-        if isinstance(child, FusedRMSNorm | FusedMLP):
+        if isinstance(child, FusedRMSNorm | FusedMLP | FusedRope):
             setattr(parent, name, plain_module(child))
+    if fused == "always" or (fused == "auto" and backend.has_rope()):
+        _fuse_ropes(slots.values(), backend)
     rows = []
     for producer in list(find_producers(model)):
         parent_path, _, name = producer.fqn.rpartition(".")
@@ -277,6 +292,15 @@ def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
             setattr(parent, name, fused_mlp(module))
         rows.append(ProducerRow(fqn=producer.fqn, linears=producer.linears, refusal=why))
     return rows
+
+
+def _fuse_ropes(slots: Iterable[Sequence[tuple[nn.Module, str]]], backend: Backend) -> None:
+    """Give every rotary embedding of a known class a kernel; slots: the (parent, name) that hold each module."""
+    for held in slots:
+        parent, name = held[0]
+        module = getattr(parent, name)
+        if full_name(module) in ROPES and "forward" not in vars(module) and len(held) == 1:
+            setattr(parent, name, fused_rope(module, backend.name))
 
 
 def _why_plain(

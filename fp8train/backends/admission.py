@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from fp8train._layout import folder
-from fp8train.backends.admission_checks import GEMMS, GRADIENTS, QUANTISERS, check
+from fp8train.backends.admission_checks import GEMMS, GRADIENTS, QUANTISERS, ROTATIONS, check
 from fp8train.backends.machine import no_gpu
 
 LOG = logging.getLogger("fp8train")
@@ -93,7 +93,7 @@ def _kernel(name: str) -> Kernel:
 def _used(index: int) -> list[Kernel]:
     """What the backend uses on such a GPU."""
     table = importlib.import_module("fp8train.kernels.gemm_table")
-    return [*table.listed(torch.cuda.get_device_capability(index)), *QUANTISERS, *GRADIENTS]
+    return [*table.listed(torch.cuda.get_device_capability(index)), *QUANTISERS, *GRADIENTS, *ROTATIONS]
 
 
 def _entries(index: int) -> list[Kernel]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.backends.producers import rotated
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import quantize
@@ -37,9 +38,12 @@ QUANTISERS = (
     ("swiglu_backward_quantize", "bf16"),
 )  # fmt: skip
 GRADIENTS = (("rmsnorm_backward", "fp32"),)  # likewise; dtype of the residual stream
+ROTATIONS = (("rope", "bf16"),)  # likewise; dtype of what is rotated
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MATRICES = ((256, 384), (300, 200))  # whole blocks in rows that start at 16 bytes; neither
 NORMS = (*MATRICES, (300, 2048), (2048, 4096), (65, 4095), (300, 8192))  # and each tile of rmsnorm_backward
+# B, heads, T, head_dim: heads and angles that begin at 16 bytes, and such that do not
+HEADS = ((2, 32, 128, 128), (1, 8, 129, 128), (2, 16, 33, 64), (3, 5, 77, 80), (1, 3, 50, 6), (1, 1, 3, 2052))
 
 
 def check(operation: str, entry: str, device: torch.device) -> str | None:
@@ -47,13 +51,15 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
 
     Args:
         operation: a file of kernels/.
-        entry: of its launch entries, or a variant as in QUANTISERS and GRADIENTS.
+        entry: of its launch entries, or a variant as in QUANTISERS, GRADIENTS and ROTATIONS.
         device: where to run it.
     """
     if operation in GEMMS:
         return check_product(operation, entry, device) or check_crowd(operation, entry, device)
     if operation in dict(GRADIENTS):
         return check_norm_gradients(entry, device)
+    if operation in dict(ROTATIONS):
+        return check_rotation(entry, device)
     return check_codes(operation, entry, device)
 
 
@@ -201,6 +207,39 @@ def check_norm_gradients(variant: str, device: torch.device, matrices: Sequence[
                 if not bool(((made.double() - exact).abs() <= limit).all()):
                     return f"its {name} differs from the formula for {[rows, cols]}, dy {dtype}"
     return None
+
+
+def check_rotation(
+    variant: str, device: torch.device, shapes: Sequence[tuple[int, int, int, int]] = HEADS
+) -> str | None:
+    """Where the rotary embedding or its gradient differs from the definition, or None.
+
+    Args:
+        variant: dtype of x.
+        device: where to compute.
+        shapes: of x, [B, heads, T, head_dim].
+    """
+    run = importlib.import_module("fp8train.kernels.rope").rope
+    for number, (B, heads, T, head_dim) in enumerate(shapes):
+        angles = torch.arange(T).float().outer(torch.logspace(0, -4, head_dim // 2))
+        cos, sin = angles.cos(), angles.sin()
+        rows = _matrix(B * T, heads * head_dim, number, DTYPES[variant], torch.device("cpu"))
+        rows[:, 5] = -0.0
+        apart = rows.view(B, T, heads, head_dim).transpose(1, 2)  # as a projection gives them
+        for x in (apart, apart.contiguous()):
+            for dtype in DTYPES.values():
+                for inverse in (False, True):
+                    made = run(x.to(device), cos.to(device), sin.to(device), out_dtype=dtype, inverse=inverse)
+                    if not _same_bits(made.cpu(), rotated(x, cos, sin, dtype, inverse)):
+                        what = f"{[B, heads, T, head_dim]}, strides {x.stride()}, to {dtype}, inverse={inverse}"
+                        return f"its result differs from the definition for {what}"
+    return None
+
+
+def _same_bits(x: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors have the same bits, zeros of either sign told apart; any NaN equals any other."""
+    differs = (x != wanted) | (x.signbit() != wanted.signbit())
+    return not bool((differs & ~(x.isnan() & wanted.isnan())).any())
 
 
 def _matrix(rows: int, cols: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Operators of backends/producers.py, registered beside those of backends/ops.py and in the same way.
 
-Each returns a list: (codes, scale_inv) of the row copy, the same of the column copy if `col` is given, and what else
-is said. `col` null: no column copy.
+Those that quantise return a list: (codes, scale_inv) of the row copy, the same of the column copy if `col` is given,
+and what else is said. `col` null: no column copy.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _SCHEMAS = {
     "rms_norm": "(Tensor x, Tensor weight, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor)",
     "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, str backend) -> (Tensor, Tensor)",
     "rmsnorm_quantize": f"(Tensor x, Tensor weight, float eps, ScalarType dtype, {_QUANTIZE}) -> Tensor[]",
+    "rope": "(Tensor x, Tensor cos, Tensor sin, ScalarType dtype, bool inverse, str backend) -> Tensor",
     "swiglu": "(Tensor gate, Tensor up, str backend) -> Tensor",
     "swiglu_backward": "(Tensor dh, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
     "swiglu_quantize": f"(Tensor gate, Tensor up, {_QUANTIZE}) -> Tensor[]",
@@ -44,6 +45,11 @@ def rmsnorm_quantize(
     check_quantize_input(x)
     copies, rstd = get_backend(backend).rmsnorm_quantize(x, weight, eps, dtype, *_specs(row, col))
     return [*_tensors(copies), rstd]
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool, backend: str) -> Tensor:
+    """x [B, heads, T, head_dim] rotated by the angles of its positions, or back."""
+    return get_backend(backend).rope(x, cos, sin, dtype, inverse)
 
 
 def swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
@@ -99,6 +105,10 @@ def _fake_rmsnorm_quantize(
     return [*_fake_copies(x, row, col, backend), x.new_empty(x.shape[:1], dtype=torch.float32)]
 
 
+def _fake_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool, backend: str) -> Tensor:
+    return x.new_empty(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
+
+
 def _fake_swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -121,6 +131,7 @@ for _implementation, _fake in (
     (rms_norm, _fake_rms_norm),
     (rms_norm_backward, _fake_rms_norm_backward),
     (rmsnorm_quantize, _fake_rmsnorm_quantize),
+    (rope, _fake_rope),
     (swiglu, _fake_swiglu),
     (swiglu_backward, _fake_swiglu_backward),
     (swiglu_quantize, _fake_swiglu_quantize),

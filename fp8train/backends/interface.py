@@ -64,6 +64,12 @@ class Backend(Protocol):
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
         """(dx [M, K] in x's dtype, dweight [K]) of rms_norm: producers.norm_gradients, up to the order of sums."""
 
+    def has_rope(self) -> bool:
+        """Whether `rope` is one kernel."""
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
+        """producers.rotated, bit for bit."""
+
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """h = silu(gate) * up [M, K]; silu(gate) and h are rounded to the dtype of gate."""
 

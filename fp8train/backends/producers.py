@@ -1,4 +1,4 @@
-"""What makes the input of a linear, with the quantiser behind it: RMSNorm, SwiGLU and SwiGLU's backward.
+"""What stands between GEMMs: RMSNorm, SwiGLU and SwiGLU's backward, with the quantiser behind them; rotary embedding.
 
 The arithmetic of the plain modules, bit for bit on the CPU: products in FP32, silu(gate) and the gradients rounded to
 the dtype of gate. Every backend inherits it; one whose kernels quantise what they compute says so with `fuses`.
@@ -38,6 +38,14 @@ class Producers:
         wide = (dy.float(), x.float(), list(weight.shape), rstd.unsqueeze(-1), weight)
         dx, dweight = torch.ops.aten._fused_rms_norm_backward(*wide, [True, True])
         return dx.to(x.dtype), dweight
+
+    def has_rope(self) -> bool:
+        """See Backend."""
+        return False
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
+        """See Backend."""
+        return rotated(x, cos, sin, dtype, inverse)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
@@ -87,3 +95,23 @@ def norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple
     g = dy * weight
     dmean = (g * wide).sum(-1, keepdim=True) * -0.5 * rstd.pow(3) / x.shape[-1]
     return (g * rstd + dmean * (2 * wide)).to(x.dtype), (dy * (wide * rstd)).sum(0)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
+    """Rotary embedding with the roundings of the plain module: channel i is rotated with channel i + head_dim / 2.
+
+    first' = first * cos - second * sin; second' = second * cos + first * sin, in FP32, rounded once to dtype.
+
+    Args:
+        x: [B, heads, T, head_dim] bf16 or fp32.
+        cos, sin: [T, head_dim / 2] fp32.
+        dtype: of the result.
+        inverse: with sin negated: the gradient, with the roundings of autograd.
+
+    Returns:
+        Tensor: [B, heads, T, head_dim], a view of contiguous memory [B, T, heads, head_dim].
+    """
+    first, second = x.transpose(1, 2).float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], -sin[:, None] if inverse else sin[:, None]
+    out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return out.to(dtype).contiguous().transpose(1, 2)

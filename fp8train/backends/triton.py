@@ -123,6 +123,16 @@ class TritonBackend(Producers):
             return super().rms_norm_backward(dy, x, weight, rstd)
         return module.rmsnorm_backward(_rows_dense(dy), _rows_dense(x), weight, rstd)
 
+    def has_rope(self) -> bool:
+        """See Backend."""
+        return True
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
+        """See Backend."""
+        if not self._admitted("rope", _dtype_name(x), x.device):
+            return super().rope(x, cos, sin, dtype, inverse)
+        return kernel("rope").rope(_rows_dense(x), cos, sin, out_dtype=dtype, inverse=inverse)
+
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
         return kernel("swiglu_quantize").swiglu(_rows_dense(gate), _rows_dense(up))
@@ -331,4 +341,4 @@ def _dtype_name(x: Tensor) -> str:
 
 
 def _rows_dense(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()

@@ -1,4 +1,4 @@
-"""What backends that call a vendor's FP8 GEMM share: our quantisers, torch's high-precision GEMMs, scale layouts."""
+"""What backends that call a vendor's FP8 GEMM share: our quantisers and RoPE, torch's own GEMMs, scale layouts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fp8train.quant.qtensor import QTensor
 
 
 class VendorBackend(DequantBackend):
-    """Quantises by our kernels where Triton can compile them, by the definition otherwise; codes are the same."""
+    """Quantises and rotates by our kernels where Triton can compile them, else by the definition: the same bits."""
 
     @functools.cached_property
     def quantisers(self) -> Backend:
-        """The backend whose quantisers are used."""
+        """The backend whose quantisers and rotary embedding are used."""
         if triton_refusal():
             return DequantBackend()
         return TritonBackend()
@@ -44,6 +44,14 @@ class VendorBackend(DequantBackend):
     ) -> tuple[QTensor, QTensor]:
         """See Backend."""
         return self.quantisers.quantize_square(x, spec, out)
+
+    def has_rope(self) -> bool:
+        """See Backend."""
+        return self.quantisers.has_rope()
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
+        """See Backend."""
+        return self.quantisers.rope(x, cos, sin, dtype, inverse)
 
 
 def imported(module: str) -> ModuleType | str:

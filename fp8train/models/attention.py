@@ -94,6 +94,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tenso
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
 
 
+class Rope(nn.Module):
+    """apply_rope as a module, for conversion to give it a kernel."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        """See apply_rope."""
+        return apply_rope(x, cos, sin, dtype)
+
+
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive attention mask: 0 where a key is in the query's document and not after it, -inf elsewhere.
 
@@ -130,6 +138,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=False, **options)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device) if config.qk_norm else None
+        self.rope = Rope()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Attend.
@@ -148,8 +157,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, seq_len, -1, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q.transpose(1, 2), cos, sin, self.dtype)
-        k = apply_rope(k.transpose(1, 2), cos, sin, self.dtype)
+        q = self.rope(q.transpose(1, 2), cos, sin, self.dtype)
+        k = self.rope(k.transpose(1, 2), cos, sin, self.dtype)
         y = self._attend(q, k, v.to(self.dtype), mask).to(x.dtype)
         return self.o_proj(y.transpose(1, 2).reshape(batch, seq_len, -1))
 

@@ -1,7 +1,8 @@
-"""Modules that make the FP8 input of a linear themselves: RMSNorm before linears, and SwiGLU within an MLP.
+"""Modules that make the FP8 input of a linear themselves, RMSNorm before linears and SwiGLU within an MLP; and RoPE.
 
     FusedRMSNorm  x -> FP8 copies of rms_norm(x), for the linears that read it (q, k, v; gate, up)
     FusedMLP      gate, up -> FP8 copies of h = silu(gate) * up, for down; in backward dh -> FP8 copies of dgate and dup
+    FusedRope     queries or keys -> rotated, by one kernel forward and backward, whatever the precision of the linears
 What is quantised is never written in high precision: autograd is connected by a tensor of the right shape whose numbers
 nobody reads, and which are NaN. A fused module has the parameters, state-dict names and hooks of the plain one that it
 took the place of. At each forward it looks at its linears: where their precisions do not permit it falls back to the
@@ -51,6 +52,14 @@ class MLPFusion:
     """As NormFusion: the class of the module that a FusedMLP took the place of."""
 
     plain: type[nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeFusion:
+    """As NormFusion; and the backend that rotates."""
+
+    plain: type[nn.Module]
+    backend: str
 
 
 class FusedRMSNorm(nn.Module):
@@ -113,6 +122,21 @@ class FusedMLP(nn.Module):
         return "SwiGLU fused with its casts"
 
 
+class FusedRope(nn.Module):
+    """A rotary embedding by a backend's kernel, but in compiled runs, where inductor fuses it; made by `fused_rope`."""
+
+    fusion: RopeFusion
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rotate x [B, heads, T, head_dim] by the angles of its positions, cos and sin [T, head_dim / 2] fp32."""
+        if torch.compiler.is_compiling() or x.dtype not in HIGH or dtype not in HIGH:
+            return self.fusion.plain.forward(self, x, cos, sin, dtype)
+        return _Rotation.apply(x, cos, sin, dtype, self.fusion.backend)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.fusion.backend}"
+
+
 class _RMSNorm(torch.autograd.Function):
     """Connects the normalised x, which is computed already, with x and the weight; y: None if it is in FP8 only."""
 
@@ -151,6 +175,21 @@ class _Product(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dgate, dup = OPS.swiglu_backward(as_matrix(dh.contiguous()), as_matrix(gate), as_matrix(up), ctx.backend)
         return dgate.view(gate.shape), dup.view(up.shape), None
+
+
+class _Rotation(torch.autograd.Function):
+    """RoPE, which keeps no x: its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.x_dtype, ctx.backend = x.dtype, backend
+        return OPS.rope(x, cos, sin, dtype, False, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return OPS.rope(dy, *ctx.saved_tensors, ctx.x_dtype, True, ctx.backend), None, None, None, None
 
 
 def _swiglu(
@@ -232,7 +271,14 @@ def fused_mlp(mlp: nn.Module) -> FusedMLP:
     return fused
 
 
-def plain_module(fused: FusedRMSNorm | FusedMLP) -> nn.Module:
+def fused_rope(rope: nn.Module, backend: str) -> FusedRope:
+    """A FusedRope with the hooks and attributes of `rope`; see RopeFusion."""
+    fused = _taking_over(FusedRope, rope)
+    fused.fusion = RopeFusion(type(rope), backend)
+    return fused
+
+
+def plain_module(fused: FusedRMSNorm | FusedMLP | FusedRope) -> nn.Module:
     """The module that a fused one took the place of, with the parameters, hooks and attributes that it has today."""
     plain = _taking_over(fused.fusion.plain, fused)
     del plain.fusion

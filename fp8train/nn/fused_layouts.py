@@ -1,4 +1,4 @@
-"""Which modules are known to be an RMSNorm before linears, or a SwiGLU: by the full name of their class.
+"""Which modules are known to be an RMSNorm before linears, a SwiGLU, or a rotary embedding: by their class's full name.
 
 By name, because Hugging Face's classes can declare nothing to us and are not to be imported; a class of another name,
 a subclass too, may compute something else.
@@ -42,6 +42,7 @@ NORMS = {
     **dict.fromkeys(_transformers("RMSNorm"), NormLayout("variance_epsilon", rounds_early=True)),
 }
 MLPS = ("fp8train.models.decoder.MLP", *_transformers("MLP"))
+ROPES = ("fp8train.models.attention.Rope",)
 LAYERS = ("fp8train.models.decoder.DecoderLayer", *_transformers("DecoderLayer"))
 
 

@@ -19,13 +19,18 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.backends import admission, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
+    GRADIENTS,
+    HEADS,
     MATRICES,
     QUANTISERS,
+    ROTATIONS,
     check_codes,
     check_crowd,
     check_norm_gradients,
     check_product,
+    check_rotation,
 )
+from fp8train.backends.producers import rotated  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
@@ -154,6 +159,44 @@ def test_a_wrong_gradient_of_the_norm_is_refused(spoilt: int, monkeypatch: pytes
 
     monkeypatch.setattr(module, "rmsnorm_backward", spoil)
     assert "differs from the formula for [77, 131], dy" in str(check_norm_gradients("fp32", CPU, ((77, 131),)))
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp32"])
+@pytest.mark.parametrize("device", devices())
+def test_rotations_pass_their_own_check(variant: str, device: str) -> None:
+    assert check_rotation(variant, torch.device(device), HEADS if device == "cuda" else FEW_HEADS) is None
+
+
+FEW_HEADS = ((2, 3, 20, 16), (1, 2, 7, 6))
+
+
+def one_rounding_off(y: Tensor) -> None:
+    """As an FMA makes it: one number, of a rotation back, moves by its last place."""
+    y[-1, -1, -1, -1] = torch.nextafter(y[-1, -1, -1, -1], y.new_tensor(torch.inf))
+
+
+def another_zero(y: Tensor) -> None:
+    y[y == 0] = -y[y == 0]
+
+
+def one_head_unwritten(y: Tensor) -> None:
+    y[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("spoil", [one_rounding_off, another_zero, one_head_unwritten])
+def test_a_wrong_rotation_is_refused(spoil: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernel("rope")
+    run = module.rope
+
+    def spoilt(*args: Any, inverse: bool, **options: Any) -> Tensor:
+        made = run(*args, inverse=inverse, **options)
+        if inverse:
+            spoil(made)
+        return made
+
+    monkeypatch.setattr(module, "rope", spoilt)
+    reason = str(check_rotation("bf16", CPU, FEW_HEADS))
+    assert "its result differs from the definition for [2, 3, 20, 16], strides" in reason and "inverse=True" in reason
 
 
 @pytest.fixture
@@ -375,3 +418,27 @@ def test_the_command_says_in_one_line_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, "-m", "fp8train.backends"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == admission.NO_GPU and len(done.stderr.splitlines()) == 1
     assert "needs a GPU with FP8 units" in done.stderr
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["admitted", "refused"])
+def test_a_refused_rotation_gives_way_to_the_formula(
+    refused: bool, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = on_a_gpu(monkeypatch, {"bf16": "it rounds twice" if refused else None})
+    module, launched = kernel("rope"), []
+    run = module.rope
+    monkeypatch.setattr(module, "rope", lambda *args, **options: (launched.append(1), run(*args, **options))[1])
+    backend, x = TritonBackend(), matrix(120, 16, seed=1).bfloat16().view(2, 20, 3, 16).transpose(1, 2)
+    cos, sin = matrix(40, 8, seed=2).view(2, 20, 8)
+    for inverse in (False, True):
+        made = backend.rope(x, cos, sin, torch.bfloat16, inverse)
+        wanted = rotated(x, cos, sin, torch.bfloat16, inverse)
+        assert torch.equal(made, wanted) and made.stride() == wanted.stride()
+    assert asked == ["bf16"] and len(launched) == (0 if refused else 2)
+    said = "own FP8 kernels; refused on this machine: rope bf16: it rounds twice" if refused else "own FP8 kernels"
+    assert backend.note == said
+
+
+def test_all_that_the_backend_uses_is_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert {*QUANTISERS, *GRADIENTS, *ROTATIONS} <= set(admission._used(0))

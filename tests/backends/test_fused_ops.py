@@ -46,12 +46,15 @@ def calls(backend: str, rows: int = 35, dtype: torch.dtype = torch.bfloat16) -> 
     x, dy, up, weight = (numbers(rows, dtype=dtype, seed=seed) for seed in (0, 1, 2, 3))
     weight = torch.linspace(0.5, 2.0, 140, device=DEVICE)
     rstd = torch.linspace(0.5, 2.0, rows, device=DEVICE)
+    heads = x.view(rows, 2, 5, 14).transpose(0, 2), *numbers(2, 7 * rows, torch.float32).view(2, rows, 7)
     norm = (x, weight, EPS, torch.bfloat16)
     return {
         "rms_norm": (OPS.rms_norm.default, (*norm, backend)),
         "rms_norm_backward": (OPS.rms_norm_backward.default, (dy, x, weight, rstd, backend)),
         "rmsnorm_quantize": (OPS.rmsnorm_quantize.default, (*norm, X, X, backend)),
         "rmsnorm_quantize-row": (OPS.rmsnorm_quantize.default, (*norm, X, None, backend)),
+        "rope": (OPS.rope.default, (*heads, torch.bfloat16, False, backend)),
+        "rope-back": (OPS.rope.default, (*heads, torch.float32, True, backend)),
         "swiglu": (OPS.swiglu.default, (x, up, backend)),
         "swiglu_backward": (OPS.swiglu_backward.default, (dy, x, up, backend)),
         "swiglu_quantize": (OPS.swiglu_quantize.default, (x, up, X, X, backend)),
