@@ -19,6 +19,7 @@ from torch import Tensor
 from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import (
     add_statistics,
+    hinted_strip,
     load_strip,
     losses,
     store_tile,
@@ -67,6 +68,13 @@ def _count(
 
 
 @triton.jit
+def _strip(x_ptr, stride_xm, TWICE: tl.constexpr, AGAIN: tl.constexpr, i, m, k, M, K, STRIPS: tl.constexpr):
+    """A strip of x. What is read twice is to stay in L1 until it is (32768 x 4096, H200: 164 us, so 152)."""
+    EVICT: tl.constexpr = ("evict_first" if AGAIN else "evict_last") if TWICE else ""
+    return hinted_strip(x_ptr, stride_xm, i, m, k, M, K, STRIPS, EVICT)
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr,  # [M, K] bf16 or fp32
     row_ptr, row_scale_ptr,  # [M, K] fp8, [M, ceil(K/128)] fp32
@@ -82,7 +90,8 @@ def _quantize_kernel(
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
     store_tile(
-        load_strip, (x_ptr, stride_xm), zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+        _strip, (x_ptr, stride_xm, COL, False), (x_ptr, stride_xm, COL, True), zero, m, k, M, K,
+        row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
         stride_row, stride_row_scale, stride_col, stride_col_scale,
         MAX_BITS, ROW_POW2, COL_POW2, ROW, COL, STRIPS, KEEP,
     )  # fmt: skip

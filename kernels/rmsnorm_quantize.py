@@ -88,7 +88,7 @@ def _rmsnorm_quantize_kernel(
     inputs = x_ptr, rstd_ptr, weight_ptr, stride_xm, BF16
     if QUANTIZE:
         store_tile(
-            _normalize, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
+            _normalize, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
             stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
         )  # fmt: skip
     else:

@@ -1,11 +1,11 @@
 """Backward of SwiGLU and its quantisation in one pass: dgate and dup, each as a row copy and a transposed column copy.
 
 h = silu(gate) * up. s = 1 / (1 + exp(-gate)), silu(gate) = gate * s, dup = dh * silu(gate),
-dgate = (dh * up) * (s + silu(gate) * (1 - s)).
+dgate = (dh * up) * (s + silu(gate) - silu(gate) * s).
 dh, gate, up [M, K] bf16/fp32, row-major, any leading strides -> for both gradients the four outputs of
 quantize.quantize_dual, bit for bit, without the gradients ever being written. silu(gate), dh * up and both gradients
 are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the division are the device's fast
-ones (2 ulp of FP32), hence not torch's bits: `swiglu_backward` is this without the quantiser, and the definition.
+ones (swiglu_quantize.sigmoid), hence not torch's bits: `swiglu_backward` is this without the quantiser: the definition.
 One program: a tile of 128x128 of one gradient; how it is scaled and stored is in tile.py. One that makes both holds
 twice as much (8192 x 14336, H200: 463 us with 16 warps, 377 us with 8 and 152 bytes of spills, 421 us so).
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; SwiGLU: arXiv:2002.05202. Measured: kernels/README.md.
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
+from fp8train.kernels.swiglu_quantize import sigmoid
 from fp8train.kernels.tile import load_strip, store_strip, store_tile
 from fp8train.kernels.tile_launch import (
     BLOCK,
@@ -48,10 +49,10 @@ def _gradients(
     gate = load_strip(gate_ptr, stride_gm, i, m, k, M, K, STRIPS)
     up = load_strip(up_ptr, stride_um, i, m, k, M, K, STRIPS)
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    sigmoid = 1.0 / (1.0 + tl.exp(gate * -1.0))
-    silu = gate * sigmoid
+    s = sigmoid(gate)
+    silu = gate * s
     dsilu = (dh * up).to(dtype).to(tl.float32)
-    dgate = dsilu * tl.fma(silu, 1.0 - sigmoid, sigmoid)
+    dgate = dsilu * tl.fma(-silu, s, silu + s)
     dup = dh * silu.to(dtype).to(tl.float32)
     return dgate.to(dtype).to(tl.float32), dup.to(dtype).to(tl.float32)
 
@@ -97,13 +98,13 @@ def _swiglu_backward_quantize_kernel(
             col_scale_ptr += half * tiles_m * stride_col_scale
         if half == 0:
             store_tile(
-                _dgate, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+                _dgate, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
                 stride_row, stride_row_scale, stride_col, stride_col_scale,
                 MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
             )  # fmt: skip
         else:
             store_tile(
-                _dup, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+                _dup, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
                 stride_row, stride_row_scale, stride_col, stride_col_scale,
                 MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
             )  # fmt: skip

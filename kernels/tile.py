@@ -61,14 +61,19 @@ def strip(i, m, k, M, K, STRIPS: tl.constexpr):
 
 
 @triton.jit
-def load_strip(x_ptr, stride_xm, i, m, k, M, K, STRIPS: tl.constexpr):
-    """Strip i of the tile at (m, k) of x [M, K], fp32, zero outside."""
+def hinted_strip(x_ptr, stride_xm, i, m, k, M, K, STRIPS: tl.constexpr, EVICT: tl.constexpr):
+    """As load_strip; EVICT: the eviction policy of its lines."""
     _, _, inside = strip(i, m, k, M, K, STRIPS)
     rows, cols = STRIPS * tl.arange(0, 128 // STRIPS), tl.arange(0, 128)
     x_ptr += (m + i) * stride_xm + k  # a scalar: the strips share the offsets below
-    return tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_xm + cols[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + cols[None, :]
+    return tl.load(x_ptrs, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+
+
+@triton.jit
+def load_strip(x_ptr, stride_xm, i, m, k, M, K, STRIPS: tl.constexpr):
+    """Strip i of the tile at (m, k) of x [M, K], fp32, zero outside."""
+    return hinted_strip(x_ptr, stride_xm, i, m, k, M, K, STRIPS, "")
 
 
 @triton.jit
@@ -329,6 +334,7 @@ def store_copies(
 @triton.jit
 def store_tile(
     STRIP: tl.constexpr, arguments,  # STRIP(*arguments, i, m, k, M, K, STRIPS): strip i of a tile, fp32, zero outside
+    again,  # arguments of STRIP in the second pass
     zero,  # 0, which the compiler must not know; see measured_strip
     m, k, M, K,  # the corner of the tile, int64; the sizes of the matrix
     row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row, stride_row_scale, stride_col, stride_col_scale,
@@ -340,7 +346,7 @@ def store_tile(
     if COL:
         measured = measure(STRIP, arguments, zero, m, k, M, K, 0, 4, STRIPS, KEEP)
         store_copies(
-            STRIP, arguments, measured, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            STRIP, again, measured, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
             stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, ROW, STRIPS, KEEP,
         )  # fmt: skip
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,19 @@ def test_numbers_are_torchs_in_fp32() -> None:
         # near gate = -1.28, where its terms of s leave an error of 2^-22 of dh * up * s
         bound = 16 * 2.0**-24 * (theirs.abs() + (dh * up).abs().clamp_min(up.abs()))
         assert ((mine - theirs).abs() <= bound).all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter
+def test_silu_is_as_exact_as_sigmoid_says_down_to_the_smallest_exponential() -> None:
+    magnitudes = torch.cat((torch.logspace(-44, 2, 4096), torch.linspace(80, 100, 4096)))
+    gate = torch.cat((magnitudes, -magnitudes)).view(128, 128).to(DEVICE)
+    exact = gate.double() * torch.sigmoid(gate.double())
+    error = (swiglu(gate, torch.ones_like(gate)).double() - exact).abs()
+    # sigmoid's bound and half a place of the product; of subnormal numbers two last places; below -128 ln 2, where
+    # exp(-x) is beyond FP32, 0 for less than 100 * 2^-128
+    bound = exact.abs() * (gate.abs() * 2.0**-23 + 2.0**-21 + 2.0**-24) + 100 * 2.0**-148
+    bound += torch.where(gate < -128 * math.log(2), 100 * 2.0**-128, 0.0)
+    assert (error <= bound).all()
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter
