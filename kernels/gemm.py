@@ -27,9 +27,6 @@ CONFIGS = {
     "gluon_192x128_s4": by_hand(math_groups=3, stages=4, group_m=4),
     "gluon_256x128_s4": by_hand(math_groups=2, waves=2, stages=4, group_m=4),
     "gluon_128x128_k2_s6": by_hand(math_groups=2, stages=6, in_flight=2, group_m=8),
-    "gluon_192x128_ahead_s4": by_hand(math_groups=3, stages=4, ahead=True, group_m=4),
-    "gluon_256x128_ahead_s4": by_hand(math_groups=2, waves=2, stages=4, ahead=True, group_m=4),
-    "gluon_128x128_ahead_s6": by_hand(math_groups=2, stages=6, ahead=True, group_m=8),
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 

@@ -42,7 +42,7 @@ def launch(
     box_n = entry["BLOCK_N"]
     boxes = {
         "a_desc": _described(a, gemm_gluon.BOX_M.value, BLOCK_K.value),
-        "b_desc": _described_quads(b, box_n) if in_quads(entry, b_rows) else _described(b, box_n, BLOCK_K.value),
+        "b_desc": _described_quads(b, box_n) if entry["AHEAD"] else _described(b, box_n, BLOCK_K.value),
     }
     tensors = {"a_desc": 0, "b_desc": 1, "c_ptr": 2, "a_scale_ptr": 3, "b_scale_ptr": 4, "bias_ptr": 5}
     if b_rows == 1:
@@ -67,11 +67,6 @@ def launch(
 
 def _described(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols], box_layout(rows, x.element_size()))
-
-
-def in_quads(entry: Mapping[str, int], b_rows: int) -> bool:
-    """Whether an entry has the rows of b brought in another order (gemm_gluon._produce), 16 of them at a time."""
-    return bool(entry["AHEAD"]) and b_rows == 1
 
 
 def _described_quads(b: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -1,8 +1,8 @@
 """The K loops of the Gluon GEMMs: one warpgroup's sum over all blocks of K of a tile; the rest is in gemm_gluon.py.
 
-sum_of_blocks and sum_of_waves start a multiplication as soon as its slot has come. sum_ahead and waves_ahead keep
-what stands between two multiplications short: while one runs, they wait for the slot of the next, give back the last
-one, read scales and multiply them with each other; what is left is one FMA for each number.
+sum_of_blocks and sum_of_waves start a multiplication as soon as its slot has come. sum_ahead keeps what stands between
+two multiplications short: while one runs, it waits for the slot of the next, gives back the last one and reads a's
+scales; b's are read by fours.
 """
 
 from triton.experimental import gluon
@@ -189,25 +189,18 @@ def sum_of_waves(
 
 @gluon.jit
 def sum_ahead(
-    ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, held, zero,
-    GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, B_ROWS: gl.constexpr,
+    ring, a_scale_ptrs, a_step, blocks, slot, phase, held, zero,
+    GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As sum_of_blocks, but the bytes of `slot` have come, and when it ends those of the slot after have, too.
-
-    Two math warpgroups have the registers for the products of the scales of a and b, which are formed while the block
-    that wants them is multiplied (if rows of c are aligned; otherwise ptxas moves some of them).
+    """As sum_of_blocks where b's scales come with the slot, but the bytes of `slot` have come, and when it ends those
+    of the slot after have, too; the result is by the columns of the matrix (in_order).
     """
     a_smem, b_smem, b_scale_smem, full, empty = ring
-    QUADS: gl.constexpr = B_ROWS == 1
-    acc = zero
-    b_scale = 1.0  # those of b's rows come with the slot
-    if QUADS:
-        acc = in_order(zero, BLOCK_N)
-    else:
-        b_scale = gl.load(b_scale_ptrs)
+    columns: gl.constexpr = gl.SliceLayout(0, quad_layout(BLOCK_N))
+    acc = in_order(zero, BLOCK_N)
     a_scale = gl.load(a_scale_ptrs)
     for k in range(1, blocks + 1):
-        scale = a_scale * b_scale
+        scale = a_scale
         a, b = a_smem.index(slot * MATH_GROUPS + GROUP), b_smem.index(slot).permute((1, 0))
         partial = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
         mbarrier.arrive(empty.index(held), count=1)
@@ -216,54 +209,7 @@ def sum_ahead(
         mbarrier.wait(full.index(slot), phase)
         a_scale_ptrs += gl.where(k < blocks, a_step, a_step * 0)  # past the last block that one's again: nobody uses it
         a_scale = gl.load(a_scale_ptrs)
-        if QUADS:
-            columns: gl.constexpr = gl.SliceLayout(0, quad_layout(BLOCK_N))
-            b_scales = b_scale_smem.index(held).reshape([BLOCK_N])
-            if MATH_GROUPS == 2:
-                scales = gl.expand_dims(scale, 1) * gl.expand_dims(b_scales.load(columns), 0)
-                partial = warpgroup_mma_wait(0, deps=(partial,))
-            else:
-                partial = warpgroup_mma_wait(0, deps=(partial,))
-                scales = gl.expand_dims(scale, 1) * gl.expand_dims(b_scales.load(columns), 0)
-            acc = gl.fma(in_order(partial, BLOCK_N), scales, acc)
-        else:
-            b_scale_ptrs += gl.where(k < blocks, b_step, b_step * 0)
-            b_scale = gl.load(b_scale_ptrs)
-            partial = warpgroup_mma_wait(0, deps=(partial,))
-            acc = gl.fma(partial, gl.broadcast(gl.expand_dims(scale, 1), acc)[0], acc)
+        partial = warpgroup_mma_wait(0, deps=(partial,))
+        b_scale = b_scale_smem.index(held).reshape([BLOCK_N]).load(columns)
+        acc = gl.fma(in_order(partial, BLOCK_N), gl.expand_dims(scale, 1) * gl.expand_dims(b_scale, 0), acc)
     return acc, slot, phase, held
-
-
-@gluon.jit
-def waves_ahead(
-    ring, a_scale_ptrs, a_scale_ptrs_2, b_scale_ptrs, a_step, b_step, blocks, slot, phase, held, zero,
-    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """As sum_of_waves, ahead as sum_ahead is."""
-    a_smem, b_smem, b_scale_smem, full, empty = ring
-    acc = zero
-    acc_2 = zero
-    a_scale, a_scale_2, b_scale = gl.load(a_scale_ptrs), gl.load(a_scale_ptrs_2), gl.load(b_scale_ptrs)
-    for k in range(1, blocks + 1):
-        scale, scale_2 = a_scale * b_scale, a_scale_2 * b_scale
-        b = b_smem.index(slot).permute((1, 0))
-        now = slot
-        for wave in range(0, 2):
-            a = a_smem.index(now * 4 + GROUP * 2 + wave)
-            partial = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
-            if wave == 0:
-                mbarrier.arrive(empty.index(held), count=1)
-                slot, phase = next_slot(slot, phase, STAGES)
-                mbarrier.wait(full.index(slot), phase)
-                step = gl.where(k < blocks, a_step, a_step * 0)
-                a_scale_ptrs += step
-                a_scale_ptrs_2 += step
-                b_scale_ptrs += gl.where(k < blocks, b_step, b_step * 0)
-                a_scale, a_scale_2, b_scale = gl.load(a_scale_ptrs), gl.load(a_scale_ptrs_2), gl.load(b_scale_ptrs)
-            partial = warpgroup_mma_wait(0, deps=(partial,))
-            if wave == 0:
-                acc = gl.fma(partial, gl.broadcast(gl.expand_dims(scale, 1), acc)[0], acc)
-            else:
-                acc_2 = gl.fma(partial, gl.broadcast(gl.expand_dims(scale_2, 1), acc_2)[0], acc_2)
-        held = now
-    return acc, acc_2, slot, phase, held

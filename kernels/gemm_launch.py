@@ -80,7 +80,7 @@ class Gemm:
 
     def columns_multiple(self, config: str) -> int:
         """What N must be a multiple of for an entry."""
-        return 16 if self.b_rows == 1 and self.configs.get(config, {}).get("AHEAD") else 1
+        return 16 if self.configs.get(config, {}).get("AHEAD") else 1
 
     def _launch(
         self, key: Any, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor,

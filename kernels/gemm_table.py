@@ -17,8 +17,8 @@ import torch
 Rates = Mapping[str, tuple[int, int, float]]  # entry -> rows, columns of its tile, TFLOP/s of full waves
 
 # by operation and major compute capability
-# M, N, K = 8192, Triton 3.6.0, 2026-11-26: gluon_* on an NVIDIA H200, in groups of 8 rows of tiles, the others on an
-# H100 80GB HBM3
+# M, N, K = 8192, Triton 3.6.0, 2026-11-26: gluon_* on an NVIDIA H200, those of gemm in groups of 8 rows of tiles, those
+# of gemm_wgrad in one run (kernels/results/2026-11-26-h200-3.json); the others on an H100 80GB HBM3
 TABLE: dict[tuple[str, int], Rates] = {
     ("gemm", 9): {
         "gluon_192x128_s4": (192, 128, 1307),
@@ -28,8 +28,8 @@ TABLE: dict[tuple[str, int], Rates] = {
         "tma_64x128_s4": (64, 128, 732),
     },
     ("gemm_wgrad", 9): {
-        "gluon_192x128_s5": (192, 128, 955),
-        "gluon_128x128_k2_s6": (128, 128, 943),
+        "gluon_192x128_ahead_s5": (192, 128, 1031),
+        "gluon_128x128_k2_s6": (128, 128, 954),
         "ws_128x128_s4": (128, 128, 736),
         "tma_64x128_s4": (64, 128, 423),
     },

@@ -2,9 +2,9 @@
 
 Per 128 of K (tokens): acc = fma(partial, RN(a_scale * b_scale), acc) in FP32 (DeepSeek-V3, arXiv:2412.19437, 3.3.2).
 a, b FP8, K-major; a_scale [M, ceil(K/128)], b_scale [N, ceil(K/128)] fp32, any strides (M- and N-contiguous are
-fastest); c fp32, read once where it is added to. Any M, N, K >= 0. Structure of the warp-specialised variant as in
-DeepGEMM: a TMA producer and two math warpgroups of 64x128.
-Measured (H200, 2026-11-26, M, N, K = 8192): 941 TFLOP/s by gluon_192x128_s5, BF16 cuBLAS 798; see kernels/README.md.
+fastest); c fp32, added to once: by entries with MATH_GROUPS in L2, which takes numbers below 2^-126 for zero. Any
+M, N, K >= 0. Structure of the warp-specialised variant as in DeepGEMM: a TMA producer, two math warpgroups of 64x128.
+Measured: kernels/README.md.
 """
 
 import torch
@@ -22,10 +22,8 @@ CONFIGS = {
     "tma_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
     "tma_64x128_s4": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": False},
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
-    "gluon_192x128_s5": by_hand(math_groups=3, stages=5, group_m=8),
     "gluon_128x128_k2_s6": by_hand(math_groups=2, stages=6, in_flight=2, group_m=8),
     "gluon_192x128_ahead_s5": by_hand(math_groups=3, stages=5, ahead=True, group_m=8),
-    "gluon_128x128_ahead_s6": by_hand(math_groups=2, stages=6, ahead=True, group_m=8),
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 

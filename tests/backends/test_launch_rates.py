@@ -17,7 +17,7 @@ from fp8train.errors import BackendError  # noqa: E402
 from tests.kernels.products import quantized  # noqa: E402
 
 GPU = torch.device("cuda", 0)
-RATES = {"gemm": {"gluon_192x128_s4": 900.0, "pointer_64x64_s3": 1000.0}, "gemm_wgrad": {"gluon_128x128_ahead_s6": 1e3}}
+RATES = {"gemm": {"gluon_192x128_s4": 900.0, "pointer_64x64_s3": 1000.0}, "gemm_wgrad": {"gluon_128x128_k2_s6": 1e3}}
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,13 @@ def test_rates_are_kept_for_the_gpu_that_they_are_of(machine: Path) -> None:
     found = launch_rates.measured(1)
     assert found is not None and len(found.date) == 10 and launch_rates.measured(0) is None
     assert found.rates["gemm"] == {"gluon_192x128_s4": (192, 128, 900.0), "pointer_64x64_s3": (64, 64, 1000.0)}
-    assert found.rates["gemm_wgrad"] == {"gluon_128x128_ahead_s6": (128, 128, 1000.0)}
+    assert found.rates["gemm_wgrad"] == {"gluon_128x128_k2_s6": (128, 128, 1000.0)}
 
 
 def test_entries_are_ordered_by_them_and_others_are_not_used() -> None:
     launch_rates.write(0, RATES)
     assert triton._table_entries("gemm", GPU, 8192, 8192) == ("pointer_64x64_s3", "gluon_192x128_s4")
-    assert triton._table_entries("gemm_wgrad", GPU, 64, 64) == ("gluon_128x128_ahead_s6",)
+    assert triton._table_entries("gemm_wgrad", GPU, 64, 64) == ("gluon_128x128_k2_s6",)
 
 
 def test_the_backend_says_whose_table_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fp8train.kernels.gemm_gluon import BOX_M, _gemm_gluon_kernel
-from fp8train.kernels.gemm_gluon_launch import box_layout, in_quads, registers
+from fp8train.kernels.gemm_gluon_launch import box_layout, registers
 
 
 def compile_cases(operation: str, configs: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -28,7 +28,7 @@ def compile_cases(operation: str, configs: Mapping[str, Any]) -> list[tuple[Any,
         for output, types in outputs.items():
             boxes = {"a_desc": ("fp8e4nv", BOX_M.value, 128), "b_desc": ("fp8e4nv", entry["BLOCK_N"], 128)} | types
             made = signature | {key: kind if isinstance(kind, str) else box_type(*kind) for key, kind in boxes.items()}
-            if in_quads(entry, flags["B_ROWS"]):
+            if entry["AHEAD"]:
                 layout = box_layout(entry["BLOCK_N"], 1, rank=5)
                 made["b_desc"] = f"tensordesc<fp8e4nv[{entry['BLOCK_N'] // 16}, 4, 1, 2, 128],{layout!r}>"
             constants = entry | registers(entry) | flags | {"stride_sam": 1, "BIAS": "bias_ptr" in types}

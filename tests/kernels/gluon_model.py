@@ -50,10 +50,10 @@ def store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
     pointer.memory[at[mask]] = value[mask]
 
 
-def prefetch(code: str, constraints: str, pointers: Sequence[Pointer], **options: object) -> None:
-    """Inline assembly: nothing but a prefetch of numbers that are there."""
-    assert code.startswith("prefetch.global.L2 ")
-    load(pointers[0])
+def atomic_add(pointer: Pointer, value: Tensor, mask: Tensor, sem: str) -> None:
+    """Sums in memory; an address that occurs twice would be added to once."""
+    at, mask, value = torch.broadcast_tensors(pointer.at, mask, value)
+    pointer.memory[at[mask]] += value[mask]
 
 
 def where(condition: bool, x: int, y: int) -> int:
@@ -138,6 +138,6 @@ class Kernel:
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), cast=lambda x, dtype: x,
             arange=lambda first, last, layout: torch.arange(first, last), SliceLayout=lambda axis, layout: None,
             expand_dims=expand_dims, broadcast=torch.broadcast_tensors, allocate_shared_memory=allocate,
-            warp_specialize=program.warp_specialize, inline_asm_elementwise=prefetch, where=where, int32=torch.int32,
-            convert_layout=lambda x, layout: x, BlockedLayout=lambda *shape: None,
+            warp_specialize=program.warp_specialize, atomic_add=atomic_add, where=where,
+            convert_layout=lambda x, layout: x,
         )  # fmt: skip

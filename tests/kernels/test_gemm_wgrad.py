@@ -48,6 +48,18 @@ def run(a: QTensor, b: QTensor, **options: object) -> Tensor:
     return gemm_wgrad(a.qdata, b.qdata, a.scale_inv, b.scale_inv, **options)  # type: ignore[arg-type]
 
 
+@every_config
+def test_what_is_added_to_loses_nothing_but_numbers_below_the_smallest_normal_one(config: str) -> None:
+    b = quantized(192, 256, SPEC, 1)
+    zero = QTensor(torch.zeros_like(b.qdata), b.scale_inv, b.spec)
+    before = torch.logspace(-44, 38, 192 * 192).view(192, 192).to(DEVICE)
+    y = run(zero, readable(config, b), config=config, out=before.clone(), accumulate=True)
+    kept = before >= 2.0**-126
+    assert 0 < (~kept).sum() < kept.sum() and torch.equal(y[kept], before[kept])
+    flushed = DEVICE == "cuda" and config in HOPPER  # they add in L2
+    assert torch.equal(y[~kept], torch.zeros_like(y[~kept]) if flushed else before[~kept])
+
+
 @variants
 @pytest.mark.parametrize("batch", range(4))
 def test_product_equals_fp64_on_drawn_shapes(config: str, batch: int) -> None:
