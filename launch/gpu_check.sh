@@ -5,6 +5,8 @@
 # Every step is a process of its own with a time limit, so that one that hangs costs its own rows only. OUT_DIR gets
 # summary.md, results.json (for kernels/results/DATE.json, see kernels/README.md), logs.tar.gz and report.html. PYTHON names
 # the interpreter (python3). PARTS="tests benches entries" says what to do, all by default; TOTAL_SECONDS how long at most.
+# Most of the time is the compilers': OUT_DIR/compiled.tar.xz holds what they made, and COMPILED names that of an earlier
+# call, on such a machine with these versions, for what has not changed since.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,8 +17,13 @@ if [[ $# -lt 1 ]]; then
 fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+compiled=$(realpath -m -- "${COMPILED:-$out/compiled.tar.xz}")
 cd "$root" || exit 2
-export PYTHONPATH=$root
+export PYTHONPATH=$root TRITON_CACHE_DIR=$out/compiled/triton TORCHINDUCTOR_CACHE_DIR=$out/compiled/inductor
+mkdir -p "$out/compiled"
+if [[ -n ${COMPILED:-} ]]; then
+  tar -xf "$compiled" -C "$out/compiled" || exit 2
+fi
 if [[ $# -gt 1 ]]; then
   "$python" -m pip install -qq --no-index --no-deps --disable-pip-version-check --target "$out/packages" "$2"/*.whl || exit 2
   export PYTHONPATH=$root:$out/packages
@@ -140,7 +147,7 @@ grep -Eq '^\| bench_[^|]* \| (failed|over|not)' "$summary" && failed=1
 rm -f "$out/turn"
 
 cp "$out/compare/verdict.json" "$out/compare/report.html" "$out/" 2>/dev/null
-# one file of figures and one of logs
+# one file of figures, one of logs, one of compiled code
 "$python" - "$out" <<'END' && (cd "$out" && tar -czf logs.tar.gz -- *.log && rm -f -- *.log)
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
@@ -150,6 +157,7 @@ content = {path.stem: json.loads(path.read_text()) for path in parts} | {"machin
 for path in parts:
     path.unlink()
 END
-rm -rf "$out/packages" "$out/compare"
+XZ_OPT="-3 -T0" tar -cJf "$out/compiled.tar.xz" -C "$out/compiled" . # its keys are sources and versions, not paths
+rm -rf "$out/packages" "$out/compare" "$out/compiled"
 cat "$summary"
 exit $failed

@@ -17,8 +17,8 @@ from tests.source_tree import ROOT
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
 
 
-def run_script(out: Path, python: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": str(python), "PATH": f"{folder}:{os.environ['PATH']}"}
+def run_script(out: Path, python: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": str(python), "PATH": f"{folder}:{os.environ['PATH']}"} | variables
     return subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -76,10 +76,28 @@ def test_figures_and_logs_are_bundled(tmp_path: Path, pretender: Path) -> None:
     out.mkdir()
     (out / "gemm.json").write_text('{"subject": "gemm"}')
     assert run_script(out, python, pretender).returncode == 0
-    assert sorted(path.name for path in out.iterdir()) == ["logs.tar.gz", "results.json", "summary.md"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "compiled.tar.xz", "logs.tar.gz", "results.json", "summary.md",
+    ]  # fmt: skip
     assert json.loads((out / "results.json").read_text()) == {"gemm": {"subject": "gemm"}, "machine": ""}
     with tarfile.open(out / "logs.tar.gz") as logs:
         assert {"machine.log", "bench_gemm.log", "test_ws_1x1.log"} <= set(logs.getnames())
+
+
+def test_what_was_compiled_serves_a_later_call(tmp_path: Path, pretender: Path) -> None:
+    python = pretender / "python"
+    text = python.read_text()
+    python.write_text(
+        text.replace('echo "$*"', 'mkdir -p "$TRITON_CACHE_DIR"; touch "$TRITON_CACHE_DIR/kernel"; echo "$*"')
+    )
+    assert run_script(tmp_path / "first", python, pretender).returncode == 0
+    python.write_text(text)
+    kept = os.path.relpath(tmp_path / "first" / "compiled.tar.xz")
+    assert run_script(tmp_path / "second", python, pretender, COMPILED=kept).returncode == 0
+    with tarfile.open(tmp_path / "second" / "compiled.tar.xz") as compiled:
+        assert "./triton/kernel" in compiled.getnames()
+    done = run_script(tmp_path / "third", python, pretender, COMPILED=str(tmp_path / "none"))
+    assert done.returncode == 2 and "none" in done.stderr
 
 
 def test_a_step_that_fails_costs_its_own_row_and_the_status(tmp_path: Path, pretender: Path) -> None:
