@@ -58,24 +58,27 @@ class Admission:
         if (operation, entry, index) not in self._verdicts:
             if torch.cuda.is_current_stream_capturing():
                 return False  # a graph that is being captured must not wait for a check; the plain way serves it
-            for (op, name), reason in verdicts(index, [(operation, entry)]).items():
+            alone = (operation, entry) in ROTATIONS  # a run in BF16 needs no other
+            for (op, name), reason in verdicts(index, [(operation, entry)], alone=alone).items():
                 self._verdicts[op, name, index] = reason
         return self._verdicts[operation, entry, index] is None
 
 
-def verdicts(index: int, wanted: Iterable[Kernel] = ()) -> dict[Kernel, str | None]:
+def verdicts(index: int, wanted: Iterable[Kernel] = (), *, alone: bool = False) -> dict[Kernel, str | None]:
     """Why each kernel is refused on a GPU, or None; from the cache, or checked now and, where decided, put there.
 
     Args:
         index: of the GPU.
         wanted: kernels to answer for besides those of the launch table and the quantisers.
+        alone: only for these, and for what the cache has.
     """
     path = cache_folder() / f"kernels_{fingerprint(index)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine check once
         known = json.loads(path.read_text()) if path.is_file() else {}
         found: dict[Kernel, str | None] = {_kernel(name): reason for name, reason in known.items()}
-        missing = [kernel for kernel in dict.fromkeys([*wanted, *_used(index)]) if kernel not in found]
+        asked = dict.fromkeys([*wanted, *([] if alone else _used(index))])
+        missing = [kernel for kernel in asked if kernel not in found]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             made = dict(zip(missing, pool.map(lambda kernel: _check_in_child(kernel, index), missing), strict=True))
         decided = {" ".join(kernel): reason for kernel, (reason, final) in made.items() if final}

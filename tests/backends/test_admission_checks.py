@@ -1,0 +1,181 @@
+"""What a kernel is compared with before its first use: right ones pass, each planted fault is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.backends.admission_checks import (  # noqa: E402
+    HEADS,
+    MATRICES,
+    QUANTISERS,
+    check_codes,
+    check_crowd,
+    check_norm_gradients,
+    check_product,
+    check_rotation,
+)
+from fp8train.backends.triton import kernel  # noqa: E402
+from tests.hardware import devices  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = ((1, 128, 128), (130, 140, 272))
+operations = pytest.mark.parametrize("operation", ["gemm", "gemm_wgrad"])
+
+
+@operations
+@pytest.mark.parametrize("device", devices())
+def test_the_kernels_pass_their_own_check(operation: str, device: str) -> None:
+    assert check_product(operation, "ws_128x128_s4", torch.device(device), SMALL) is None
+
+
+def wrong_scale(y: Tensor) -> Tensor:
+    return y.mul_(1.001)
+
+
+def one_bad_row(y: Tensor) -> Tensor:
+    y[-1, -1] += 2 * y[-1].abs().max()
+    return y
+
+
+def unwritten(y: Tensor) -> Tensor:
+    y[0, 0] = float("nan")
+    return y
+
+
+@operations
+@pytest.mark.parametrize("spoil", [wrong_scale, one_bad_row, unwritten])
+def test_a_wrong_product_is_refused(
+    operation: str, spoil: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kernel(operation)
+    launch = getattr(module, operation)
+    monkeypatch.setattr(module, operation, lambda *args, **kwargs: spoil(launch(*args, **kwargs)))
+    assert "calc_diff" in str(check_product(operation, "tma_128x128_s4", CPU, SMALL[1:]))
+
+
+@operations
+def test_the_only_entry_that_runs_has_nothing_to_differ_from(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernel(operation)
+    monkeypatch.setattr(
+        module, "refusal", lambda name, *operands: None if name == "pointer_64x64_s3" else "needs sm_90"
+    )
+    assert check_crowd(operation, "pointer_64x64_s3", CPU, (140, 132, 272), tries=1) is None
+
+
+def one_bad_column(y: Tensor) -> Tensor:
+    y[16:32, 6] *= 0.5
+    return y
+
+
+@operations
+@pytest.mark.parametrize("spoil", [None, one_bad_column, unwritten])
+def test_sums_that_differ_from_the_plain_entrys_are_refused(
+    operation: str, spoil: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kernel(operation)
+    launch = getattr(module, operation)
+
+    def launched(*arguments: Any, config: str, **options: Any) -> Tensor:
+        y = launch(*arguments, config=config, **options)
+        return y if spoil is None or config in module.PLAIN else spoil(y)
+
+    monkeypatch.setattr(module, operation, launched)
+    reason = check_crowd(operation, "ws_128x128_s4", CPU, (140, 132, 272), tries=1)
+    assert reason is None if spoil is None else reason and "of its sums differ from those of tma_128x128_s4" in reason
+
+
+def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:
+    assert "reads by TMA" in str(check_product("gemm", "ws_128x128_s4", CPU, ((5, 5, 33),)))
+
+
+@pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
+@pytest.mark.parametrize("device", devices())
+def test_the_quantisers_pass_their_own_check(operation: str, variant: str, device: str) -> None:
+    assert check_codes(operation, variant, torch.device(device), ((128, 128), (77, 131))) is None
+
+
+@pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
+def test_a_wrong_byte_in_any_copy_is_refused(operation: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an assembler made them: one byte in four of a copy is lost."""
+    module = kernel(operation)
+    name = f"quantize_{variant}" if operation == "quantize" else operation
+    run = getattr(module, name)
+    copies = {"rows": 1, "columns": 1}.get(variant, 4 if operation == "swiglu_backward_quantize" else 2)
+    for spoilt in range(copies):
+
+        def spoil(*args: Any, spoilt: int = spoilt, **kwargs: Any) -> Any:
+            made = run(*args, **kwargs)
+            halves = made if operation == "swiglu_backward_quantize" else [made]
+            flat = [tensor for half in halves for tensor in half if tensor.element_size() == 1]
+            flat[spoilt].view(torch.uint8)[1::4] = 0
+            return made
+
+        monkeypatch.setattr(module, name, spoil)
+        assert "differs from the definition for [128, 256] bfloat16" in str(
+            check_codes(operation, variant, CPU, ((128, 256),))
+        )
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp32"])
+@pytest.mark.parametrize("device", devices())
+def test_gradients_of_the_norm_pass_their_own_check(variant: str, device: str) -> None:
+    sizes = MATRICES if device == "cuda" else ((77, 131),)
+    assert check_norm_gradients(variant, torch.device(device), sizes) is None
+
+
+@pytest.mark.parametrize("spoilt", [0, 1], ids=["dx", "dweight"])
+def test_a_wrong_gradient_of_the_norm_is_refused(spoilt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernel("rmsnorm_backward")
+    run = module.rmsnorm_backward
+
+    def spoil(*args: Any) -> Any:
+        made = run(*args)
+        made[spoilt].view(-1)[70] *= 1.01
+        return made
+
+    monkeypatch.setattr(module, "rmsnorm_backward", spoil)
+    assert "differs from the formula for [77, 131], dy" in str(check_norm_gradients("fp32", CPU, ((77, 131),)))
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp32"])
+@pytest.mark.parametrize("device", devices())
+def test_rotations_pass_their_own_check(variant: str, device: str) -> None:
+    assert check_rotation(variant, torch.device(device), HEADS if device == "cuda" else FEW_HEADS) is None
+
+
+FEW_HEADS = ((2, 3, 20, 16), (1, 2, 7, 6))
+
+
+def one_rounding_off(y: Tensor) -> None:
+    """As an FMA makes it: one number, of a rotation back, moves by its last place."""
+    y[-1, -1, -1, -1] = torch.nextafter(y[-1, -1, -1, -1], y.new_tensor(torch.inf))
+
+
+def another_zero(y: Tensor) -> None:
+    y[y == 0] = -y[y == 0]
+
+
+def one_head_unwritten(y: Tensor) -> None:
+    y[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("spoil", [one_rounding_off, another_zero, one_head_unwritten])
+def test_a_wrong_rotation_is_refused(spoil: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernel("rope")
+    run = module.rope
+
+    def spoilt(*args: Any, inverse: bool, **options: Any) -> Tensor:
+        made = run(*args, inverse=inverse, **options)
+        if inverse:
+            spoil(made)
+        return made
+
+    monkeypatch.setattr(module, "rope", spoilt)
+    reason = str(check_rotation("bf16", CPU, FEW_HEADS))
+    assert "its result differs from the definition for [2, 3, 20, 16], strides" in reason and "inverse=True" in reason
