@@ -1,7 +1,7 @@
 """Backward of SwiGLU and its quantisation in one pass: dgate and dup, each as a row copy and a transposed column copy.
 
 h = silu(gate) * up. s = 1 / (1 + exp(-gate)), silu(gate) = gate * s, dup = dh * silu(gate),
-dgate = (dh * up) * (s + silu(gate) - silu(gate) * s).
+dgate = (dh * up) * (silu(gate) - silu(gate) * s + s).
 dh, gate, up [M, K] bf16/fp32, row-major, any leading strides -> for both gradients the four outputs of
 quantize.quantize_dual, bit for bit, without the gradients ever being written. silu(gate), dh * up and both gradients
 are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the division are the device's fast
@@ -52,7 +52,7 @@ def _gradients(
     s = sigmoid(gate)
     silu = gate * s
     dsilu = (dh * up).to(dtype).to(tl.float32)
-    dgate = dsilu * tl.fma(-silu, s, silu + s)
+    dgate = dsilu * (tl.fma(-silu, s, silu) + s)
     dup = dh * silu.to(dtype).to(tl.float32)
     return dgate.to(dtype).to(tl.float32), dup.to(dtype).to(tl.float32)
 

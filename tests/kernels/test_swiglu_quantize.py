@@ -175,6 +175,16 @@ def test_large_gates_neither_overflow_nor_lose_their_sign() -> None:
     assert h.signbit().tolist() == [[True, True, True, True, False, False, False, False]]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter
+@dtypes
+def test_gradients_of_large_gates_are_those_of_a_line(dtype: torch.dtype) -> None:
+    gate = torch.tensor([[-1e38, -200.0, 88.0, 200.0, 2.0**24, 2.0**25, 1e9, 1e38]], device=DEVICE, dtype=dtype)
+    one = torch.ones_like(gate)
+    dgate, dup = swiglu_backward(one, gate, one)
+    assert dgate.tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    assert torch.equal(dup, gate.clamp_min(0.0))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
