@@ -34,6 +34,21 @@ def test_same_seed_gives_the_same_bits_and_another_gives_others():
     assert all(not torch.equal(first[name], other[name]) for name in first if name.endswith("proj.weight"))
 
 
+def test_weights_do_not_depend_on_the_threads_that_draw_them(monkeypatch):
+    drawn = []
+    for threads in (1, 5):  # of 23 matrices
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        drawn.append(initialized())
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+def test_weights_are_written_under_inference_mode():
+    with torch.inference_mode():
+        inferred = initialized()
+    plain = initialized()
+    assert all(torch.equal(plain[name], inferred[name]) for name in plain)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_model_from_the_meta_device_gets_the_same_bits(tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
