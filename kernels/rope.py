@@ -5,7 +5,7 @@ then once to the dtype of the result: no FMA, so that the bits are those of the 
 sin negated, is the gradient. x [B, heads, T, head_dim] bf16 or fp32, any strides but the last; cos, sin [T, head_dim/2]
 fp32 -> [B, heads, T, head_dim] with memory [B, T, heads, head_dim]: flash attention reads queries and keys so, and then
 gives its result and their gradients so, which the projections around it view as matrices. A program: 1024 pairs.
-Source: arXiv:2104.09864, in the layout of Hugging Face's models. Bytes that torch moves for it: kernels/README.md.
+Source: arXiv:2104.09864, in the layout of Hugging Face's models. Time that torch takes for it: kernels/README.md.
 """
 
 from __future__ import annotations

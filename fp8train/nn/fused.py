@@ -123,15 +123,18 @@ class FusedMLP(nn.Module):
 
 
 class FusedRope(nn.Module):
-    """A rotary embedding by a backend's kernel, but in compiled runs, where inductor fuses it; made by `fused_rope`."""
+    """A rotary embedding by a backend's kernel, but in compiled runs, where inductor fuses it; made by `fused_rope`.
+
+    torch.func does not know it: fused=never.
+    """
 
     fusion: RopeFusion
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rotate x [B, heads, T, head_dim] by the angles of its positions, cos and sin [T, head_dim / 2] fp32."""
+        """Rotate x [B, heads, T, head_dim] by the angles of its positions, dense cos and sin [T, head_dim / 2] fp32."""
         if torch.compiler.is_compiling() or x.dtype not in HIGH or dtype not in HIGH:
             return self.fusion.plain.forward(self, x, cos, sin, dtype)
-        return _Rotation.apply(x, cos, sin, dtype, self.fusion.backend)
+        return _Rotation.apply(x, cos, sin, dtype, False, self.fusion.backend)
 
     def extra_repr(self) -> str:
         return f"backend={self.fusion.backend}"
@@ -178,18 +181,20 @@ class _Product(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """RoPE, which keeps no x: its gradient is the rotation back."""
+    """RoPE, which keeps no x: its gradient is the rotation back, whose own is the rotation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.x_dtype, ctx.backend = x.dtype, backend
-        return OPS.rope(x, cos, sin, dtype, False, backend)
+        ctx.x_dtype, ctx.inverse, ctx.backend = x.dtype, inverse, backend
+        return OPS.rope(x, cos, sin, dtype, inverse, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return OPS.rope(dy, *ctx.saved_tensors, ctx.x_dtype, True, ctx.backend), None, None, None, None
+        dx = _Rotation.apply(dy, *ctx.saved_tensors, ctx.x_dtype, not ctx.inverse, ctx.backend)
+        return dx, None, None, None, None, None
 
 
 def _swiglu(

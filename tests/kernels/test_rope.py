@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
 
 
 COMPILE = """
-import collections, json
+import json
 from fp8train.kernels import rope
 from tests.kernels import sm90
 print(json.dumps({case[0]: sm90._disassembled(sm90.compiled(case).asm["cubin"]) for case in rope.COMPILE_CASES}))

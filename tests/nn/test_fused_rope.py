@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -70,6 +71,18 @@ def test_every_dtype_of_activations_and_attention_has_the_bits_of_the_formula(ac
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor([10, 1, 26])).expand(2, 37).to(DEVICE)
     made, wanted = (step(decoder(kernel=kernel, **options), documents) for kernel in (True, False))
     assert_same(made, wanted)
+
+
+def test_gradients_have_gradients() -> None:
+    x = torch.randn(1, 2, 5, 8, device=DEVICE, requires_grad=True)
+    cos, sin = (torch.rand(5, 4, device=DEVICE) for _ in range(2))
+
+    def second(rope: Callable[..., Tensor]) -> Tensor:
+        y = rope(x, cos, sin, torch.float32).pow(3)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.pow(2).sum(), x)[0]
+
+    assert torch.equal(second(fused_rope(Rope(), "triton")), second(apply_rope))
 
 
 @recipes
