@@ -8,8 +8,8 @@ rows of a, or its WAVES of 64, by the BLOCK_N rows of b in a slot. full[slot] co
 come, empty[slot] when every warpgroup has read it; nobody waits for empty[STAGES], which takes what a warpgroup gives
 back before it has had a slot. Both sides take the slots in turn, also across the tiles of a program (next_slot).
 IN_FLIGHT = 2 starts a second block of K before the first is promoted. AHEAD: the K loop waits for the slot after this
-one, and the producer ends with a slot without bytes, so that there is one. The loops are in gemm_gluon_sum.py.
-Structure as in DeepGEMM. Figures, compiled and measured: kernels/README.md.
+one, and the producer ends with a slot without bytes, so that there is one; with b in blocks of 1x128 only. The loops
+are in gemm_gluon_sum.py. Structure as in DeepGEMM. Figures, compiled and measured: kernels/README.md.
 """
 
 from triton.experimental import gluon

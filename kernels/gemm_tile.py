@@ -29,7 +29,7 @@ def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M):
 def by_hand(
     *, math_groups: int, stages: int, group_m: int, waves: int = 1, in_flight: int = 1, ahead: bool = False
 ) -> dict[str, int]:
-    """A launch entry of gemm_gluon.py, whose constants these are."""
+    """A launch entry of gemm_gluon.py, whose constants these are; `ahead` is for gemm_wgrad only."""
     tile = {"MATH_GROUPS": math_groups, "WAVES": waves, "BLOCK_N": 128, "GROUP_M": group_m}
     return tile | {"STAGES": stages, "IN_FLIGHT": in_flight, "AHEAD": ahead}
 

@@ -6,7 +6,8 @@
 # summary.md, results.json (for kernels/results/DATE.json, see kernels/README.md), logs.tar.gz and report.html. PYTHON names
 # the interpreter (python3). PARTS="tests benches entries" says what to do, all by default; TOTAL_SECONDS how long at most.
 # Most of the time is the compilers': OUT_DIR/compiled.tar.xz holds what they made, and COMPILED names that of an earlier
-# call, on such a machine with these versions, for what has not changed since.
+# call, on such a machine with these versions, for what has not changed since. It is unpacked where it was made, below
+# TMPDIR (/tmp): Triton finds its files by their absolute paths.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,10 +20,11 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 compiled=$(realpath -m -- "${COMPILED:-$out/compiled.tar.xz}")
 cd "$root" || exit 2
-export PYTHONPATH=$root TRITON_CACHE_DIR=$out/compiled/triton TORCHINDUCTOR_CACHE_DIR=$out/compiled/inductor
-mkdir -p "$out/compiled"
+cache=${TMPDIR:-/tmp}/fp8train-compiled
+export PYTHONPATH=$root TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
+mkdir -p "$cache"
 if [[ -n ${COMPILED:-} ]]; then
-  tar -xf "$compiled" -C "$out/compiled" || exit 2
+  tar -xf "$compiled" -C "$cache" || exit 2
 fi
 if [[ $# -gt 1 ]]; then
   "$python" -m pip install -qq --no-index --no-deps --disable-pip-version-check --target "$out/packages" "$2"/*.whl || exit 2
@@ -157,7 +159,7 @@ content = {path.stem: json.loads(path.read_text()) for path in parts} | {"machin
 for path in parts:
     path.unlink()
 END
-XZ_OPT="-3 -T0" tar -cJf "$out/compiled.tar.xz" -C "$out/compiled" . # its keys are sources and versions, not paths
-rm -rf "$out/packages" "$out/compare" "$out/compiled"
+XZ_OPT="-3 -T0" tar -cJf "$out/compiled.tar.xz" -C "$cache" . || rm -f "$out/compiled.tar.xz" # tar says why
+rm -rf "$out/packages" "$out/compare"
 cat "$summary"
 exit $failed

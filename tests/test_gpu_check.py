@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,8 @@ SCRIPT = ROOT / "launch" / "gpu_check.sh"
 
 
 def run_script(out: Path, python: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": str(python), "PATH": f"{folder}:{os.environ['PATH']}"} | variables
+    environment = os.environ | {"PYTHON": str(python), "PATH": f"{folder}:{os.environ['PATH']}"}
+    environment |= {"TMPDIR": str(folder)} | variables
     return subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -84,18 +86,18 @@ def test_figures_and_logs_are_bundled(tmp_path: Path, pretender: Path) -> None:
         assert {"machine.log", "bench_gemm.log", "test_ws_1x1.log"} <= set(logs.getnames())
 
 
-def test_what_was_compiled_serves_a_later_call(tmp_path: Path, pretender: Path) -> None:
+def test_what_was_compiled_lies_in_the_same_place_in_a_later_call(tmp_path: Path, pretender: Path) -> None:
     python = pretender / "python"
-    text = python.read_text()
-    python.write_text(
-        text.replace('echo "$*"', 'mkdir -p "$TRITON_CACHE_DIR"; touch "$TRITON_CACHE_DIR/kernel"; echo "$*"')
-    )
+    note = f'mkdir -p "$TRITON_CACHE_DIR"; cat "$TRITON_CACHE_DIR/group" >>{pretender}/found 2>/dev/null; '
+    note += 'echo "$TRITON_CACHE_DIR" >"$TRITON_CACHE_DIR/group"; '  # like Triton's files, which name each other so
+    python.write_text(python.read_text().replace('echo "$*"', note + 'echo "$*"'))
     assert run_script(tmp_path / "first", python, pretender).returncode == 0
-    python.write_text(text)
     kept = os.path.relpath(tmp_path / "first" / "compiled.tar.xz")
+    shutil.rmtree(pretender / "fp8train-compiled")
+    (pretender / "found").unlink()
     assert run_script(tmp_path / "second", python, pretender, COMPILED=kept).returncode == 0
-    with tarfile.open(tmp_path / "second" / "compiled.tar.xz") as compiled:
-        assert "./triton/kernel" in compiled.getnames()
+    found = (pretender / "found").read_text().splitlines()
+    assert found and set(found) == {str(pretender / "fp8train-compiled" / "triton")}
     done = run_script(tmp_path / "third", python, pretender, COMPILED=str(tmp_path / "none"))
     assert done.returncode == 2 and "none" in done.stderr
 

@@ -3,7 +3,7 @@
 kernels/gemm_table.py holds what we measured on our cards. `fp8train bench entries write=true` measures every entry on
 the GPU that is there, and the rates are kept beside the verdicts of admission.py, for that GPU, these versions and
 these kernels alone. Which entry multiplies changes the time and no number, since all add the same products in the same
-order.
+order; but a gradient below 2^-126, which some add to as to a zero (kernels/gemm_gluon.py).
 """
 
 from __future__ import annotations

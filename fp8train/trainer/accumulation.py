@@ -2,7 +2,8 @@
 
 Autograd would write dw [N, K] in FP32 and then add it in a pass of its own: 12 bytes of memory traffic more for each
 weight and micro-batch, and room for dw. The sum is the same bit for bit, for the GEMM rounds grad + dw once, as that
-pass does; of a linear that runs several times in a micro-batch the same products are added in another order.
+pass does (but below 2^-126, which an H100 or H200 takes for zero there); of a linear that runs several times in a
+micro-batch the same products are added in another order.
 """
 
 from __future__ import annotations

@@ -146,7 +146,15 @@ def _by_hand_faults(
 ) -> list[str]:
     found = ring_faults(ptx, constants) + given_back_early(sass, constants)
     loops = idle if constants["AHEAD"] else []
+    found += added_elsewhere(sass) if constants["ACCUMULATE"] else []
     return found + sorted({fault for loop in loops for fault in idle_faults(loop, accumulators)})
+
+
+def added_elsewhere(sass: list[str]) -> list[str]:
+    """What is wrong with a GEMM that is to have its sums added in L2, and to wait for nothing."""
+    opcodes = [opcode for opcode in map(_opcode, sass) if opcode]
+    found = [] if any("REDG" in line for line in sass) else ["nothing is added in L2"]
+    return found + ["an addition whose result comes back"] * any(opcode.startswith("ATOMG") for opcode in opcodes)
 
 
 def idle_instructions(loop: list[str]) -> list[str]:

@@ -249,6 +249,12 @@ def test_machine_code_that_gives_slots_back_early_is_a_fault() -> None:
         assert sm90.given_back_early(wrong, slots) and not sm90.given_back_early(wrong, {"B_ROWS": 128})
 
 
+def test_machine_code_that_reads_what_it_adds_to_is_a_fault() -> None:
+    assert sm90.added_elsewhere(["REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR32][R26.64], R108 ;"]) == []
+    for wrong in ("ATOMG.E.ADD.F32x4.FTZ.RN.STRONG.GPU PT, R4, desc[UR32][R26.64], R108 ;", "LDG.E.128 R4, [R2.64] ;"):
+        assert sm90.added_elsewhere([wrong])
+
+
 def test_what_a_loop_that_works_ahead_does_between_two_multiplications_is_counted() -> None:
     wait, start = "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24 ;"
     loop = [

@@ -86,7 +86,8 @@ def test_a_compiled_model_has_two_graphs_and_keeps_them(tmp_path: Path, monkeypa
         torch.compiler.reset()
         monkeypatch.setattr(step_module, "accumulating_linears", lambda model: [])
         theirs = weights_after(tmp_path, monkeypatch, "compile=true", steps=3)
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    apart = [(one - other).abs().max().item() for one, other in zip(ours, theirs, strict=True)]
+    assert not any(apart), f"{torch.get_num_threads()} threads"
 
 
 def one_step(assembly: Assembly, folder: Path, world: World) -> int:
