@@ -1,7 +1,9 @@
 """What GPUs measured: `python -m tests.kernels.measured` writes a section of kernels/README.md from kernels/results/.
 
 A file of kernels/results/ is the results.json of one launch/gpu_check.sh: {"environment": ..., "machine": text of
-nvidia-smi, and by step what `fp8train bench` wrote}. Nothing else may write into the section; a test compares the two.
+nvidia-smi, and by step what `fp8train bench` wrote}, or was made by hand and says in "note" how. The section has what
+the kernels must reach and what was measured of it (targets.py), the newest bench of each step of gpu_check, and a list
+of all files. Nothing else may write into it; a test compares the two.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.units import bytes_text
+from tests.kernels import targets
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 README = KERNELS / "README.md"
@@ -23,9 +26,16 @@ HEAD = "| case | contestant | median | time against the first (quartiles) | rate
 
 
 def section(folder: Path) -> str:
-    """The section between its marks: a part for each file of the folder, the newest first."""
-    parts = [_part(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-    return "\n\n".join([BEGIN, *(reversed(parts) if parts else [NOTHING]), END])
+    """The section between its marks, from the files of a folder; their names begin with their dates."""
+    paths = sorted(folder.glob("*.json"), reverse=True)
+    files = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    if not files:
+        return "\n\n".join([BEGIN, NOTHING, END])
+    shown: set[tuple[str, str]] = set()
+    parts = ["### Wanted and reached on an H200", "\n".join(targets.table(files))]
+    parts += [part for name, content in files if "note" not in content and (part := _part(name, content, shown))]
+    parts += ["### All files", "\n".join(_entry(name, content) for name, content in files)]
+    return "\n\n".join([BEGIN, *parts, END])
 
 
 def section_in_readme() -> str:
@@ -34,20 +44,34 @@ def section_in_readme() -> str:
     return text[text.index(BEGIN) : text.index(END) + len(END)]
 
 
-def _part(name: str, content: Mapping[str, Any]) -> str:
+def _part(name: str, content: Mapping[str, Any], shown: set[tuple[str, str]]) -> str:
+    """The benches of a file that no newer file has of the same kind of device; adds them to `shown`."""
+    device = content["environment"]["device"]["name"]
+    lines = []
+    for step, bench in content.items():
+        if not isinstance(bench, dict) or "results" not in bench or (device, step) in shown:
+            continue
+        shown.add((device, step))
+        rounds = f"{bench['arguments']['rounds']} interleaved rounds"
+        lines += ["", f"`bench {bench['subject']}` ({step}, {rounds}):", ""]
+        lines += _wide(bench["results"]) if _many(bench["results"]) else _long(bench["results"])
+    if not lines:
+        return ""
+    machine = [f"nvidia-smi: `{line}`" for line in content.get("machine", "").splitlines()[1:]]
+    return "\n".join([f"### {name}: {device}", "", f"{_made(content)}.", *machine, *lines])
+
+
+def _entry(name: str, content: Mapping[str, Any]) -> str:
+    """A file in the list of all."""
+    note = f" {content['note']}" if "note" in content else ""
+    return f"- [{name}](results/{name}.json): {content['environment']['device']['name']}. {_made(content)}.{note}"
+
+
+def _made(content: Mapping[str, Any]) -> str:
     environment = content["environment"]
     versions = ", ".join(f"{key} {environment[key]}" for key in ("torch", "triton", "cuda", "python"))
     commit = str(environment["git_commit"])[:12] + (" with changes" if environment["git_dirty"] else "")
-    made = "By hand" if "note" in content else "`launch/gpu_check.sh`"
-    lines = [f"### {name}: {environment['device']['name']}", "", f"{made} at {commit}; {versions}."]
-    lines += [f"nvidia-smi: `{line}`" for line in content.get("machine", "").splitlines()[1:]]
-    lines += ["", content["note"]] if "note" in content else []
-    benches = {step: bench for step, bench in content.items() if isinstance(bench, dict) and "results" in bench}
-    for step, bench in benches.items():
-        arguments = bench["arguments"]
-        lines += ["", f"`bench {bench['subject']}` ({step}, {arguments['rounds']} interleaved rounds):", ""]
-        lines += _wide(bench["results"]) if _many(bench["results"]) else _long(bench["results"])
-    return "\n".join(lines)
+    return f"{'By hand' if 'note' in content else '`launch/gpu_check.sh`'} at {commit}; {versions}"
 
 
 def _many(results: list[Mapping[str, Any]]) -> bool:

@@ -27,14 +27,16 @@ def test_figures_are_those_of_the_files_newest_first(tmp_path: Path) -> None:
     }
     gemm = {"title": "fprop M 4096", "timings": timings, "flops": 1e12, "wrong": {"triton": 0.1}}
     both = {"title": "quantize both", "timings": timings, "bytes": {"bf16": 4e9, "triton": 3e9}}
-    step = {"title": "training step", "timings": timings, "tokens": 8192}
+    step_result = {"title": "training step", "timings": timings, "tokens": 8192}
     bench = {"subject": "gemm", "arguments": {"rounds": 11}}
-    for date in ("2026-12-01", "2026-12-02"):
+    for date, steps in (("2026-12-01", ("one", "two")), ("2026-12-02", ("two",)), ("2026-12-03", ())):
         content = {"environment": environment, "machine": "name, clock\nNVIDIA H200, 1980 MHz\n"}
-        content |= {"gemm": bench | {"results": [gemm, both, step]}}
+        content |= {step: bench | {"results": [gemm, both, step_result]} for step in steps}
         (tmp_path / f"{date}.json").write_text(json.dumps(content))
     text = measured.section(tmp_path)
     assert text.index("### 2026-12-02: NVIDIA H200") < text.index("### 2026-12-01: NVIDIA H200")
+    assert "### 2026-12-03" not in text and "- [2026-12-03](results/2026-12-03.json): NVIDIA H200." in text
+    assert text.count("`bench gemm` (two,") == text.count("`bench gemm` (one,") == 1  # of each step the newest
     assert "`NVIDIA H200, 1980 MHz`" in text and "at 0123456789ab; torch 2.11, triton 3.6.0, cuda 13.0" in text
     assert "| fprop M 4096 | bf16 | 2.000 ms | 1.00 (1.00 ... 1.00) | 500 TFLOP/s |" in text
     assert "| fprop M 4096 | triton, WRONG | 1.000 ms | 0.50 (0.48 ... 0.53) | 1000 TFLOP/s |" in text
@@ -50,9 +52,17 @@ def test_many_contestants_are_columns(tmp_path: Path) -> None:
         {"title": "two", "timings": {"a": timings["a"]}, "flops": 2e12},
     ]
     bench = {"subject": "gemm", "arguments": {"rounds": 9}, "results": results}
-    content = {"environment": environment | {"device": {"name": "NVIDIA H100"}}, "note": "By hand.", "gemm": bench}
+    content = {"environment": environment | {"device": {"name": "NVIDIA H100"}}, "gemm": bench}
     (tmp_path / "2026-12-01.json").write_text(json.dumps(content))
     text = measured.section(tmp_path)
-    assert "By hand." in text
     assert "| TFLOP/s | a | b | c | d |" in text and "| one | 1000 | 500 | 333 | 250 |" in text
     assert "| two | 2000 | - | - | - |" in text
+
+
+def test_what_was_made_by_hand_is_listed_with_its_note_only(tmp_path: Path) -> None:
+    environment = dict.fromkeys(("torch", "triton", "cuda", "python", "git_commit", "git_dirty"), "1")
+    bench = {"subject": "host", "arguments": {"rounds": 9}, "results": [{"title": "x", "extra_microseconds": 1.0}]}
+    content = {"environment": environment | {"device": {"name": "NVIDIA H100"}}, "note": "So and so.", "host": bench}
+    (tmp_path / "2026-12-01.json").write_text(json.dumps(content))
+    text = measured.section(tmp_path)
+    assert "bench host" not in text and text.count("So and so.") == 1 and "By hand at 1" in text
