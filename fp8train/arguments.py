@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from fp8train.errors import ConfigError
 
 T = TypeVar("T")
+REQUIRED = "<required>"
 
 
 def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
@@ -84,11 +85,14 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return result
 
 
-def describe(target: type) -> str:
-    """Help text of a dataclass: its first docstring line, then key=default and meaning of each field."""
+def describe(target: type, values: Mapping[str, Any] | None = None) -> str:
+    """Help text of a dataclass: its first docstring line, then key=value and meaning of each field.
+
+    values: nested, as OmegaConf gives them; what they leave out has its default.
+    """
     doc = inspect.getdoc(target) or ""
     title = [doc.splitlines()[0] if doc else target.__name__, "", "arguments (key=value):"]
-    return "\n".join(title + _describe_fields(target, "")) + "\n"
+    return "\n".join(title + _describe_fields(target, "", values or {})) + "\n"
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
@@ -97,16 +101,17 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return f"nearest: {', '.join(near)}" if near else f"choices: {', '.join(choices)}"
 
 
-def _describe_fields(target: type, prefix: str) -> list[str]:
+def _describe_fields(target: type, prefix: str, values: Mapping[str, Any]) -> list[str]:
     meanings = _field_docs(target)
     hints = typing.get_type_hints(target)
     lines = []
     for field in dataclasses.fields(target):
         inner = _dataclass_of(hints[field.name])
         if inner is not None:
-            lines += _describe_fields(inner, f"{prefix}{field.name}.")
+            lines += _describe_fields(inner, f"{prefix}{field.name}.", values.get(field.name) or {})
             continue
-        assignment = f"{prefix}{field.name}={_default_text(field)}"
+        value = _text(values[field.name]) if field.name in values else _default_text(field)
+        assignment = f"{prefix}{field.name}={value}"
         lines.append(f"  {assignment:38s} {meanings.get(field.name, '')}".rstrip())
     return lines
 
@@ -175,10 +180,15 @@ def _type_name(hint: Any) -> str:
 
 def _default_text(field: dataclasses.Field) -> str:
     if field.default is not dataclasses.MISSING:
-        return "null" if field.default is None else str(field.default)
+        return _text(field.default)
     if field.default_factory is not dataclasses.MISSING:
         return str(field.default_factory())
-    return "<required>"
+    return REQUIRED
+
+
+def _text(value: Any) -> str:
+    """A value as YAML would have it; `???` is OmegaConf's word for one that must be given."""
+    return "null" if value is None else REQUIRED if value == "???" else str(value)
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

@@ -286,8 +286,9 @@ def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
     """Compose a run configuration from configs/ and the command line.
 
     Group choices (model=llama_125m, experiment=quickstart) select YAML files; every other key=value is applied on top,
-    as are -h/--help (keys and choices), `--cfg job` (print the resolved configuration) and --config-dir DIR (a folder
-    with groups of the user's own); the first two print and exit with status 0.
+    as are -h/--help (keys, their values and choices), `--cfg job` (print the resolved configuration) and --config-dir
+    DIR (a folder with groups of the user's own); the first two print and exit with status 0. Without experiment=NAME
+    a model brings the experiment of its own name, if there is one, or none; without either it is the quickstart.
 
     Args:
         overrides: command line arguments.
@@ -299,15 +300,15 @@ def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
     arguments, print_config, extra = _split_options(list(overrides), command)
     folders = [folder("configs"), *extra]
     choices = {group: sorted({p.stem for base in folders for p in (base / group).glob("*.yaml")}) for group in GROUPS}
-    if print_config == "help":
-        sys.stdout.write(_help(command, choices))
-        raise SystemExit(0)
     selected = [argument for argument in arguments if argument.partition("=")[0] in GROUPS]
     for argument in selected:
         group, _, choice = argument.partition("=")
         if choice not in (*choices[group], *(["null"] if group == "experiment" else [])):
             raise ConfigError(f"{group}: no file {choice!r} in configs/{group}/; {nearest(choice, choices[group])}.")
-    values = _compose(selected, folders)
+    values = _compose(selected + _own_experiment(selected, choices["experiment"]), folders)
+    if print_config == "help":
+        sys.stdout.write(_help(command, choices, values))
+        raise SystemExit(0)
     assigned = parse_assignments([argument for argument in arguments if argument not in selected], RunConfig)
     config = structure(RunConfig, merged(values, assigned), who=command)
     config.model = resolve_config(config.model)
@@ -359,6 +360,15 @@ def _split_options(overrides: list[str], command: str) -> tuple[list[str], str |
     return arguments, show, extra
 
 
+def _own_experiment(selected: Sequence[str], experiments: Sequence[str]) -> list[str]:
+    """The choice of an experiment where a model is chosen and none is: another model's batch and learning rate are
+    not for this one."""
+    chosen = dict(argument.split("=", 1) for argument in selected)
+    if "model" not in chosen or "experiment" in chosen:
+        return []
+    return [f"experiment={chosen['model'] if chosen['model'] in experiments else 'null'}"]
+
+
 def _compose(selected: list[str], folders: Sequence[Path]) -> dict[str, Any]:
     groups = ["~experiment" if choice == "experiment=null" else choice for choice in selected]
     search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in folders[1:])}]"] if folders[1:] else []
@@ -374,11 +384,15 @@ def _default_run_dir(config: RunConfig, command: str) -> str:
     return f"runs/compare-{stem}" if command == "compare" else f"runs/{stem}-seed{config.seed}"
 
 
-def _help(command: str, choices: Mapping[str, Sequence[str]]) -> str:
+def _help(command: str, choices: Mapping[str, Sequence[str]], values: Mapping[str, Any]) -> str:
     usage = f"usage: fp8train {command} [GROUP=CHOICE ...] [KEY=VALUE ...] [--cfg job] [--config-dir DIR]"
     lines = [usage, "", "groups:"]
     lines += [f"  {group:11s} {', '.join(names)}" for group, names in choices.items()]
-    return "\n".join([*lines, "", describe(RunConfig)])
+    lines += [
+        "",
+        "A model brings the experiment of its own name, if there is one; below are the values of what is chosen.",
+    ]
+    return "\n".join([*lines, "", describe(RunConfig, values)])
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fp8train.backends.coverage import GEMMS
+from fp8train.backends.selection import PLANNED
 from fp8train.config import load_config
 from fp8train.conversion_report import ConversionReport, ProducerRow, align, index_ranges
 from fp8train.convert import convert_model
@@ -26,17 +27,22 @@ from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
 from fp8train.units import bytes_text, percent_text, short_count_text
 
-USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [backend=NAME] [KEY=VALUE] [--all] [--json]
+USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [device=auto|cpu|cuda|sm_90] [KEY=VALUE]
+       [--all] [--json]
 
 Prints, for every linear of the model: shape, precision of each GEMM, the rule that decided, backend and bytes.
 
   model=NAME   a preset of configs/model/ (default: quickstart); every key of a training run may follow
   hf=DIR       the model that config.json of a Hugging Face folder describes (needs transformers)
+  device=KIND  where it is to run: auto (the default) is cuda where there is a GPU, else cpu; sm_90 is an H100 or H200,
+               which this machine need not have
   --all        one line for each linear; without it, linears that differ only in their indices share one
   --json       the same as JSON, one entry for each linear
 """
 
 
+MOMENT_BYTES = {"fp32": 4, "bf16": 2}
+DEVICES = ("auto", "cpu", "cuda", PLANNED)
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer in a module path
 
 
@@ -46,6 +52,7 @@ class _Request:
 
     overrides: list[str]
     hf: Path | None
+    device: str
     every: bool
     as_json: bool
 
@@ -66,26 +73,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, model = (
         (config.model.name, build_model(config.model, "meta")) if request.hf is None else hf_layout(request.hf)
     )
-    report = convert_model(model, recipe, config.backend, fused=config.fused)
+    report = convert_model(model, recipe, config.backend, request.device, config.fused)
     if request.as_json:
         sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
     else:
-        sys.stdout.write(explanation(name, model, recipe, report, every=request.every) + "\n")
+        moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
+        sys.stdout.write(explanation(name, model, recipe, report, moments, every=request.every) + "\n")
     return 0
 
 
-def explanation(name: str, model: nn.Module, recipe: Recipe, report: ConversionReport, *, every: bool = False) -> str:
-    """The plan as text: what was asked for, the precisions in use, one line per linear or group of them, the totals."""
+def explanation(
+    name: str, model: nn.Module, recipe: Recipe, report: ConversionReport, moments: str, *, every: bool = False
+) -> str:
+    """The plan as text: what was asked for, the precisions in use, one line per linear or group of them, the totals.
+
+    moments: of AdamW, "fp32" or "bf16"
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     used = dict.fromkeys(row.numbers for row in report.rows if row.numbers is not None)
     parts = [
         f"model {name}: {short_count_text(parameters)} parameters, {len(report.rows)} linears\n"
-        f"recipe {recipe.name}: hash {recipe.hash[:12]}, AdamW moments {recipe.moments}\n"
+        f"recipe {recipe.name}: hash {recipe.hash[:12]}, AdamW moments {moments}\n"
         f"{report.backend_reason}",
         _precision_table(list(used)),
         report.table(every=every),
         *_remarks(report),
-        _totals(report),
+        _totals(report, 4 * parameters, MOMENT_BYTES[moments] * 2 * parameters),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -94,14 +107,21 @@ def _parse(arguments: Sequence[str]) -> _Request:
     flags = {argument for argument in arguments if argument in ("--all", "--json")}
     rest = [argument for argument in arguments if argument not in flags]
     folders = [argument.removeprefix("hf=") for argument in rest if argument.startswith("hf=")]
-    overrides = [argument for argument in rest if not argument.startswith("hf=")]
-    if len(folders) > 1:
-        raise ConfigError(f"explain: hf is given {len(folders)} times; needs one folder. Keep one.")
+    devices = [argument.removeprefix("device=") for argument in rest if argument.startswith("device=")]
+    overrides = [argument for argument in rest if not argument.startswith(("hf=", "device="))]
+    for name, given in (("hf", folders), ("device", devices)):
+        if len(given) > 1:
+            raise ConfigError(f"explain: {name} is given {len(given)} times; needs one. Keep one.")
     clash = [argument for argument in overrides if argument.startswith("model")] if folders else []
     if clash:
         raise ConfigError(f"explain: {clash[0]!r} and hf={folders[0]} both name a model; needs one. Drop one of them.")
     hf = Path(folders[0]) if folders else None
-    return _Request(overrides=overrides, hf=hf, every="--all" in flags, as_json="--json" in flags)
+    device = devices[0] if devices else DEVICES[0]
+    if device not in DEVICES:
+        raise ConfigError(f"explain: device is {device!r}; needs one of {', '.join(DEVICES)}.")
+    if device == DEVICES[0]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _Request(overrides=overrides, hf=hf, device=device, every="--all" in flags, as_json="--json" in flags)
 
 
 def hf_layout(folder: Path) -> tuple[str, nn.Module]:
@@ -184,7 +204,8 @@ def _producer_lines(producers: Sequence[ProducerRow]) -> list[str]:
     return lines + [f"  {count}, e.g. {first[why].text()}: {why}" for why, count in plain.items()]
 
 
-def _totals(report: ConversionReport) -> str:
+def _totals(report: ConversionReport, weights: int, moments: int) -> str:
+    """Share of the arithmetic; bytes of the linears, and of all that a rank holds between two steps."""
     master = sum(row.master_bytes for row in report.rows)
     copies = sum(row.code_bytes for row in report.rows)
     scales = sum(row.scale_bytes for row in report.rows)
@@ -192,7 +213,9 @@ def _totals(report: ConversionReport) -> str:
     return (
         f"planned in FP8: {share} of the linears' FLOPs, if each sees every token\n"
         f"bytes of linears: {bytes_text(master)} FP32 master, {bytes_text(copies)} copies that the GEMMs read, "
-        f"{bytes_text(scales)} scales"
+        f"{bytes_text(scales)} scales\n"
+        f"each rank holds {bytes_text(2 * weights + moments + copies + scales)} besides activations: "
+        f"{bytes_text(weights)} FP32 weights, as much of gradients, {bytes_text(moments)} moments, and these copies"
     )
 
 

@@ -8,6 +8,7 @@ import yaml
 from fp8train.arguments import describe, parse_arguments
 from fp8train.config import config_from_dict, config_to_dict, load_config
 from fp8train.errors import ConfigError
+from fp8train.optim import OptimConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,6 +77,24 @@ class TestParseArguments:
 class TestLoadConfig:
     def test_default_is_the_quickstart(self):
         assert load_config(["run_dir=x"]) == load_config(["experiment=quickstart", "run_dir=x"])
+
+    def test_a_model_brings_its_own_experiment_or_none(self):
+        assert load_config(["model=llama_125m"]) == load_config(["experiment=llama_125m"])
+        assert load_config(["model=llama_125m", "data=text"]).data.kind == "text"
+        bare = load_config(["model=qwen25_7b"])  # of another size there is one, but not of this
+        assert (bare.seq_len, bare.steps, bare.optim.lr) == (256, 300, OptimConfig().lr)
+        assert load_config(["model=llama_125m", "experiment=quickstart"]).seq_len == load_config([]).seq_len
+
+    @pytest.mark.parametrize(
+        ("arguments", "lr"), [([], "1.5e-3"), (["model=llama3_8b"], "3.0e-4"), (["experiment=llama_125m"], "6.0e-4")]
+    )
+    def test_help_has_the_values_of_what_is_chosen(self, arguments: list[str], lr: str, capsys):
+        with pytest.raises(SystemExit):
+            load_config([*arguments, "--help"])
+        text = capsys.readouterr().out
+        config = load_config(arguments)
+        assert config.optim.lr == float(lr) and f"  optim.lr={config.optim.lr} " in text
+        assert f"  seq_len={config.seq_len} " in text and f"  model.name={config.model.name} " in text
 
     def test_arguments_beat_experiment_beats_group(self):
         config = load_config(["experiment=quickstart", "optim.lr=0.5", "model.num_layers=2"])

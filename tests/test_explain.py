@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fp8train.errors import exit_code
 from fp8train.explain import main
+from fp8train.units import bytes_text
 
 EIGHT_B = ["model=llama3_8b", "recipe=blockwise"]
 
@@ -54,6 +56,31 @@ def test_eight_billion_parameters_fit_on_a_screen(capsys: pytest.CaptureFixture[
     assert "x e4m3 1x128 pow2, w e4m3 128x128 pow2" in text
     assert "1 linear: rule 1 '*lm_head' says bf16" in text
     assert "planned in FP8: 93.0 % of the linears' FLOPs" in text
+
+
+def test_a_gpu_can_be_planned_for_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, *EIGHT_B, "device=sm_90")
+    assert "backend triton: own FP8 kernels (planned for sm_90; not tried here)" in text
+    assert "layers.{0..31}.input_layernorm -> q_proj, k_proj, v_proj" in text and "has no kernel" not in text
+    assert "backend dequant_bf16 as asked" in run(capsys, *EIGHT_B, "device=sm_90", "backend=dequant_bf16")
+    for name in ("cpu", "hopper"):
+        assert "computes on the CPU" in refusal(capsys, *EIGHT_B, "device=sm_90", f"backend={name}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_not_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "finds no CUDA GPU" in refusal(capsys, *EIGHT_B, "device=cuda")
+
+
+@pytest.mark.parametrize(("moments", "total"), [("fp32", "134 GiB"), ("bf16", "104 GiB")])
+def test_bytes_of_a_rank(capsys: pytest.CaptureFixture[str], moments: str, total: str) -> None:
+    """8.03e9 parameters: 4 bytes of weight and 4 of gradient, two moments; copies of 2 bytes but for the embedding."""
+    per_parameter = {"fp32": 16, "bf16": 12}[moments]
+    copies = 2 * (8_030_261_248 - 128256 * 4096 - 65 * 4096) + 4 * (8_030_261_248 - 2 * 128256 * 4096) // 128**2
+    assert total == bytes_text(per_parameter * 8_030_261_248 + copies)
+    assert f"each rank holds {total} besides activations: 29.9 GiB FP32 weights" in run(
+        capsys, *EIGHT_B, f"optim.moments={moments}"
+    )
 
 
 def test_all_prints_every_linear(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +138,8 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param(["hf=a", "hf=b"], "hf is given 2 times", id="two folders"),
         pytest.param(["hf=a", "model=quickstart"], "both name a model", id="folder and preset"),
         pytest.param(["--al"], "--al", id="flag"),
+        pytest.param(["device=tpu"], "needs one of auto, cpu, cuda, sm_90", id="device"),
+        pytest.param(["device=cpu", "device=cuda"], "device is given 2 times", id="two devices"),
     ],
 )
 def test_bad_arguments_exit_with_2_and_one_line(

@@ -38,8 +38,11 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "triton": TritonBackend,
 }
 QUANTISE_BY_KERNELS = ("triton", "cublaslt", "te", "deepgemm", "torchao")
+ON_GPUS = (*QUANTISE_BY_KERNELS, "dequant_bf16", "reference")
 # dequant_bf16: a GPU without FP8 units, or a recipe without FP8 kernels, trains with the same numbers; the log says so
-AUTO_ORDER = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton", "cublaslt", "dequant_bf16")}
+_GPU_ORDER = ("triton", "cublaslt", "dequant_bf16")
+PLANNED = "sm_90"  # stands for a device of this kind that the machine need not have: what would run there is asked
+AUTO_ORDER = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": _GPU_ORDER, PLANNED: _GPU_ORDER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ def select_backend(name: str, device_type: str, precisions: Iterable[LinearPreci
 
     Args:
         name: "auto", or a backend's name.
-        device_type: where the model's parameters are, e.g. "cpu", "cuda" or "meta".
+        device_type: where the model's parameters are, e.g. "cpu", "cuda" or "meta"; PLANNED chooses for an H100 or H200
+            without looking for one, and nothing can be computed then.
         precisions: all that the backend must serve.
 
     Returns:
@@ -94,19 +98,27 @@ def select_backend(name: str, device_type: str, precisions: Iterable[LinearPreci
             raise BackendError(
                 f"backend: {name} cannot be used: {reason}. Use backend=auto, or another machine or recipe."
             )
-        return Selection(backend, f"backend {name} as asked: {backend.note}")
+        return Selection(backend, f"backend {name} as asked: {backend.note}{_planned(device_type)}")
     refused: list[str] = []
     for candidate in AUTO_ORDER.get(device_type, ("reference",)):
         backend = get_backend(candidate)
         reason = _refusal(backend, device_type, precisions)
         if reason is None:
             others = f" (passed over: {'; '.join(refused)})" if refused else ""
-            return Selection(backend, f"backend {candidate}: {backend.note}{others}")
+            return Selection(backend, f"backend {candidate}: {backend.note}{others}{_planned(device_type)}")
         refused.append(f"{candidate}: {reason}")
     raise BackendError(f"backend: none can run on device {device_type!r}: {'; '.join(refused)}. Choose another recipe.")
 
 
+def _planned(device_type: str) -> str:
+    return f" (planned for {PLANNED}; not tried here)" if device_type == PLANNED else ""
+
+
 def _refusal(backend: Backend, device_type: str, precisions: list[LinearPrecision]) -> str | None:
-    if reason := backend.unavailable(device_type):
+    if device_type == PLANNED:
+        reason = None if backend.name in ON_GPUS else "it computes on the CPU"
+    else:
+        reason = backend.unavailable(device_type)
+    if reason:
         return reason
     return next((reason for precision in precisions if (reason := backend.unsupported(precision))), None)

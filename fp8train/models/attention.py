@@ -85,13 +85,21 @@ def rope_tables(config: ModelConfig, seq_len: int, device: torch.device) -> tupl
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Rotate channel i with channel i + head_dim / 2 (Hugging Face layout), in FP32.
 
+    The halves are exchanged by flip and not put together by cat: inductor makes one kernel of flip and the products,
+    and of cat FP32 buffers that a second kernel reads.
+
     Args:
         x: [B, heads, T, head_dim].
         cos, sin: [T, head_dim / 2] fp32.
         dtype: of the result.
+
+    Returns:
+        Tensor: [B, heads, T, head_dim], a view of contiguous memory [B, T, heads, head_dim]: attention's result has
+        the layout of its queries, and o_proj reads this one without a copy.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+    halves = x.transpose(1, 2).float().unflatten(-1, (2, -1))
+    turned = halves * cos[:, None, None] + halves.flip(-2) * torch.stack((-sin, sin), dim=1)[:, None]
+    return turned.flatten(-2).to(dtype).transpose(1, 2)
 
 
 class Rope(nn.Module):

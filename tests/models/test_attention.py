@@ -91,7 +91,8 @@ def slow_attention(layer: Attention, x: torch.Tensor, allowed: torch.Tensor) -> 
     heads = []
     for head in range(4):
         group = head // 2
-        qh, kh = (apply_rope(x, cos, sin, torch.float32) for x in (q[:, :, head], k[:, :, group]))
+        alone = q[:, None, :, head], k[:, None, :, group]  # [B, 1, T, head_dim]
+        qh, kh = (apply_rope(x, cos, sin, torch.float32)[:, 0] for x in alone)
         scores = (qh @ kh.transpose(1, 2) / math.sqrt(16)).masked_fill(~allowed, -math.inf)
         heads.append(scores.softmax(-1) @ v[:, :, group])
     return layer.o_proj(torch.cat(heads, dim=-1))

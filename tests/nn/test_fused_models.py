@@ -152,12 +152,12 @@ def test_evaluation_in_bf16_and_back() -> None:
 def test_reports_say_what_was_fused_and_why_not() -> None:
     model, report = decoder("always")
     assert [(row.fqn, row.refusal) for row in report.producers] == [(fqn, None) for fqn in EVERY]
-    text = explanation("tiny", model, load_recipe("blockwise"), report)
+    text = explanation("tiny", model, load_recipe("blockwise"), report, "fp32")
     assert "  layers.{0,1}.input_layernorm -> q_proj, k_proj, v_proj\n" in text
     assert "  layers.{0,1}.mlp -> gate_proj, up_proj, down_proj\n" in text
     model, report = decoder("auto")
     assert fused_modules(model) == []
-    text = explanation("tiny", model, load_recipe("blockwise"), report)
+    text = explanation("tiny", model, load_recipe("blockwise"), report, "fp32")
     example = "layers.0.input_layernorm -> q_proj, k_proj, v_proj"
     assert f"  6, e.g. {example}: backend cpu has no kernel for it\n" in text
     assert report.to_dict()["producers"][0] == {
