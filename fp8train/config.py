@@ -20,13 +20,13 @@ from fp8train.convert import FUSED
 from fp8train.data import DataConfig
 from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, resolve_config
+from fp8train.models.recompute import CHOICES as CHECKPOINTING
 from fp8train.optim import OptimConfig, learning_rate, warmup_steps
 from fp8train.telemetry.config import TelemetryConfig
 
 __all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "parse_arguments"]
 
 GROUPS = ("model", "data", "optim", "parallel", "experiment")
-ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 WANDB_MODES = ("off", "offline", "online")
 MICRO_BATCH_TOKENS = 16384  # derived micro-batch; a constant, so that the split does not depend on the machine
 
@@ -222,7 +222,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _one_of("fused", self.fused, FUSED)
-        _one_of("activation_checkpointing", self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
+        _one_of("activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         for name in ("steps", "seq_len", "global_batch_tokens", "micro_batch_samples"):
             _at_least(name, getattr(self, name), 1)
         if self.run_dir == "":  # as from run_dir=$UNSET; the empty path would be the folder that the user stands in
@@ -242,9 +242,9 @@ class RunConfig:
                 "folder: model=hf model.init_from=DIR."
             )
         if self.seq_len > self.model.max_seq_len:
+            wanted = "needs seq_len <= model.max_seq_len. Lower seq_len or raise model.max_seq_len."
             raise ConfigError(
-                f"seq_len: got {self.seq_len}, the model takes at most {self.model.max_seq_len}; needs seq_len <= "
-                f"model.max_seq_len. Lower seq_len or raise model.max_seq_len."
+                f"seq_len: got {self.seq_len}, the model takes at most {self.model.max_seq_len}; {wanted}"
             )
         samples, rest = divmod(self.global_batch_tokens, self.seq_len)
         if rest or samples % world_size:
@@ -264,10 +264,8 @@ class RunConfig:
             )
         warmup = warmup_steps(self.optim, self.steps)
         if warmup >= self.steps:
-            raise ConfigError(
-                f"optim.warmup_steps: got {warmup}; needs fewer than steps={self.steps}. "
-                f"Lower optim.warmup_steps or raise steps."
-            )
+            wanted = f"needs fewer than steps={self.steps}. Lower it or raise steps."
+            raise ConfigError(f"optim.warmup_steps: got {warmup}; {wanted}")
         learning_rate(self.optim, 0, self.steps)  # refuses a decay that does not fit
 
     @property
@@ -361,12 +359,10 @@ def _split_options(overrides: list[str], command: str) -> tuple[list[str], str |
 
 
 def _own_experiment(selected: Sequence[str], experiments: Sequence[str]) -> list[str]:
-    """The choice of an experiment where a model is chosen and none is: another model's batch and learning rate are
-    not for this one."""
+    """Where a model is chosen and no experiment: that of its name or none, for another's batch and rate are not its."""
     chosen = dict(argument.split("=", 1) for argument in selected)
-    if "model" not in chosen or "experiment" in chosen:
-        return []
-    return [f"experiment={chosen['model'] if chosen['model'] in experiments else 'null'}"]
+    name = "null" if chosen.get("model") not in experiments else chosen["model"]
+    return [f"experiment={name}"] if "model" in chosen and "experiment" not in chosen else []
 
 
 def _compose(selected: list[str], folders: Sequence[Path]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fp8train.nn.fused_layouts import ROPES, Producer, find_producers, full_name
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.remedies import InputRemedy
-from fp8train.nn.weights import install_weight_hooks
+from fp8train.nn.weights import BUFFERS, install_weight_hooks
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
@@ -102,6 +102,7 @@ def convert_model(
     _swap(swappable, precisions, selection.backend.name)
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
+    _keep_from_ddp(model)
     producers = _fuse(model, fused, selection.backend)
     return ConversionReport(
         recipe=recipe.name,
@@ -259,6 +260,14 @@ def _set_remedies(model: nn.Module, swiglu: SwigluRemedy | None, treated: Collec
             module.set_remedy(remedy)
 
 
+def _keep_from_ddp(model: nn.Module) -> None:
+    """Tell DistributedDataParallel to leave the operands alone: gloo cannot send FP8, and each rank makes its own."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, Float8Linear)]
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    ignored |= {f"{path}.{name}".lstrip(".") for path in paths for name in BUFFERS}
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
 def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
     """Put fused modules in the place of norms and MLPs whose linears permit, and plain ones back where they do not.
 
@@ -276,8 +285,9 @@ def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
             setattr(parent, name, plain_module(child))
     if fused == "always" or (fused == "auto" and backend.has_rope()):
         _fuse_ropes(slots.values(), backend)
-    rows = []
-    for producer in list(find_producers(model)):
+    rows: dict[str, ProducerRow] = {}
+    producers = list(find_producers(model))
+    for producer in sorted(producers, key=lambda row: row.norm is not None):  # MLPs first: norms look at their hooks
         parent_path, _, name = producer.fqn.rpartition(".")
         parent = model.get_submodule(parent_path)
         module = getattr(parent, name)
@@ -287,11 +297,16 @@ def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
             why = "the model uses it in several places"
         if why is None and producer.norm is not None:
             eps, rounds_early = getattr(module, producer.norm.eps), producer.norm.rounds_early
-            setattr(parent, name, fused_norm(module, linears, eps=eps, rounds_early=rounds_early))
+            through = [model.get_submodule(path) for path in dict.fromkeys(map(_parent, producer.linears))]
+            setattr(parent, name, fused_norm(module, linears, through, eps=eps, rounds_early=rounds_early))
         elif why is None:
             setattr(parent, name, fused_mlp(module))
-        rows.append(ProducerRow(fqn=producer.fqn, linears=producer.linears, refusal=why))
-    return rows
+        rows[producer.fqn] = ProducerRow(fqn=producer.fqn, linears=producer.linears, refusal=why)
+    return [rows[producer.fqn] for producer in producers]
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _fuse_ropes(slots: Iterable[Sequence[tuple[nn.Module, str]]], backend: Backend) -> None:

@@ -30,12 +30,14 @@ _SCHEMAS = {
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     """(y [M, K], rstd [M]), with the numbers that rmsnorm_quantize quantises."""
-    return get_backend(backend).rms_norm(x, weight, eps, dtype)
+    y, rstd = get_backend(backend).rms_norm(x, weight, eps, dtype)
+    return y.contiguous(), rstd
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(dx [M, K], dweight [K]) of rms_norm."""
-    return get_backend(backend).rms_norm_backward(dy, x, weight, rstd)
+    dx, dweight = get_backend(backend).rms_norm_backward(dy, x, weight, rstd)
+    return dx.contiguous(), dweight
 
 
 def rmsnorm_quantize(
@@ -54,12 +56,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool,
 
 def swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     """h [M, K], with the numbers that swiglu_quantize quantises."""
-    return get_backend(backend).swiglu(gate, up)
+    return get_backend(backend).swiglu(gate, up).contiguous()
 
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(dgate, dup), with the numbers that swiglu_backward_quantize quantises."""
-    return get_backend(backend).swiglu_backward(dh, gate, up)
+    dgate, dup = get_backend(backend).swiglu_backward(dh, gate, up)
+    return dgate.contiguous(), dup.contiguous()
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, row: str, col: str | None, backend: str) -> list[Tensor]:

@@ -70,26 +70,26 @@ def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -
 
 def dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
     """Decode to bf16 or fp32."""
-    return get_backend(backend).dequantize(QTensor(q, scale_inv, as_spec(spec)), dtype)
+    return get_backend(backend).dequantize(QTensor(q, scale_inv, as_spec(spec)), dtype).contiguous()
 
 
 def noisy(x: Tensor, rms: float, dtype: torch.dtype) -> Tensor:
     """x with unbiased relative noise; the same numbers on every backend."""
-    return noise.noisy(x, rms, dtype)
+    return noise.noisy(x, rms, dtype).contiguous()
 
 
 def scaled_mm(
     a: Tensor, a_scale: Tensor, a_spec: str | QuantSpec, b: Tensor, b_scale: Tensor, b_spec: str | QuantSpec,
     bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str,
 ) -> Tensor:  # fmt: skip
-    """a [M, K] @ b [N, K].T, both FP8."""
+    """a [M, K] @ b [N, K].T, both FP8; contiguous, as the fake promises: cuBLASLt's may be part of a padded one."""
     COUNTS.add(site, gemm, _rows(gemm, a), True)
     left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
     run = get_backend(backend).scaled_mm
     if not _AUTOCASTS():  # to enter a context that does nothing takes time too
-        return run(left, right, bias, None, False, out_dtype)
+        return run(left, right, bias, None, False, out_dtype).contiguous()
     with _own_dtypes(a):
-        return run(left, right, bias, None, False, out_dtype)
+        return run(left, right, bias, None, False, out_dtype).contiguous()
 
 
 def scaled_mm_add_(
@@ -108,7 +108,7 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backen
     """a [M, K] @ b [N, K].T in high precision."""
     COUNTS.add(site, gemm, _rows(gemm, a), False)
     with _own_dtypes(a):
-        return get_backend(backend).mm(a, b, bias, None, False, out_dtype)
+        return get_backend(backend).mm(a, b, bias, None, False, out_dtype).contiguous()
 
 
 def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: str) -> None:

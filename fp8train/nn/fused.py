@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from fp8train.backends import fused_ops as _fused_ops  # noqa: F401  registers the operators
 from fp8train.backends.producers import norm_gradients
@@ -36,6 +37,7 @@ class NormFusion:
     Args:
         plain: class of that module.
         readers: the linears that read its result; nothing else does.
+        through: the modules that its result passes on the way to them.
         eps: added to the mean square.
         rounds_early: the plain forward rounds to x's dtype before it multiplies by the weight, so that only an FP32 x
             gives the same numbers here.
@@ -43,6 +45,7 @@ class NormFusion:
 
     plain: type[nn.Module]
     readers: tuple[Float8Linear, ...]
+    through: tuple[nn.Module, ...]
     eps: float
     rounds_early: bool
 
@@ -83,7 +86,7 @@ class FusedRMSNorm(nn.Module):
             return fusion.plain.forward(self, x, *(() if dtype is None else (dtype,)))
         precision, backend = fusion.readers[0].precision, fusion.readers[0].backend_name
         matrix, weight = as_matrix(x.detach()), self.weight.detach()
-        if _watched(fusion.readers):
+        if _watched((self, *fusion.readers, *fusion.through)):
             y, rstd = OPS.rms_norm(matrix, weight, fusion.eps, out_dtype, backend)
             return _RMSNorm.apply(x, self.weight, rstd, out_dtype, y.view(x.shape), backend)
         row, col = _input_specs(precision, _train(fusion.readers))
@@ -209,7 +212,7 @@ def _swiglu(
     if isinstance(x, QuantizedInput):
         x_row, x_col = x.operands(needs)
     else:
-        x_row, x_col = gate.inputs.get(tensor, needs, gate.backend_name)
+        x_row, x_col = gate.inputs.get(tensor, needs, gate.backend_name, gate.plan.site)
     products: list[Tensor] = []
     transposed: list[Tensor | None] = []
     for linear in (gate, up):
@@ -262,10 +265,12 @@ class _SwiGLU(torch.autograd.Function):
         return dx, *dw, *([None] * 10)
 
 
-def fused_norm(norm: nn.Module, readers: Sequence[Float8Linear], *, eps: float, rounds_early: bool) -> FusedRMSNorm:
+def fused_norm(
+    norm: nn.Module, readers: Sequence[Float8Linear], through: Iterable[nn.Module], *, eps: float, rounds_early: bool
+) -> FusedRMSNorm:
     """A FusedRMSNorm with the parameters, hooks and attributes of `norm`; see NormFusion."""
     fused = _taking_over(FusedRMSNorm, norm)
-    fused.fusion = NormFusion(type(norm), tuple(readers), eps, rounds_early)
+    fused.fusion = NormFusion(type(norm), tuple(readers), tuple(through), eps, rounds_early)
     return fused
 
 
@@ -325,10 +330,14 @@ def mlp_refusal(gate: Float8Linear, up: Float8Linear, down: Float8Linear) -> str
     return None if gate.backend_name == down.backend_name else "its linears differ in backend"
 
 
-def _watched(linears: Iterable[Float8Linear]) -> bool:
-    """Whether a hook wants to see what a linear reads or gives; one with reads_values = False does not."""
-    for linear in linears:
-        hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+def _watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether a hook wants to see what a module reads or gives; one with reads_values = False does not."""
+    if _has_any_global_hook():
+        return True
+    for module in modules:
+        hooks = (
+            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+        )  # fmt: skip
         if any(getattr(hook, "reads_values", True) for kind in hooks for hook in kind.values()):
             return True
     return False

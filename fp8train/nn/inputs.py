@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,13 +53,21 @@ class QuantizedInput:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As shape."""
+        """Of x, as shape."""
         return self.x.dtype
 
     @property
     def device(self) -> torch.device:
-        """As shape."""
+        """Of x, as shape."""
         return self.x.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """Refuse every operation: the numbers of x were never written."""
+        raise TypeError(
+            f"QuantizedInput: {getattr(func, '__name__', func)} wants its numbers, which exist as FP8 codes only; "
+            "needs a Float8Linear as reader. Wrap linears before convert_model, or convert with fused='never'."
+        )
 
     def operands(self, needs: InputNeeds) -> tuple[Operand, Operand | None]:
         """Row and column operand for a linear with those needs.
@@ -89,37 +97,51 @@ def quantize_input(x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand,
     return quantized_both(x, needs.row, needs.col_spec, needs.high, backend, needs.noise)
 
 
+class _Slot(NamedTuple):
+    """An input, what its operands were made for, they, and the sites of the linears that have had them."""
+
+    input: weakref.ref[Tensor]
+    key: tuple[int, InputNeeds, str]
+    operands: tuple[Operand, Operand | None]
+    readers: set[int]
+
+
 class InputCache:
     """Remembers the last input that was quantised, so that its next reader need not do it again.
 
-    One slot, shared by all linears of a model. It is emptied when the input is freed, so it never prolongs anything's
-    life.
+    One slot, shared by all linears of a model. It serves each linear once: one that reads the same tensor again is in
+    another forward, before which something that moves no version counter may have written to the tensor (a receive of
+    torch.distributed into a buffer, numpy). It is emptied when the input is freed, so it never prolongs anything's
+    life. Threads may share a model: the slot is one attribute, read once and written once.
     """
 
     def __init__(self) -> None:
-        self._input: weakref.ref[Tensor] | None = None
-        self._version = -1
-        self._key: tuple[InputNeeds, str] | None = None
-        self._operands: tuple[Operand, Operand | None] | None = None
+        self._slot: _Slot | None = None
 
-    def get(self, x: Tensor, needs: InputNeeds, backend: str) -> tuple[Operand, Operand | None]:
-        """Operands of x [..., K] as a matrix [M, K]; quantised on a miss. Under torch.compile always: CSE merges."""
+    def get(self, x: Tensor, needs: InputNeeds, backend: str, reader: int) -> tuple[Operand, Operand | None]:
+        """Operands of x [..., K] as a matrix [M, K]; quantised on a miss. Under torch.compile always: CSE merges.
+
+        reader: the linear's site
+        """
         if torch.compiler.is_compiling() or x.is_inference():
             return quantize_input(as_matrix(x.detach()), needs, backend)
-        same = self._input is not None and self._input() is x and self._version == x._version
-        if same and self._operands is not None and self._key == (needs, backend):
-            return self._operands
-        self._operands = operands = quantize_input(as_matrix(x.detach()), needs, backend)
-        self._input, self._version, self._key = weakref.ref(x, self._forget), x._version, (needs, backend)
+        slot = self._slot
+        known = slot is not None and slot.input() is x and slot.key == (x._version, needs, backend)
+        if slot is not None and known and reader not in slot.readers:
+            slot.readers.add(reader)
+            return slot.operands
+        operands = quantize_input(as_matrix(x.detach()), needs, backend)
+        self._slot = _Slot(weakref.ref(x, self._forget), (x._version, needs, backend), operands, {reader})
         return operands
 
     def clear(self) -> None:
         """Forget the input, because something that no version counter sees may have written to it."""
-        self._input, self._operands = None, None
+        self._slot = None
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
-        if self._input is dead:
-            self.clear()
+        slot = self._slot
+        if slot is not None and slot.input is dead:
+            self._slot = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputCache:
         """A copy of a model starts with an empty cache, one for all its linears."""

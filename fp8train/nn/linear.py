@@ -219,6 +219,7 @@ class Float8Linear(nn.Linear):
         super().__setstate__(state)
         self.site = next(_SITES)
         self.plan = Plan(self.precision, self.backend_name, self.site)
+        self._seen = ()  # the copy's weight counts its versions anew, and one may equal the number seen before
         keep_current(self)
 
     def set_precision(self, precision: LinearPrecision) -> None:
@@ -321,7 +322,10 @@ class Float8Linear(nn.Linear):
             weight = self.prepared_weight()
         plan = self.plan
         needs = plan.needs[wgrad]
-        row, col = x.operands(needs) if isinstance(x, QuantizedInput) else self.inputs.get(x, needs, plan.backend)
+        if isinstance(x, QuantizedInput):
+            row, col = x.operands(needs)
+        else:
+            row, col = self.inputs.get(x, needs, plan.backend, plan.site)
         w, wt = self.provider.operands(self)
         apply = _LinearFunction.apply if compiling or _TRANSFORMS() else _APPLY
         return apply(tensor, weight, bias, (row, col, w, wt), plan, out_dtype, self.grad_sink)

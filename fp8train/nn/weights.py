@@ -2,8 +2,8 @@
 
 Codes live in non-persistent buffers of the linear and are rewritten in place, eagerly and outside any compiled graph:
 after an optimizer step, after a state dict is loaded, after `weights_changed`, and, where eager code runs the model,
-after any in-place edit that autograd's version counter sees. An edit through `.data` is invisible to that counter:
-announce it with `weights_changed`.
+after any in-place edit that autograd's version counter sees. A write through `.data`, by torch.distributed (broadcast,
+receive) or by numpy is invisible to that counter: announce it with `weights_changed`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def own_weights(model: nn.Module) -> set[int]:
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Quantise all weights of a converted model again, after a write that autograd cannot see (through `.data`).
+    """Quantise all weights of a converted model again, after a write that autograd cannot see.
+
+    Such as one through `.data`, by a collective of torch.distributed, or by numpy into shared memory.
 
     Args:
         model: a converted model; its linears may be anywhere below it.
@@ -162,6 +164,7 @@ def _refresh_stale(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     for linear in converted_linears(model):
+        linear.inputs.clear()
         linear.refresh_if_stale()
 
 

@@ -58,7 +58,7 @@ class Part(nn.Module):
 
     def fuse(self) -> Part:
         readers = self.linears()[:2]
-        self.norm = fused_norm(self.norm, readers, eps=1e-5, rounds_early=False)  # type: ignore[assignment]
+        self.norm = fused_norm(self.norm, readers, (), eps=1e-5, rounds_early=False)  # type: ignore[assignment]
         self.mlp = fused_mlp(self.mlp)  # type: ignore[assignment]
         return self
 
@@ -99,7 +99,7 @@ def spied(part: Part) -> list[tuple[str, type]]:
     def got(_: nn.Module, args: tuple) -> None:
         seen.append(("down", type(args[0])))
 
-    got.reads_values = False  # type: ignore[attr-defined]
+    given.reads_values = got.reads_values = False  # type: ignore[attr-defined]
     part.norm.register_forward_hook(given)
     part.mlp.down_proj.register_forward_pre_hook(got)
     return seen

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.backends import get_backend
-from fp8train.nn.inputs import InputCache
+from fp8train.convert import convert_model
+from fp8train.nn.inputs import InputCache, QuantizedInput
 from fp8train.nn.linear import Float8Linear
+from fp8train.nn.operands import Operand
 from fp8train.quant.formats import BF16, BLOCKWISE, LinearPrecision
 from tests.nn.precisions import PRECISIONS, made, normal, run
 
@@ -120,11 +124,11 @@ def test_cache_does_not_outlive_its_input() -> None:
     x = normal(6, 130).requires_grad_(True) * 1.0
     alive = weakref.ref(x)
     y = linear(x)
-    (row, col) = linear.inputs._operands
+    (row, col) = linear.inputs._slot.operands
     codes = weakref.ref(row.data)
     del row, col, x
     gc.collect()
-    assert alive() is None and linear.inputs._operands is None
+    assert alive() is None and linear.inputs._slot is None
     assert codes() is None  # the row copy is gone while the graph is alive; the column copy is the graph's
     y.sum().backward()
     assert linear.weight.grad is not None
@@ -138,7 +142,7 @@ def test_cache_does_not_keep_its_input_alive() -> None:
         linear(x)
     del x
     gc.collect()
-    assert alive() is None and linear.inputs._operands is None
+    assert alive() is None and linear.inputs._slot is None
 
 
 def test_death_of_an_old_input_does_not_empty_the_slot_of_the_next() -> None:
@@ -148,7 +152,7 @@ def test_death_of_an_old_input_does_not_empty_the_slot_of_the_next() -> None:
     linear(new)
     del old
     gc.collect()
-    assert linear.inputs._operands is not None
+    assert linear.inputs._slot is not None
 
 
 def test_copy_of_a_model_has_one_empty_cache_of_its_own() -> None:
@@ -157,7 +161,7 @@ def test_copy_of_a_model_has_one_empty_cache_of_its_own() -> None:
     model[0](x)
     clone = copy.deepcopy(model)
     assert clone[0].inputs is clone[1].inputs is not model[0].inputs
-    assert clone[0].inputs._operands is None
+    assert clone[0].inputs._slot is None
     assert torch.equal(clone[1](x), model[1](x))
 
 
@@ -177,3 +181,75 @@ def test_forward_with_gradient_after_one_without_saves_a_column_copy() -> None:
     expected = run(linear, x, torch.ones(6, 40))
     linear(x).sum().backward()
     assert torch.equal(linear.weight.grad, expected.dw)
+
+
+@pytest.mark.parametrize("write", ["data", "numpy"])
+def test_write_that_moves_no_version_counter_is_seen_by_the_next_forward(write: str) -> None:
+    # as a receive of torch.distributed into a buffer: pipeline stages and generation reuse theirs
+    q, k = siblings(2)
+    x = torch.zeros(6, 130)
+    for seed in range(3):
+        version = x._version
+        if write == "data":
+            x.data.copy_(normal(6, 130, seed=seed))
+        else:
+            x.numpy()[...] = normal(6, 130, seed=seed).numpy()
+        assert x._version == version
+        for linear, features in ((q, 40), (k, 48)):
+            alone = made(1, features, 130, BLOCKWISE, seed=0 if linear is q else 1)
+            assert torch.equal(linear(x), alone(x.clone()))
+
+
+def test_a_converted_model_starts_each_forward_without_an_input() -> None:
+    class Half(nn.Module):
+        """Reads x by one of two linears, as asked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"q": nn.Linear(130, 40), "k": nn.Linear(130, 40)})
+
+        def forward(self, x: Tensor, name: str) -> Tensor:
+            return self.layers[name](x)
+
+    model = Half()
+    convert_model(model, "blockwise", backend="cpu")
+    x = normal(6, 130)
+    model(x, "q")
+    x.data.mul_(-3)
+    assert torch.equal(model(x, "k"), model.layers["k"](x.clone()))
+
+
+def test_threads_share_a_model() -> None:
+    """Of two threads neither gets what the other has quantised, however often they are switched."""
+    first, second = siblings(2)
+    inputs = [normal(4, 130, seed=seed) for seed in (1, 2)]
+    wanted = [[linear(x.clone()) for linear in (first, second)] for x in inputs]
+    wrong = [0, 0]
+
+    def work(number: int) -> None:
+        for _ in range(400):
+            x = inputs[number].clone()
+            got = [linear(x) for linear in (first, second)]
+            wrong[number] += not all(map(torch.equal, got, wanted[number]))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == [0, 0]
+
+
+def test_numbers_that_were_never_written_are_asked_for_in_vain() -> None:
+    x = normal(6, 130)
+    given = QuantizedInput(x, Operand(x), None)
+    for use in (lambda: nn.Linear(130, 4)(given), lambda: torch.relu(given), lambda: given + x, lambda: x * given):
+        with pytest.raises(TypeError, match="QuantizedInput"):
+            use()
+    with pytest.raises(TypeError, match="Wrap linears before convert_model"):
+        nn.functional.linear(given, torch.zeros(4, 130))
