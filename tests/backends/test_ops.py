@@ -68,6 +68,19 @@ def test_opcheck_accepts_schema_fake_and_compilation(name: str) -> None:
     torch.library.opcheck(op, arguments, test_utils=checks)
 
 
+def test_results_are_contiguous_as_fakes_promise() -> None:
+    turned = matrix(300, 33).t()
+    assert OPS.noisy(turned, 0.0265, torch.float32).is_contiguous() and not turned.is_contiguous()
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch has no _scaled_mm for CPUs before 2.13")
+def test_part_of_a_padded_product_is_contiguous() -> None:
+    tensorwise = quantised(33, 300, "e4m3 tensor fp32"), quantised(37, 300, "e4m3 tensor fp32")
+    for dtype in (torch.bfloat16, torch.float32):  # cuBLASLt's product of 37 padded rows has 48 columns
+        y = OPS.scaled_mm(*tensorwise[0], *tensorwise[1], None, dtype, "cublaslt", 7, "fprop")
+        assert y.shape == (33, 37) and y.is_contiguous()
+
+
 @every_op
 def test_only_the_declared_argument_is_written(name: str) -> None:
     op, arguments = CALLS[name]
