@@ -187,11 +187,7 @@ class Metrics:
         """Give the row to metrics.jsonl, then to every other sink; `step` is required."""
         self._jsonl.write(row)
         for sink in list(self._sinks):
-            try:
-                sink.write(row)
-            except Exception as error:
-                self._sinks.remove(sink)
-                self._announce(sink.name, error, row)
+            self._hand(sink, row)
 
     def close(self) -> None:
         """Close every sink, metrics.jsonl last; another that fails to close is announced."""
@@ -202,6 +198,13 @@ class Metrics:
                 self._warn(f"{sink.name}: closing failed ({_reason(error)})")
         self._sinks = []
         self._jsonl.close()
+
+    def _hand(self, sink: Sink, row: Row) -> None:
+        try:
+            sink.write(row)
+        except Exception as error:
+            self._sinks.remove(sink)
+            self._announce(sink.name, error, row)
 
     def _open(self, name: str, build: Callable[[], Sink]) -> None:
         try:
@@ -219,7 +222,7 @@ class Metrics:
         self._warn(f"{name}: {_reason(error)}; trying wandb offline")
         self._open("wandb (offline)", reopen)
         if row is not None and self._sinks and self._sinks[-1].name == "wandb (offline)":
-            self._sinks[-1].write(row)
+            self._hand(self._sinks[-1], row)
 
 
 def to_json_line(row: Row) -> str:

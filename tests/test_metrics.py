@@ -115,6 +115,18 @@ class TestFailingSinks:
         metrics.close()
         assert len(warnings) == 2 and "dropped" in warnings[1]
 
+    def test_wandb_that_breaks_online_and_then_offline_is_dropped(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", FakeWandb(breaks_at=2))
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings, wandb="online")
+        for step in range(1, 5):
+            metrics.write({"step": step, "loss": 2.0})
+        metrics.close()
+        assert len(warnings) == 2 and "trying wandb offline" in warnings[0] and "dropped" in warnings[1]
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+
     def test_sink_that_breaks_in_the_middle_is_announced_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         fake = FakeWandb(breaks_at=2)
         monkeypatch.setitem(sys.modules, "wandb", fake)
