@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fp8train.backends import get_backend
 from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
 from fp8train.quant.formats import LinearPrecision
 from fp8train.units import bytes_text
@@ -240,6 +241,7 @@ class ConversionReport:
             linears.append({**keys, "rule": row.rule, "reason": row.reason, "gemms": gemms})
         return {
             "backend": self.backend,
+            "emulates": get_backend(self.backend).emulates,
             "recipe": self.recipe,
             "fp8_flops_share": fp8_flops / max(fp8_flops + other_flops, 1),
             "linears": linears,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from fp8train.arguments import nearest
-from fp8train.checkup import arithmetic, ranks, training, weights
-from fp8train.checkup.machine import machine
+from fp8train.checkup import arithmetic, machine, ranks, training, weights
 from fp8train.checkup.outcome import Outcome
 from fp8train.checkup.subject import Subject
 from fp8train.config import load_config
@@ -37,6 +39,7 @@ CHECKS: dict[str, Callable[[Subject], Outcome]] = {
     "ranks": ranks.ranks,
     "compiled": training.compiled,
 }
+NAMES = (*machine.CHECKS, *CHECKS)
 ON_REQUEST = {"compiled"}  # compiling takes minutes
 
 USAGE = """Examine a model, recipe and data before a long run: what must not change is changed, and compared.
@@ -47,7 +50,8 @@ usage: fp8train doctor [--json] [--compile] [--only NAMES] [--skip NAMES] [GROUP
   --compile     also compare torch.compile with eager
   --only NAMES  these checks alone, separated by commas
   --skip NAMES  all but these
-  checks: {names}
+  checks of the machine: {machine}
+  checks of the model: {names}
 
 Groups and keys are those of `fp8train train`. Exit status: 0 all passed, 1 something failed, 2 bad configuration.
 """
@@ -56,7 +60,7 @@ Groups and keys are those of `fp8train train`. Exit status: 0 all passed, 1 some
 def main(argv: Sequence[str]) -> int:
     """Run the checks and print what they found; 0 if all passed, 1 if one failed."""
     if any(argument in ("-h", "--help") for argument in argv):
-        sys.stdout.write(USAGE.format(names=", ".join(CHECKS)))
+        sys.stdout.write(USAGE.format(machine=", ".join(machine.CHECKS), names=", ".join(CHECKS)))
         return 0
     names, as_json, overrides = _split(argv)
     config = load_config(overrides, "doctor")
@@ -67,6 +71,11 @@ def main(argv: Sequence[str]) -> int:
         show: Callable[[str], object] = (lambda line: None) if as_json else sys.stdout.write
         show(f"model {config.model.name}, recipe {config.recipe}, backend {config.backend}, device {world.device}\n")
         outcomes = examine(subject, names, show)
+    if not outcomes:
+        raise ConfigError(
+            f"doctor: got {', '.join(names) or 'no checks'}; needs one that has something to check here. torch "
+            f"{'sees a GPU' if torch.cuda.is_available() else 'sees no GPU'}. Leave --only and --skip."
+        )
     failed = sum(not outcome.passed for outcome in outcomes)
     if as_json:
         found = [outcome.to_dict() for outcome in outcomes]
@@ -76,44 +85,46 @@ def main(argv: Sequence[str]) -> int:
 
 
 def examine(subject: Subject, names: Sequence[str], show: Callable[[str], object]) -> list[Outcome]:
-    """The machine and the named checks, in order; each is shown as it is done."""
+    """The named checks that have something to check here, in order; each is shown as it is done."""
     outcomes = []
-    for outcome in machine():
-        show(outcome.lines() + "\n")
-        outcomes.append(outcome)
     for name in names:
         begin = time.perf_counter()
         outcome = attempt(name, subject)
+        if outcome is None:
+            continue
         show(f"{outcome.lines()}   ({time.perf_counter() - begin:.1f} s)\n")
         outcomes.append(outcome)
     return outcomes
 
 
-def attempt(name: str, subject: Subject) -> Outcome:
+def attempt(name: str, subject: Subject) -> Outcome | None:
     """Run one check; what it raises is a finding too, unless the user's configuration is at fault.
+
+    Returns:
+        Outcome: with the name by which --only and --skip know it; None where there is nothing to check.
 
     Raises:
         UserError: from the configuration.
     """
     try:
-        return CHECKS[name](subject)
+        outcome = machine.CHECKS[name]() if name in machine.CHECKS else CHECKS[name](subject)
     except UserError:
         raise
     except Exception as error:  # a crash of one check is its finding, and the others still have to run
         reason = (str(error).splitlines() or [""])[0]
-        return Outcome(
-            name=name,
+        outcome = Outcome(
             passed=False,
             first="the check was to run",
             second=f"{type(error).__name__}: {reason}",
             meaning="an operation that fails on this machine or with this model.",
         )
+    return None if outcome is None else dataclasses.replace(outcome, name=name)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
     """(checks to run, whether as JSON, arguments of the run)."""
     rest, overrides = list(argv), []
-    only, skip, as_json, wanted = list(CHECKS), set(ON_REQUEST), False, set()
+    only, skip, as_json, wanted = list(NAMES), set(ON_REQUEST), False, set()
     while rest:
         argument = rest.pop(0)
         flag, equals, value = argument.partition("=")
@@ -132,10 +143,10 @@ def _split(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
 def _names(flag: str, text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in CHECKS:
-            raise ConfigError(f"doctor: {flag} got {name!r}; {nearest(name, list(CHECKS))}.")
+        if name not in NAMES:
+            raise ConfigError(f"doctor: {flag} got {name!r}; {nearest(name, list(NAMES))}.")
     if not names:
-        raise ConfigError(f"doctor: {flag} got no names; needs some of {', '.join(CHECKS)}.")
+        raise ConfigError(f"doctor: {flag} got no names; needs some of {', '.join(NAMES)}.")
     return names
 
 

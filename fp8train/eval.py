@@ -19,9 +19,8 @@ from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
 from fp8train.generate import trained_tokenizer
 from fp8train.metrics import to_json_line
-from fp8train.trainer.assembly import assemble
 from fp8train.trainer.evaluation import EvalSet, evaluate
-from fp8train.trainer.precision_control import follow_run
+from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import on_main, write_file
 
 OWN_KEYS = ("checkpoint", "out")
@@ -98,15 +97,12 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
     check_vocabulary(dataset, config.model.vocab_size)
     size = config.micro_batch_samples or 8
     eval_set = EvalSet(Batcher(dataset, size * world.world_size, size, world.rank, world.world_size), world)
-    recipe = checkpoint.recipe
-    assembly = assemble(config, world.device, recipe=recipe, first_weights=False)
-    checkpoint.restore(assembly.model)
-    follow_run(assembly.model, recipe, checkpoint)
+    assembly = restored(checkpoint, world.device, config=config)
     scores = evaluate(assembly.model, eval_set, bf16=True, all_bf16=assembly.all_bf16)
     return {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
-        "recipe": recipe.name,
+        "recipe": assembly.recipe.name,
         "backend": assembly.report.backend,
         **scores,
         "eval_hash": eval_set.hash,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,15 @@ import torch
 from torch import Tensor
 
 from fp8train.arguments import parse_arguments
-from fp8train.checkpoint import Checkpoint, open_checkpoint
-from fp8train.convert import convert_model
+from fp8train.checkpoint import open_checkpoint
 from fp8train.data.build import shard_folders
 from fp8train.data.config import DataConfig
 from fp8train.data.shards import shard_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.distributed import init
-from fp8train.errors import CheckpointError, ConfigError, exit_code
-from fp8train.models import Decoder, build_model
-from fp8train.trainer.assembly import resolve_activations
-from fp8train.trainer.precision_control import follow_run
+from fp8train.errors import ConfigError, exit_code
+from fp8train.models import Decoder
+from fp8train.trainer.restored import restored
 
 INCOMPLETE = "\ufffd"  # stands for a character of which some bytes are still to come
 
@@ -76,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
             f"tokenizer: {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}; needs the tokenizer "
             "of the training. Correct tokenizer=."
         )
-    model = restore_model(checkpoint, init(device_type=arguments.device).device, arguments.backend)
+    config = dataclasses.replace(checkpoint.config, compile=False, backend=arguments.backend)
+    model = restored(checkpoint, init(device_type=arguments.device).device, config=config).model.eval()
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.separator]
     ids = generate(
         model,
@@ -104,23 +104,6 @@ def trained_tokenizer(data: DataConfig, name: str | None = None) -> Tokenizer:
             if source.kind == "tokens":
                 return shard_tokenizer(shard_folders(source)[0])
     return build_tokenizer(data.tokenizer, data.separator)
-
-
-def restore_model(checkpoint: Checkpoint, device: torch.device, backend: str) -> Decoder:
-    """The model of a checkpoint in the precisions that its run had there: recipe, schedule and demotions."""
-    recipe = checkpoint.recipe
-    model = build_model(resolve_activations(checkpoint.config.model, recipe), "meta")
-    try:
-        model.load_state_dict(checkpoint.load_model_state(), assign=True)  # no second copy of the weights
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: its weights do not fit its configuration ({error}). Take another checkpoint."
-        ) from error
-    model.tie_weights()
-    model.to(device).eval()
-    convert_model(model, recipe, backend=backend, device_type=device.type, fused=checkpoint.config.fused)
-    follow_run(model, recipe, checkpoint)
-    return model
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl always, wandb and TensorBoard on request. Rank 0 only.
 
-A sink that fails is announced in one line and dropped; training goes on. wandb online first falls back to offline.
+What metrics.jsonl cannot take ends the run. wandb or TensorBoard that fails is announced in one line and dropped, and
+training goes on; wandb online first falls back to offline.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fp8train.errors import CheckpointError
+from fp8train.errors import CheckpointError, TrainingError
 
 Row = Mapping[str, Any]
 Warn = Callable[[str], None]
@@ -56,18 +57,42 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One strict-JSON object a line; a non-finite number becomes null and the row says `"nonfinite": true`."""
+    """One strict-JSON object a line; a non-finite number becomes null and the row says `"nonfinite": true`.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
+        TrainingError: from write and close: it cannot be written; the line may be there in part.
+    """
 
     name = METRICS_FILE
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = path
+        try:
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise _not_written(path, error) from error
 
     def write(self, row: Row) -> None:
-        self._file.write(to_json_line(row))
+        line = to_json_line(row)
+        try:
+            self._file.write(line)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # closing tries to write what is left of the line once more
+                self._file.close()
+            raise self._lost(f"the row of step {row['step']}", error) from error
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._lost("the last rows", error) from error
+
+    def _lost(self, what: str, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self._path}: {what} cannot be written ({error.strerror or error}); needs a writable run_dir with space. "
+            "Make room: the same command goes on from the newest checkpoint."
+        )
 
 
 class WandbSink:
@@ -127,7 +152,11 @@ class Metrics:
         tensorboard: also write event files.
         config: resolved configuration, shown by wandb.
         resumed_step: step of the checkpoint that training goes on from; later rows of metrics.jsonl are removed.
-        warn: takes the one line that announces a failing sink.
+        warn: takes the one line that announces that wandb or TensorBoard fails.
+
+    Raises:
+        CheckpointError: metrics.jsonl cannot be read or opened.
+        TrainingError: from write and close: metrics.jsonl cannot be written.
     """
 
     def __init__(
@@ -146,7 +175,7 @@ class Metrics:
         self._reopen_wandb: Callable[[], Sink] | None = None
         path = run_dir / METRICS_FILE
         truncate_metrics(path, resumed_step)
-        self._open(METRICS_FILE, lambda: JsonlSink(path))
+        self._jsonl = JsonlSink(path)
         if tensorboard:
             self._open("tensorboard", lambda: TensorBoardSink(run_dir, resumed_step + 1 if resumed_step else None))
         if wandb != "off":
@@ -155,22 +184,27 @@ class Metrics:
             self._open("wandb", lambda: WandbSink(run_dir, wandb_project, wandb, config or {}))
 
     def write(self, row: Row) -> None:
-        """Give the row to every sink; `step` is required."""
+        """Give the row to metrics.jsonl, then to every other sink; `step` is required."""
+        self._jsonl.write(row)
         for sink in list(self._sinks):
-            try:
-                sink.write(row)
-            except Exception as error:
-                self._sinks.remove(sink)
-                self._announce(sink.name, error, row)
+            self._hand(sink, row)
 
     def close(self) -> None:
-        """Close every sink; a sink that fails to close is announced."""
+        """Close every sink, metrics.jsonl last; another that fails to close is announced."""
         for sink in self._sinks:
             try:
                 sink.close()
             except Exception as error:
                 self._warn(f"{sink.name}: closing failed ({_reason(error)})")
         self._sinks = []
+        self._jsonl.close()
+
+    def _hand(self, sink: Sink, row: Row) -> None:
+        try:
+            sink.write(row)
+        except Exception as error:
+            self._sinks.remove(sink)
+            self._announce(sink.name, error, row)
 
     def _open(self, name: str, build: Callable[[], Sink]) -> None:
         try:
@@ -188,7 +222,7 @@ class Metrics:
         self._warn(f"{name}: {_reason(error)}; trying wandb offline")
         self._open("wandb (offline)", reopen)
         if row is not None and self._sinks and self._sinks[-1].name == "wandb (offline)":
-            self._sinks[-1].write(row)
+            self._hand(self._sinks[-1], row)
 
 
 def to_json_line(row: Row) -> str:
@@ -225,21 +259,26 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Keep the rows up to `step`, as if the run had never gone further; no file is no rows.
 
     Raises:
-        CheckpointError: a line is damaged, or the disk is full; the file is as it was.
+        CheckpointError: a line is damaged, or the file cannot be read or written; it is as it was.
     """
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
     fresh = path.with_suffix(".tmp")
     try:
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
         fresh.write_text("".join(to_json_line(row) for row in kept), encoding="utf-8")
         os.replace(fresh, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
             fresh.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
-        ) from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space. Make room, or "
+        "give another run_dir."
+    )
 
 
 def _strict(value: Any) -> tuple[Any, bool]:

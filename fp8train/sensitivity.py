@@ -23,6 +23,7 @@ from fp8train.errors import ConfigError, DataError, exit_code
 from fp8train.eval import evaluation_config
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import Assembly, assemble
+from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import write_file
 
 T = TypeVar("T", bound="CalibrationArguments")
@@ -96,7 +97,7 @@ def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunCon
     checkpoint = None if arguments.checkpoint is None else open_checkpoint(arguments.checkpoint)
     config = load_config(rest, command) if checkpoint is None else evaluation_config(checkpoint, rest)
     named = checkpoint is None or any(argument.startswith("recipe=") for argument in rest)
-    recipe = load_recipe(config.recipe) if checkpoint is None or named else checkpoint.recipe
+    recipe = load_recipe(config.recipe) if named else None
     world = World()
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     check_vocabulary(dataset, config.model.vocab_size)
@@ -106,9 +107,10 @@ def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunCon
             f"needs windows={arguments.windows}. Give more text, or lower windows or seq_len."
         )
     batches = Batcher(dataset, arguments.windows, 1).micro_batches(0)
-    assembly = assemble(config, world.device, recipe=recipe, first_weights=checkpoint is None)
-    if checkpoint is not None:
-        checkpoint.restore(assembly.model)
+    if checkpoint is None:
+        assembly = assemble(config, world.device, recipe=recipe)
+    else:
+        assembly = restored(checkpoint, world.device, config=config, recipe=recipe)
     return arguments, config, assembly, Calibration(assembly.model, batches, world.device)
 
 

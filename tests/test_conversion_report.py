@@ -48,6 +48,7 @@ def test_coverage_counts_what_ran() -> None:
     fp8 -= 2 * 24 * 40  # the input of the first layer has no gradient, so its up runs no dgrad
     other = 3 * 2 * 2 * 24 * 3 - 2 * 24 * 3
     assert coverage["fp8_flops_share"] == pytest.approx(fp8 / (fp8 + other), rel=1e-12)
+    assert (coverage["backend"], coverage["emulates"]) == ("cpu_torch", True)
     COUNTS.reset()
     assert report.coverage()["fp8_flops_share"] == 0
     json.dumps(coverage, allow_nan=False)

@@ -14,14 +14,16 @@ from fp8train.errors import ConfigError, exit_code
 from tests.tiny_run import tiny_arguments, tiny_config
 
 QUICK = "coverage,recipe,codes,equivariance,definition,ragged,nan,accumulation,weights"
+MACHINE = "torch,numpy,cpu_kernels"
 WHOLE = "coverage,siblings,evaluation,loss_scale,data_order"
 
 
 def test_sound_model_passes_and_every_line_has_both_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--only", WHOLE, *tiny_arguments(tmp_path)]) == 0
+    assert doctor.main(["--only", f"{MACHINE},{WHOLE}", *tiny_arguments(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     checks = [line for line in lines if line.startswith("pass")]
-    assert len(checks) == 3 + 5 and all(" | " in line for line in checks)  # three of the machine
+    assert [line.split()[1] for line in checks] == [*MACHINE.split(","), *WHOLE.split(",")]
+    assert all(" | " in line for line in checks)
     assert lines[-1] == "8 of 8 passed"
     assert not (tmp_path / "run").exists()
 
@@ -34,18 +36,18 @@ def test_every_recipe_passes(recipe: str, tmp_path: Path, capsys: pytest.Capture
 def test_finding_gives_status_1_and_says_what_it_usually_means(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = Outcome(name="sums", passed=False, first="1 + 1 = 3", second="2", meaning="a broken adder.")
+    bad = Outcome(passed=False, first="1 + 1 = 3", second="2", meaning="a broken adder.")
     monkeypatch.setitem(doctor.CHECKS, "data_order", lambda subject: bad)
     assert doctor.main(["--only=data_order", *tiny_arguments(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "FAIL  sums" in out and "usually means: a broken adder." in out and "3 of 4 passed" in out
+    assert "FAIL  data_order" in out and "usually means: a broken adder." in out and "0 of 1 passed" in out
 
 
 def test_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--json", "--only", "data_order", *tiny_arguments(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is True
-    assert [check["name"] for check in found["checks"]][-1] == "data order"
+    assert [check["name"] for check in found["checks"]][-1] == "data_order"
     assert all(check["first"] and check["second"] for check in found["checks"])
 
 
@@ -62,6 +64,22 @@ def test_check_that_crashes_is_a_finding_and_the_rest_still_runs(
     assert outcomes[0].second == "RuntimeError: no kernel image"
 
 
+def test_every_printed_name_is_one_that_only_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU that torch does not see, the driver's own check has nothing to do."""
+    good = Outcome(passed=True, first="1", second="1")
+    for name in doctor.CHECKS:
+        monkeypatch.setitem(doctor.CHECKS, name, lambda subject: good)
+    monkeypatch.setattr(machine, "driver_cuda_version", lambda: "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    doctor.main(["--json", "--compile", *tiny_arguments(tmp_path)])
+    printed = [check["name"] for check in json.loads(capsys.readouterr().out)["checks"]]
+    assert printed == [name for name in doctor.NAMES if name not in ("driver", "triton", "fp8_units")]
+    assert doctor._split(["--only", ",".join(printed)])[0] == printed
+    assert len(set(doctor.NAMES)) == len(machine.CHECKS) + len(doctor.CHECKS)
+
+
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     outcome = ranks.ranks(Subject(tiny_config(tmp_path), torch.device("cpu")))
     assert outcome.passed and "2 ranks" in outcome.second
@@ -72,6 +90,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     [
         pytest.param(["--only", "splt"], "nearest: split", id="unknown check"),
         pytest.param(["--skip"], "got no names", id="no name"),
+        pytest.param(["--only", "nan", "--skip", "nan"], "got no checks", id="nothing left"),
         pytest.param(["recipe=blockwize"], "blockwize", id="unknown recipe"),
         pytest.param(["stepz=3"], "steps", id="unknown key"),
         pytest.param(["--fast"], "--fast", id="unknown flag"),
@@ -87,7 +106,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 def test_flags_choose_the_checks() -> None:
     default, as_json, overrides = doctor._split(["steps=3", "--json"])
-    assert set(default) == set(doctor.CHECKS) - {"compiled"} and as_json and overrides == ["steps=3"]
+    assert set(default) == set(doctor.NAMES) - {"compiled"} and as_json and overrides == ["steps=3"]
     assert "compiled" in doctor._split(["--compile"])[0]
     assert doctor._split(["--only", "compiled,split"])[0] == ["compiled", "split"]
     assert "split" not in doctor._split(["--skip=split"])[0]
@@ -104,7 +123,7 @@ class TestMachine:
 
     def test_old_torch_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "__version__", "2.4.1")
-        found = next(outcome for outcome in machine.machine() if outcome.name == "torch")
+        found = machine.CHECKS["torch"]()
         assert not found.passed and "2.4.1" in found.first and "2.11" in found.second
 
     def test_numpy_that_torch_cannot_use_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,26 +131,30 @@ class TestMachine:
             raise RuntimeError("Numpy is not available")
 
         monkeypatch.setattr(torch, "from_numpy", refuse)
-        found = next(outcome for outcome in machine.machine() if outcome.name == "numpy")
+        found = machine.CHECKS["numpy"]()
         assert not found.passed and found.detail == "Numpy is not available"
 
     def test_driver_older_than_torch_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        assert not machine._driver("12.4").passed and machine._driver("13.1").passed
-        assert not machine._driver(None).passed
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for served, good in (("12.4", False), ("13.1", True), (None, False)):
+            monkeypatch.setattr(machine, "driver_cuda_version", lambda served=served: served)
+            assert machine.CHECKS["driver"]().passed is good
+            assert machine.CHECKS["gpu"]() is None
 
     def test_gpu_that_torch_does_not_see_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine, "driver_cuda_version", lambda: "12.8")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        found = machine.machine()[-1]
-        assert found.name == "driver" and not found.passed
+        assert not machine.CHECKS["gpu"]().passed
+        assert machine.CHECKS["driver"]() is None
 
     @pytest.mark.parametrize(("version", "good"), [("3.5.1", False), ("3.6.0", True), ("3.10.0", False), (None, False)])
     def test_triton_of_another_version_is_named(
         self, version: str | None, good: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(machine, "installed", lambda name: version)
-        assert machine._triton().passed is good
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert machine.CHECKS["triton"]().passed is good
 
 
 class TestDistances:

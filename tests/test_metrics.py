@@ -8,8 +8,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fp8train.metrics import Metrics, peak_flops, read_metrics, to_json_line, truncate_metrics
+from fp8train.errors import CheckpointError, TrainingError
+from fp8train.metrics import METRICS_FILE, Metrics, peak_flops, read_metrics, to_json_line, truncate_metrics
 from fp8train.trainer.console import Console, progress_line, rate_text
+from tests.full_disk import files_of_at_most
 
 
 def open_metrics(folder: Path, warnings: list[str], **options) -> Metrics:
@@ -53,6 +55,37 @@ class TestJsonLines:
         assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
+class TestMetricsFileThatFails:
+    def test_full_disk_stops_the_run_with_the_rows_before(self, tmp_path: Path):
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings)
+        metrics.write({"step": 1, "loss": 2.0})
+        with (
+            files_of_at_most(30),
+            pytest.raises(TrainingError, match=r"jsonl: the row of step 2 .*too large.*Make room"),
+        ):
+            metrics.write({"step": 2, "loss": 2.0})
+        metrics.close()
+        assert not warnings
+        assert read_metrics(tmp_path / METRICS_FILE) == [{"step": 1, "loss": 2.0}]
+
+    def test_rows_that_are_lost_at_closing_are_not_passed_over(self, tmp_path: Path):
+        metrics = open_metrics(tmp_path, [])
+        metrics._jsonl._file = open("/dev/full", "a")  # noqa: SIM115
+        metrics._jsonl._file.write("{}")  # a file system over a network may refuse as late as this
+        with pytest.raises(TrainingError, match="the last rows cannot be written .No space left"):
+            metrics.close()
+
+    @pytest.mark.parametrize("obstacle", ["folder", "no target"])
+    def test_file_that_cannot_be_opened_is_refused(self, tmp_path: Path, obstacle: str):
+        if obstacle == "folder":
+            (tmp_path / METRICS_FILE).mkdir()
+        else:
+            (tmp_path / METRICS_FILE).symlink_to(tmp_path / "gone" / METRICS_FILE)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be written .*needs a writable run_dir"):
+            open_metrics(tmp_path, [])
+
+
 class TestFailingSinks:
     def test_missing_wandb_is_one_warning_and_rows_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
@@ -82,6 +115,18 @@ class TestFailingSinks:
         metrics.close()
         assert len(warnings) == 2 and "dropped" in warnings[1]
 
+    def test_wandb_that_breaks_online_and_then_offline_is_dropped(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", FakeWandb(breaks_at=2))
+        warnings: list[str] = []
+        metrics = open_metrics(tmp_path, warnings, wandb="online")
+        for step in range(1, 5):
+            metrics.write({"step": step, "loss": 2.0})
+        metrics.close()
+        assert len(warnings) == 2 and "trying wandb offline" in warnings[0] and "dropped" in warnings[1]
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+
     def test_sink_that_breaks_in_the_middle_is_announced_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         fake = FakeWandb(breaks_at=2)
         monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -92,13 +137,6 @@ class TestFailingSinks:
         metrics.close()
         assert len(warnings) == 1
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
-
-    def test_full_disk_under_metrics_jsonl_does_not_raise(self, tmp_path: Path):
-        warnings: list[str] = []
-        metrics = open_metrics(tmp_path, warnings)
-        metrics._sinks[0]._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
-        metrics.write({"step": 1, "loss": 2.0})
-        assert len(warnings) == 1 and "No space left" in warnings[0]
 
 
 class TestWandb:

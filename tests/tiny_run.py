@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 from fp8train.config import RunConfig, load_config
 from fp8train.distributed import World
+from fp8train.metrics import METRICS_FILE
 from fp8train.trainer import Trainer
 from fp8train.trainer.console import Console
 from fp8train.trainer.run_folder import RunResult
@@ -42,3 +44,12 @@ def tiny_config(folder: Path, *overrides: str, run: str = "run") -> RunConfig:
 def tiny_train(folder: Path, *overrides: str, run: str = "run", console: Console | None = None) -> RunResult:
     """Train in this process, silently unless a console is given."""
     return Trainer(tiny_config(folder, *overrides, run=run), World(), console or Console(enabled=False)).run()
+
+
+def padded_metrics(folder: Path) -> Path:
+    """metrics.jsonl of a run of three steps, larger than whatever else is written before the next checkpoint."""
+    tiny_train(folder, "steps=3")
+    path = folder / "run" / METRICS_FILE
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 1, "padding": "x" * 200_000}) + "\n")
+    return path

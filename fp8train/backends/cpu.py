@@ -31,6 +31,7 @@ class CpuBackend(Producers):
     """Fast CPU execution, bit-identical codes."""
 
     name = "cpu"
+    emulates = True
 
     def __init__(self, compiled: bool = True) -> None:
         """Load the C++ kernels; compiled=False computes in torch even if there is a compiler."""

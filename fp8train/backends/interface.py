@@ -18,6 +18,7 @@ class Backend(Protocol):
 
     name: str
     note: str  # how it computes, for the log and for `explain`
+    emulates: bool = False  # FP8 numbers by wider instructions: its losses carry over to a GPU, its speed does not
 
     def unavailable(self, device_type: str) -> str | None:
         """Why this backend cannot run on a device of that type on this machine, or None."""

@@ -17,6 +17,8 @@ from fp8train.quant.formats import QuantSpec
 class Producers:
     """What a backend inherits: each product is computed, written, and read again by the backend's own quantiser."""
 
+    emulates = False
+
     def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
         """See Backend."""
         return False

@@ -20,6 +20,8 @@ from fp8train.quant.qtensor import QTensor
 class VendorBackend(DequantBackend):
     """Quantises and rotates by our kernels where Triton can compile them, else by the definition: the same bits."""
 
+    emulates = False
+
     @functools.cached_property
     def quantisers(self) -> Backend:
         """The backend whose quantisers and rotary embedding are used."""

@@ -39,7 +39,6 @@ def definition(subject: Subject) -> Outcome:
                 if apart > worst or where == "no linear in FP8":
                     worst, where = apart, f"{what} of {name}"
     return Outcome(
-        name="definition",
         passed=worst <= BF16_LIMIT,
         first=f"{where}: error of its worst row {worst:.1e}",
         second=f"limit {BF16_LIMIT:.1e}",
@@ -103,7 +102,6 @@ def quantiser_codes(subject: Subject) -> Outcome:
                 good, total = good + same, total + 1
                 where = where if same else where or f"{spec}, matrix {seed}"
     return Outcome(
-        name="quantiser codes",
         passed=good == total,
         first=f"{total} quantisations",
         second=f"{good} as defined",
@@ -153,7 +151,6 @@ def scale_equivariance(subject: Subject) -> Outcome:
                 moved = backend.quantize(x * 2.0**shift, spec, transpose).qdata.view(torch.uint8)
                 equal, total = equal + int((moved == codes).sum()), total + codes.numel()
     return Outcome(
-        name="scale equivariance",
         passed=equal == total,
         first=f"codes {total}",
         second=f"the same after x 2^k {equal}",
@@ -167,9 +164,9 @@ def ragged(subject: Subject) -> Outcome:
     """A number of tokens that fills no block gives what zero rows after it give: padding has no part in any scale."""
     return _over_linears(
         subject,
-        "ragged = padded",
         _padding_difference,
         BF16_LIMIT,
+        "ragged against padded with zeros",
         "padding that enters amax, memory that nobody wrote, or a kernel that reads past the end.",
     )
 
@@ -197,9 +194,9 @@ def nonfinite(subject: Subject) -> Outcome:
 
     return _over_linears(
         subject,
-        "NaN stays visible",
         finite_share,
         0.0,
+        "share of finite numbers where a NaN is to stay visible",
         "a maximum that drops NaN, a cast that saturates it or nan_to_num: a broken run would look healthy.",
     )
 
@@ -221,17 +218,17 @@ def fp32_accumulation(subject: Subject) -> Outcome:
     wrong = {name: value for name, value in found.items() if not abs(value - 257) < 0.01}
     name, value = next(iter((wrong or found or {"no linear in FP8": 257.0}).items()))
     return Outcome(
-        name="FP32 accumulation",
         passed=not wrong,
         first="256 + 1 = 257",
         second=f"{name}: {value:g}",
+        detail="gradients of two micro-batches, to be added in FP32",
         meaning="weight gradients that are rounded to BF16, or accumulated in it: small contributions of late "
         "micro-batches are lost and training drifts.",
     )
 
 
 def _over_linears(
-    subject: Subject, name: str, measure: Callable[[Subject, Float8Linear], float], limit: float, meaning: str
+    subject: Subject, measure: Callable[[Subject, Float8Linear], float], limit: float, detail: str, meaning: str
 ) -> Outcome:
     """Worst measurement over the representative linears."""
     worst, where = 0.0, "no linear in FP8"
@@ -240,5 +237,9 @@ def _over_linears(
         if value > worst or where == "no linear in FP8":
             worst, where = value, label
     return Outcome(
-        name=name, passed=worst <= limit, first=f"{where}: {worst:.1e}", second=f"limit {limit:.1e}", meaning=meaning
+        passed=worst <= limit,
+        first=f"{where}: {worst:.1e}",
+        second=f"limit {limit:.1e}",
+        detail=detail,
+        meaning=meaning,
     )

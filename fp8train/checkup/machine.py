@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,17 +17,6 @@ from fp8train.checkup.outcome import Outcome
 OLDEST_TORCH = (2, 11)
 TRITON = ((3, 6), (3, 10))  # from, below: what the kernels are compiled with in the tests
 FP8_CAPABILITY = (8, 9)
-
-
-def machine() -> list[Outcome]:
-    """One outcome for each pair of things that must fit; those of a GPU only where there is one or its driver."""
-    outcomes = [_torch(), _numpy(), _compiler()]
-    driver = driver_cuda_version()
-    if torch.cuda.is_available():
-        outcomes += [_driver(driver), _triton(), _capability()]
-    elif driver is not None:
-        outcomes.append(_unseen_gpu(driver))
-    return outcomes
 
 
 def version(text: str | None) -> tuple[int, int]:
@@ -57,7 +47,6 @@ def installed(package: str) -> str | None:
 
 def _torch() -> Outcome:
     return Outcome(
-        name="torch",
         passed=version(torch.__version__) >= OLDEST_TORCH,
         first=f"torch {torch.__version__}",
         second=f"needs {'.'.join(map(str, OLDEST_TORCH))} or newer",
@@ -73,7 +62,6 @@ def _numpy() -> Outcome:
     except (RuntimeError, TypeError) as error:
         wrong = str(error).splitlines()[0]
     return Outcome(
-        name="numpy",
         passed=not wrong,
         first=f"numpy {np.__version__}",
         second=f"torch {torch.__version__}",
@@ -85,16 +73,17 @@ def _numpy() -> Outcome:
 def _compiler() -> Outcome:
     library = cpu_library.load()
     return Outcome(
-        name="CPU kernels",
         passed=True,
         first="compiled" if library.functions else "in torch: slower, the same codes",
         second=library.reason,
     )
 
 
-def _driver(driver: str | None) -> Outcome:
+def _driver() -> Outcome | None:
+    if not torch.cuda.is_available():
+        return None
+    driver = driver_cuda_version()
     return Outcome(
-        name="driver",
         passed=driver is not None and version(driver)[0] >= version(torch.version.cuda)[0],
         first=f"driver serves CUDA {driver or 'unknown'}",
         second=f"torch was built for CUDA {torch.version.cuda}",
@@ -103,10 +92,11 @@ def _driver(driver: str | None) -> Outcome:
     )
 
 
-def _triton() -> Outcome:
+def _triton() -> Outcome | None:
+    if not torch.cuda.is_available():
+        return None
     found = installed("triton")
     return Outcome(
-        name="triton",
         passed=found is not None and TRITON[0] <= version(found) < TRITON[1],
         first=f"triton {found or 'is not installed'}",
         second=f"needs {'.'.join(map(str, TRITON[0]))} to {TRITON[1][0]}.{TRITON[1][1] - 1}",
@@ -115,10 +105,11 @@ def _triton() -> Outcome:
     )
 
 
-def _capability() -> Outcome:
+def _capability() -> Outcome | None:
+    if not torch.cuda.is_available():
+        return None
     found = torch.cuda.get_device_capability()
     return Outcome(
-        name="FP8 units",
         passed=found >= FP8_CAPABILITY,
         first=f"{torch.cuda.get_device_name()}: compute capability {found[0]}.{found[1]}",
         second=f"FP8 from {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}",
@@ -126,11 +117,25 @@ def _capability() -> Outcome:
     )
 
 
-def _unseen_gpu(driver: str) -> Outcome:
+def _unseen_gpu() -> Outcome | None:
+    driver = driver_cuda_version()
+    if driver is None or torch.cuda.is_available():
+        return None
     return Outcome(
-        name="driver",
         passed=False,
         first=f"driver serves CUDA {driver}",
         second=f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda})",
         meaning="torch was built without CUDA, or for a newer one than the driver's. Install a torch for this CUDA.",
     )
+
+
+# None: there is nothing to check here; the last four concern a GPU
+CHECKS: dict[str, Callable[[], Outcome | None]] = {
+    "torch": _torch,
+    "numpy": _numpy,
+    "cpu_kernels": _compiler,
+    "driver": _driver,
+    "triton": _triton,
+    "fp8_units": _capability,
+    "gpu": _unseen_gpu,
+}

@@ -15,14 +15,14 @@ from torch import Tensor
 class Outcome:
     """Result of one check.
 
-    name: of the check
+    name: of the check, as `doctor --only` takes it; the check itself leaves it to doctor, which knows it by that name
     passed: false is a finding
     first, second: what was compared, each as "WHAT NUMBER"
     detail: how far apart they are, and how far they may be
     meaning: what a failure usually means, and what to do
     """
 
-    name: str
+    name: str = ""
     passed: bool
     first: str
     second: str
@@ -31,18 +31,13 @@ class Outcome:
 
     def lines(self) -> str:
         """For the console: one line, and a second where it failed."""
-        head = f"{'pass' if self.passed else 'FAIL'}  {self.name:22s} {self.first} | {self.second}"
+        head = f"{'pass' if self.passed else 'FAIL'}  {self.name:14s} {self.first} | {self.second}"
         head += f" | {self.detail}" if self.detail else ""
         return head if self.passed else f"{head}\n      usually means: {self.meaning}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return {name: getattr(self, name) for name in self.__slots__}
-
-
-def same_bits(name: str, what: str, first: Any, second: Any, meaning: str) -> Outcome:
-    """An outcome that passes where both are equal."""
-    return Outcome(name=name, passed=first == second, first=f"{what} {first}", second=f"{second}", meaning=meaning)
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[float, str]:

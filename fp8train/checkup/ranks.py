@@ -35,7 +35,6 @@ def ranks(subject: Subject) -> Outcome:
     apart, where = distance(one[1], two[1])
     limit = ORDER_LIMIT if tokens_share_blocks(subject, subject.fresh()) else NOISE_LIMIT
     return Outcome(
-        name="number of ranks",
         passed=apart <= limit and abs(one[0] - two[0]) <= limit * abs(one[0]),
         first=f"1 rank: loss {one[0]:.6f}",
         second=f"{RANKS} ranks: {two[0]:.6f}",

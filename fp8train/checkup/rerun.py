@@ -25,7 +25,7 @@ from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Recipe, load_recipe
 from fp8train.trainer.assembly import Assembly, assemble
 from fp8train.trainer.blackbox import WEIGHTS_FILE, read_dump
-from fp8train.trainer.precision_control import PrecisionControl
+from fp8train.trainer.precision_control import PrecisionControl, demoted_linears
 from fp8train.trainer.step import inputs, train_step
 
 OWN, HIGH = "own", {"bf16": BF16, "fp32": FP32}
@@ -183,7 +183,7 @@ class Rerun:
         start, source = 0, f"the first weights of seed {self.config.seed}"
         if checkpoint is not None:
             checkpoint.restore(assembly.model, optimizer)
-            control.demoted = list(checkpoint.state.progress.get("watchers", {}).get("alarm", {}).get("demoted", ()))
+            control.demoted = demoted_linears(checkpoint)
             start, source = checkpoint.step, str(checkpoint.path)
         for step in range(start, before):
             control.apply(step + 1)

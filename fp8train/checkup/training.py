@@ -9,7 +9,7 @@ import torch
 from fp8train.backends.coverage import COUNTS
 from fp8train.checkpoint import TrainingState, open_checkpoint, save_checkpoint
 from fp8train.checkpoint.random_state import random_state
-from fp8train.checkup.outcome import Outcome, distance, same_bits
+from fp8train.checkup.outcome import Outcome, distance
 from fp8train.checkup.subject import BLOCK, PARTS, Subject, precisions
 from fp8train.config import config_to_dict
 from fp8train.distributed import World
@@ -37,7 +37,6 @@ def split(subject: Subject) -> Outcome:
     aligned = tokens_share_blocks(subject, assembly)
     limit = ORDER_LIMIT if aligned else NOISE_LIMIT
     return Outcome(
-        name="micro-batch split",
         passed=apart <= limit and abs(whole.loss - parts.loss) <= limit * abs(whole.loss),
         first=f"1 micro-batch: loss {whole.loss:.6f}",
         second=f"{PARTS}: {parts.loss:.6f}",
@@ -67,7 +66,6 @@ def data_order(subject: Subject) -> Outcome:
 
     one, *others = (seen(ranks) for ranks in (1, 2, 4))
     return Outcome(
-        name="data order",
         passed=all(other == one for other in others),
         first=f"1 rank: {one}",
         second=f"2 and 4 ranks: {', '.join(others)}",
@@ -100,7 +98,6 @@ def resume(subject: Subject) -> Outcome:
         resumed_loss = subject.train(assembly, optimizer, 2).loss
     resumed = parameter_hash(assembly.model)
     return Outcome(
-        name="resume",
         passed=resumed == straight,
         first=f"straight on: loss {straight_loss:.6f}, weights {straight[:12]}",
         second=f"resumed: {resumed_loss:.6f}, {resumed[:12]}",
@@ -122,7 +119,6 @@ def checkpointing(subject: Subject) -> Outcome:
     apart, where = max((distance(gradients, other[1]) for other in found.values()), key=lambda pair: pair[0])
     again = [other[2] for other in found.values()]
     return Outcome(
-        name="checkpointing",
         passed=apart == 0 and all(value == rows for value in again),
         first=f"none: loss {loss:.6f}, rows in backward {rows}",
         second=f"selective, full: {', '.join(f'{v[0]:.6f}, {v[2]}' for v in found.values())}",
@@ -148,7 +144,6 @@ def compiled(subject: Subject) -> Outcome:
     # Inductor keeps BF16 intermediates in FP32 between fused operations: the codes of some activations move
     limit = 0.05
     return Outcome(
-        name="compiled = eager",
         passed=apart <= limit,
         first=f"eager: loss {eager.loss:.6f}",
         second=f"compiled: {other.loss:.6f}",
@@ -164,13 +159,14 @@ def cached(subject: Subject) -> Outcome:
     subject.train(assembly, optimizer, 0)
     kept = _loss(subject, assembly)
     weights_changed(assembly.model)
-    return same_bits(
-        "cached = fresh",
-        "loss after a step",
-        kept,
-        _loss(subject, assembly),
-        "FP8 weight codes that did not follow the optimizer: a fused or foreign optimizer moves no version counter, "
-        "so an edit must be announced with fp8train.weights_changed(model).",
+    fresh = _loss(subject, assembly)
+    return Outcome(
+        passed=kept == fresh,
+        first=f"loss after a step {kept}",
+        second=f"{fresh}",
+        detail="weight codes at hand against fresh ones",
+        meaning="FP8 weight codes that did not follow the optimizer: a fused or foreign optimizer moves no version "
+        "counter, so an edit must be announced with fp8train.weights_changed(model).",
     )
 
 
@@ -191,7 +187,6 @@ def evaluation(subject: Subject) -> Outcome:
     scores = evaluate(assembly.model, eval_set, bf16=True, all_bf16=assembly.all_bf16)
     swapped = swapped_precisions(assembly)
     return Outcome(
-        name="train = eval",
         passed=scores["eval_loss"] == trained and not swapped,
         first=f"training's forward {trained:.9f}",
         second=f"evaluation {scores['eval_loss']:.9f}",
@@ -208,11 +203,10 @@ def fp8_matters(subject: Subject) -> Outcome:
     own, high = scores["eval_loss"], scores["eval_loss_bf16"]
     planned = any(precision.fprop.fp8 for precision in precisions(assembly))
     return Outcome(
-        name="recipe acts",
         passed=(own != high or not planned) and abs(own - high) <= 0.05 * abs(high),
         first=f"own precision {own:.9f}",
         second=f"BF16 {high:.9f}",
-        detail="FP8 planned in fprop" if planned else "no FP8 planned in fprop",
+        detail="FP8 planned in fprop: they must differ" if planned else "no FP8 planned in fprop: they may be equal",
         meaning="equal: an emulation or a fall-back that drops the recipe; more than 5 % apart: a recipe that ruins "
         "this model.",
     )
@@ -231,7 +225,6 @@ def loss_scale(subject: Subject) -> Outcome:
     apart, where = distance(*found)
     norms = [float(torch.stack([g.norm() for g in gradients.values()]).norm()) for gradients in found]
     return Outcome(
-        name="loss scale",
         passed=apart == 0,
         first=f"gradient norm {norms[0]:.6e}",
         second=f"with loss x 2^{LOSS_SHIFT}, scaled back {norms[1]:.6e}",
@@ -252,7 +245,6 @@ def coverage(subject: Subject) -> Outcome:
     problems = swapped_precisions(assembly) + problems
     share = assembly.report.coverage()["fp8_flops_share"]
     return Outcome(
-        name="coverage",
         passed=not problems,
         first=f"planned {assembly.report.planned_fp8_share():.1%} of FLOPs in FP8",
         second=f"ran {share:.1%}",
@@ -272,7 +264,6 @@ def siblings(subject: Subject) -> Outcome:
         outside = [rows[site] for site in sites if rows[site].planned("fprop") != "fp8"]
         strays += [f"{row.fqn} (not {inside[0]})" for row in outside if inside and row.rule.endswith(": *")]
     return Outcome(
-        name="no stray linear",
         passed=not strays,
         first=f"{len(rows)} linears",
         second=f"{len(strays)} fell to the catch-all rule beside readers of the same input in FP8",

@@ -30,7 +30,6 @@ def weight_codes(subject: Subject) -> Outcome:
             right, total = right + same, total + 1
             where = where if same else where or f"after {occasion}"
     return Outcome(
-        name="weight codes",
         passed=right == total,
         first=f"{total} weights after step, load, edit, announced edit",
         second=f"{right} with the codes of the definition",

@@ -25,7 +25,6 @@ from fp8train.report.run_record import Arms, first_run
 from fp8train.report.trajectory import TARGETS, ema
 from fp8train.units import NOTHING, bytes_text, count_text, ratio_text, seconds_text
 
-EMULATING_BACKENDS = ("cpu", "cpu_torch", "reference", "dequant_bf16")
 EMULATION_NOTE = (
     "This backend computes the same FP8 numbers with wider instructions, because the machine has none for FP8. "
     "The losses carry over to a GPU, the speed does not."
@@ -47,7 +46,7 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         rows.append(run_row(verdict, arm, run, cells))
     how = "one after the other" if verdict["parallel"] == 1 else f"{verdict['parallel']} at a time, sharing the machine"
     caption = f"<strong>Speed</strong>, warm-up steps left out. The runs were trained {how}."
-    emulated = any(run["backend"] in EMULATING_BACKENDS for _, _, run in measured_runs(verdict))
+    emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)
     return [note, _speed_figure(verdict, arms), table, _time_figure(verdict, arms), _time_table(verdict)]

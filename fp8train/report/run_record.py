@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import yaml
 
-from fp8train.errors import DataError
+from fp8train.backends import get_backend
+from fp8train.errors import BackendError, DataError
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
@@ -67,6 +68,16 @@ class RunRecord:
         used = {rule.get("use") for rule in document.get("rules", ())}
         precisions = document.get("precisions") or {}
         return max((float(precisions[name].get("noise") or 0) for name in used & set(precisions)), default=0.0)
+
+    @property
+    def emulates(self) -> bool:
+        """Whether its backend emulates FP8; where the run did not record that, as the backend of that name does."""
+        if "emulates" in self.coverage:
+            return bool(self.coverage["emulates"])
+        try:
+            return get_backend(str(self.coverage.get("backend"))).emulates
+        except BackendError:  # a name that this version does not know says nothing
+            return False
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

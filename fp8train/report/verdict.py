@@ -63,6 +63,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "peak_memory_bytes": finite(run.result.get("peak_memory_bytes")),
         "fp8_flops_share": finite(run.coverage.get("fp8_flops_share")),
         "backend": run.coverage.get("backend"),
+        "emulates": run.emulates,
     }
 
 

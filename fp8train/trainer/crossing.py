@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.checkpoint import open_checkpoint
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.recipe import load_recipe
-from fp8train.trainer.assembly import assemble
 from fp8train.trainer.evaluation import EvalSet
+from fp8train.trainer.restored import crossed
 from fp8train.trainer.run_folder import on_main, write_file
 
 
 def crossed_losses(weights: Path, arithmetics: Mapping[str, Path], world: World) -> dict[str, float]:
-    """Held-out loss of a run's newest weights, computed with the recipe and backend of each of the other runs.
+    """Held-out loss of a run's newest weights, computed as each of the other runs computed at its newest checkpoint.
 
     The windows and the way they are cut into batches are those of the run's own evaluation.
 
@@ -34,11 +33,15 @@ def crossed_losses(weights: Path, arithmetics: Mapping[str, Path], world: World)
         UserError: a checkpoint is missing or damaged, or data, recipe or backend do not serve here.
     """
     checkpoint = open_checkpoint(weights)
-    config = dataclasses.replace(checkpoint.config, compile=False)
+    config = checkpoint.config
     size = config.micro_batch(world.world_size)
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     eval_set = EvalSet(Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size), world)
-    return {name: _score(checkpoint, open_checkpoint(folder), eval_set, world) for name, folder in arithmetics.items()}
+    found = {}
+    for name, folder in arithmetics.items():
+        assembly = crossed(checkpoint, open_checkpoint(folder), world.device)
+        found[name] = eval_set.score(assembly.model).nats
+    return found
 
 
 def cross_evaluate(
@@ -90,11 +93,3 @@ def _state(path: Path) -> tuple[int, bool]:
     """Step of the newest checkpoint, and whether its recipe is BF16 throughout."""
     checkpoint = open_checkpoint(path, check_content=False)
     return checkpoint.step, checkpoint.recipe_hash == load_recipe("bf16").hash
-
-
-def _score(weights: Checkpoint, arithmetic: Checkpoint, eval_set: EvalSet, world: World) -> float:
-    config = dataclasses.replace(weights.config, compile=False, backend=arithmetic.config.backend)
-    recipe = arithmetic.recipe
-    assembly = assemble(config, world.device, recipe=recipe, first_weights=False)
-    weights.restore(assembly.model)
-    return eval_set.score(assembly.model).nats

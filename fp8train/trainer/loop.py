@@ -75,7 +75,7 @@ class Trainer:
 
         Raises:
             UserError: the configuration, data, folder or machine does not serve; nothing has been written then.
-            TrainingError: optim.max_nonfinite_steps steps in a row were not finite.
+            TrainingError: optim.max_nonfinite_steps steps in a row were not finite, or metrics.jsonl cannot be written.
         """
         started = time.monotonic()
         config, world = self.config, self.world
@@ -164,9 +164,7 @@ class Trainer:
         self._take_back(found, keep=request.watcher)
         self.stream = StreamHash(self.progress.stream_sum if self.world.main else 0)
         self.evals = [row for row in self.evals if row["step"] <= found.step]
-        if self.metrics is not None:
-            self.metrics.close()
-            self.metrics = self._open_metrics()
+        self._open_metrics()
 
     def _save(self) -> Path:
         """Write a checkpoint of this step, unless there is one."""
@@ -217,20 +215,32 @@ class Trainer:
             "recipe_hash": self.assembly.recipe.hash,
         }
         on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts))
-        self.metrics = self._open_metrics() if world.main else None
+        self._open_metrics()
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
 
-    def _open_metrics(self) -> Metrics:
-        log = self.config.log
-        return Metrics(
-            self.run_dir,
-            wandb=log.wandb,
-            wandb_project=log.wandb_project,
-            tensorboard=log.tensorboard,
-            config=config_to_dict(self.config),
-            resumed_step=self.progress.step,
-            warn=self.console.warn,
-        )
+    def _open_metrics(self) -> None:
+        """Open the sinks on rank 0, without the rows after this step; an error is every rank's."""
+
+        def build() -> None:
+            if self.metrics is not None:
+                self.metrics.close()
+            log = self.config.log
+            self.metrics = Metrics(
+                self.run_dir,
+                wandb=log.wandb,
+                wandb_project=log.wandb_project,
+                tensorboard=log.tensorboard,
+                config=config_to_dict(self.config),
+                resumed_step=self.progress.step,
+                warn=self.console.warn,
+            )
+
+        on_main(self.world, build)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Give a row to the sinks on rank 0; an error is every rank's, or the others would wait for it."""
+        metrics = self.metrics
+        on_main(self.world, lambda: None if metrics is None else metrics.write(row))
 
     def _train(self, stop: StopRequest) -> str | None:
         """Steps until the last, or until some rank is asked to stop; returns why it stopped early."""
@@ -306,8 +316,8 @@ class Trainer:
             flops = flops_per_token(config.model, config.seq_len) * row["tokens_per_second"]
             row["mfu"] = flops / (peak * self.world.world_size)
         self.console.step(row, self.speed.eta_seconds(config.steps - progress.step))
-        if self.metrics is not None and (_due(progress.step, config.log.every) or not result.updated):
-            self.metrics.write(row)
+        if _due(progress.step, config.log.every) or not result.updated:
+            self._write(row)
         if request is not None:
             raise request
 
@@ -328,8 +338,7 @@ class Trainer:
         }
         self.evals.append(row)
         self.console.info(f"eval at step {row['step']}: {score_text(row)}")
-        if self.metrics is not None:
-            self.metrics.write(row)
+        self._write(row)
 
     def _finish(self, stopped_by: str | None, started: float) -> RunResult:
         """Last evaluation and checkpoint, result.json, and the line that says how it ended."""

@@ -54,5 +54,10 @@ class PrecisionControl:
 def follow_run(model: nn.Module, recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Give a converted model the precisions that the run had at a checkpoint: schedule and demotions included."""
     control = PrecisionControl(model, recipe, checkpoint.config.steps)
-    control.demoted = list(checkpoint.state.progress.get("watchers", {}).get("alarm", {}).get("demoted", ()))
+    control.demoted = demoted_linears(checkpoint)
     control.apply(checkpoint.step)
+
+
+def demoted_linears(checkpoint: Checkpoint) -> list[str]:
+    """Module paths of the linears that alarms had put in BF16."""
+    return list(checkpoint.state.progress.get("watchers", {}).get("alarm", {}).get("demoted", ()))

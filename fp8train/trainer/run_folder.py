@@ -24,7 +24,7 @@ from fp8train.backends import cpu_library
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
-from fp8train.errors import CheckpointError, ConfigError, UserError
+from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
 from fp8train.units import bytes_text
@@ -89,12 +89,12 @@ class RunResult:
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:
-    """Run something on rank 0 and hand its result to every rank; a UserError there is raised on every rank."""
-    outcome: tuple[Any, UserError | None] = (None, None)
+    """Run something on rank 0 and hand its result to every rank; a UserError or TrainingError is raised on each."""
+    outcome: tuple[Any, UserError | TrainingError | None] = (None, None)
     if world.main:
         try:
             outcome = (action(), None)
-        except UserError as error:
+        except (UserError, TrainingError) as error:
             outcome = (None, error)
     result, refusal = world.broadcast_object(outcome)
     if refusal is not None:

@@ -76,3 +76,8 @@ def test_unknown_backend_is_refused_with_the_known_names(name: str) -> None:
 def test_backend_is_made_once_per_process() -> None:
     assert get_backend("cpu") is get_backend("cpu")
     assert get_backend("cpu") is not get_backend("cpu_torch")
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "hopper", "hopper:bits=24,promote=none"])
+def test_backend_emulates_unless_it_multiplies_by_fp8_instructions(name: str) -> None:
+    assert get_backend(name).emulates != (name in ("triton", "cublaslt", "te", "deepgemm", "torchao"))

@@ -13,10 +13,10 @@ import pytest
 
 from fp8train import export, prepare, train
 from fp8train.errors import exit_code
-from fp8train.metrics import METRICS_FILE
+from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.models import ModelConfig, build_model, initialize, save_hf
 from tests.full_disk import files_of_at_most
-from tests.tiny_run import tiny_arguments, tiny_train
+from tests.tiny_run import padded_metrics, tiny_arguments, tiny_train
 
 RULES = """
 version: 1
@@ -179,16 +179,24 @@ class TestDiskThatFillsUp:
         assert not temporary_files(tmp_path)
 
     def test_while_a_resumed_run_cuts_its_metrics(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        tiny_train(tmp_path, "steps=3")
-        metrics = tmp_path / "run" / METRICS_FILE
-        padding = json.dumps({"step": 1, "padding": "x" * 200_000})
-        metrics.write_text(metrics.read_text() + padding + "\n")
+        metrics = padded_metrics(tmp_path)
         before = metrics.read_bytes()
         with files_of_at_most(100_000):
             assert exit_code(train.main, tiny_arguments(tmp_path)) == 2
         assert_one_line(capsys, "metrics.jsonl: cannot be written .File too large.")
         assert metrics.read_bytes() == before
         assert not temporary_files(tmp_path)
+
+    def test_while_a_run_writes_its_metrics(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The run stops, and the same command then goes on without a row missing."""
+        metrics = padded_metrics(tmp_path)
+        with files_of_at_most(metrics.stat().st_size + 50):
+            assert exit_code(train.main, tiny_arguments(tmp_path)) == 1
+        assert_one_line(capsys, "metrics.jsonl: the row of step 4 cannot be written .File too large.", "failed")
+        assert not (tmp_path / "run" / "result.json").exists()
+        assert exit_code(train.main, tiny_arguments(tmp_path)) == 0
+        rows = [row["step"] for row in read_metrics(metrics) if "loss" in row]
+        assert rows == [1, 2, 3, 4, 5, 6]
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_while_shards_are_written(self, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,11 +227,18 @@ def test_damaged_metrics_are_one_line_that_says_where(tmp_path: Path, capsys: py
     assert_one_line(capsys, "metrics.jsonl: line 2 is damaged.*Delete the line")
 
 
-def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+def test_metrics_that_cannot_be_opened_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / METRICS_FILE).symlink_to(tmp_path / "gone" / METRICS_FILE)
+    assert exit_code(train.main, tiny_arguments(tmp_path)) == 2
+    assert_one_line(capsys, "metrics.jsonl: cannot be written .No such file.*give another run_dir")
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str, kind: str = "error") -> None:
     """stderr is one line, of that form."""
     error = capsys.readouterr().err
     assert re.search(message, error), error
-    assert error.startswith("fp8train: error: ") and error.count("\n") == 1, error
+    assert error.startswith(f"fp8train: {kind}: ") and error.count("\n") == 1, error
 
 
 def temporary_files(folder: Path) -> list[Path]:

@@ -12,9 +12,10 @@ import yaml
 from fp8train.metrics import read_metrics
 from fp8train.recipe import load_recipe
 from fp8train.trainer.blackbox import read_dump
+from tests.full_disk import files_of_at_most
 from tests.integration import breaking_run, one_step
 from tests.perturbed_run import PerturbedTrainer, losses
-from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
+from tests.tiny_run import padded_metrics, tiny_arguments, tiny_config, tiny_train
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 512
@@ -88,6 +89,15 @@ def test_ranks_agree_on_what_is_demoted_and_each_keeps_its_part_of_the_step(tmp_
     samples = [{number for batch in rank.batches for number in batch.sample_ids} for rank in ranks]
     first = (breaking_run.BAD_STEP - 1) * 8  # sequences a step
     assert samples[0] | samples[1] == set(range(first, first + 8)) and not samples[0] & samples[1]
+
+
+def test_metrics_that_rank_0_cannot_write_end_every_rank(tmp_path: Path):
+    metrics = padded_metrics(tmp_path)
+    with files_of_at_most(metrics.stat().st_size + 50):
+        done = torchrun("fp8train.train", *tiny_arguments(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.count("fp8train: failed: ") == 1 and "the row of step 4 cannot be written" in done.stderr
+    assert "another rank is gone" not in done.stderr, "both ranks raise what rank 0 met"
 
 
 def test_error_of_the_configuration_is_shown_once(tmp_path: Path):

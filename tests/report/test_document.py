@@ -159,6 +159,17 @@ def test_gemm_planned_in_fp8_that_ran_outside_it_raises_an_alert(tmp_path: Path)
     assert "not FP8, planned FP8" in text
 
 
+@pytest.mark.parametrize(
+    ("backend", "emulates"), [("hopper:bits=14,promote=128", True), ("triton", False)], ids=["emulation", "kernels"]
+)
+def test_report_says_where_speed_does_not_carry_over(tmp_path: Path, backend: str, emulates: bool) -> None:
+    arms = {}
+    for arm in ("bf16", "blockwise"):
+        coverage = make_coverage(arm) | {"backend": backend, "emulates": emulates}
+        arms[arm] = {1: read_run(write_run(tmp_path / arm, recipe=arm, coverage=coverage))}
+    assert ("The losses carry over to a GPU, the speed does not." in report_of(arms)) == emulates
+
+
 def test_steps_without_a_finite_loss_raise_an_alert(tmp_path: Path) -> None:
     losses = np.linspace(5, 2, 40)
     losses[10:13] = np.nan

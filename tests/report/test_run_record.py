@@ -16,6 +16,23 @@ ROW = '{"step": 1, "loss": 2.5}'
 
 
 @pytest.mark.parametrize(
+    ("recorded", "emulates"),
+    [
+        pytest.param({"backend": "hopper:bits=14,promote=128", "emulates": True}, True, id="hopper"),
+        pytest.param({"backend": "triton", "emulates": False}, False, id="a GPU's kernels"),
+        pytest.param({"backend": "of another version", "emulates": True}, True, id="unknown, recorded"),
+        pytest.param({"backend": "hopper:bits=14,promote=128"}, True, id="hopper, not recorded"),
+        pytest.param({"backend": "triton"}, False, id="a GPU's kernels, not recorded"),
+        pytest.param({"backend": "of another version"}, False, id="unknown, not recorded"),
+        pytest.param({}, False, id="no coverage"),
+    ],
+)
+def test_run_says_whether_its_backend_emulates(tmp_path: Path, recorded: dict[str, object], emulates: bool) -> None:
+    run = write_run(tmp_path / "run", coverage=recorded)
+    assert read_run(run).emulates is emulates
+
+
+@pytest.mark.parametrize(
     "line",
     ['{"step": 2, "loss":', '{"step": 2, "loss": NaN}', "[1, 2]", '{"loss": 2.5}', '{"step": 2, "loss": "low"}', ""],
     ids=["cut", "nan", "no object", "no step", "text for a number", "empty"],

@@ -12,8 +12,6 @@ import yaml
 from fp8train.checkpoint import open_checkpoint
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError
-from fp8train.eval import evaluation_config, score_checkpoint
-from fp8train.generate import restore_model
 from fp8train.metrics import read_metrics
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
@@ -130,17 +128,6 @@ class TestAlarm:
         tiny_train(tmp_path, f"recipe={recipe}", f"resume={checkpoint}", run="resumed")
         assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
         assert open_checkpoint(checkpoint).state.progress["watchers"]["alarm"]["demotions"] == 1
-
-    def test_eval_scores_a_checkpoint_with_its_demotions(self, tmp_path: Path, blow_up: Any):
-        blow_up(2)
-        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
-        result = tiny_train(tmp_path, f"recipe={recipe}", "steps=3")
-        checkpoint = open_checkpoint(tmp_path / "run")
-        row = score_checkpoint(checkpoint, evaluation_config(checkpoint, []), World())
-        assert row["eval_loss"] == pytest.approx(result.evals[-1]["eval_loss"], rel=1e-6)  # sums over other batches
-        demoted = checkpoint.state.progress["watchers"]["alarm"]["demoted"]
-        linears = named_linears(restore_model(checkpoint, torch.device("cpu"), "auto"))
-        assert demoted and [fqn for fqn in linears if linears[fqn].precision == BF16] == [*demoted, "lm_head"]
 
 
 class TestCauses:
