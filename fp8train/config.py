@@ -237,15 +237,11 @@ class RunConfig:
             ConfigError: names both values and the nearest that would do.
         """
         if not self.model.has_shape:
-            raise ConfigError(
-                "model: no size is given; needs a preset such as model=quickstart, every size, or a Hugging Face "
-                "folder: model=hf model.init_from=DIR."
-            )
+            wanted = "needs a preset such as model=quickstart, every size, or model=hf model.init_from=DIR."
+            raise ConfigError(f"model: no size is given; {wanted}")
         if self.seq_len > self.model.max_seq_len:
-            wanted = "needs seq_len <= model.max_seq_len. Lower seq_len or raise model.max_seq_len."
-            raise ConfigError(
-                f"seq_len: got {self.seq_len}, the model takes at most {self.model.max_seq_len}; {wanted}"
-            )
+            most = f"the model takes at most {self.model.max_seq_len}"
+            raise ConfigError(f"seq_len: got {self.seq_len}, {most}. Lower seq_len or raise model.max_seq_len.")
         samples, rest = divmod(self.global_batch_tokens, self.seq_len)
         if rest or samples % world_size:
             unit = self.seq_len * world_size

@@ -61,9 +61,9 @@ def convert_model(
 ) -> ConversionReport:
     """Give every nn.Linear of a model the precision that a recipe names, in place.
 
-    Each nn.Linear is replaced by a Float8Linear, also where it is to run in BF16 or FP32, so that two recipes differ in
-    nothing but the GEMMs. Parameter objects, state-dict names, tied weights and shared modules stay as they are; works
-    on the meta device. Everything is checked before anything is changed. Convert before wrapping in DDP or FSDP and
+    Each nn.Linear becomes a Float8Linear, also where it is to run in BF16 or FP32: two recipes differ in the GEMMs, and
+    in what `fused` joins to their casts. Parameter objects, state-dict names, tied weights and shared modules stay;
+    works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP and
     before hooks are registered on linears. A second conversion changes precisions and replaces no module.
 
     A model class may declare `keep_high_precision`, a tuple of globs on module paths relative to it; such a linear
@@ -75,8 +75,8 @@ def convert_model(
         recipe: a Recipe, or what load_recipe takes.
         backend: "auto", or a backend's name.
         device_type: where the model will run; None takes the device of its parameters.
-        fused: which norms and MLPs make the FP8 inputs of linears themselves (nn/fused.py): "auto" those that the
-            backend has kernels for, "always" all that the precisions permit, "never" none; rotary embeddings likewise.
+        fused: which norms and MLPs make the FP8 inputs of linears themselves (nn/fused.py), and rotary embeddings:
+            "auto" those that the backend has kernels for, "always" all that the precisions permit, "never" none.
 
     Returns:
         ConversionReport: one row for each linear.
@@ -103,7 +103,6 @@ def convert_model(
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
     _keep_from_ddp(model)
-    producers = _fuse(model, fused, selection.backend)
     return ConversionReport(
         recipe=recipe.name,
         recipe_hash=recipe.hash,
@@ -111,7 +110,7 @@ def convert_model(
         backend_reason=selection.reason,
         rows=tuple(_row(found, assigned[found.paths[0]], selection) for found in linears),
         others=tuple(_others(model)),
-        producers=tuple(producers),
+        producers=tuple(_fuse(model, fused, selection.backend)),
     )
 
 
