@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fp8train.data.config import MASKED_TARGET
 from fp8train.data.dataset import Dataset
 from fp8train.errors import DataError
-
-MASKED_TARGET = -100  # cross-entropy leaves such targets out
 
 
 @dataclass(kw_only=True, slots=True)
