@@ -27,7 +27,7 @@ from fp8train.metrics import METRICS_FILE, Metrics
 from fp8train.report import write_report
 from fp8train.report.run_record import RunRecord, read_mapping, read_run
 from fp8train.report.summary import summary
-from fp8train.report.verdict import MARGIN_PERCENT, Crossed, make_verdict
+from fp8train.report.verdict import Crossed, make_verdict
 from fp8train.trainer import Trainer
 from fp8train.trainer.arms import ArmRun, ComparisonProgress, check_run_dir, flat, plan_arms
 from fp8train.trainer.console import Console
@@ -52,7 +52,7 @@ class FolderArguments:
 
     runs: list[str]
     run_dir: str
-    margin_percent: float = MARGIN_PERCENT
+    margin_percent: float = CompareConfig().margin_percent
     skip_damaged: bool = False
 
 
