@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8train.backends import cpu_library
 from fp8train.backends.device_gemm import exact_in_bf16, fp32_product, sum_of_blocks
-from fp8train.backends.producers import Producers
+from fp8train.backends.producers import Producers, rows_dense
 from fp8train.quant import reference
 from fp8train.quant.formats import E5M2, LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -55,13 +55,13 @@ class CpuBackend(Producers):
             return _quantize_torch(x, spec, transpose)
         block_rows, block = spec.block_shape(cols, rows) if transpose else spec.block_shape(rows, cols)
         if block_rows == 1:
-            x = _rows_dense(x)
+            x = rows_dense(x)
             q, scale = _empty(spec, (cols, rows) if transpose else (rows, cols), x.device)
             run = self._lib.fp8_quantize_columns if transpose else self._lib.fp8_quantize_rows
             run(*_matrix(x), block, *_kind(spec), q.data_ptr(), scale.data_ptr(), torch.get_num_threads())
             return QTensor(q, scale, spec)
         if spec.transposable and block <= TILE:
-            x = _rows_dense(x)
+            x = rows_dense(x)
             qdata, scale_inv = _empty(spec, (rows, cols), x.device)
             self._square(x, spec, block, qdata, scale_inv, None, None)
             made = QTensor(qdata, scale_inv, spec)
@@ -73,7 +73,7 @@ class CpuBackend(Producers):
         tiled = row.block == (1, TILE) == col.block and row.format is col.format
         if self._lib is None or not tiled:
             return self.quantize(x, row, False), self.quantize(x, col, True)
-        x = _rows_dense(x)
+        x = rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(row, (rows, cols), x.device)
         qt, scale_t = _empty(col, (cols, rows), x.device)
@@ -90,7 +90,7 @@ class CpuBackend(Producers):
         if self._lib is None or spec.block == "tensor" or block > TILE:
             made = self.quantize(x, spec, False)
             return made, made.transpose()
-        x = _rows_dense(x)
+        x = rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(spec, (rows, cols), x.device)
         qt, scale_t = _empty(spec, (cols, rows), x.device)
@@ -172,10 +172,6 @@ def _fp32_matmul(precision: str) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = previous
-
-
-def _rows_dense(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
 
 
 def _matrix(x: Tensor) -> tuple[int, bool, int, int, int]:
