@@ -40,11 +40,12 @@ def triton_refusal() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install fp8train[triton]"
     text = importlib.metadata.version("triton")
+    needs = f"needs {OLDEST[0]}.{OLDEST[1]} to {BELOW[0]}.{BELOW[1] - 1}"
     version = tuple(int(number) for number in re.findall(r"\d+", text)[:2])
     if version < OLDEST:
-        return f"Triton {text} is too old; needs 3.6 to 3.9"
+        return f"Triton {text} is too old; {needs}"
     if version >= BELOW:
-        return f"Triton {text} is newer than the kernels were compiled with; needs 3.6 to 3.9"
+        return f"Triton {text} is newer than the kernels were compiled with; {needs}"
     return None
 
 
