@@ -297,7 +297,7 @@ def codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int, transposed: boo
     blocks = (-(-rows // spec.block[0]), -(-cols // spec.block[1]))  # type: ignore[operator]
     if spec.block == SQUARE:
         return codes, x.new_empty(blocks, dtype=torch.float32)
-    padded = -(-(rows + 255) // 16) * 16
+    padded = kernel("tile_launch").scale_stride(rows)
     return codes, x.new_empty((blocks[1], padded), dtype=torch.float32).t()[:rows]
 
 
