@@ -85,6 +85,15 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return result
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys; an empty one below is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        below = isinstance(value, Mapping) and value
+        flat |= flattened(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return flat
+
+
 def describe(target: type, values: Mapping[str, Any] | None = None) -> str:
     """Help text of a dataclass: its first docstring line, then key=value and meaning of each field.
 
