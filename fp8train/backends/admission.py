@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from fp8train._layout import folder
-from fp8train.backends.admission_checks import GEMMS, GRADIENTS, QUANTISERS, ROTATIONS, check
+from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISERS, ROTATIONS, check
 from fp8train.backends.machine import no_gpu
 from fp8train.backends.user_cache import cache_folder
 
@@ -103,7 +103,9 @@ def _entries(index: int) -> list[Kernel]:
     """Every launch entry of the GEMMs, on a Hopper; elsewhere some run and some do not."""
     if torch.cuda.get_device_capability(index)[0] != 9:
         return []
-    configs = {operation: importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS for operation in GEMMS}
+    configs = {
+        operation: importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS for operation in KERNEL_GEMMS
+    }
     return [(operation, entry) for operation, entries in configs.items() for entry in entries]
 
 

@@ -17,7 +17,7 @@ from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import quantize
 
-GEMMS = ("gemm", "gemm_wgrad")
+KERNEL_GEMMS = ("gemm", "gemm_wgrad")
 SHAPES = ((128, 128, 128), (300, 200, 272), (1, 512, 1040), (513, 129, 64), (2048, 1536, 1024), (384, 256, 16384))
 # Several tiles to a program: entries that gave slots back too early were right in SHAPES, and wrong in a few columns of
 # every product of this size that added to its result (H200, 2026-11-26).
@@ -54,7 +54,7 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
         entry: of its launch entries, or a variant as in QUANTISERS, GRADIENTS and ROTATIONS.
         device: where to run it.
     """
-    if operation in GEMMS:
+    if operation in KERNEL_GEMMS:
         return check_product(operation, entry, device) or check_crowd(operation, entry, device)
     if operation in dict(GRADIENTS):
         return check_norm_gradients(entry, device)
@@ -69,7 +69,7 @@ def check_product(
     """Multiply random and positive operands with an entry; what is wrong with the product, or None.
 
     Args:
-        operation: of GEMMS.
+        operation: of KERNEL_GEMMS.
         entry: a key of its CONFIGS.
         device: where to multiply.
         shapes: M, N, K of the products.

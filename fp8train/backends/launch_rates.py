@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8train.backends.admission import fingerprint
-from fp8train.backends.admission_checks import GEMMS
+from fp8train.backends.admission_checks import KERNEL_GEMMS
 from fp8train.backends.user_cache import cache_folder
 from fp8train.errors import BackendError
 
@@ -50,7 +50,7 @@ def measured(index: int) -> Measured | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rates = {operation: _with_tiles(operation, content["rates"][operation]) for operation in GEMMS}
+        rates = {operation: _with_tiles(operation, content["rates"][operation]) for operation in KERNEL_GEMMS}
         return Measured(str(content["date"]), rates)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackendError(

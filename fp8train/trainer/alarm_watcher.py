@@ -12,7 +12,7 @@ from typing import Any
 
 from fp8train.data import Batch
 from fp8train.distributed import World
-from fp8train.nn.fused_groups import group_of
+from fp8train.nn.shared_inputs import group_of
 from fp8train.quant.formats import BLOCKWISE
 from fp8train.recipe_options import Alarm
 from fp8train.telemetry.observer import Observer

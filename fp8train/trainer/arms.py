@@ -23,7 +23,7 @@ from fp8train.trainer.console import Console
 BASELINE, PLACEBO = "bf16", "placebo"
 # What may differ between an arm that was begun and the same arm when the comparison goes on: it does not reach the
 # numbers.
-FREE_KEYS = (
+ARM_MAY_DIFFER = (
     "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
 )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _check_begun(run: ArmRun) -> None:
         return
     begun = flattened(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     for key, value in flattened(config_to_dict(run.config)).items():
-        if key.partition(".")[0] not in FREE_KEYS and key in begun and begun[key] != value:
+        if key.partition(".")[0] not in ARM_MAY_DIFFER and key in begun and begun[key] != value:
             raise ConfigError(
                 f"compare: {run.config.run_dir} was begun with {key}={begun[key]}, this comparison has "
                 f"{key}={value}; needs the same. "

@@ -35,7 +35,7 @@ T = TypeVar("T")
 RESULT_FILE = "result.json"
 # What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
 FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
-FREE_KEYS = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
+RESUME_MAY_DIFFER = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -231,7 +231,7 @@ def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> No
     """
     own, other = flattened(config_to_dict(config)), flattened(found.state.config)
     for key, value in own.items():
-        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in FREE_KEYS
+        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in RESUME_MAY_DIFFER
         if fixed and key in other and other[key] != value:
             raise ConfigError(
                 f"resume: {key} is {value!r}, the checkpoint {found.path} has {other[key]!r}; needs the same. "
