@@ -82,7 +82,7 @@ def check_product(
         for positive in (False, True):
             a = _operand(M, K, "1x128", 2 * number, positive, device)
             b = _operand(N, K, right, 2 * number + 1, positive, device)
-            if reason := module.refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv):
+            if reason := module.refusal(entry, a.qdata, b.qdata, b.scale_inv):
                 return f"{entry} refuses operands of its table: {reason}"
             for arguments, plus in _variants(operation, M, N, device):
                 y = launch(a.qdata, b.qdata, a.scale_inv, b.scale_inv, config=entry, **arguments)
@@ -115,7 +115,7 @@ def check_crowd(
         torch.randint(-3, 4, (-(-K // 128), size), generator=generator, device=device).float().exp2().t()
         for size in (M, -(-N // 128) if operation == "gemm" else N)
     ]
-    others = [name for name in module.PLAIN if name != entry and module.refusal(name, *codes, *scales) is None]
+    others = [name for name in module.PLAIN if name != entry and module.refusal(name, *codes, scales[1]) is None]
     if not others:
         return None  # it is the only one that runs here
     for number in range(len(_variants(operation, 1, 1, device))):

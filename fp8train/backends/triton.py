@@ -262,7 +262,7 @@ class TritonBackend(Producers):
         device, chosen = a.qdata.device, None
         candidates = self._only or _table_entries(operation, device, a.shape[0], b.shape[0])
         for entry in candidates:
-            reason = kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+            reason = kernel(operation).refusal(entry, a.qdata, b.qdata, b.scale_inv)
             if reason is None and self._admission.admits(operation, entry, device):
                 chosen = entry
                 break
