@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from fp8train.arguments import flattened
+from fp8train.backends.coverage import GEMMS
 from fp8train.report import page
 from fp8train.report.charts import Bars, bar_chart
 from fp8train.report.coverage_summary import (
-    GEMMS,
     GemmShare,
     LinearGroup,
     exceptions,
