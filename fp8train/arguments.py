@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from fp8train.errors import ConfigError
+from fp8train.errors import nearest as nearest
 
 T = TypeVar("T")
 REQUIRED = "<required>"
@@ -85,6 +86,15 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return result
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys; an empty one below is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        below = isinstance(value, Mapping) and value
+        flat |= flattened(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return flat
+
+
 def describe(target: type, values: Mapping[str, Any] | None = None) -> str:
     """Help text of a dataclass: its first docstring line, then key=value and meaning of each field.
 
@@ -93,12 +103,6 @@ def describe(target: type, values: Mapping[str, Any] | None = None) -> str:
     doc = inspect.getdoc(target) or ""
     title = [doc.splitlines()[0] if doc else target.__name__, "", "arguments (key=value):"]
     return "\n".join(title + _describe_fields(target, "", values or {})) + "\n"
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """The choices most like `word`, ready to follow a semicolon: 'nearest: a, b' or 'choices: all of them'."""
-    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(near)}" if near else f"choices: {', '.join(choices)}"
 
 
 def _describe_fields(target: type, prefix: str, values: Mapping[str, Any]) -> list[str]:

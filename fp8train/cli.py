@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from fp8train.errors import ConfigError
+from fp8train.errors import ConfigError, nearest
 
 COMMANDS = {
     "train": "train a model; resumes by itself",
@@ -39,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, *arguments = argv
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        hint = f"nearest: {near[0]}" if near else f"commands: {', '.join(COMMANDS)}"
-        raise ConfigError(f"unknown command {name!r}; {hint}. `fp8train --help` describes them.")
+        raise ConfigError(
+            f"unknown command {name!r}; {nearest(name, list(COMMANDS))}. `fp8train --help` describes them."
+        )
     return importlib.import_module(f"fp8train.{name}").main(arguments)
 
 

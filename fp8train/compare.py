@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8train.arguments import parse_arguments
+from fp8train.arguments import flattened, parse_arguments
 from fp8train.config import CompareConfig, RunConfig, config_to_dict, load_config
 from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
@@ -27,9 +27,9 @@ from fp8train.metrics import METRICS_FILE, Metrics
 from fp8train.report import write_report
 from fp8train.report.run_record import RunRecord, read_mapping, read_run
 from fp8train.report.summary import summary
-from fp8train.report.verdict import MARGIN_PERCENT, Crossed, make_verdict
+from fp8train.report.verdict import Crossed, make_verdict
 from fp8train.trainer import Trainer
-from fp8train.trainer.arms import ArmRun, ComparisonProgress, check_run_dir, flat, plan_arms
+from fp8train.trainer.arms import ArmRun, ComparisonProgress, check_run_dir, plan_arms
 from fp8train.trainer.console import Console
 from fp8train.trainer.crossing import cross_evaluate
 from fp8train.trainer.parallel import Job, train_in_processes
@@ -52,7 +52,7 @@ class FolderArguments:
 
     runs: list[str]
     run_dir: str
-    margin_percent: float = MARGIN_PERCENT
+    margin_percent: float = CompareConfig().margin_percent
     skip_damaged: bool = False
 
 
@@ -246,10 +246,11 @@ def wandb_row(verdict: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"step": first["steps"]}
     row |= {f"compare/{key}": verdict[key] for key in ("status", "sentence", "reason")}
     for arm, comparison in verdict["comparisons"].items():
-        row |= {f"compare/{arm}/{key}": value for key, value in flat(comparison["mean"]) if value is not None}
+        mean = flattened(comparison["mean"])
+        row |= {f"compare/{arm}/{key}": value for key, value in mean.items() if value is not None}
         for part in ("test", "against_placebo", "speed"):
-            values = flat({part: comparison[part]}) if comparison[part] else []
-            row |= {f"compare/{arm}/{key}": value for key, value in values if isinstance(value, str | int | float)}
+            values = flattened({f"compare/{arm}/{part}": comparison[part]}) if comparison[part] else {}
+            row |= {key: value for key, value in values.items() if isinstance(value, str | int | float)}
     return row
 
 

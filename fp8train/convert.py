@@ -219,8 +219,7 @@ def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], back
         for parent, name in found.slots if linear is not found.module else ():
             setattr(parent, name, linear)
         if (linear.precision, linear.backend_name) != (precision, backend):
-            linear.backend_name = backend
-            linear.set_precision(precision)
+            linear.set_precision(precision, backend)
 
 
 def _swiglu_blocks(model: nn.Module, recipe: Recipe) -> list[str]:

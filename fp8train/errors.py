@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -32,6 +33,22 @@ class BackendError(UserError, RuntimeError):
 
 class TrainingError(RuntimeError):
     """Training that started and could not go on. Commands exit with status 1."""
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """The choices most like `word`, ready to follow a semicolon: 'nearest: a, b' or 'choices: all of them'."""
+    return _near(word, choices) or f"choices: {', '.join(choices)}"
+
+
+def one_of(word: str, choices: Sequence[str]) -> str:
+    """As `nearest`, where a few choices had better be seen whole: 'needs one of a, b, c; nearest: b'."""
+    near = _near(word, choices)
+    return f"needs one of {', '.join(choices)}" + (f"; {near}" if near else "")
+
+
+def _near(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    return f"nearest: {', '.join(near)}" if near else ""
 
 
 def exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import yaml
 
 from fp8train._layout import folder
-from fp8train.errors import RecipeError
+from fp8train.errors import RecipeError, one_of
 from fp8train.quant.formats import BF16, FP32, GemmPrecision, LinearPrecision, QuantSpec
-from fp8train.recipe_document import hint, mapping, read_yaml, string
+from fp8train.recipe_document import mapping, read_yaml, string
 from fp8train.recipe_options import (
     Alarm,
     SchedulePart,
@@ -232,11 +232,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, name: str = "custom")
     if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and path.name == source:
         path = folder("recipes") / f"{source}.yaml"
         if not path.is_file():
-            known = available_recipes()
-            near = hint(source, known)
-            raise RecipeError(
-                f"recipe is {source!r}; needs one of {', '.join(known)}, or the path of a YAML file.{near}"
-            )
+            known = one_of(source, available_recipes())
+            raise RecipeError(f"recipe is {source!r}; {known}. Correct the name, or give the path of a YAML file.")
     return _parse(read_yaml(path), name=path.stem, source=path.name)
 
 
@@ -335,8 +332,7 @@ def _parse_rule(number: int, value: object, precisions: Mapping[str, LinearPreci
         raise RecipeError(f"{where} has {got} of match and layers; needs one. Write match: 'GLOB' or layers: first:N.")
     use = document.get("use")
     if not isinstance(use, str) or use not in precisions:
-        near = hint(str(use), precisions)
-        raise RecipeError(f"{where}: use is {use!r}; needs one of {', '.join(precisions)}.{near}")
+        raise RecipeError(f"{where}: use is {use!r}; {one_of(str(use), list(precisions))}. Correct it.")
     optional = document.get("optional", False)
     if not isinstance(optional, bool):
         raise RecipeError(f"{where}: optional is {optional!r}; needs true or false. Correct it.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fp8train.errors import RecipeError
+from fp8train.errors import RecipeError, one_of
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -63,9 +62,7 @@ def mapping(value: object, where: str, allowed: Iterable[str] | None) -> dict[st
         if not isinstance(key, str):
             raise RecipeError(f"{where}: key {key!r} is of type {type(key).__name__}; needs text. Put it in quotes.")
         if allowed is not None and key not in allowed:
-            raise RecipeError(
-                f"{where}: key {key!r} is unknown; needs one of {', '.join(allowed)}.{hint(key, allowed)}"
-            )
+            raise RecipeError(f"{where}: key {key!r} is unknown; {one_of(key, list(allowed))}. Correct it.")
     return dict(value)
 
 
@@ -78,9 +75,3 @@ def string(value: object, where: str, wanted: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RecipeError(f"{where} is {value!r}; needs {wanted}. Correct it.")
     return value
-
-
-def hint(got: str, choices: Iterable[str]) -> str:
-    """The remedy of a mistyped word: " Did you mean 'rules'?" or " Correct it."."""
-    near = difflib.get_close_matches(got, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else " Correct it."

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fp8train.errors import RecipeError
-from fp8train.recipe_document import hint, mapping, string
+from fp8train.errors import RecipeError, one_of
+from fp8train.recipe_document import mapping, string
 
 ALARM_CAUSES = ("nonfinite", "spike")
 ALARM_ACTIONS = ("demote",)
@@ -86,8 +86,7 @@ def parse_schedule(value: object, precisions: Collection[str], source: str) -> t
             raise RecipeError(f"{here}: at is {at:g} after {parts[-1].at:g}; needs a larger number. Sort the entries.")
         use = document.get("use")
         if not isinstance(use, str) or use not in precisions:
-            near = hint(str(use), precisions)
-            raise RecipeError(f"{here}: use is {use!r}; needs one of {', '.join(precisions)}.{near}")
+            raise RecipeError(f"{here}: use is {use!r}; {one_of(str(use), list(precisions))}. Correct it.")
         parts.append(SchedulePart(at=at, use=use))
     return tuple(parts)
 

@@ -22,7 +22,7 @@ from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity
 from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport, align
 from fp8train.errors import ConfigError, exit_code
-from fp8train.nn.fused_groups import fused_groups
+from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, layer_positions, load_recipe, nearest_paths
 from fp8train.sensitivity import CalibrationArguments, headline, prepare, show_progress
@@ -151,7 +151,7 @@ def choose(
     Raises:
         ConfigError: a budget needs more than max_fraction of the linears.
     """
-    groups = {fqn: group for group in fused_groups(candidates) for fqn in group}
+    groups = {fqn: group for group in input_groups(candidates) for fqn in group}
     named = {mate for fqn in manual for mate in groups[fqn]}
     fixed = named | set(ends)
     rest = [linear.fqn for linear, _ in order if linear.fqn not in fixed]

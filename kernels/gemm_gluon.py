@@ -129,7 +129,7 @@ def _multiply_waves(
         b_scale_ptrs = b_scale_ptr + gl.cast(tile_n, gl.int64) * BLOCK_N // 128 * stride_sbn
         acc, acc_2, slot, phase = sum_of_waves(
             ring, a_scale_ptrs, a_scale_ptrs_2, b_scale_ptrs, a_step, b_step, blocks, slot, phase, zero,
-            GROUP, BLOCK_N, STAGES,
+            GROUP, STAGES,
         )  # fmt: skip
         box = c_smem.index(GROUP)
         _store(acc, c_desc, c_ptr, bias_ptr, box, row, tile_n, M, N, stride_cm, BLOCK_N, BIAS, False, False)

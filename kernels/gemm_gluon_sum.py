@@ -156,7 +156,7 @@ def sum_of_blocks(
 @gluon.jit
 def sum_of_waves(
     ring, a_scale_ptrs, a_scale_ptrs_2, b_scale_ptrs, a_step, b_step, blocks, slot, phase, zero,
-    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As sum_of_blocks, of a warpgroup with 128 rows: two waves of 64 take turns with the registers of one partial sum.
 

@@ -158,6 +158,6 @@ def gemm_wgrad(
     return GEMM(a, b, a_scale, b_scale, None, out, torch.float32, accumulate, config)
 
 
-def refusal(config: str, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor) -> str | None:
+def refusal(config: str, a: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> str | None:
     """Why an entry of CONFIGS cannot multiply these operands, or None."""
     return GEMM.refusal(config, a, b, b_scale)

@@ -193,14 +193,12 @@ def quantize_dual(
     col_pow2: bool | None = None,
     block: int = BLOCK,
     stats: Tensor | None = None,
-    two_launches: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """quantize_rows and quantize_columns of x from one read; arguments as there.
 
     Args:
         col_pow2: kind of scale of the column copy; None is that of the row copy.
         stats: [2, 5] int64: row copy, column copy.
-        two_launches: write each copy by a kernel of its own, two reads: for a toolchain that miscompiles the pair.
 
     Returns:
         (qdata, scale_inv, qdata of x.T, scale_inv of x.T).
@@ -211,12 +209,7 @@ def quantize_dual(
     _check("quantize_dual", x, fp8_dtype, block, stats, (2, len(STATISTICS)))
     row, row_scale, col, col_scale = empty_copies(x, fp8_dtype, columns=True)
     kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    if two_launches:
-        row_stats, col_stats = (None, None) if stats is None else stats
-        _launch(x, row, row_scale, None, None, row_stats, *kinds)
-        _launch(x, None, None, col, col_scale, col_stats, *kinds)
-    else:
-        _launch(x, row, row_scale, col, col_scale, stats, *kinds)
+    _launch(x, row, row_scale, col, col_scale, stats, *kinds)
     return row, row_scale, col, col_scale
 
 

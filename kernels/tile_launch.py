@@ -21,9 +21,14 @@ def empty_codes(x: Tensor, rows: int, cols: int, dtype: torch.dtype, multiple: i
 
 
 def empty_scales(x: Tensor, rows: int, cols: int) -> Tensor:
-    """[rows, ceil(cols/128)] fp32, rows contiguous; a GEMM tile of up to 256 rows may read beyond the last one."""
-    blocks, padded = -(-cols // BLOCK), -(-(rows + 255) // 16) * 16
+    """[rows, ceil(cols/128)] fp32, rows contiguous."""
+    blocks, padded = -(-cols // BLOCK), scale_stride(rows)
     return torch.empty(blocks * padded, dtype=torch.float32, device=x.device).as_strided((rows, blocks), (1, padded))
+
+
+def scale_stride(rows: int) -> int:
+    """From one block's scales to the next's: a GEMM tile of up to 256 rows may read beyond the last row."""
+    return -(-(rows + 255) // 16) * 16
 
 
 def empty_copies(

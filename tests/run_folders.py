@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fp8train.report.run_record import Arms
+from fp8train.report.verdict import make_verdict
+
 FACTS = {
     "model_hash": "m" * 16,
     "tokenizer_hash": "t" * 16,
@@ -35,6 +38,11 @@ LINEARS = {
     "mlp.up_proj": (704, 256),
     "mlp.down_proj": (256, 704),
 }
+
+
+def verdict_of(arms: Arms, **given: Any) -> dict[str, Any]:
+    """Of arms whose baseline is bf16, by the margin that a comparison has unless told otherwise."""
+    return make_verdict(arms, baseline="bf16", margin_percent=0.25, **given)
 
 
 def write_run(

@@ -6,7 +6,7 @@ from pytest import approx, fixture, raises
 
 from fp8train.calibration import METRICS, Calibration, LinearSensitivity, _range, ranked
 from fp8train.errors import ConfigError
-from fp8train.nn.fused_groups import group_of
+from fp8train.nn.shared_inputs import group_of
 from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16, BLOCKWISE, LinearPrecision
 from tests.planted import PLANTED, own_text, planted_model

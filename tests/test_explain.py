@@ -130,7 +130,7 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["recipe=blokwise"], "Did you mean 'blockwise'", id="recipe"),
+        pytest.param(["recipe=blokwise"], "nearest: blockwise", id="recipe"),
         pytest.param(["model=llama9"], "llama", id="model"),
         pytest.param(["recip=blockwise"], "recipe", id="key"),
         pytest.param(["backend=abacus"], "'abacus' is not known", id="backend"),

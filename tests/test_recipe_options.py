@@ -60,7 +60,7 @@ def test_spelling_and_values_without_effect_are_not_part_of_the_hash():
         ({"schedule": []}, "needs a list such as"),
         ({"schedule": {"at": 0.9, "use": "bf16"}}, "needs a list such as"),
         ({"schedule": [{"at": 0.9}]}, "use is None; needs one of bf16, fp32, fp8"),
-        ({"schedule": [{"at": 0.9, "use": "bf61"}]}, "Did you mean 'bf16'"),
+        ({"schedule": [{"at": 0.9, "use": "bf61"}]}, "nearest: bf16"),
         ({"schedule": [{"at": 1.0, "use": "bf16"}]}, "at is 1.0; needs a number above 0 and below 1"),
         ({"schedule": [{"at": "0.9", "use": "bf16"}]}, "at is '0.9'"),
         ({"schedule": [{"at": True, "use": "bf16"}]}, "at is True"),
@@ -71,12 +71,12 @@ def test_spelling_and_values_without_effect_are_not_part_of_the_hash():
         ({"alarm": {"do": "stop"}}, "do is 'stop'; needs demote"),
         ({"alarm": {"spike_nats": 0}}, "spike_nats is 0; needs a number above 0"),
         ({"alarm": {"window": 2.5}}, "window is 2.5; needs a whole number"),
-        ({"alarm": {"at_mots": 2}}, "Did you mean 'at_most'"),
+        ({"alarm": {"at_mots": 2}}, "nearest: at_most"),
         ({"swiglu": {}}, "asks for nothing"),
         ({"swiglu": {"clamp": -1}}, "clamp is -1"),
         ({"swiglu": {"clamp": float("nan")}}, "clamp is nan"),
         ({"swiglu": {"smooth": "yes"}}, "smooth is 'yes'"),
-        ({"swiglu": {"smoth": True}}, "Did you mean 'smooth'"),
+        ({"swiglu": {"smoth": True}}, "nearest: smooth"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str):

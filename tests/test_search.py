@@ -12,7 +12,7 @@ from torch import nn
 from fp8train.calibration import Calibration, LinearSensitivity, ranked
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError, exit_code
-from fp8train.nn.fused_groups import fused_groups
+from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import load_recipe
 from fp8train.search import Choice, SearchArguments, choose, end_layers, main, matching, searched_recipe
@@ -123,8 +123,8 @@ def test_first_and_last_cover_whole_layers():
 
 
 def test_groups_are_of_one_parent():
-    assert [len(group) for group in fused_groups(NAMES)] == [3, 1, 2, 1] * 4
-    assert fused_groups(["a.wq", "a.wk"]) == [["a.wq"], ["a.wk"]]
+    assert [len(group) for group in input_groups(NAMES)] == [3, 1, 2, 1] * 4
+    assert input_groups(["a.wq", "a.wk"]) == [["a.wq"], ["a.wk"]]
 
 
 class Wrapped(nn.Module):

@@ -18,7 +18,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +25,9 @@ from pathlib import Path
 import torch
 
 from fp8train._layout import folder
-from fp8train.backends.admission_checks import GEMMS, GRADIENTS, QUANTISERS, ROTATIONS, check
+from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISERS, ROTATIONS, check
 from fp8train.backends.machine import no_gpu
+from fp8train.backends.user_cache import cache_folder
 
 LOG = logging.getLogger("fp8train")
 SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
@@ -103,7 +103,9 @@ def _entries(index: int) -> list[Kernel]:
     """Every launch entry of the GEMMs, on a Hopper; elsewhere some run and some do not."""
     if torch.cuda.get_device_capability(index)[0] != 9:
         return []
-    configs = {operation: importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS for operation in GEMMS}
+    configs = {
+        operation: importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS for operation in KERNEL_GEMMS
+    }
     return [(operation, entry) for operation, entries in configs.items() for entry in entries]
 
 
@@ -130,17 +132,6 @@ def _check_in_child(kernel: Kernel, index: int) -> tuple[str | None, bool]:
     if done.returncode == UNDECIDED:
         return f"it could not be checked: {said}", False
     return (said if done.returncode == WRONG else f"its check ended with status {done.returncode}: {said}"), True
-
-
-def cache_folder() -> Path:
-    """Folder of the user's that outlives the process; where there is none, one that does not."""
-    try:
-        path = Path.home() / ".cache" / "fp8train"
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="fp8train-"))
 
 
 def fingerprint(index: int) -> str:

@@ -17,7 +17,7 @@ from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import quantize
 
-GEMMS = ("gemm", "gemm_wgrad")
+KERNEL_GEMMS = ("gemm", "gemm_wgrad")
 SHAPES = ((128, 128, 128), (300, 200, 272), (1, 512, 1040), (513, 129, 64), (2048, 1536, 1024), (384, 256, 16384))
 # Several tiles to a program: entries that gave slots back too early were right in SHAPES, and wrong in a few columns of
 # every product of this size that added to its result (H200, 2026-11-26).
@@ -54,7 +54,7 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
         entry: of its launch entries, or a variant as in QUANTISERS, GRADIENTS and ROTATIONS.
         device: where to run it.
     """
-    if operation in GEMMS:
+    if operation in KERNEL_GEMMS:
         return check_product(operation, entry, device) or check_crowd(operation, entry, device)
     if operation in dict(GRADIENTS):
         return check_norm_gradients(entry, device)
@@ -69,7 +69,7 @@ def check_product(
     """Multiply random and positive operands with an entry; what is wrong with the product, or None.
 
     Args:
-        operation: of GEMMS.
+        operation: of KERNEL_GEMMS.
         entry: a key of its CONFIGS.
         device: where to multiply.
         shapes: M, N, K of the products.
@@ -82,7 +82,7 @@ def check_product(
         for positive in (False, True):
             a = _operand(M, K, "1x128", 2 * number, positive, device)
             b = _operand(N, K, right, 2 * number + 1, positive, device)
-            if reason := module.refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv):
+            if reason := module.refusal(entry, a.qdata, b.qdata, b.scale_inv):
                 return f"{entry} refuses operands of its table: {reason}"
             for arguments, plus in _variants(operation, M, N, device):
                 y = launch(a.qdata, b.qdata, a.scale_inv, b.scale_inv, config=entry, **arguments)
@@ -115,7 +115,7 @@ def check_crowd(
         torch.randint(-3, 4, (-(-K // 128), size), generator=generator, device=device).float().exp2().t()
         for size in (M, -(-N // 128) if operation == "gemm" else N)
     ]
-    others = [name for name in module.PLAIN if name != entry and module.refusal(name, *codes, *scales) is None]
+    others = [name for name in module.PLAIN if name != entry and module.refusal(name, *codes, scales[1]) is None]
     if not others:
         return None  # it is the only one that runs here
     for number in range(len(_variants(operation, 1, 1, device))):

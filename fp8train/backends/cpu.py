@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import cpu_library
-from fp8train.backends.producers import Producers
+from fp8train.backends.device_gemm import exact_in_bf16, fp32_product, sum_of_blocks
+from fp8train.backends.producers import Producers, rows_dense
 from fp8train.quant import reference
 from fp8train.quant.formats import E5M2, LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.scaling import amax_bits, scale_inv_from_amax
 
 TILE = 128  # tile of cpu_kernels.cpp
-# with scales in this range the smallest decoded value is 2^-50 * 2^-16 (E5M2), so that even a product of two, 2^-132
-# ... 2^132, is off only where its terms are 2^-100 of the largest; outside it, codes are multiplied block by block
-SCALE_RANGE = (2.0**-50, 2.0**50)
 
 
 class CpuBackend(Producers):
@@ -57,13 +55,13 @@ class CpuBackend(Producers):
             return _quantize_torch(x, spec, transpose)
         block_rows, block = spec.block_shape(cols, rows) if transpose else spec.block_shape(rows, cols)
         if block_rows == 1:
-            x = _rows_dense(x)
+            x = rows_dense(x)
             q, scale = _empty(spec, (cols, rows) if transpose else (rows, cols), x.device)
             run = self._lib.fp8_quantize_columns if transpose else self._lib.fp8_quantize_rows
             run(*_matrix(x), block, *_kind(spec), q.data_ptr(), scale.data_ptr(), torch.get_num_threads())
             return QTensor(q, scale, spec)
         if spec.transposable and block <= TILE:
-            x = _rows_dense(x)
+            x = rows_dense(x)
             qdata, scale_inv = _empty(spec, (rows, cols), x.device)
             self._square(x, spec, block, qdata, scale_inv, None, None)
             made = QTensor(qdata, scale_inv, spec)
@@ -75,7 +73,7 @@ class CpuBackend(Producers):
         tiled = row.block == (1, TILE) == col.block and row.format is col.format
         if self._lib is None or not tiled:
             return self.quantize(x, row, False), self.quantize(x, col, True)
-        x = _rows_dense(x)
+        x = rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(row, (rows, cols), x.device)
         qt, scale_t = _empty(col, (cols, rows), x.device)
@@ -92,7 +90,7 @@ class CpuBackend(Producers):
         if self._lib is None or spec.block == "tensor" or block > TILE:
             made = self.quantize(x, spec, False)
             return made, made.transpose()
-        x = _rows_dense(x)
+        x = rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(spec, (rows, cols), x.device)
         qt, scale_t = _empty(spec, (cols, rows), x.device)
@@ -107,7 +105,7 @@ class CpuBackend(Producers):
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
     ) -> Tensor:
         """See Backend."""
-        if not (_exact_in_bf16(a) and _exact_in_bf16(b)):
+        if not (exact_in_bf16(a) and exact_in_bf16(b)):
             return reference.finish(self._mm_by_blocks(a, b), bias, out, accumulate, out_dtype)
         direct = self._bf16_units and bias is None and out is None and out_dtype is torch.bfloat16
         dtype = torch.bfloat16 if direct else torch.float32
@@ -132,16 +130,8 @@ class CpuBackend(Producers):
     def _mm_by_blocks(self, a: QTensor, b: QTensor) -> Tensor:
         """FP32 [M, N]: per block of K a product of codes, scaled and added in FP32."""
         left, right = self._decode(a, torch.float32, scaled=False), self._decode(b, torch.float32, scaled=False)
-        scale_a = _scale_of_rows(a)
-        scale_b = _scale_of_rows(b)
-        step_a, step_b = a.spec.block_shape(*a.shape)[1], b.spec.block_shape(*b.shape)[1]
-        acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=left.device)
         with _fp32_matmul("bf16" if self._bf16_units else "ieee"):
-            for start, stop in reference.contraction_blocks(a, b):
-                partial = left[:, start:stop] @ right[:, start:stop].T
-                scale = scale_a[:, start // step_a, None] * scale_b[None, :, start // step_b]
-                acc.addcmul_(partial, scale)
-        return acc
+            return sum_of_blocks(a, b, left, right, fp32_product)
 
     def _decode(self, q: QTensor, dtype: torch.dtype, scaled: bool) -> Tensor:
         """Codes, times their scales if `scaled`, as `dtype`; exact, or rounded once to bf16."""
@@ -182,26 +172,6 @@ def _fp32_matmul(precision: str) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = previous
-
-
-def _exact_in_bf16(q: QTensor) -> bool:
-    """Whether every decoded value is a BF16 number far from under- and overflow; false if a scale is NaN."""
-    if q.spec.scale != "pow2":
-        return False
-    if q.scale_inv.numel() == 0:
-        return True
-    low, high = torch.aminmax(q.scale_inv)
-    return bool(low >= SCALE_RANGE[0]) and bool(high <= SCALE_RANGE[1])
-
-
-def _scale_of_rows(q: QTensor) -> Tensor:
-    """scale_inv with one row per row of the matrix, [rows, ceil(cols/block_cols)]."""
-    block_rows = q.spec.block_shape(*q.shape)[0]
-    return q.scale_inv.repeat_interleave(block_rows, dim=0)[: q.shape[0]]
-
-
-def _rows_dense(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
 
 
 def _matrix(x: Tensor) -> tuple[int, bool, int, int, int]:

@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp8train.backends.user_cache import cache_folder
+
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # no fast-math flag: each operation must stay one IEEE operation. The last two only drop errno and floating-point traps.
@@ -50,7 +52,7 @@ def load() -> CpuLibrary:
     if compiler is None:
         return CpuLibrary(None, f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
     try:
-        library = _cache_folder() / f"cpu_kernels_{_fingerprint(compiler)}.so"
+        library = cache_folder() / f"cpu_kernels_{_fingerprint(compiler)}.so"
         if not library.is_file():
             _build(compiler, library)
         functions = ctypes.CDLL(str(library))
@@ -71,16 +73,6 @@ def _build(compiler: str, path: Path) -> None:
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), *LINK]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
         built.replace(path)
-
-
-def _cache_folder() -> Path:
-    try:
-        folder = Path.home() / ".cache" / "fp8train"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # a read-only home, or a user without one: build for this process alone
-        return Path(tempfile.mkdtemp(prefix="fp8train-"))
 
 
 def _fingerprint(compiler: str) -> str:

@@ -1,6 +1,8 @@
-"""GEMMs that torch itself does on the device that its operands are on; shared by the backends for GPUs."""
+"""GEMMs that torch itself does on the device that its operands are on, and their parts; shared by the backends."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ from torch import Tensor
 from fp8train.quant import reference
 from fp8train.quant.qtensor import QTensor
 
+# with scales in this range the smallest decoded value is 2^-50 * 2^-16 (E5M2), so that even a product of two, 2^-132
+# ... 2^132, is off only where its terms are 2^-100 of the largest; outside it, codes are multiplied block by block
+SCALE_RANGE = (2.0**-50, 2.0**50)
 CUBLAS_MULTIPLE = 16  # cuBLASLt wants N and K of FP8 operands to be multiples of 16
 
 
@@ -40,17 +45,40 @@ def decoded_mm(
     promoted as the FP8 GEMMs promote theirs.
     """
     with torch.autocast(a.qdata.device.type, enabled=False):
-        if a.spec.scale == "pow2" and b.spec.scale == "pow2" and _in_range(a) and _in_range(b):
+        if exact_in_bf16(a) and exact_in_bf16(b):
             left, right = reference.dequantize(a, torch.bfloat16), reference.dequantize(b, torch.bfloat16)
             return mm(left, right, bias, out, accumulate, out_dtype)
         left, right = a.qdata.to(torch.bfloat16), b.qdata.to(torch.bfloat16)
-        acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=left.device)
-        step_a, step_b = a.spec.block_shape(*a.shape)[1], b.spec.block_shape(*b.shape)[1]
-        scale_a, scale_b = _scale_of_rows(a), _scale_of_rows(b)
-        for start, stop in reference.contraction_blocks(a, b):
-            partial = fp32_product(left[:, start:stop], right[:, start:stop])
-            acc.addcmul_(partial, scale_a[:, start // step_a, None] * scale_b[None, :, start // step_b])
-        return reference.finish(acc, bias, out, accumulate, out_dtype)
+        return reference.finish(sum_of_blocks(a, b, left, right, fp32_product), bias, out, accumulate, out_dtype)
+
+
+def exact_in_bf16(q: QTensor) -> bool:
+    """Whether every decoded value is a BF16 number far from under- and overflow; false if a scale is NaN."""
+    if q.spec.scale != "pow2":
+        return False
+    if q.scale_inv.numel() == 0:
+        return True
+    low, high = torch.aminmax(q.scale_inv)
+    return bool((low >= SCALE_RANGE[0]) & (high <= SCALE_RANGE[1]))
+
+
+def sum_of_blocks(
+    a: QTensor, b: QTensor, left: Tensor, right: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """FP32 [M, N]: per block of K a product of codes, scaled and added in FP32.
+
+    Args:
+        a, b: [M, K] and [N, K], for their scales.
+        left, right: values of their codes, in a dtype that product takes.
+        product: of [M, k] and [N, k], in FP32.
+    """
+    acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=left.device)
+    step_a, step_b = a.spec.block_shape(*a.shape)[1], b.spec.block_shape(*b.shape)[1]
+    scale_a, scale_b = _scale_of_rows(a), _scale_of_rows(b)
+    for start, stop in reference.contraction_blocks(a, b):
+        partial = product(left[:, start:stop], right[:, start:stop])
+        acc.addcmul_(partial, scale_a[:, start // step_a, None] * scale_b[None, :, start // step_b])
+    return acc
 
 
 def cublas_mm(
@@ -79,14 +107,6 @@ def padded(codes: Tensor, row_multiple: int) -> Tensor:
     if rows or cols or codes.stride() != (codes.shape[1], 1):
         return F.pad(codes.view(torch.uint8), (0, cols, 0, rows)).contiguous().view(codes.dtype)
     return codes
-
-
-def _in_range(q: QTensor) -> bool:
-    """Whether all decoded values are normal BF16 numbers far from overflow; false if a scale is NaN."""
-    if q.scale_inv.numel() == 0:
-        return True
-    low, high = torch.aminmax(q.scale_inv)
-    return bool((low >= 2.0**-50) & (high <= 2.0**50))
 
 
 def _scale_of_rows(q: QTensor) -> Tensor:

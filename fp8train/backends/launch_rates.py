@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8train.backends.admission import cache_folder, fingerprint
-from fp8train.backends.admission_checks import GEMMS
+from fp8train.backends.admission import fingerprint
+from fp8train.backends.admission_checks import KERNEL_GEMMS
+from fp8train.backends.user_cache import cache_folder
 from fp8train.errors import BackendError
 
 Rates = Mapping[str, tuple[int, int, float]]  # as in kernels/gemm_table.py: rows, columns, TFLOP/s of full waves
@@ -49,7 +50,7 @@ def measured(index: int) -> Measured | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rates = {operation: _with_tiles(operation, content["rates"][operation]) for operation in GEMMS}
+        rates = {operation: _with_tiles(operation, content["rates"][operation]) for operation in KERNEL_GEMMS}
         return Measured(str(content["date"]), rates)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackendError(

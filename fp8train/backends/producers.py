@@ -99,6 +99,11 @@ def norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple
     return (g * rstd + dmean * (2 * wide)).to(x.dtype), (dy * (wide * rstd)).sum(0)
 
 
+def rows_dense(x: Tensor) -> Tensor:
+    """x, copied if elements of a row are not neighbours: what kernels read."""
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
     """Rotary embedding with the roundings of the plain module: channel i is rotated with channel i + head_dim / 2.
 

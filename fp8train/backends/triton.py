@@ -23,7 +23,7 @@ from fp8train.backends.admission import Admission
 from fp8train.backends.admission_checks import DTYPES
 from fp8train.backends.interface import Copies
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
-from fp8train.backends.producers import Producers
+from fp8train.backends.producers import Producers, rows_dense
 from fp8train.errors import BackendError
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision, QuantSpec
@@ -40,11 +40,12 @@ def triton_refusal() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install fp8train[triton]"
     text = importlib.metadata.version("triton")
+    needs = f"needs {OLDEST[0]}.{OLDEST[1]} to {BELOW[0]}.{BELOW[1] - 1}"
     version = tuple(int(number) for number in re.findall(r"\d+", text)[:2])
     if version < OLDEST:
-        return f"Triton {text} is too old; needs 3.6 to 3.9"
+        return f"Triton {text} is too old; {needs}"
     if version >= BELOW:
-        return f"Triton {text} is newer than the kernels were compiled with; needs 3.6 to 3.9"
+        return f"Triton {text} is newer than the kernels were compiled with; {needs}"
     return None
 
 
@@ -79,7 +80,7 @@ class TritonBackend(Producers):
         if not self._admitted("quantize", "columns" if transpose else "rows", x.device):
             return _as_defined(x, spec, transpose)
         run = kernel("quantize").quantize_columns if transpose else kernel("quantize").quantize_rows
-        qdata, scale_inv = run(_rows_dense(x), **_format(spec))
+        qdata, scale_inv = run(rows_dense(x), **_format(spec))
         return QTensor(qdata, scale_inv, spec)
 
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
@@ -88,7 +89,7 @@ class TritonBackend(Producers):
         if not together or not self._admitted("quantize", "dual", x.device):
             return self.quantize(x, row, False), self.quantize(x, col, True)
         run = kernel("quantize").quantize_dual
-        q, scale, qt, scale_t = run(_rows_dense(x), **_format(row), col_pow2=col.scale == "pow2")
+        q, scale, qt, scale_t = run(rows_dense(x), **_format(row), col_pow2=col.scale == "pow2")
         return QTensor(q, scale, row), QTensor(qt, scale_t, col)
 
     def quantize_square(
@@ -101,7 +102,7 @@ class TritonBackend(Producers):
         one_read = self._admitted("quantize_weight", "one_read", x.device)
         if not one_read and not self._admitted("quantize_weight", "two_launches", x.device):
             return _as_defined(x, spec, False), _as_defined(x, spec, True)
-        module, x = kernel("quantize_weight"), _rows_dense(x)
+        module, x = kernel("quantize_weight"), rows_dense(x)
         held = None if out is None else (out[0].qdata, out[0].scale_inv, out[1].qdata, out[1].scale_inv)
         if held is not None and module.misfit(x, held, spec.format.dtype) is not None:
             held = None
@@ -114,14 +115,14 @@ class TritonBackend(Producers):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See Backend."""
-        return kernel("rmsnorm_quantize").rmsnorm(_rows_dense(x), weight, eps=eps, out_dtype=dtype)
+        return kernel("rmsnorm_quantize").rmsnorm(rows_dense(x), weight, eps=eps, out_dtype=dtype)
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
         module = kernel("rmsnorm_backward")
         if x.shape[1] > module.WIDEST or not self._admitted("rmsnorm_backward", _dtype_name(x), x.device):
             return super().rms_norm_backward(dy, x, weight, rstd)
-        return module.rmsnorm_backward(_rows_dense(dy), _rows_dense(x), weight, rstd)
+        return module.rmsnorm_backward(rows_dense(dy), rows_dense(x), weight, rstd)
 
     def has_rope(self) -> bool:
         """See Backend."""
@@ -131,16 +132,16 @@ class TritonBackend(Producers):
         """See Backend."""
         if not self._admitted("rope", _dtype_name(x), x.device):
             return super().rope(x, cos, sin, dtype, inverse)
-        return kernel("rope").rope(_rows_dense(x), cos, sin, out_dtype=dtype, inverse=inverse)
+        return kernel("rope").rope(rows_dense(x), cos, sin, out_dtype=dtype, inverse=inverse)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
-        return kernel("swiglu_quantize").swiglu(_rows_dense(gate), _rows_dense(up))
+        return kernel("swiglu_quantize").swiglu(rows_dense(gate), rows_dense(up))
 
     def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
         run = kernel("swiglu_backward_quantize").swiglu_backward
-        return run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up))
+        return run(rows_dense(dh), rows_dense(gate), rows_dense(up))
 
     def rmsnorm_quantize(
         self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
@@ -149,7 +150,7 @@ class TritonBackend(Producers):
         if not self._makes("rmsnorm_quantize", x, row, col):
             return super().rmsnorm_quantize(x, weight, eps, dtype, row, col)
         run = kernel("rmsnorm_quantize").rmsnorm_quantize
-        *copies, rstd = run(_rows_dense(x), weight, eps=eps, out_dtype=dtype, **_formats(row, col))
+        *copies, rstd = run(rows_dense(x), weight, eps=eps, out_dtype=dtype, **_formats(row, col))
         return _copies(copies, row, col), rstd
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
@@ -157,7 +158,7 @@ class TritonBackend(Producers):
         if not self._makes("swiglu_quantize", gate, row, col):
             return super().swiglu_quantize(gate, up, row, col)
         run = kernel("swiglu_quantize").swiglu_quantize
-        return _copies(run(_rows_dense(gate), _rows_dense(up), **_formats(row, col)), row, col)
+        return _copies(run(rows_dense(gate), rows_dense(up), **_formats(row, col)), row, col)
 
     def swiglu_backward_quantize(
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
@@ -166,7 +167,7 @@ class TritonBackend(Producers):
         if not self._makes("swiglu_backward_quantize", gate, row, col):
             return super().swiglu_backward_quantize(dh, gate, up, row, col)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
-        dgate, dup = run(_rows_dense(dh), _rows_dense(gate), _rows_dense(up), **_formats(row, col))
+        dgate, dup = run(rows_dense(dh), rows_dense(gate), rows_dense(up), **_formats(row, col))
         return _copies(dgate, row, col), _copies(dup, row, col)
 
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
@@ -175,7 +176,7 @@ class TritonBackend(Producers):
             return None
         counted = torch.zeros(5, dtype=torch.int64, device=x.device)
         run = kernel("quantize").quantize_rows if spec.block == ROW else kernel("quantize_weight").quantize_weight
-        run(_rows_dense(x), **_format(spec), stats=counted)
+        run(rows_dense(x), **_format(spec), stats=counted)
         return counted
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
@@ -261,7 +262,7 @@ class TritonBackend(Producers):
         device, chosen = a.qdata.device, None
         candidates = self._only or _table_entries(operation, device, a.shape[0], b.shape[0])
         for entry in candidates:
-            reason = kernel(operation).refusal(entry, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+            reason = kernel(operation).refusal(entry, a.qdata, b.qdata, b.scale_inv)
             if reason is None and self._admission.admits(operation, entry, device):
                 chosen = entry
                 break
@@ -296,7 +297,7 @@ def codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int, transposed: boo
     blocks = (-(-rows // spec.block[0]), -(-cols // spec.block[1]))  # type: ignore[operator]
     if spec.block == SQUARE:
         return codes, x.new_empty(blocks, dtype=torch.float32)
-    padded = -(-(rows + 255) // 16) * 16
+    padded = kernel("tile_launch").scale_stride(rows)
     return codes, x.new_empty((blocks[1], padded), dtype=torch.float32).t()[:rows]
 
 
@@ -338,7 +339,3 @@ def _copies(tensors: Sequence[Tensor], row: QuantSpec, col: QuantSpec | None) ->
 def _dtype_name(x: Tensor) -> str:
     """The variant of a kernel that serves x; of others, whose launcher says what is wrong with x."""
     return _DTYPE_NAMES.get(x.dtype, "fp32")
-
-
-def _rows_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fp8train.data.build import build_dataset
-from fp8train.data.config import DataConfig, SourceConfig
+from fp8train.data.config import MASKED_TARGET, DataConfig, SourceConfig
 from fp8train.data.dataset import Dataset, check_vocabulary
 from fp8train.data.packing import Sample
 from fp8train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, build_tokenizer
 
 if TYPE_CHECKING:
-    from fp8train.data.batcher import MASKED_TARGET, Batch, Batcher
+    from fp8train.data.batcher import Batch, Batcher
 
 __all__ = [
     "MASKED_TARGET",
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("MASKED_TARGET", "Batch", "Batcher"):
+    if name not in ("Batch", "Batcher"):
         raise AttributeError(f"module 'fp8train.data' has no attribute {name!r}")
     from fp8train.data import batcher
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fp8train.data.config import MASKED_TARGET
 from fp8train.data.dataset import Dataset
 from fp8train.errors import DataError
-
-MASKED_TARGET = -100  # cross-entropy leaves such targets out
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,17 +71,6 @@ class Batcher:
     def skip_to(self, step: int) -> str:
         """Bring the dataset to a step, after a resume; says what it cost."""
         return self.dataset.skip_to(step * self.global_batch_samples)
-
-    def stream_hash(self, step_from: int, step_to: int) -> str:
-        """Hash of the tokens of steps step_from .. step_to-1 in order: equal for any ranks and micro-batches.
-
-        Reads all samples again (a streamed source: through a stream of its own).
-        """
-        digest = hashlib.sha256()
-        dataset = self.dataset.fresh()
-        for index in range(step_from * self.global_batch_samples, step_to * self.global_batch_samples):
-            digest.update(dataset.sample(index).tokens.astype("<i8").tobytes())
-        return digest.hexdigest()
 
     def eval_batches(self, n: int | None = None) -> list[Batch]:
         """This rank's share of the held-out windows, in micro-batches (the last may be short)."""

@@ -8,6 +8,7 @@ from typing import Any
 from fp8train.errors import DataError
 
 KINDS = ("stdlib", "text", "jsonl", "tokens", "hf", "mix")
+MASKED_TARGET = -100  # of a token that the loss leaves out
 
 
 @dataclass(kw_only=True, slots=True)

@@ -42,8 +42,6 @@ class Dataset(Protocol):
 
     def largest_token(self) -> int: ...
 
-    def fresh(self) -> Dataset: ...
-
 
 class PackedDataset:
     """Windows of a stored corpus; every epoch shuffles the documents and then the windows.
@@ -117,10 +115,6 @@ class PackedDataset:
     def largest_token(self) -> int:
         """Largest token id in the corpus."""
         return self.corpus.largest_token()
-
-    def fresh(self) -> PackedDataset:
-        """A dataset that may be read at another position: this one."""
-        return self
 
     def describe(self) -> str:
         """One line: documents, tokens, windows, split."""

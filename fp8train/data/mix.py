@@ -41,7 +41,6 @@ class MixedDataset:
         document_mask: bool = False,
     ) -> None:
         self._datasets = list(datasets)
-        self._weights = list(weights)
         self._eval_windows = eval_windows
         self._quotas = quotas(weights)
         self.seed = seed
@@ -87,13 +86,6 @@ class MixedDataset:
     def largest_token(self) -> int:
         """Largest token id in any source."""
         return max(dataset.largest_token() for dataset in self._datasets)
-
-    def fresh(self) -> MixedDataset:
-        """The same mix with positions of its own."""
-        datasets = [dataset.fresh() for dataset in self._datasets]
-        return MixedDataset(
-            datasets, self._weights, seed=self.seed, eval_windows=self._eval_windows, document_mask=self.document_mask
-        )
 
     def describe(self) -> str:
         """One line: share and description of each source."""

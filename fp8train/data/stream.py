@@ -46,7 +46,6 @@ class StreamedDataset:
     ) -> None:
         self._open = open_stream
         self._name = name
-        self._identity = identity
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.seed = seed
@@ -94,20 +93,6 @@ class StreamedDataset:
     def largest_token(self) -> int:
         """Largest id that the tokenizer can give: the stream itself is not known in advance."""
         return self.tokenizer.vocab_size - 1
-
-    def fresh(self) -> StreamedDataset:
-        """The same stream with a position of its own."""
-        return StreamedDataset(
-            self._open,
-            name=self._name,
-            identity=self._identity,
-            tokenizer=self.tokenizer,
-            seq_len=self.seq_len,
-            seed=self.seed,
-            threshold=self._threshold,
-            eval_windows=self._eval_windows,
-            document_mask=self.document_mask,
-        )
 
     def describe(self) -> str:
         """One line: source, tokenizer, window, split."""

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100
-"""Target of a token that takes no part in the loss."""
+from fp8train.data.config import MASKED_TARGET
+
 LOGITS_PER_CHUNK = 2**28
 """Logits that exist at once: 1 GiB in FP32, 2,048 tokens of a 128k vocabulary."""
 ROWS = 128
@@ -25,13 +25,13 @@ def cross_entropy_sum(
 
     Args:
         hidden: [M, hidden].
-        targets: [M] int64; IGNORE leaves a token out.
+        targets: [M] int64; MASKED_TARGET leaves a token out.
         lm_head: maps [m, hidden] to [m, >= vocab_size].
         vocab_size: columns of the softmax; those after are padding.
         logits_per_chunk: number of logits that may exist at once.
 
     Returns:
-        Tensor: fp32 scalar; 0 if every target is IGNORE.
+        Tensor: fp32 scalar; 0 if every target is MASKED_TARGET.
     """
     rows = max(ROWS, logits_per_chunk // vocab_size // ROWS * ROWS)
     if hidden.shape[0] <= rows:
@@ -46,4 +46,4 @@ def cross_entropy_sum(
 
 def _cross_entropy_sum(hidden: Tensor, targets: Tensor, lm_head: nn.Module, vocab_size: int) -> Tensor:
     logits = lm_head(hidden)[:, :vocab_size].float()
-    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
+    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=MASKED_TARGET)

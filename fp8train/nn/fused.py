@@ -84,7 +84,7 @@ class FusedRMSNorm(nn.Module):
         fusion, out_dtype = self.fusion, x.dtype if dtype is None else dtype
         if not self._serves(x, out_dtype) or refusal(fusion.readers) is not None:
             return fusion.plain.forward(self, x, *(() if dtype is None else (dtype,)))
-        precision, backend = fusion.readers[0].precision, fusion.readers[0].backend_name
+        precision, backend = fusion.readers[0].plan.precision, fusion.readers[0].plan.backend
         matrix, weight = as_matrix(x.detach()), self.weight.detach()
         if _watched((self, *fusion.readers, *fusion.through)):
             y, rstd = OPS.rms_norm(matrix, weight, fusion.eps, out_dtype, backend)
@@ -116,10 +116,10 @@ class FusedMLP(nn.Module):
         if mlp_refusal(gate, up, down) is not None:
             return self.fusion.plain.forward(self, x)
         if _watched((gate, up, down)):
-            return down(_Product.apply(gate(x), up(x), gate.backend_name))
-        row, col = _input_specs(down.precision, _train((down,)))
+            return down(_Product.apply(gate(x), up(x), gate.plan.backend))
+        row, col = _input_specs(down.plan.precision, _train((down,)))
         h, copies = _swiglu(x, gate, up, row, col)
-        return down(_quantized_input(h, copies, row, col, down.precision))
+        return down(_quantized_input(h, copies, row, col, down.plan.precision))
 
     def extra_repr(self) -> str:
         return "SwiGLU fused with its casts"
@@ -212,14 +212,14 @@ def _swiglu(
     if isinstance(x, QuantizedInput):
         x_row, x_col = x.operands(needs)
     else:
-        x_row, x_col = gate.inputs.get(tensor, needs, gate.backend_name, gate.plan.site)
+        x_row, x_col = gate.inputs.get(tensor, needs, gate.plan.backend, gate.plan.site)
     products: list[Tensor] = []
     transposed: list[Tensor | None] = []
     for linear in (gate, up):
         w, wt = linear.provider.operands(linear)
         products.append(gemm(x_row, w, bias=None, out_dtype=out_dtype, **linear.plan.common["fprop"]))
         transposed += wt.tensors()
-    copies = OPS.swiglu_quantize(*products, row, col, gate.backend_name)
+    copies = OPS.swiglu_quantize(*products, row, col, gate.plan.backend)
     h = _SwiGLU.apply(
         as_matrix(tensor), gate.weight, up.weight, *products, *((None, None) if x_col is None else x_col.tensors()),
         *transposed, (gate.plan, up.plan), (gate.grad_sink, up.grad_sink),
@@ -304,13 +304,14 @@ def _taking_over(kind: type[T], module: nn.Module) -> T:
 
 def refusal(linears: Iterable[Float8Linear]) -> str | None:
     """Why linears that read one input cannot take it as FP8 copies made elsewhere, or None."""
-    first: Float8Linear | None = None
+    first: Plan | None = None
     for linear in linears:
-        first = linear if first is None else first
-        if linear.precision is not first.precision and linear.precision != first.precision:
-            return f"they differ in precision: {first.precision.name} and {linear.precision.name}"
-        if linear.backend_name != first.backend_name:
-            return f"they differ in backend: {first.backend_name} and {linear.backend_name}"
+        plan = linear.plan
+        first = plan if first is None else first
+        if plan.precision is not first.precision and plan.precision != first.precision:
+            return f"they differ in precision: {first.precision.name} and {plan.precision.name}"
+        if plan.backend != first.backend:
+            return f"they differ in backend: {first.backend} and {plan.backend}"
         if linear.remedy is not None:
             return "a remedy treats the input before it is rounded"
     assert first is not None
@@ -325,9 +326,10 @@ def mlp_refusal(gate: Float8Linear, up: Float8Linear, down: Float8Linear) -> str
         return why
     if gate.bias is not None or up.bias is not None:
         return "a bias of gate_proj or up_proj needs its gradient in high precision"
-    if gate.precision.dgrad.left is None or gate.precision.wgrad.left is None:
-        return f"{gate.precision.name} does not read the gradient in FP8 in both dgrad and wgrad"
-    return None if gate.backend_name == down.backend_name else "its linears differ in backend"
+    precision = gate.plan.precision
+    if precision.dgrad.left is None or precision.wgrad.left is None:
+        return f"{precision.name} does not read the gradient in FP8 in both dgrad and wgrad"
+    return None if gate.plan.backend == down.plan.backend else "its linears differ in backend"
 
 
 def _watched(modules: Iterable[nn.Module]) -> bool:

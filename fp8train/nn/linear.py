@@ -155,6 +155,7 @@ class Float8Linear(nn.Linear):
         BackendError: the backend cannot run here, or cannot serve the precision.
     """
 
+    plan: Plan
     w_qdata: Tensor
     w_scale_inv: Tensor
     wt_qdata: Tensor
@@ -202,8 +203,7 @@ class Float8Linear(nn.Linear):
         return made
 
     def _setup(self, precision: LinearPrecision, backend: str) -> None:
-        self.backend_name = backend
-        self.site = next(_SITES)
+        self.plan = Plan(precision, backend, next(_SITES))
         self.inputs = InputCache()
         self.provider = LocalWeight()
         self.grad_sink: InplaceGrad | None = None
@@ -211,21 +211,39 @@ class Float8Linear(nn.Linear):
         for name in BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self.register_load_state_dict_post_hook(_after_load)
-        self.set_precision(precision)
+        self._seen = ()
+        self.refresh_weight()
         keep_current(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or an unpickled linear, counts for itself and follows its own optimizer."""
         super().__setstate__(state)
-        self.site = next(_SITES)
-        self.plan = Plan(self.precision, self.backend_name, self.site)
+        self.plan = Plan(self.plan.precision, self.plan.backend, next(_SITES))
         self._seen = ()  # the copy's weight counts its versions anew, and one may equal the number seen before
         keep_current(self)
 
-    def set_precision(self, precision: LinearPrecision) -> None:
-        """Compute with another precision from now on; the weight's operands are made anew."""
-        self.precision = precision
-        self.plan = Plan(precision, self.backend_name, self.site)
+    # parts of the plan by their names; what runs in every step reads the plan, since a property costs a call
+
+    @property
+    def precision(self) -> LinearPrecision:
+        """What the three GEMMs compute with; set_precision changes it."""
+        return self.plan.precision
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the backend that computes them."""
+        return self.plan.backend
+
+    @property
+    def site(self) -> int:
+        """Number under which coverage counts them."""
+        return self.plan.site
+
+    def set_precision(self, precision: LinearPrecision, backend: str | None = None) -> None:
+        """Compute with another precision from now on, and on another backend if given; the weight's operands are made
+        anew.
+        """
+        self.plan = Plan(precision, self.plan.backend if backend is None else backend, self.plan.site)
         self._clear_weight()
         self.refresh_weight()
 

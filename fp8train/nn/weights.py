@@ -73,7 +73,7 @@ class LocalWeight:
 
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand]:
         """(w [N, K] for fprop, w.T [K, N] for dgrad)."""
-        precision = linear.precision
+        precision = linear.plan.precision
         fprop, dgrad = precision.fprop.right, precision.dgrad.right
         held: dict[str, Any] = linear._buffers  # an attribute of a module is looked up in Python, for 1 us or more each
         if fprop is None or dgrad is None:

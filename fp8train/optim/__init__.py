@@ -6,7 +6,6 @@ from fp8train.optim.adamw import (
     AdamWBF16Moments,
     build_optimizer,
     checkpoint_bytes,
-    describe_groups,
     parameter_groups,
     set_learning_rate,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "build_optimizer",
     "checkpoint_bytes",
     "clip_grad_norm",
-    "describe_groups",
     "global_norm",
     "learning_rate",
     "parameter_groups",

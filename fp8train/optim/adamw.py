@@ -72,19 +72,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def describe_groups(optimizer: torch.optim.Optimizer) -> str:
-    """One line a group: its name, decay, number of tensors and of parameters, then its parameter names."""
-    lines = []
-    for group in optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"])
-        lines.append(
-            f"{group['name']}: weight_decay {group['weight_decay']:g}, "
-            f"{len(group['params'])} tensors, {count:,} parameters"
-        )
-        lines.extend(f"  {name} {list(p.shape)}" for name, p in zip(group["param_names"], group["params"], strict=True))
-    return "\n".join(lines)
-
-
 def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the weights that are trained and their two moments, which a checkpoint holds at least."""
     moment = 2 if isinstance(optimizer, AdamWBF16Moments) else 4

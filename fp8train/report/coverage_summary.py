@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-GEMMS = ("fprop", "dgrad", "wgrad")
+from fp8train.backends.coverage import GEMMS
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from fp8train.arguments import flattened
+from fp8train.backends.coverage import GEMMS
 from fp8train.report import page
 from fp8train.report.charts import Bars, bar_chart
 from fp8train.report.coverage_summary import (
-    GEMMS,
     GemmShare,
     LinearGroup,
     exceptions,
@@ -104,7 +105,7 @@ def _coverage_table(label: str, groups: Sequence[LinearGroup], total: float) -> 
 
 
 def configuration_section(arms: Arms) -> list[str]:
-    flat = {arm: dict(_flatten(next(iter(runs.values())).config)) for arm, runs in arms.items()}
+    flat = {arm: flattened(next(iter(runs.values())).config) for arm, runs in arms.items()}
     keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
     differing = [
         key for key in keys if key not in OWN_KEYS and len({str(entries.get(key)) for entries in flat.values()}) > 1
@@ -130,7 +131,7 @@ def configuration_section(arms: Arms) -> list[str]:
 
 
 def environment_section(arms: Arms) -> list[str]:
-    flat = {arm: dict(_flatten(next(iter(runs.values())).environment)) for arm, runs in arms.items()}
+    flat = {arm: flattened(next(iter(runs.values())).environment) for arm, runs in arms.items()}
     keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
     rows = []
     for key in keys:
@@ -216,14 +217,6 @@ def _outcome(group: LinearGroup) -> list[str]:
 
 def _shape(group: LinearGroup) -> str:
     return " \u00d7 ".join(count_text(size) for size in group.shape)
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _plain(value: Any, key: str = "") -> str:

@@ -16,7 +16,6 @@ from fp8train.report.run_record import Arms, RunRecord, finite
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
 from fp8train.units import loss_text, percent_text, ratio_text
 
-MARGIN_PERCENT = 0.25  # the relative loss error that DeepSeek-V3 (arXiv:2412.19437, 3.3) reports to stay below
 BASELINES = ("bf16", "fp32")
 
 # Facts that two runs must share for their difference to be about precision alone: key of result.json -> words for it.
@@ -150,7 +149,7 @@ def make_verdict(
     arms: Arms,
     *,
     baseline: str,
-    margin_percent: float = MARGIN_PERCENT,
+    margin_percent: float,
     crossed: Crossed | None = None,
     parallel: int = 1,
 ) -> dict[str, Any]:

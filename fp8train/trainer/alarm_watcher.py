@@ -12,7 +12,7 @@ from typing import Any
 
 from fp8train.data import Batch
 from fp8train.distributed import World
-from fp8train.nn.fused_groups import group_of
+from fp8train.nn.shared_inputs import group_of
 from fp8train.quant.formats import BLOCKWISE
 from fp8train.recipe_options import Alarm
 from fp8train.telemetry.observer import Observer
@@ -22,12 +22,13 @@ from fp8train.trainer.precision_control import PrecisionControl
 from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.step import StepResult
+from fp8train.trainer.watcher import Watcher
 
 EVENTS_FILE = "events.jsonl"
 PROBE_ROWS = 1024
 
 
-class AlarmWatcher:
+class AlarmWatcher(Watcher):
     """Decides from numbers that are the same on every rank; the worst linear is that of all ranks together.
 
     The step's first micro-batch runs once more. The worst is the linear, among those that quantise, at which the first

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fp8train.arguments import flattened
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError
@@ -22,7 +23,7 @@ from fp8train.trainer.console import Console
 BASELINE, PLACEBO = "bf16", "placebo"
 # What may differ between an arm that was begun and the same arm when the comparison goes on: it does not reach the
 # numbers.
-FREE_KEYS = (
+ARM_MAY_DIFFER = (
     "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
 )  # fmt: skip
 
@@ -180,9 +181,9 @@ def _check_begun(run: ArmRun) -> None:
     file = Path(str(run.config.run_dir)) / "config.yaml"
     if not file.is_file():
         return
-    begun = dict(flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}))
-    for key, value in flat(config_to_dict(run.config)):
-        if key.partition(".")[0] not in FREE_KEYS and key in begun and begun[key] != value:
+    begun = flattened(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    for key, value in flattened(config_to_dict(run.config)).items():
+        if key.partition(".")[0] not in ARM_MAY_DIFFER and key in begun and begun[key] != value:
             raise ConfigError(
                 f"compare: {run.config.run_dir} was begun with {key}={begun[key]}, this comparison has "
                 f"{key}={value}; needs the same. "
@@ -199,12 +200,3 @@ def _check_same_start(run: ArmRun, facts: Mapping[str, Any], first: ArmRun, firs
                 f"compare: {words} of {run.config.run_dir} ({own[:12]}) are not those of {first.config.run_dir} "
                 f"({other[:12]}); needs the same for all arms. Delete both folders and start again."
             )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (dotted key, value)."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        pairs += flat(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, value)]
-    return pairs

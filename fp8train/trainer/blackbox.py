@@ -28,6 +28,7 @@ from fp8train.errors import CheckpointError
 from fp8train.nn.weights import converted_linears
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
+from fp8train.trainer.watcher import Watcher
 
 FOLDER = "blackbox"
 DUMP_FILE = "dump.json"
@@ -76,7 +77,7 @@ class RankDump:
     random_state: dict[str, str] = field(default_factory=dict)
 
 
-class BlackBox:
+class BlackBox(Watcher):
     """Watcher: keeps what the step in hand is made of, and writes it down when the step goes wrong.
 
     Args:
@@ -170,10 +171,6 @@ class BlackBox:
         self._history = list(state.get("history", []))
         self._dumps = state.get("dumps", 0)
         self._quiet_until = state.get("quiet_until", 0)
-
-    def summary(self) -> str | None:
-        """How many dumps there are."""
-        return f"{self._dumps} black boxes in {self._folder}: fp8train replay DIR" if self._dumps else None
 
 
 def spike_limit(history: Sequence[float], sigmas: float) -> float | None:

@@ -47,7 +47,8 @@ from fp8train.trainer.run_folder import (
 from fp8train.trainer.run_lock import lock_run_folder
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest
-from fp8train.trainer.watchers import Watcher, after_step, build_watchers
+from fp8train.trainer.watcher import Watcher
+from fp8train.trainer.watchers import after_step, build_watchers
 
 
 class Trainer:

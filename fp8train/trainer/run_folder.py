@@ -20,6 +20,7 @@ import torch
 import yaml
 
 import fp8train
+from fp8train.arguments import flattened
 from fp8train.backends import cpu_library
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
@@ -34,7 +35,7 @@ T = TypeVar("T")
 RESULT_FILE = "result.json"
 # What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
 FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
-FREE_KEYS = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
+RESUME_MAY_DIFFER = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -228,9 +229,9 @@ def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> No
     Raises:
         ConfigError: names the first key that differs, and both values.
     """
-    own, other = _flat(config_to_dict(config)), _flat(found.state.config)
+    own, other = flattened(config_to_dict(config)), flattened(found.state.config)
     for key, value in own.items():
-        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in FREE_KEYS
+        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in RESUME_MAY_DIFFER
         if fixed and key in other and other[key] != value:
             raise ConfigError(
                 f"resume: {key} is {value!r}, the checkpoint {found.path} has {other[key]!r}; needs the same. "
@@ -306,13 +307,3 @@ def _cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    if not isinstance(values, Mapping):
-        return {prefix.rstrip("."): values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat

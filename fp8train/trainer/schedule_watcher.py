@@ -8,9 +8,10 @@ from typing import Any
 from fp8train.data import Batch
 from fp8train.trainer.precision_control import PrecisionControl
 from fp8train.trainer.step import StepResult
+from fp8train.trainer.watcher import Watcher
 
 
-class ScheduleWatcher:
+class ScheduleWatcher(Watcher):
     """Before each step gives every linear the precision that it has there: a function of the step and of demotions.
 
     Args:
@@ -37,10 +38,3 @@ class ScheduleWatcher:
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
         """The scheduled precision, in the row of every step that has one."""
         return {} if self._now is None else {"scheduled_precision": self._now}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: the step says it all."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""

@@ -19,6 +19,7 @@ from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import converted_linears, own_weights
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
+from fp8train.trainer.watcher import Watcher
 
 SHOWN = 3  # problems in the message; the rest is a number
 
@@ -93,7 +94,7 @@ class StepAudit:
         return problems, reasons
 
 
-class StrictCoverage:
+class StrictCoverage(Watcher):
     """Watcher: audits the first step of this process; a problem on any rank ends the run on all of them.
 
     A precision that a schedule changed before that step is no problem; one that differs from the conversion report when
@@ -127,17 +128,6 @@ class StrictCoverage:
         everywhere = [p for own in self._world.all_gather_object(self._swapped + problems) for p in own]
         raise_problems(list(dict.fromkeys(everywhere)), step)
         return {}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: every process looks at its own first step."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
-
-    def summary(self) -> str | None:
-        """Nothing to say at the end: a problem ended the run."""
-        return None
 
 
 def raise_problems(problems: Sequence[str], step: int) -> None:

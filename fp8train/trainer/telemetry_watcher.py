@@ -14,9 +14,10 @@ from fp8train.telemetry.table import to_row, worst_table
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.step import StepResult
+from fp8train.trainer.watcher import Watcher
 
 
-class TelemetryWatcher:
+class TelemetryWatcher(Watcher):
     """Samples on rank 0, in the first micro-batch of a step; training computes the same numbers with and without it.
 
     A compiled model must not be looked into: it is sampled in a pass of its own, uncompiled, over that micro-batch.
@@ -72,10 +73,3 @@ class TelemetryWatcher:
                 + worst_table(self._last)
             )
         return row
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: what is sampled depends on the step alone."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""

@@ -1,13 +1,12 @@
-"""Watchers: what looks at every step of a run beside the loop, each with a name and a state in the checkpoint."""
+"""The watchers of a run: which there are, and how they see a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fp8train.config import RunConfig
-from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.trainer.alarm_watcher import AlarmWatcher
 from fp8train.trainer.assembly import Assembly
@@ -19,24 +18,7 @@ from fp8train.trainer.schedule_watcher import ScheduleWatcher
 from fp8train.trainer.step import StepResult
 from fp8train.trainer.strict_coverage import StrictCoverage
 from fp8train.trainer.telemetry_watcher import TelemetryWatcher
-
-
-class Watcher(Protocol):
-    """Called on every rank, in the same order everywhere, so that it may communicate."""
-
-    name: str
-
-    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Before the forward pass of `step` (counted from 1), with this rank's micro-batches."""
-
-    def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
-        """After the update; what it returns is added to the step's row of metrics."""
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values that JSON can carry."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave; empty where the checkpoint knew no such watcher."""
+from fp8train.trainer.watcher import Watcher
 
 
 def after_step(watchers: Sequence[Watcher], step: int, result: StepResult, row: dict[str, Any]) -> RollBack | None:

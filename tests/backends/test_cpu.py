@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.backends.cpu import SCALE_RANGE, CpuBackend
+from fp8train.backends.cpu import CpuBackend
+from fp8train.backends.device_gemm import SCALE_RANGE
 from fp8train.quant import reference
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor

@@ -13,6 +13,7 @@ import pytest
 
 from fp8train.backends import cpu_library
 from fp8train.backends.cpu import CpuBackend
+from fp8train.backends.user_cache import cache_folder
 from fp8train.quant import reference
 from fp8train.quant.formats import QuantSpec
 from tests.quant.specs import same_codes
@@ -126,7 +127,7 @@ def test_user_without_a_home_builds_for_this_process(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cpu_library._cache_folder().parent == tmp_path
+    assert cache_folder().parent == tmp_path
 
 
 def test_processes_that_start_together_all_get_a_whole_library(home: Path) -> None:

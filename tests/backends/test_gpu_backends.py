@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp8train.backends import get_backend, select_backend, torchao
 from fp8train.backends.interface import Backend
-from fp8train.backends.triton import codes_like
+from fp8train.backends.triton import BELOW, OLDEST, codes_like
 from fp8train.backends.vendor import imported
 from fp8train.errors import BackendError
 from fp8train.quant import reference
@@ -26,6 +26,7 @@ from tests.hardware import requires_gpu
 from tests.quant.specs import same_codes
 from tests.quant.test_reference_gemm import calc_diff, exact, operands
 from tests.shapes import matrix
+from tests.source_tree import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # before a fixture says that there is a GPU
 GPU_BACKENDS = ("triton", "cublaslt", "te", "deepgemm", "torchao")
@@ -105,6 +106,11 @@ def test_auto_without_kernels_for_a_recipe_names_the_gemm(gpu: None) -> None:
     chosen = select_backend("auto", "cuda", [precision("e4m3 1x32")])
     assert chosen.backend.name == "dequant_bf16"
     assert "no FP8 GEMM for fprop of 'fp8', e4m3 1x32 pow2 * e4m3 1x32 pow2; it has 1x128 * 128x128" in chosen.reason
+
+
+def test_pyproject_asks_for_the_versions_of_triton_that_are_served() -> None:
+    oldest, below = (".".join(map(str, version)) for version in (OLDEST, BELOW))
+    assert f'"triton>={oldest},<{below};' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -116,13 +116,6 @@ def test_evaluation_of_a_stream_is_fixed_and_leaves_its_position(jsonl: Path) ->
     assert one._next == 6
 
 
-def test_stream_of_the_hash_leaves_the_position_of_training(jsonl: Path) -> None:
-    batcher = Batcher(build_dataset(make_config(jsonl, hf_streaming=True), 16, 1), 4, 4)
-    batcher.micro_batches(0)
-    assert batcher.stream_hash(0, 3) == batcher.stream_hash(0, 3)
-    assert batcher.dataset._next == 4  # type: ignore[attr-defined]
-
-
 def test_mix_of_stored_and_streamed_sources(jsonl: Path) -> None:
     stream = SourceConfig(kind="hf", path=str(jsonl), text_key="body", hf_streaming=True, weight=3)
     config = DataConfig(kind="mix", mix=[stream, SourceConfig(kind="stdlib")])

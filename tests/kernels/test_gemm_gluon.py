@@ -179,7 +179,7 @@ def test_entries_for_hopper_are_refused_elsewhere(monkeypatch: pytest.MonkeyPatc
     for here in ((0, 0), (8, 9), (10, 0)):
         monkeypatch.setattr(gemm_launch, "capability", lambda device, here=here: here)
         for module, config in ENTRIES:
-            reason = module.refusal(config, a.qdata, b.qdata, a.scale_inv, b.scale_inv)
+            reason = module.refusal(config, a.qdata, b.qdata, b.scale_inv)
             assert reason == f"config {config!r} is Gluon for Hopper, which no CPU interprets; needs a GPU of sm_90"
 
 

@@ -292,7 +292,7 @@ def test_edits_of_a_weight_are_seen() -> None:
         (lambda part: part.linears()[1].set_precision(BF16), "they differ in precision: fp8 and bf16"),
         (lambda part: [linear.set_precision(BF16) for linear in part.linears()], "bf16 does not read the input in FP8"),
         (lambda part: part.linears()[0].set_remedy(InputRemedy(clamp=3.0)), "a remedy"),
-        (lambda part: setattr(part.linears()[1], "backend_name", "reference"), "they differ in backend"),
+        (lambda part: part.linears()[1].set_precision(BLOCKWISE, "reference"), "they differ in backend"),
     ],
     ids=["precision", "bf16", "remedy", "backend"],
 )
@@ -314,7 +314,7 @@ def test_mlps_that_do_not_permit_are_refused() -> None:
     part.linears()[2].set_remedy(InputRemedy(clamp=3.0))
     assert "remedy" in str(mlp_refusal(*part.linears()))
     part = Part()
-    part.linears()[2].backend_name = "reference"
+    part.linears()[2].set_precision(BLOCKWISE, "reference")
     assert "its linears differ in backend" in str(mlp_refusal(*part.linears()))
 
 

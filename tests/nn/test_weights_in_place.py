@@ -19,10 +19,7 @@ from tests.nn.test_weights import edit_in_place, is_current
 @pytest.mark.parametrize(("rows", "cols"), [(140, 130), (128, 256)])
 def test_kernels_write_the_codes_where_they_are(rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = made(1, rows, cols, BLOCKWISE)
-    linear.backend_name = "triton"
-    for name in BUFFERS:  # the CPU's codes of ragged sizes have no room for whole tiles
-        linear.register_buffer(name, None, persistent=False)
-    linear.refresh_weight()
+    linear.set_precision(BLOCKWISE, "triton")
     buffers = [getattr(linear, name) for name in BUFFERS[:4]]
     saved = [buffer * torch.ones((), requires_grad=True) for buffer in buffers[1::2]]  # saves it for backward
     monkeypatch.setattr(Tensor, "copy_", lambda *_: pytest.fail("codes were copied"))

@@ -16,8 +16,7 @@ import pytest
 from fp8train.report import build_report, write_report
 from fp8train.report.page import STYLE, typeset
 from fp8train.report.run_record import Arms, read_run
-from fp8train.report.verdict import make_verdict
-from tests.run_folders import make_coverage, write_run
+from tests.run_folders import make_coverage, verdict_of, write_run
 
 VOID = {"meta", "link", "br", "use", "path"}
 
@@ -62,7 +61,7 @@ def arms_of(tmp_path: Path, **changes: Any) -> Arms:
 
 
 def report_of(arms: Arms) -> str:
-    return build_report(make_verdict(arms, baseline="bf16"), arms)
+    return build_report(verdict_of(arms), arms)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +230,7 @@ def test_damaged_lines_that_were_left_out_raise_an_alert(tmp_path: Path) -> None
 
 def test_two_by_two_table_shows_what_was_crossed(tmp_path: Path) -> None:
     arms = arms_of(tmp_path)
-    verdict = make_verdict(arms, baseline="bf16", crossed={"blockwise": {1: {"baseline_weights": 2.2777}}})
+    verdict = verdict_of(arms, crossed={"blockwise": {1: {"baseline_weights": 2.2777}}})
     cells = {text.strip() for text in Outline(build_report(verdict, arms)).texts["td"]}
     assert {"2.2777", "+0.0073"} <= cells, "the loss of BF16's weights in FP8, and what that costs"
 
@@ -245,7 +244,7 @@ def test_report_of_100k_steps_is_small_and_quick(tmp_path: Path) -> None:
     (other / "result.json").write_text((base / "result.json").read_text())
     begin = time.process_time()  # not wall time: the machine may be busy with other tests
     arms: Arms = {"bf16": {1: read_run(base)}, "blockwise": {1: read_run(other)}}
-    write_report(tmp_path / "report.html", make_verdict(arms, baseline="bf16"), arms)
+    write_report(tmp_path / "report.html", verdict_of(arms), arms)
     assert time.process_time() - begin < 20
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
 

@@ -11,10 +11,9 @@ import pytest
 
 from fp8train.report.layers import layers_section, operand_errors
 from fp8train.report.run_record import Arms, read_run
-from fp8train.report.verdict import make_verdict
 from fp8train.telemetry.statistics import STATS
 from fp8train.telemetry.table import to_row
-from tests.run_folders import write_run
+from tests.run_folders import verdict_of, write_run
 
 LINEARS = ("layers.0.self_attn.o_proj", "layers.0.mlp.down_proj", "layers.1.mlp.down_proj")
 
@@ -40,7 +39,7 @@ def arms_with(tmp_path: Path, *rows: dict[str, Any]) -> Arms:
 
 
 def section(arms: Arms) -> str:
-    return "\n".join(layers_section(make_verdict(arms, baseline="bf16"), arms))
+    return "\n".join(layers_section(verdict_of(arms), arms))
 
 
 def test_worst_operand_comes_first_and_the_picture_is_darkest_there(tmp_path: Path) -> None:

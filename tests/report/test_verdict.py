@@ -17,8 +17,8 @@ from fp8train.report.conclusion import interval_text
 from fp8train.report.run_record import Arms, RunRecord, Table, read_run
 from fp8train.report.statistics import seeds_needed
 from fp8train.report.trajectory import ema, heldout_gap, relative_loss_error, steady
-from fp8train.report.verdict import SHARED_FACTS, check_comparable, make_verdict, measures
-from tests.run_folders import FACTS, write_run
+from fp8train.report.verdict import SHARED_FACTS, check_comparable, measures
+from tests.run_folders import FACTS, verdict_of, write_run
 
 STEPS = 40
 LOSSES = 2.2 + 3.3 * np.exp(-np.arange(STEPS) / 12)
@@ -82,7 +82,7 @@ def test_warm_up_is_left_out_of_the_speed(rows: int, kept: int) -> None:
 
 
 def test_verdict_of_a_known_pair(tmp_path: Path) -> None:
-    verdict = make_verdict(pair(tmp_path), baseline="bf16")
+    verdict = verdict_of(pair(tmp_path))
     comparison = verdict["comparisons"]["blockwise"]
     assert comparison["mean"] == {key: value for key, value in comparison["mean"].items() if value is not None}
     error, gap = comparison["mean"]["relative_loss_error"], comparison["mean"]["heldout_gap"]
@@ -99,12 +99,12 @@ def test_verdict_of_a_known_pair(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gap", [0.0, 0.5, -0.5], ids=["none", "worse", "better"])
 def test_one_seed_is_indicative_and_never_more(tmp_path: Path, gap: float) -> None:
-    verdict = make_verdict(pair(tmp_path, losses=LOSSES, eval_loss=2.25 + gap), baseline="bf16")
+    verdict = verdict_of(pair(tmp_path, losses=LOSSES, eval_loss=2.25 + gap))
     assert verdict["status"] == "indicative" and "one seed" in verdict["reason"]
 
 
 def test_sentence_says_gap_losses_speed_and_memory(tmp_path: Path) -> None:
-    text = make_verdict(pair(tmp_path), baseline="bf16")["sentence"]
+    text = verdict_of(pair(tmp_path))["sentence"]
     assert text.startswith(
         "FP8 blockwise ended 0.44 % above BF16 in held-out loss (2.2600 against 2.2500 nats per token), at 0.7"
     )
@@ -117,13 +117,13 @@ def test_sentence_says_gap_losses_speed_and_memory(tmp_path: Path) -> None:
     ids=["better", "equal"],
 )
 def test_sentence_gives_the_direction(tmp_path: Path, eval_loss: float, words: str) -> None:
-    assert words in make_verdict(pair(tmp_path, eval_loss=eval_loss), baseline="bf16")["sentence"]
+    assert words in verdict_of(pair(tmp_path, eval_loss=eval_loss))["sentence"]
 
 
 def test_diverged_arm_is_said_and_stays_strict_json(tmp_path: Path) -> None:
     losses = LOSSES.copy()
     losses[3:] = np.nan
-    verdict = make_verdict(pair(tmp_path, losses=losses, eval_loss=math.nan), baseline="bf16")
+    verdict = verdict_of(pair(tmp_path, losses=losses, eval_loss=math.nan))
     json.dumps(verdict, allow_nan=False)
     run = verdict["arms"]["blockwise"]["runs"][0]
     assert run["nonfinite_losses"] == STEPS - 3 and run["train_loss"] is None and run["eval_loss"] is None
@@ -133,7 +133,7 @@ def test_diverged_arm_is_said_and_stays_strict_json(tmp_path: Path) -> None:
 
 def test_arm_that_never_had_a_finite_loss_cannot_be_held_against_the_other(tmp_path: Path) -> None:
     arms = pair(tmp_path, losses=np.full(STEPS, np.nan), eval_loss=math.nan)
-    verdict = make_verdict(arms, baseline="bf16")
+    verdict = verdict_of(arms)
     assert verdict["sentence"] == "FP8 blockwise cannot be held against BF16: a loss is not finite at the end."
 
 
@@ -143,19 +143,19 @@ def test_without_evaluation_the_training_loss_is_compared(tmp_path: Path) -> Non
         runs[1].evals = Table(
             steps=np.array([], dtype=int), columns={key: np.array([]) for key in runs[1].evals.columns}
         )
-    assert "1.00 % above BF16 in smoothed training loss" in make_verdict(arms, baseline="bf16")["sentence"]
+    assert "1.00 % above BF16 in smoothed training loss" in verdict_of(arms)["sentence"]
 
 
 @pytest.mark.parametrize("fact", SHARED_FACTS)
 def test_runs_that_differ_in_a_shared_fact_are_refused(tmp_path: Path, fact: str) -> None:
     other = 999 if fact == "tokens_seen" else "x" * 16
     with pytest.raises(ConfigError, match=f"compare: {SHARED_FACTS[fact]} differs: bf16 has .*, blockwise has"):
-        make_verdict(pair(tmp_path, **{fact: other}), baseline="bf16")
+        verdict_of(pair(tmp_path, **{fact: other}))
 
 
 def test_run_that_does_not_say_a_shared_fact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not say its initial weights"):
-        make_verdict(pair(tmp_path, init_hash=None), baseline="bf16")
+        verdict_of(pair(tmp_path, init_hash=None))
 
 
 def test_comparable_runs_give_their_shared_facts(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def seeds_of(folder: Path, gaps: dict[str, list[float]], **changes: Any) -> dict
     ids=["equal", "worse", "better", "open"],
 )
 def test_several_seeds_are_tested_together(tmp_path: Path, gaps: list[float], status: str, words: str) -> None:
-    verdict = make_verdict(seeds_of(tmp_path, {"blockwise": gaps}), baseline="bf16")
+    verdict = verdict_of(seeds_of(tmp_path, {"blockwise": gaps}))
     test = verdict["comparisons"]["blockwise"]["test"]
     assert (verdict["status"], test["status"], test["gaps"]) == (status, status, pytest.approx(gaps))
     assert verdict["sentence"].startswith(f"FP8 blockwise {words}") and "over 3 seeds)" in verdict["sentence"]
@@ -200,7 +200,7 @@ def test_several_seeds_are_tested_together(tmp_path: Path, gaps: list[float], st
 
 
 def test_undecided_comparison_says_how_many_more_seeds(tmp_path: Path) -> None:
-    verdict = make_verdict(seeds_of(tmp_path, {"blockwise": [0.3, -0.2, 0.1]}), baseline="bf16")
+    verdict = verdict_of(seeds_of(tmp_path, {"blockwise": [0.3, -0.2, 0.1]}))
     test = verdict["comparisons"]["blockwise"]["test"]
     assert test["seeds_needed_if_equal"] == seeds_needed(0.0, test["sd"], 0.25)
     assert test["seeds_needed"] == seeds_needed(test["mean"], test["sd"], 0.25) > test["seeds_needed_if_equal"]
@@ -209,7 +209,7 @@ def test_undecided_comparison_says_how_many_more_seeds(tmp_path: Path) -> None:
 
 def test_placebo_stands_beside_the_verdict_and_is_not_the_verdict(tmp_path: Path) -> None:
     gaps = {"placebo": [0.1, -0.1, 0.3], "blockwise": [0.2, 0.1, 0.3]}
-    verdict = make_verdict(seeds_of(tmp_path, gaps), baseline="bf16")
+    verdict = verdict_of(seeds_of(tmp_path, gaps))
     assert (verdict["placebo"], verdict["primary"]) == ("placebo", "blockwise")
     assert verdict["arms"]["placebo"]["noise"] == 0.0265 and verdict["arms"]["placebo"]["label"] == "placebo"
     beside = verdict["comparisons"]["blockwise"]["against_placebo"]
@@ -225,7 +225,7 @@ def test_seed_that_diverged_leaves_nothing_equivalent(tmp_path: Path) -> None:
     arms["blockwise"][2] = read_run(
         write_run(tmp_path / "diverged", recipe="blockwise", eval_loss=math.nan, init_hash="seed 2")
     )
-    verdict = make_verdict(arms, baseline="bf16")
+    verdict = verdict_of(arms)
     assert verdict["status"] == "inconclusive"
     assert "the loss of 1 of 3 seeds is not finite at the end" in verdict["reason"]
     assert verdict["sentence"].startswith("FP8 blockwise cannot be held against BF16")
@@ -233,19 +233,19 @@ def test_seed_that_diverged_leaves_nothing_equivalent(tmp_path: Path) -> None:
 
 def test_time_to_loss_charges_speed_with_the_tokens_that_the_arm_needs_more(tmp_path: Path) -> None:
     arms = pair(tmp_path, losses=LOSSES, tokens_per_second=80_000.0)
-    found = make_verdict(arms, baseline="bf16")["comparisons"]["blockwise"]
+    found = verdict_of(arms)["comparisons"]["blockwise"]
     assert found["seeds"][0]["tokens_to_loss"]["common"]["ratio"] == 1.0
     assert found["mean"]["time_to_loss_ratio"] == found["mean"]["tokens_per_second_ratio"]
     assert found["speed"]["raw"]["mean"] == pytest.approx(2.0, rel=0.02) and found["speed"]["raw"]["low"] is None
     slower = pair(tmp_path / "slower", losses=LOSSES * 1.05, tokens_per_second=80_000.0)
-    found = make_verdict(slower, baseline="bf16")["comparisons"]["blockwise"]["seeds"][0]
+    found = verdict_of(slower)["comparisons"]["blockwise"]["seeds"][0]
     ratio = found["tokens_to_loss"]["common"]["ratio"]
     assert ratio > 1.05 and found["time_to_loss_ratio"] == pytest.approx(found["tokens_per_second_ratio"] / ratio)
 
 
 def test_speed_has_an_interval_across_seeds(tmp_path: Path) -> None:
     arms = seeds_of(tmp_path, {"blockwise": [0.0, 0.0, 0.0]}, tokens_per_second=30_000.0)
-    raw = make_verdict(arms, baseline="bf16")["comparisons"]["blockwise"]["speed"]["raw"]
+    raw = verdict_of(arms)["comparisons"]["blockwise"]["speed"]["raw"]
     assert raw["mean"] == pytest.approx(0.75, rel=0.02) and raw["low"] <= raw["mean"] <= raw["high"]
     assert raw["confidence"] == 0.95
 
@@ -253,11 +253,11 @@ def test_speed_has_an_interval_across_seeds(tmp_path: Path) -> None:
 def test_two_by_two_table_separates_weights_from_arithmetic(tmp_path: Path) -> None:
     arms = pair(tmp_path, eval_loss=2.26)
     crossed = {"blockwise": {1: {"baseline_weights": 2.2575}}}
-    table = make_verdict(arms, baseline="bf16", crossed=crossed)["comparisons"]["blockwise"]["seeds"][0]["crossed"]
+    table = verdict_of(arms, crossed=crossed)["comparisons"]["blockwise"]["seeds"][0]["crossed"]
     assert (table["baseline_in_baseline"], table["arm_in_arm"]) == (2.25, 2.26)
     assert table["weights_nats"] == pytest.approx(2.259 - 2.25), "the fake evaluates FP8 weights in BF16 as 0.001 lower"
     assert table["arithmetic_nats"] == pytest.approx(0.0075)
-    without = make_verdict(arms, baseline="bf16")["comparisons"]["blockwise"]["seeds"][0]["crossed"]
+    without = verdict_of(arms)["comparisons"]["blockwise"]["seeds"][0]["crossed"]
     assert without["arithmetic_nats"] is None and without["weights_nats"] is not None
 
 
