@@ -93,7 +93,8 @@ class Batcher:
 
     def _collate(self, rows: list[tuple[np.ndarray, np.ndarray]], sample_ids: list[int]) -> Batch:
         tokens = torch.from_numpy(np.stack([row for row, _ in rows]))
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        inputs = tokens[:, :-1].contiguous()
+        targets = tokens[:, 1:].clone(memory_format=torch.contiguous_format)  # written below; of one row both are views
         if not self.dataset.document_mask:
             return Batch(tokens=inputs, targets=targets, document_ids=None, sample_ids=sample_ids)
         ids = torch.from_numpy(np.stack([row for _, row in rows])).long()

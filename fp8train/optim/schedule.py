@@ -30,8 +30,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         raise ValueError(f"learning_rate: step is {step} of {total_steps}; needs step >= 0 and total_steps >= 1.")
     warmup = warmup_steps(config, total_steps)
     decay_start = _decay_start(config, warmup, total_steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
+    if min(step, total_steps - 1) < warmup:
+        return config.lr * min(step + 1, total_steps) / warmup
     if config.schedule == "constant" or step < decay_start:
         return config.lr
     progress = 1.0 if step >= total_steps else (step - decay_start) / (total_steps - decay_start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -41,10 +41,18 @@ class Format:
         """The byte that stands for a NaN of positive sign, the one that quantisers write."""
         return 0x7F
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or unpickled format is the format itself, so that `is` compares it."""
+        return _named, (self.name,)
+
 
 E4M3 = Format("e4m3", torch.float8_e4m3fn, 448.0, 4, 3)
 E5M2 = Format("e5m2", torch.float8_e5m2, 57344.0, 5, 2)
 FORMATS: dict[str, Format] = {"e4m3": E4M3, "e5m2": E5M2}
+
+
+def _named(name: str) -> Format:
+    return FORMATS[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,11 @@ def test_targets_are_the_next_tokens() -> None:
 def test_document_mask_hides_the_first_token_of_the_next_document_only() -> None:
     dataset = make_dataset(make_documents(80), document_mask=True)
     (batch,) = Batcher(dataset, G, G).micro_batches(1)
+    for number, single in enumerate(Batcher(dataset, G, 1).micro_batches(1)):  # of one row, views would be contiguous
+        assert torch.equal(single.tokens[0], batch.tokens[number])
+        assert torch.equal(single.targets[0], batch.targets[number])
     assert batch.document_ids is not None
+    assert (batch.tokens >= 0).all()
     after_separator = batch.tokens == dataset.tokenizer.separator
     assert after_separator.any()
     assert torch.equal(batch.targets == MASKED_TARGET, after_separator)

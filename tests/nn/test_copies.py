@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from fp8train._layout import folder
+from fp8train.convert import convert_model
 from tests.nn.precisions import normal
 from tests.nn.test_weights import edit_in_place, is_current, model_of
 
@@ -53,3 +55,19 @@ def test_a_copy_sees_every_edit_however_many_versions_the_original_had(copied: C
             clone[0].weight.mul_(1.5)
     clone(normal(6, 130))
     assert is_current(clone[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, reloaded])
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in folder("recipes").glob("*.yaml")))
+def test_a_copy_has_the_gradients_of_every_shipped_recipe(recipe: str, copied: Callable) -> None:
+    # a copy of a recipe's precision is another object; E5M2 is told from E4M3 in it too
+    model = nn.Sequential()
+    model.layers = nn.Sequential(nn.Linear(130, 140), nn.Linear(140, 20))
+    convert_model(model, recipe, backend="cpu")
+    results = []
+    for each in (model, copied(model)):
+        x = normal(6, 130).requires_grad_(True)
+        y = each.layers(x)
+        y.backward(normal(6, 20, seed=1))
+        results.append([y, x.grad, *(parameter.grad for parameter in each.parameters())])
+    assert all(map(torch.equal, *results))

@@ -23,6 +23,7 @@ CASES = {
     "cosine_quarter": ({"warmup_steps": 10, "min_lr_ratio": 0.0}, 35, 110, 0.5 + math.sqrt(2) / 4),
     "cosine_half": ({"warmup_steps": 10, "min_lr_ratio": 0.1}, 60, 110, 0.55),
     "cosine_end": ({"warmup_steps": 10, "min_lr_ratio": 0.1}, 110, 110, 0.1),
+    "beyond_a_run_shorter_than_warmup": ({"warmup_steps": 1000}, 700, 50, 0.05),
     "cosine_beyond": ({"warmup_steps": 10, "min_lr_ratio": 0.1}, 500, 110, 0.1),
     "linear_quarter": ({"schedule": "linear", "warmup_steps": 0, "min_lr_ratio": 0.2}, 25, 100, 0.8),
     "linear_last": ({"schedule": "linear", "warmup_steps": 0, "min_lr_ratio": 0.0}, 99, 100, 0.01),
