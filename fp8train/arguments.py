@@ -72,9 +72,10 @@ def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         place = f"{who}: {key}" if key else who
-        detail = (str(error.msg or error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        want = _type_name(_resolve(target, key))
-        raise ConfigError(f"{place}: {detail}; needs {want}. Correct the value.") from error
+        got = _text(_value_at(values, key))
+        raise ConfigError(
+            f"{place}: got {got}; needs {_type_name(_resolve(target, key))}. Correct the value."
+        ) from error
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,10 +122,14 @@ def _describe_fields(target: type, prefix: str, values: Mapping[str, Any]) -> li
 
 
 def _field_docs(target: type) -> dict[str, str]:
-    """Field name -> its meaning, from docstring lines `name: meaning` of the class and of its bases."""
+    """Field name -> its meaning, from docstring lines `name: meaning` of the class and of its bases.
+
+    Lines that are indented further go on with it.
+    """
     docs: dict[str, str] = {}
     for owner in reversed([base for base in target.__mro__ if dataclasses.is_dataclass(base)]):
-        docs.update(re.findall(r"^ *(\w+): (.+)$", inspect.getdoc(owner) or "", flags=re.MULTILINE))
+        entries = re.findall(r"^( *)(\w+): (.+(?:\n\1 +\S.*)*)$", inspect.getdoc(owner) or "", flags=re.MULTILINE)
+        docs.update({name: " ".join(meaning.split()) for _, name, meaning in entries})
     return docs
 
 
@@ -179,6 +184,8 @@ def _resolve(target: Any, key: str) -> Any:
 def _type_name(hint: Any) -> str:
     if hint is None or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return "its keys, as KEY.NAME=VALUE"
+    if typing.get_origin(hint) in (tuple, list):
+        return "a list, such as [VALUE,VALUE]"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
@@ -186,13 +193,26 @@ def _default_text(field: dataclasses.Field) -> str:
     if field.default is not dataclasses.MISSING:
         return _text(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
+        return _text(field.default_factory())
     return REQUIRED
 
 
 def _text(value: Any) -> str:
     """A value as YAML would have it; `???` is OmegaConf's word for one that must be given."""
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else REQUIRED if value == "???" else str(value)
+
+
+def _value_at(values: Mapping[str, Any], key: str) -> Any:
+    """What nested mappings have under a dotted key; None where they end before."""
+    for name in key.split("."):
+        if not isinstance(values, Mapping):
+            return None
+        values = values.get(name, {}) if name else values
+    return values
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

@@ -190,7 +190,7 @@ class RunConfig:
     deterministic: only deterministic algorithms (slower on a GPU)
     activation_checkpointing: none, selective (keeps results of GEMMs and attention) or full (keeps layer inputs)
     time_limit_seconds: save and stop after this long; null: no limit
-    strict: stop after the first step if a GEMM that was to run in FP8 had rows and did not
+    strict: stop after the first step if a GEMM that was planned in FP8 received tokens and ran in another precision
     """
 
     recipe: str = "blockwise"

@@ -47,7 +47,7 @@ INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer in a module path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
+class Request:
     """What the arguments ask for."""
 
     overrides: list[str]
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(USAGE)
         return 0
-    request = _parse(arguments)
+    request = parse(arguments)
     config = load_config(request.overrides, "explain")
     recipe = load_recipe(config.recipe)
     name, model = (
@@ -103,7 +103,12 @@ def explanation(
     return "\n\n".join(part for part in parts if part)
 
 
-def _parse(arguments: Sequence[str]) -> _Request:
+def parse(arguments: Sequence[str]) -> Request:
+    """Tell explain's own arguments from those of a run.
+
+    Raises:
+        ConfigError: one is given twice, or a model by name and by folder, or there is no such device.
+    """
     flags = {argument for argument in arguments if argument in ("--all", "--json")}
     rest = [argument for argument in arguments if argument not in flags]
     folders = [argument.removeprefix("hf=") for argument in rest if argument.startswith("hf=")]
@@ -121,7 +126,7 @@ def _parse(arguments: Sequence[str]) -> _Request:
         raise ConfigError(f"explain: device is {device!r}; needs one of {', '.join(DEVICES)}.")
     if device == DEVICES[0]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _Request(overrides=overrides, hf=hf, device=device, every="--all" in flags, as_json="--json" in flags)
+    return Request(overrides=overrides, hf=hf, device=device, every="--all" in flags, as_json="--json" in flags)
 
 
 def hf_layout(folder: Path) -> tuple[str, nn.Module]:

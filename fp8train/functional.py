@@ -31,7 +31,8 @@ def quantize(
         fmt: "e4m3" or "e5m2".
         scale: "pow2" (rounded up to a power of two) or "fp32".
         transpose: quantize x.T, with blocks along M, as wgrad needs.
-        backend: "auto" or a backend's name; the codes do not depend on it.
+        backend: "auto" or a backend's name; the codes are the same on all but `te`, whose blocks with NaN, Inf or
+            subnormal numbers differ.
 
     Returns:
         QTensor: qdata [M, K] (transposed [K, M]) and scale_inv; x ~ qdata * scale_inv.

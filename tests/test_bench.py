@@ -40,11 +40,13 @@ def test_ratio_is_the_median_of_the_rounds_own_ratios(monkeypatch: pytest.Monkey
 
 
 def test_saved_bytes_count_a_storage_once_and_no_weight() -> None:
-    linear = Float8Linear(256, 128, bias=False)
+    linear, sibling = (Float8Linear(256, 128, bias=False) for _ in range(2))
+    sibling.inputs = linear.inputs
     x = torch.randn(128, 256, dtype=torch.bfloat16)
     one = saved_bytes(linear, lambda: linear(x))
     assert one == 128 * 256 + 4 * 256  # one byte an element, and a scale for each channel's 128 tokens
-    assert saved_bytes(linear, lambda: linear(x) + linear(x)) == one
+    both = torch.nn.ModuleList([linear, sibling])
+    assert saved_bytes(both, lambda: linear(x) + sibling(x)) == one
 
 
 def test_gemm_bench_times_what_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

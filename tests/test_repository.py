@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fp8train import explain
+from fp8train.backends.selection import BACKENDS
 from fp8train.cli import COMMANDS
 from fp8train.config import load_config
 from tests.source_tree import ROOT, files, imports, python_files, syntax
@@ -149,6 +151,8 @@ def test_readme_commands_exist_and_their_settings_are_accepted() -> None:
     used += [["train", *words[4:]] for words in lines if "fp8train.train" in words]
     assert {name for name, *_ in used} == set(COMMANDS)
     for name, *overrides in used:
+        if name == "explain":
+            overrides = explain.parse(overrides).overrides
         if name in ("train", "compare", "explain"):
             load_config(overrides, name).check()
 
@@ -156,7 +160,15 @@ def test_readme_commands_exist_and_their_settings_are_accepted() -> None:
 def test_readme_lists_every_recipe() -> None:
     text = (ROOT / "README.md").read_text()
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert recipes == set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    section = text[text.index("\n## Recipes\n") : text.index("\n## Results\n")]
+    assert recipes == set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+
+
+def test_readme_lists_every_backend() -> None:
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("\n## Your own model\n") : text.index("\n## Recipes\n")]
+    named = [name for row in re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE) for name in re.findall(r"\w+", row)]
+    assert sorted(named) == sorted([*BACKENDS, "hopper"])
 
 
 def test_ci_runs_the_test_script_and_nothing_else() -> None:

@@ -27,7 +27,7 @@ class Backend(Protocol):
         """Why it cannot serve a precision, or None."""
 
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
-        """As quant.reference.quantize for a matrix x, bit for bit."""
+        """As quant.reference.quantize for a matrix x, bit for bit; `te` but for blocks with NaN, Inf or subnormals."""
 
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
         """(quantize(x, row), quantize(x, col, transpose=True)) from one read of x where the specifications allow."""

@@ -1,4 +1,4 @@
-"""A Llama-style decoder in plain PyTorch; conversion to FP8 replaces its linears and nothing else."""
+"""A Llama-style decoder in plain PyTorch; conversion replaces linears and, where kernels exist, norms, MLPs, RoPE."""
 
 from __future__ import annotations
 

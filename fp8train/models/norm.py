@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, computed in FP32 with an FP32 weight.
 
-    A BF16 weight here costs loss: together with a BF16 residual stream 2.23 instead of 2.09 nats per byte after 300
-    steps of the quickstart model.
+    A BF16 weight here costs loss: together with a BF16 residual stream 0.14 nats per byte more after 300 steps of the
+    quickstart model as it was in 2026-11.
     """
 
     def __init__(self, size: int, eps: float, *, device: torch.device | str | None = None) -> None:

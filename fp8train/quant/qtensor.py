@@ -40,7 +40,7 @@ class QTensor:
         return self.spec.block
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Decode to `dtype` [..., M, K]; magnitudes saturate at the largest finite FP32, a NaN block is NaN."""
+        """Decode to `dtype` [..., M, K]; magnitudes saturate at its largest finite number, a NaN block is NaN."""
         from fp8train.quant.reference import dequantize
 
         return dequantize(self, dtype)

@@ -178,7 +178,7 @@ def test_auto_fuses_what_the_backend_has_kernels_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(CpuBackend, "fuses", fuses)
     assert sorted(fused_modules(decoder("auto", {**FP8, "rules": [{"match": "*", "use": "fp8"}]})[0])) == sorted(EVERY)
     x, dy = ("e4m3 1x128 pow2",) * 2, ("e5m2 1x128 pow2", "e5m2 1x128 pow2")
-    assert asked == [x, x, x, dy] * 2  # two norms; the product and its gradients
+    assert asked == [x, dy] * 2 + [x] * 4  # of two layers the product and its gradients; then two norms of each
 
 
 FP8 = {
