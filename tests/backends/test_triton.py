@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.backends import get_backend, triton  # noqa: E402
 from fp8train.backends import ops as _ops  # noqa: E402, F401  registers torch.ops.fp8train
 from fp8train.backends.triton import TritonBackend  # noqa: E402
+from fp8train.nn.linear import Float8Linear  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
-from fp8train.quant.formats import QuantSpec  # noqa: E402
+from fp8train.quant.formats import BLOCKWISE, QuantSpec  # noqa: E402
 from tests.backends.test_gpu_backends import assert_products  # noqa: E402
 from tests.hardware import requires_gpu  # noqa: E402
 from tests.kernels.products import DEVICE, assert_product, quantized  # noqa: E402
@@ -62,6 +63,16 @@ def test_operators_reach_the_kernels() -> None:
     out = torch.ones(33, 40, device=DEVICE)
     torch.ops.fp8train.scaled_mm_add_(out, *operands[:3], c.qdata, c.scale_inv, row, "triton", 0, "wgrad")
     assert_product(out, a, c, torch.ones(33, 40, device=DEVICE))
+
+
+def test_a_bias_that_is_a_column_of_a_matrix_is_added_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self, device_type: None)
+    plain, column, made = torch.nn.Linear(144, 40, device=DEVICE), matrix(40, 2)[:, 0].to(DEVICE), []
+    for bias in (column, column.clone()):
+        plain.bias = torch.nn.Parameter(bias)
+        assert plain.bias.stride() == bias.stride()
+        made.append(Float8Linear.from_linear(plain, BLOCKWISE, "triton")(matrix(33, 144).to(DEVICE)))
+    assert column.stride() == (2,) and torch.equal(made[0], made[1])
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(128, 128), (140, 270), (33, 16), (1, 300)])
