@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.gemm_tile import FP8, TILE_ORDER, multiprocessors, scale_rows, tma_reads
-from fp8train.kernels.launch import READY, first_launch, overlaps, properties
+from fp8train.kernels.launch import READY, SIZE_LIMIT, first_launch, overlaps, properties
 
 ARGUMENTS = ("a", "b", "out", "a_scale", "b_scale", "bias")  # the tensors of a launch
 BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,8 +137,9 @@ class Gemm:
         if b_K != K or b.device != a.device:
             got, wanted = f"{[N, b_K]} on {b.device}", f"[N, {K}] on {a.device}, the K and the device of a {[M, K]}"
             raise ValueError(f"{self.name}: b is {got}; needs {wanted}. Pass operands of one product.")
-        if max(M, N, K) >= 2**31:
-            raise ValueError(f"{self.name}: M, N, K are {M}, {N}, {K}; needs each below 2^31. Split the operand.")
+        if max(M, N, K) >= SIZE_LIMIT:
+            wanted = "each below 2^31 - 4096"
+            raise ValueError(f"{self.name}: M, N, K are {M}, {N}, {K}; needs {wanted}. Split the operand.")
         blocks = -(-K // 128)
         shapes = {"a_scale": (M, blocks), "b_scale": (-(-N // self.b_rows), blocks), "bias": (N,), "out": (M, N)}
         for (name, shape), x in zip(shapes.items(), (a_scale, b_scale, bias, out), strict=True):
