@@ -17,7 +17,7 @@ from tests.quant.specs import same_codes  # noqa: E402
 from tests.shapes import matrix  # noqa: E402
 
 EPS = 1e-5
-SHAPES = {"tile": (128, 128), "ragged": (131, 50), "small": (5, 3), "no-rows": (0, 40)}
+SHAPES = {"tile": (128, 128), "tiles": (256, 384), "ragged": (131, 50), "small": (5, 3), "no-rows": (0, 40)}
 shapes = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 VARIANTS = {"pow2": (E4M3, "pow2", "pow2"), "fp32": (E4M3, "fp32", "fp32"), "e5m2-mixed": (E5M2, "fp32", "pow2")}
