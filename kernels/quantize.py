@@ -242,6 +242,6 @@ def _check(
     check_matrix(name, "x", x)
     check_format(name, fp8_dtype, block)
     if stats is not None and (stats.shape != wanted or stats.dtype is not torch.int64 or not stats.is_contiguous()):
-        raise ValueError(
-            f"{name}: stats is {list(stats.shape)} {stats.dtype}; needs {list(wanted)} torch.int64, contiguous."
-        )
+        got = f"{list(stats.shape)} {stats.dtype}, strides {stats.stride()}"
+        remedy = f"Pass torch.zeros({list(wanted)}, dtype=torch.int64)"
+        raise ValueError(f"{name}: stats is {got}; needs {list(wanted)} torch.int64, contiguous. {remedy}.")

@@ -132,6 +132,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, out_dtype: torch.dtype) -> None:
     for label, table in (("cos", cos), ("sin", sin)):
         if table.shape != (T, head_dim // 2) or table.dtype is not torch.float32 or not table.is_contiguous():
             got = f"{list(table.shape)} {table.dtype}, strides {table.stride()}"
-            raise ValueError(f"rope: {label} is {got}; needs {[T, head_dim // 2]} torch.float32, contiguous.")
+            wanted = f"{[T, head_dim // 2]} torch.float32, contiguous"
+            raise ValueError(f"rope: {label} is {got}; needs {wanted}. Make the table for these positions.")
     if out_dtype not in dtypes:
-        raise ValueError(f"rope: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32.")
+        raise ValueError(f"rope: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32. Cast the result.")

@@ -95,6 +95,7 @@ def check_matrix(name: str, label: str, x: Tensor, sizes: str = "[M, K]") -> Non
 def check_format(name: str, fp8_dtype: torch.dtype, block: int) -> None:
     """Raise ValueError unless format and block are ones that the kernels serve."""
     if fp8_dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise ValueError(f"{name}: fp8_dtype is {fp8_dtype}; needs torch.float8_e4m3fn or torch.float8_e5m2.")
+        wanted = "torch.float8_e4m3fn or torch.float8_e5m2"
+        raise ValueError(f"{name}: fp8_dtype is {fp8_dtype}; needs {wanted}. Choose one of them.")
     if block != BLOCK:
         raise ValueError(f"{name}: block is {block}; needs {BLOCK}. Other blocks run on backend=reference.")

@@ -13,6 +13,7 @@ from tests.kernels.products import (  # noqa: E402
     DEVICE,
     assert_product,
     drawn_shapes,
+    has_remedy,
     m_contiguous,
     padded_rows,
     planted,
@@ -154,8 +155,9 @@ def test_bad_operands_are_refused_with_what_was_got_and_wanted() -> None:
     ]  # fmt: skip
     for change, message in bad:
         arguments = good | change
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             gemm(**arguments)  # type: ignore[arg-type]
+        assert has_remedy(refused)
 
 
 def test_rows_of_one_number_may_lie_anywhere() -> None:

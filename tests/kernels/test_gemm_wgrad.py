@@ -13,6 +13,7 @@ from tests.kernels.products import (  # noqa: E402
     DEVICE,
     assert_product,
     drawn_shapes,
+    has_remedy,
     m_contiguous,
     padded_rows,
     planted,
@@ -180,5 +181,6 @@ def test_bad_operands_are_refused_with_what_was_got_and_wanted() -> None:
         ({"config": "ws_1x1"}, "config is 'ws_1x1'; needs one of pointer_64x64_s3"),
     ]  # fmt: skip
     for change, message in bad:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             gemm_wgrad(**(good | change))  # type: ignore[arg-type]
+        assert has_remedy(refused)

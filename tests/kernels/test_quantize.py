@@ -16,7 +16,7 @@ from fp8train.kernels.tile_launch import max_bits  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import E4M3, E5M2, FORMATS, Format, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 from tests.shapes import matrices, matrix  # noqa: E402
 
@@ -205,11 +205,13 @@ def test_statistics_of_calls_add_up() -> None:
         ({"fp8_dtype": torch.int8}, "fp8_dtype is torch.int8"),
         ({"block": 32}, "block is 32"),
         ({"stats": torch.zeros(4, dtype=torch.int64)}, r"stats is \[4\]"),
-        ({"stats": torch.zeros(5)}, "torch.float32; needs"),
+        ({"stats": torch.zeros(5)}, "torch.float32, .*; needs"),
+        ({"stats": torch.zeros(10, dtype=torch.int64)[::2]}, r"stats is .* strides \(2,\); needs .* contiguous"),
     ],
-    ids=["vector", "fp16", "column-major", "too-large", "int8", "block", "short-stats", "fp32-stats"],
+    ids=["vector", "fp16", "column-major", "too-large", "int8", "block", "short-stats", "fp32-stats", "strided-stats"],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"x": torch.zeros(4, 4), **options(QuantSpec(E4M3, (1, 128)))} | change
-    with pytest.raises(ValueError, match=f"quantize_rows: .*{message}"):
+    with pytest.raises(ValueError, match=f"quantize_rows: .*{message}") as refused:
         quantize_rows(**arguments)  # type: ignore[arg-type]
+    assert has_remedy(refused)

@@ -16,7 +16,7 @@ from fp8train.kernels.swiglu_quantize import swiglu, swiglu_quantize  # noqa: E4
 from fp8train.quant.formats import E4M3, E5M2, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
 from fp8train.quant.reference import quantize  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 
 SHAPES = {
@@ -220,7 +220,9 @@ def test_gradients_of_large_gates_are_those_of_a_line(dtype: torch.dtype) -> Non
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"gate": torch.zeros(4, 4), "up": torch.zeros(4, 4), **options("pow2")} | change
-    with pytest.raises(ValueError, match=f"swiglu_quantize: .*{message}"):
+    with pytest.raises(ValueError, match=f"swiglu_quantize: .*{message}") as refused:
         swiglu_quantize(**arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="swiglu_backward_quantize: "):
+    assert has_remedy(refused)
+    with pytest.raises(ValueError, match=f"swiglu_backward_quantize: .*{message}") as refused:
         swiglu_backward_quantize(torch.zeros(4, 4), **arguments)  # type: ignore[arg-type]
+    assert has_remedy(refused)
