@@ -158,8 +158,11 @@ def gemm(
 ) -> torch.Tensor:
     """c [M, N] = a @ b.T + bias in bf16 or fp32; `out`, if given, is c. config: an entry of CONFIGS, None a plain one.
 
+    bias: [N] fp32, bf16 or fp16, contiguous.
+
     Raises:
-        ValueError: dtype, layout or shape of an operand, an `out` that overlaps one, an entry that cannot read them.
+        ValueError: dtype, layout or shape of an operand, an `out` that overlaps one or itself, an entry that cannot
+            read them.
     """
     return GEMM(a, b, a_scale, b_scale, bias, out, out_dtype, False, config)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.gemm_tile import FP8, TILE_ORDER, multiprocessors, scale_rows, tma_reads
-from fp8train.kernels.launch import READY, first_launch, overlaps, properties
+from fp8train.kernels.launch import READY, SIZE_LIMIT, first_launch, overlaps, properties
 
 ARGUMENTS = ("a", "b", "out", "a_scale", "b_scale", "bias")  # the tensors of a launch
+BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,27 +130,37 @@ class Gemm:
         """Raise ValueError unless the operands fit each other."""
         for name, x in (("a", a), ("b", b)):
             if x.dim() != 2 or x.dtype not in FP8:
-                raise ValueError(
-                    f"{self.name}: {name} is {list(x.shape)} {x.dtype}; needs a matrix in float8_e4m3fn or float8_e5m2."
-                )
+                got, wanted = f"{list(x.shape)} {x.dtype}", "a matrix in float8_e4m3fn or float8_e5m2"
+                raise ValueError(f"{self.name}: {name} is {got}; needs {wanted}. Quantise it.")
             self._check_rows(name, x)
         (M, K), (N, b_K) = a.shape, b.shape
-        if b_K != K:
-            raise ValueError(f"{self.name}: b is {[N, b_K]}; needs [N, {K}], the K of a {[M, K]}.")
-        if max(M, N, K) >= 2**31:
-            raise ValueError(f"{self.name}: M, N, K are {M}, {N}, {K}; needs each below 2^31. Split the operand.")
+        if b_K != K or b.device != a.device:
+            got, wanted = f"{[N, b_K]} on {b.device}", f"[N, {K}] on {a.device}, the K and the device of a {[M, K]}"
+            raise ValueError(f"{self.name}: b is {got}; needs {wanted}. Pass operands of one product.")
+        if max(M, N, K) >= SIZE_LIMIT:
+            wanted = "each below 2^31 - 4096"
+            raise ValueError(f"{self.name}: M, N, K are {M}, {N}, {K}; needs {wanted}. Split the operand.")
         blocks = -(-K // 128)
         shapes = {"a_scale": (M, blocks), "b_scale": (-(-N // self.b_rows), blocks), "bias": (N,), "out": (M, N)}
         for (name, shape), x in zip(shapes.items(), (a_scale, b_scale, bias, out), strict=True):
             if x is not None and (x.shape != shape or x.device != a.device):
                 got, wanted = f"{list(x.shape)} on {x.device}", f"{list(shape)} on {a.device}"
-                raise ValueError(f"{self.name}: {name} is {got}; needs {wanted}.")
+                remedy = f"Pass what quantising {name[0]} gave" if name.endswith("scale") else "Reshape or move it"
+                raise ValueError(f"{self.name}: {name} is {got}; needs {wanted}. {remedy}.")
             if name.endswith("scale") and x.dtype is not torch.float32:
-                raise ValueError(f"{self.name}: {name} is {x.dtype}; needs torch.float32.")
+                raise ValueError(f"{self.name}: {name} is {x.dtype}; needs torch.float32. Cast it.")
         if out_dtype not in self.out_dtypes:
-            raise ValueError(f"{self.name}: out is {out_dtype}; needs {' or '.join(map(str, self.out_dtypes))}.")
+            wanted = " or ".join(map(str, self.out_dtypes))
+            raise ValueError(f"{self.name}: out is {out_dtype}; needs {wanted}. Cast what comes of one of them.")
+        if bias is not None and (bias.dtype not in BIAS_DTYPES or not bias.is_contiguous()):
+            wanted = f"{' or '.join(map(str, BIAS_DTYPES))}, contiguous"
+            got = f"{bias.dtype} with strides {bias.stride()}"
+            raise ValueError(f"{self.name}: bias is {got}; needs {wanted}. Cast it, or call .contiguous().")
         if out is not None:
             self._check_rows("out", out)
+            if out.stride(0) < N and M > 1:
+                got, wanted = f"strides {out.stride()}, rows of {N} that share memory", f"the first to be {N} or more"
+                raise ValueError(f"{self.name}: out has {got}; needs {wanted}. Pass a matrix with memory for each row.")
 
     def _check_rows(self, name: str, x: Tensor) -> None:
         if x.stride(1) != 1 and x.shape[1] > 1:

@@ -17,6 +17,8 @@ def num_blocks(size, BLOCK: tl.constexpr):
     return (size - 1) // BLOCK + 1
 
 
+# M and N may be a group's: a grouped launch adds, in every loop over tiles, the search for an index's group and that
+# group's first rows. TMA knows no group: c goes out by pointers, masked, and wgrad wants groups of K padded to 128.
 @triton.jit
 def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M):
     """Row and column of the tile with that index: columns of GROUP_M tiles, one after the other."""

@@ -151,7 +151,8 @@ def gemm_wgrad(
     """c [M, N] = a @ b.T in fp32, or `out` += a @ b.T; config: an entry of CONFIGS, None for a plain one.
 
     Raises:
-        ValueError: dtype, layout or shape of an operand, an `out` that overlaps one, an entry that cannot read them.
+        ValueError: dtype, layout or shape of an operand, an `out` that overlaps one or itself, an entry that cannot
+            read them.
     """
     if out is None and accumulate:
         raise ValueError("gemm_wgrad: accumulate is set without out; needs the matrix to add to. Pass out=.")

@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 
 MOST = 4096  # launches that are kept; a model has tens
+# Kernels count rows and columns in 32 bits, some of them up to a tile or the number of programs beyond the last.
+SIZE_LIMIT = 2**31 - 4096
 READY: dict[Hashable, Ready] = {}
 # grid, arguments behind the tensors, constants, options
 Rest = tuple[tuple[int, ...], Sequence[object], Mapping[str, object], Mapping[str, object]]

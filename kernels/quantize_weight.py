@@ -173,7 +173,9 @@ def _check(w: Tensor, fp8_dtype: torch.dtype, block: int, stats: Tensor | None) 
     check_matrix(name, "w", w, "[N, K]")
     check_format(name, fp8_dtype, block)
     if stats is not None and (stats.shape != (5,) or stats.dtype is not torch.int64 or not stats.is_contiguous()):
-        raise ValueError(f"{name}: stats is {list(stats.shape)} {stats.dtype}; needs [5] torch.int64, contiguous.")
+        got = f"{list(stats.shape)} {stats.dtype}, strides {stats.stride()}"
+        remedy = "Pass torch.zeros(5, dtype=torch.int64)"
+        raise ValueError(f"{name}: stats is {got}; needs [5] torch.int64, contiguous. {remedy}.")
 
 
 def misfit(w: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor], fp8_dtype: torch.dtype) -> str | None:

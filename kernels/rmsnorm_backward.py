@@ -118,10 +118,11 @@ def _check(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> None:
     check_matrix(name, "dy", dy)
     M, K = x.shape
     if dy.shape != x.shape:
-        raise ValueError(f"{name}: dy is {list(dy.shape)}; needs {[M, K]}, the shape of x.")
+        raise ValueError(f"{name}: dy is {list(dy.shape)}; needs {[M, K]}, the shape of x. Reshape one of them.")
     if K > WIDEST:
         raise ValueError(f"{name}: x is {[M, K]}; needs at most {WIDEST} columns. Use backends.producers.")
     for label, vector, size in (("weight", weight, K), ("rstd", rstd, M)):
         if vector.shape != (size,) or vector.dtype is not torch.float32 or not vector.is_contiguous():
             got = f"{list(vector.shape)} {vector.dtype}, strides {vector.stride()}"
-            raise ValueError(f"{name}: {label} is {got}; needs [{size}] torch.float32, contiguous.")
+            remedy = "Pass what rmsnorm took and gave"
+            raise ValueError(f"{name}: {label} is {got}; needs [{size}] torch.float32, contiguous. {remedy}.")

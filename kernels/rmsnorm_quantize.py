@@ -217,8 +217,9 @@ def _check(name: str, x: Tensor, weight: Tensor, out_dtype: torch.dtype, fp8_dty
     """Raise ValueError unless x is row-major, weight fits it, and dtypes and block are ones that the kernel serves."""
     check_matrix(name, "x", x)
     if weight.shape != x.shape[1:] or weight.dtype is not torch.float32 or not weight.is_contiguous():
+        got = f"{list(weight.shape)} {weight.dtype}, strides {weight.stride()}"
         wanted = f"[{x.shape[1]}] torch.float32, contiguous"
-        raise ValueError(f"{name}: weight is {list(weight.shape)} {weight.dtype}; needs {wanted}.")
+        raise ValueError(f"{name}: weight is {got}; needs {wanted}. Pass the norm's own, .float().contiguous().")
     if out_dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name}: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32.")
+        raise ValueError(f"{name}: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32. Cast the result.")
     check_format(name, fp8_dtype, block)

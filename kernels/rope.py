@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8train.kernels.launch import Rest, launch
-from fp8train.kernels.tile_launch import SIZE_LIMIT
+from fp8train.kernels.launch import SIZE_LIMIT, Rest, launch
 
 PAIRS = 1024  # of a program
 MOST_ROWS = 2**30  # so that their numbers are 32 bits wide: each is divided twice
@@ -127,11 +126,13 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, out_dtype: torch.dtype) -> None:
     B, heads, T, head_dim = x.shape
     if max(x.shape) >= SIZE_LIMIT or B * heads * T > MOST_ROWS:
         raise ValueError(
-            f"rope: x is {list(x.shape)}; needs dimensions below 2^31, and at most 2^30 rows of head_dim. Split it."
+            f"rope: x is {list(x.shape)}; needs dimensions below 2^31 - 4096, and at most 2^30 rows of head_dim. "
+            "Split it."
         )
     for label, table in (("cos", cos), ("sin", sin)):
         if table.shape != (T, head_dim // 2) or table.dtype is not torch.float32 or not table.is_contiguous():
             got = f"{list(table.shape)} {table.dtype}, strides {table.stride()}"
-            raise ValueError(f"rope: {label} is {got}; needs {[T, head_dim // 2]} torch.float32, contiguous.")
+            wanted = f"{[T, head_dim // 2]} torch.float32, contiguous"
+            raise ValueError(f"rope: {label} is {got}; needs {wanted}. Make the table for these positions.")
     if out_dtype not in dtypes:
-        raise ValueError(f"rope: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32.")
+        raise ValueError(f"rope: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32. Cast the result.")

@@ -243,7 +243,7 @@ def _check(name: str, dh: Tensor, gate: Tensor, up: Tensor, fp8_dtype: torch.dty
     check_matrix(name, "gate", gate)
     for label, x in (("dh", dh), ("up", up)):
         if x.shape != gate.shape or x.dtype is not gate.dtype:
-            wanted = f"{list(gate.shape)} {gate.dtype}, as gate"
-            raise ValueError(f"{name}: {label} is {list(x.shape)} {x.dtype}; needs {wanted}.")
+            got, wanted = f"{list(x.shape)} {x.dtype}", f"{list(gate.shape)} {gate.dtype}, as gate"
+            raise ValueError(f"{name}: {label} is {got}; needs {wanted}. Reshape or cast one of them.")
         check_matrix(name, label, x)
     check_format(name, fp8_dtype, block)

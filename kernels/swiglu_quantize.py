@@ -189,6 +189,7 @@ def _check(name: str, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: i
     """Raise ValueError unless gate and up are alike, row-major, and format and block ones that the kernel serves."""
     check_matrix(name, "gate", gate)
     if up.shape != gate.shape or up.dtype is not gate.dtype:
-        raise ValueError(f"{name}: up is {list(up.shape)} {up.dtype}; needs {list(gate.shape)} {gate.dtype}, as gate.")
+        got, wanted = f"{list(up.shape)} {up.dtype}", f"{list(gate.shape)} {gate.dtype}, as gate"
+        raise ValueError(f"{name}: up is {got}; needs {wanted}. Reshape or cast one of them.")
     check_matrix(name, "up", up)
     check_format(name, fp8_dtype, block)

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from fp8train.kernels.launch import SIZE_LIMIT
+
 BLOCK = 128
 NUM_WARPS = 8  # of a tile of which a column copy is written; 4 warps hold twice as much a thread
 ROW_WARPS = 8  # of one of which none is
-SIZE_LIMIT = 2**31
 
 
 def empty_codes(x: Tensor, rows: int, cols: int, dtype: torch.dtype, multiple: int) -> Tensor:
@@ -88,12 +89,13 @@ def check_matrix(name: str, label: str, x: Tensor, sizes: str = "[M, K]") -> Non
     if x.shape[1] > 1 and x.shape[0] > 0 and x.stride(1) != 1:
         raise ValueError(f"{name}: {label} has strides {x.stride()}; needs (any, 1). Pass {label}.contiguous().")
     if max(x.shape) >= SIZE_LIMIT:
-        raise ValueError(f"{name}: {label} is {list(x.shape)}; needs dimensions below 2^31. Split it.")
+        raise ValueError(f"{name}: {label} is {list(x.shape)}; needs dimensions below 2^31 - 4096. Split it.")
 
 
 def check_format(name: str, fp8_dtype: torch.dtype, block: int) -> None:
     """Raise ValueError unless format and block are ones that the kernels serve."""
     if fp8_dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise ValueError(f"{name}: fp8_dtype is {fp8_dtype}; needs torch.float8_e4m3fn or torch.float8_e5m2.")
+        wanted = "torch.float8_e4m3fn or torch.float8_e5m2"
+        raise ValueError(f"{name}: fp8_dtype is {fp8_dtype}; needs {wanted}. Choose one of them.")
     if block != BLOCK:
         raise ValueError(f"{name}: block is {block}; needs {BLOCK}. Other blocks run on backend=reference.")

@@ -49,7 +49,7 @@ class Backend(Protocol):
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
     ) -> Tensor:
-        """As quant.reference.scaled_mm, up to the order of FP32 sums."""
+        """As quant.reference.scaled_mm, up to the order of FP32 sums; bias is contiguous."""
 
     def mm(
         self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

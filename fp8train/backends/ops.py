@@ -85,6 +85,7 @@ def scaled_mm(
     """a [M, K] @ b [N, K].T, both FP8; contiguous, as the fake promises: cuBLASLt's may be part of a padded one."""
     COUNTS.add(site, gemm, _rows(gemm, a), True)
     left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
+    bias = None if bias is None else bias.contiguous()  # a column of a matrix may be a Parameter
     run = get_backend(backend).scaled_mm
     if not _AUTOCASTS():  # to enter a context that does nothing takes time too
         return run(left, right, bias, None, False, out_dtype).contiguous()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ def m_contiguous(scale: Tensor) -> Tensor:
     wide = torch.full((scale.shape[1], rows), float("nan"), device=scale.device)
     wide[:, : scale.shape[0]] = scale.T
     return wide.T[: scale.shape[0]]
+
+
+def has_remedy(refused: pytest.ExceptionInfo[ValueError]) -> bool:
+    """Whether a refusal says what it got, what it needs, and what to do."""
+    return re.fullmatch(r"\w+: .+; needs .+\. [A-Z].+\.", str(refused.value)) is not None
 
 
 def drawn_shapes(count: int, seed: int) -> list[tuple[int, int, int]]:

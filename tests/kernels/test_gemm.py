@@ -13,6 +13,7 @@ from tests.kernels.products import (  # noqa: E402
     DEVICE,
     assert_product,
     drawn_shapes,
+    has_remedy,
     m_contiguous,
     padded_rows,
     planted,
@@ -128,32 +129,41 @@ def test_empty_sizes(M: int, N: int, K: int) -> None:
 def test_bad_operands_are_refused_with_what_was_got_and_wanted() -> None:
     a, b = quantized(33, 144, "e4m3 1x128", 5), quantized(20, 144, WEIGHT, 6)
     good = {"a": a.qdata, "b": b.qdata, "a_scale": a.scale_inv, "b_scale": b.scale_inv}
-    memory = torch.zeros(2 * 33 * 144, dtype=torch.uint8, device=DEVICE)
+    memory = torch.zeros(33, 144, device=DEVICE)
     inside = {
-        "a": memory[: 33 * 144].view(33, 144).view(torch.float8_e4m3fn),
-        "out": memory[: 33 * 20 * 4].view(torch.float32).view(33, 20),
-    }
+        "a": memory.view(torch.float8_e4m3fn)[:, :144], "b": memory.view(torch.float8_e4m3fn)[:20, :144],
+        "a_scale": memory[:, 19:21], "b_scale": memory[3:4, :2], "bias": memory[32, :20],
+    }  # fmt: skip
     bad: list[tuple[dict[str, object], str]] = [
         ({"a": a.qdata.to(torch.bfloat16)}, r"a is \[33, 144\] torch.bfloat16; needs a matrix in float8"),
         ({"a": a.qdata[0]}, r"a is \[144\]"),
         ({"a": a.qdata[:, ::2]}, "a has strides .*needs the last to be 1"),
-        ({"b": b.qdata[:, :128]}, r"b is \[20, 128\]; needs \[N, 144\]"),
+        ({"b": b.qdata[:, :128]}, r"b is \[20, 128\] on .*; needs \[N, 144\]"),
         ({"a_scale": a.scale_inv[:, :1]}, r"a_scale is \[33, 1\] .*needs \[33, 2\]"),
         ({"b_scale": b.scale_inv.double()}, "b_scale is torch.float64; needs torch.float32"),
+        ({"b": b.qdata.to("meta")}, r"b is \[20, 144\] on meta; needs \[N, 144\] on .* Pass operands of one product"),
         ({"bias": torch.zeros(33, device=DEVICE)}, r"bias is \[33\] .*needs \[20\]"),
+        ({"bias": torch.zeros(40, device=DEVICE)[::2]}, r"bias is .* strides \(2,\); needs .*contiguous. Cast it, or"),
+        ({"bias": torch.zeros(20, dtype=torch.int64, device=DEVICE)}, "bias is torch.int64 .*needs torch.float32 or"),
+        ({"out": torch.zeros(20, device=DEVICE).expand(33, 20)}, r"out has strides \(0, 1\), rows of 20 that share"),
+        ({"out": torch.zeros(700, device=DEVICE).as_strided((33, 20), (19, 1))}, "needs the first to be 20 or more"),
         ({"out": torch.zeros(20, 33, device=DEVICE)}, r"out is \[20, 33\]"),
         ({"out": torch.zeros(20, 33, device=DEVICE).T}, "out has strides"),
         ({"out": torch.zeros(33, 20, dtype=torch.float16, device=DEVICE)}, "needs torch.bfloat16 or torch.float32"),
-        (inside, "out shares memory with a; needs memory of its own"),
+        *(({name: x, "out": memory[:, :20]}, f"out shares memory with {name}; needs") for name, x in inside.items()),
         ({"config": "ws_1x1"}, "config is 'ws_1x1'; needs one of pointer_64x64_s3"),
     ]  # fmt: skip
     for change, message in bad:
         arguments = good | change
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             gemm(**arguments)  # type: ignore[arg-type]
+        assert has_remedy(refused)
 
 
-def test_a_dimension_of_2_31_is_refused() -> None:
-    a = torch.empty(1, dtype=torch.float8_e4m3fn, device=DEVICE).expand(2**31, 1)
-    with pytest.raises(ValueError, match=r"needs each below 2\^31"):
-        gemm(a, a[:1], torch.empty(1, 1), torch.empty(1, 1))
+def test_rows_of_one_number_may_lie_anywhere() -> None:
+    a, b = quantized(33, 144, "e4m3 1x128", 5), quantized(1, 144, WEIGHT, 6)
+    out = torch.zeros(33, 7, device=DEVICE)[:, ::8]
+    bias = torch.full((4,), 0.5, device=DEVICE)[::4]
+    assert_product(run(a, b, out=out, bias=bias), a, b, bias)
+    one = QTensor(a.qdata[:1], a.scale_inv[:1], a.spec)
+    assert_product(run(one, b, out=torch.zeros((), device=DEVICE).expand(1, 1)), one, b)

@@ -13,6 +13,7 @@ from tests.kernels.products import (  # noqa: E402
     DEVICE,
     assert_product,
     drawn_shapes,
+    has_remedy,
     m_contiguous,
     padded_rows,
     planted,
@@ -158,24 +159,28 @@ def test_empty_sizes(M: int, N: int, K: int) -> None:
 def test_bad_operands_are_refused_with_what_was_got_and_wanted() -> None:
     a, b = quantized(33, 144, SPEC, 5), quantized(20, 144, SPEC, 6)
     good = {"a": a.qdata, "b": b.qdata, "a_scale": a.scale_inv, "b_scale": b.scale_inv}
-    memory = torch.zeros(20 * 144, dtype=torch.uint8, device=DEVICE)
+    memory = torch.zeros(33, 144, device=DEVICE)
     inside = {
-        "b": memory.view(20, 144).view(torch.float8_e4m3fn),
-        "out": memory[:2640].view(torch.float32).view(33, 20),
-    }
+        "a": memory.view(torch.float8_e4m3fn)[:, :144], "b": memory.view(torch.float8_e4m3fn)[:20, :144],
+        "a_scale": memory[:, 19:21], "b_scale": memory[3:23, :2],
+    }  # fmt: skip
+    once, twice = torch.zeros(20, device=DEVICE).expand(33, 20), torch.zeros(700, device=DEVICE)
     bad: list[tuple[dict[str, object], str]] = [
         ({"a": a.qdata.to(torch.float32)}, r"a is \[33, 144\] torch.float32; needs a matrix in float8"),
         ({"b": b.qdata[0]}, r"b is \[144\]"),
         ({"b": b.qdata[:, ::2]}, "needs the last to be 1"),
-        ({"b": b.qdata[:, :128]}, r"b is \[20, 128\]; needs \[N, 144\]"),
+        ({"b": b.qdata[:, :128]}, r"b is \[20, 128\] on .*; needs \[N, 144\]"),
         ({"b_scale": b.scale_inv[:1]}, r"b_scale is \[1, 2\] .*needs \[20, 2\]"),
         ({"a_scale": a.scale_inv.half()}, "a_scale is torch.float16; needs torch.float32"),
         ({"out": torch.zeros(33, 20, device=DEVICE).bfloat16()}, "out is torch.bfloat16; needs torch.float32"),
         ({"out": torch.zeros(20, 33, device=DEVICE).T}, "out has strides"),
         ({"accumulate": True}, "accumulate is set without out"),
-        (inside, "out shares memory with b; needs memory of its own"),
+        ({"out": once, "accumulate": True}, r"out has strides \(0, 1\), rows of 20 that share memory"),
+        ({"out": twice.as_strided((33, 20), (19, 1)), "accumulate": True}, "needs the first to be 20 or more"),
+        *(({name: x, "out": memory[:, :20]}, f"out shares memory with {name}; needs") for name, x in inside.items()),
         ({"config": "ws_1x1"}, "config is 'ws_1x1'; needs one of pointer_64x64_s3"),
     ]  # fmt: skip
     for change, message in bad:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             gemm_wgrad(**(good | change))  # type: ignore[arg-type]
+        assert has_remedy(refused)

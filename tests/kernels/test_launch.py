@@ -176,6 +176,26 @@ def test_a_second_product_is_that_of_its_own_operands(
 
 
 @on_a_cpu
+def test_a_launch_that_is_kept_serves_no_bias_and_no_out_of_another_kind(kept: dict[Any, Ready]) -> None:
+    a, b = quantized(40, 272, "e4m3 1x128", 1), quantized(24, 272, "e4m3 128x128", 2)
+    wide, twice = matrix(1, 48, seed=3)[0], torch.zeros(2000).as_strided((40, 24), (23, 1))
+
+    def run(bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return gemm.gemm(a.qdata, b.qdata, a.scale_inv, b.scale_inv, bias=bias, out=out)
+
+    for bias in (wide[:24], wide[:24].bfloat16(), wide[24:].clone()):
+        assert_product(run(bias, torch.zeros(40, 24)), a, b, bias)
+    assert len(kept) == 2
+    for bias, out, message in (
+        (wide[::2], torch.zeros(40, 24), "bias is"),
+        (wide[:24].long(), torch.zeros(40, 24), "bias is"),
+        (wide[:24], twice, "out has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(bias, out)
+
+
+@on_a_cpu
 def test_a_second_call_of_each_quantiser_is_that_of_its_own_input(kept: dict[Any, Ready]) -> None:
     options: dict[str, Any] = {"fp8_dtype": torch.float8_e4m3fn, "fp8_max": 448.0, "pow2": True}
     weight = torch.linspace(0.5, 1.5, 272)

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 from fp8train.kernels.quantize import STATISTICS, quantize_columns, quantize_dual, quantize_rows  # noqa: E402
+from fp8train.kernels.tile import losses  # noqa: E402
+from fp8train.kernels.tile_launch import max_bits  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import E4M3, E5M2, FORMATS, Format, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 from tests.shapes import matrices, matrix  # noqa: E402
 
@@ -146,8 +151,38 @@ def test_statistics_count_what_each_copy_loses(dtype: torch.dtype, scale: str) -
     for copy, counted in zip((copies[0].qdata, copies[1].qdata.T), stats.tolist(), strict=True):
         flushed = finite & (x != 0) & ((copy.view(torch.uint8) & 0x7F) == 0)
         amax = x.float()[finite].abs().max().view(torch.int32)
-        assert counted == [int(amax), int(flushed.sum()), 0, 3, x.numel()]
+        assert counted == [int(amax), int(flushed.sum()), 0, 3, x.numel()]  # 0 saturated: see STATISTICS
     assert stats[0, 1] != stats[1, 1], "the copies have other blocks, so they lose other numbers"
+
+
+@triton.jit
+def _losses_kernel(x_ptr, amax_ptr, counts_ptr, encode_scale, FP8: tl.constexpr, MAX_BITS: tl.constexpr):
+    rows, cols = tl.arange(0, 32), tl.arange(0, 128)
+    x = tl.load(x_ptr + rows[:, None] * 128 + cols[None, :])
+    inside = (rows < 31)[:, None] & (cols < 127)[None, :]
+    amax_bits, counts = losses(x, tl.full([32, 1], encode_scale, tl.float32), inside, FP8, MAX_BITS)
+    tl.store(amax_ptr + rows, amax_bits)
+    tl.store(counts_ptr + rows, counts)
+
+
+@formats
+@pytest.mark.parametrize("encode_scale", [1.0, 2.0**-7, 2.0**9])
+def test_what_a_scale_takes_beyond_the_maximum_is_counted_as_saturated(fmt: Format, encode_scale: float) -> None:
+    """By a scale that is not the block's own: of those none does it."""
+    limit = torch.tensor(fmt.max).view(torch.int32)
+    steps = torch.tensor([-1, 0, 1, 4, 5, 6, 1 << 23], dtype=torch.int32)  # last places beyond; the last is a double
+    scaled = torch.cat([(limit + steps).view(torch.float32), torch.tensor([float("inf"), float("nan"), 0.0])])
+    x = torch.zeros(32, 128)
+    x[3, :10], x[5, 20:30] = scaled / encode_scale, -scaled / encode_scale
+    x[31, :10], x[7, 127] = scaled / encode_scale, 2 * fmt.max / encode_scale  # outside
+    amax, counts = (torch.zeros(32, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    fp8 = {"e4m3": tl.float8e4nv, "e5m2": tl.float8e5}[fmt.name]
+    _losses_kernel[(1,)](x.to(DEVICE), amax, counts, encode_scale, FP8=fp8, MAX_BITS=max_bits(fmt.max))
+    wanted = torch.zeros(32, 3, dtype=torch.int32)  # flushed, saturated, not finite
+    wanted[[3, 5]] = torch.tensor([0, 3, 2], dtype=torch.int32)
+    assert torch.stack([counts & 0x3FF, counts >> 10 & 0x3FF, counts >> 20], dim=1).tolist() == wanted.tolist()
+    largest = (2 * limit.view(torch.float32) / encode_scale).view(torch.int32)
+    assert amax.nonzero().flatten().tolist() == [3, 5] and (amax[[3, 5]].cpu() == largest).all()
 
 
 def test_statistics_of_calls_add_up() -> None:
@@ -170,11 +205,13 @@ def test_statistics_of_calls_add_up() -> None:
         ({"fp8_dtype": torch.int8}, "fp8_dtype is torch.int8"),
         ({"block": 32}, "block is 32"),
         ({"stats": torch.zeros(4, dtype=torch.int64)}, r"stats is \[4\]"),
-        ({"stats": torch.zeros(5)}, "torch.float32; needs"),
+        ({"stats": torch.zeros(5)}, "torch.float32, .*; needs"),
+        ({"stats": torch.zeros(10, dtype=torch.int64)[::2]}, r"stats is .* strides \(2,\); needs .* contiguous"),
     ],
-    ids=["vector", "fp16", "column-major", "too-large", "int8", "block", "short-stats", "fp32-stats"],
+    ids=["vector", "fp16", "column-major", "too-large", "int8", "block", "short-stats", "fp32-stats", "strided-stats"],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"x": torch.zeros(4, 4), **options(QuantSpec(E4M3, (1, 128)))} | change
-    with pytest.raises(ValueError, match=f"quantize_rows: .*{message}"):
+    with pytest.raises(ValueError, match=f"quantize_rows: .*{message}") as refused:
         quantize_rows(**arguments)  # type: ignore[arg-type]
+    assert has_remedy(refused)

@@ -11,7 +11,7 @@ from fp8train.kernels.quantize_weight import quantize_weight  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import E4M3, E5M2, FORMATS, Format, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 from tests.shapes import matrices, matrix  # noqa: E402
 
@@ -79,6 +79,7 @@ def test_statistics_count_what_is_lost() -> None:
     q = run(w, stats=stats)[0]
     finite = w.isfinite()
     flushed = finite & (w != 0) & ((q.view(torch.uint8) & 0x7F) == 0)
+    # none is saturated: see quantize.STATISTICS
     assert stats.tolist() == [int(w[finite].abs().max().view(torch.int32)), int(flushed.sum()), 0, 2, w.numel()]
     assert stats[1] > 0
 
@@ -111,5 +112,6 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"w": torch.zeros(4, 4), "fp8_dtype": torch.float8_e4m3fn, "fp8_max": 448.0, "pow2": True} | change
-    with pytest.raises(ValueError, match=f"quantize_weight: .*{message}"):
+    with pytest.raises(ValueError, match=f"quantize_weight: .*{message}") as refused:
         quantize_weight(**arguments)  # type: ignore[arg-type]
+    assert has_remedy(refused)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.kernels.rmsnorm_backward import WIDEST, rmsnorm_backward  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.shapes import matrix  # noqa: E402
 
 SHAPES = [(128, 128), (131, 50), (5, 3), (40, 1), (1, 4096), (13, 1100)]
@@ -91,5 +91,6 @@ def test_no_rows_and_no_columns(shape: tuple[int, int]) -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -> None:
     arguments = {"dy": torch.zeros(4, 4), "x": torch.zeros(4, 4), "weight": torch.ones(4), "rstd": torch.ones(4)}
-    with pytest.raises(ValueError, match=f"rmsnorm_backward: .*{message}"):
+    with pytest.raises(ValueError, match=f"rmsnorm_backward: .*{message}") as refused:
         rmsnorm_backward(**(arguments | change))
+    assert has_remedy(refused)

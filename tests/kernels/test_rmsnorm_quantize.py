@@ -12,12 +12,12 @@ from fp8train.models.norm import RMSNorm  # noqa: E402
 from fp8train.quant.formats import E4M3, E5M2, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
 from fp8train.quant.reference import quantize  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 from tests.shapes import matrix  # noqa: E402
 
 EPS = 1e-5
-SHAPES = {"tile": (128, 128), "ragged": (131, 50), "small": (5, 3), "no-rows": (0, 40)}
+SHAPES = {"tile": (128, 128), "tiles": (256, 384), "ragged": (131, 50), "small": (5, 3), "no-rows": (0, 40)}
 shapes = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 VARIANTS = {"pow2": (E4M3, "pow2", "pow2"), "fp32": (E4M3, "fp32", "fp32"), "e5m2-mixed": (E5M2, "fp32", "pow2")}
@@ -136,16 +136,28 @@ def test_no_columns_give_nothing_and_a_mean_that_is_not_there() -> None:
         ({"x": torch.zeros(4)}, r"x is \[4\]"),
         ({"x": torch.zeros(4, 4, dtype=torch.float16)}, "torch.float16; needs"),
         ({"x": torch.zeros(4, 8)[:, ::2]}, r"x has strides \(8, 2\)"),
-        ({"weight": torch.zeros(5)}, r"weight is \[5\] torch.float32; needs \[4\]"),
-        ({"weight": torch.zeros(4, dtype=torch.bfloat16)}, "torch.bfloat16; needs"),
+        ({"weight": torch.zeros(5)}, r"weight is \[5\] torch.float32, .*; needs \[4\]"),
+        ({"weight": torch.zeros(4, dtype=torch.bfloat16)}, "torch.bfloat16, .*; needs"),
+        ({"weight": torch.zeros(4, 2)[:, 0]}, r"weight is .* strides \(2,\); needs .* contiguous"),
         ({"out_dtype": torch.float16}, "out_dtype is torch.float16"),
         ({"fp8_dtype": torch.int8}, "fp8_dtype is torch.int8"),
         ({"block": 32}, "block is 32"),
     ],
-    ids=["vector", "fp16", "column-stride", "long-weight", "bf16-weight", "fp16-out", "int8", "block"],
+    ids=[
+        "vector",
+        "fp16",
+        "column-stride",
+        "long-weight",
+        "bf16-weight",
+        "strided-weight",
+        "fp16-out",
+        "int8",
+        "block",
+    ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"x": torch.zeros(4, 4), "weight": torch.ones(4), "eps": EPS, "pow2": True}
     arguments |= {"fp8_dtype": torch.float8_e4m3fn, "fp8_max": 448.0} | change
-    with pytest.raises(ValueError, match=f"rmsnorm_quantize: .*{message}"):
+    with pytest.raises(ValueError, match=f"rmsnorm_quantize: .*{message}") as refused:
         rmsnorm_quantize(**arguments)  # type: ignore[arg-type]
+    assert has_remedy(refused)

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.kernels.rope import rope  # noqa: E402
 from fp8train.models.attention import apply_rope  # noqa: E402
 from tests.hardware import requires_gpu  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.source_tree import ROOT  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -149,8 +149,9 @@ def test_offsets_are_64_bits_wide() -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"x": torch.zeros(2, 3, 4, 8), "cos": torch.zeros(4, 4), "sin": torch.zeros(4, 4)}
-    with pytest.raises(ValueError, match=f"rope: {message}"):
+    with pytest.raises(ValueError, match=f"rope: {message}") as refused:
         rope(**({"out_dtype": torch.float32} | arguments | change))
+    assert has_remedy(refused)
 
 
 COMPILE = """

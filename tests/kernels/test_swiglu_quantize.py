@@ -16,11 +16,12 @@ from fp8train.kernels.swiglu_quantize import swiglu, swiglu_quantize  # noqa: E4
 from fp8train.quant.formats import E4M3, E5M2, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
 from fp8train.quant.reference import quantize  # noqa: E402
-from tests.kernels.products import DEVICE  # noqa: E402
+from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
 from tests.quant.specs import same_codes  # noqa: E402
 
 SHAPES = {
     "one-tile": (128, 128),
+    "whole-tiles": (256, 384),
     "ragged": (131, 50),
     "below-a-block": (5, 3),
     "no-rows": (0, 40),
@@ -30,7 +31,6 @@ shapes = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 VARIANTS = {"pow2": (E4M3, "pow2", "pow2"), "fp32": (E4M3, "fp32", "fp32"), "e5m2-mixed": (E5M2, "fp32", "pow2")}
 variants = pytest.mark.parametrize("variant", list(VARIANTS))
-SHAPES = {"tile": (128, 128), "ragged": (131, 50), "small": (5, 3), "no-rows": (0, 9), "no-columns": (9, 0)}
 # rounded to the other: at most 2 * 4.5 * 2^-24 / 2^-8 = 1.4e-4 of the numbers, which two further roundings spread
 BF16_DIFFERENT = 5e-4
 
@@ -112,6 +112,26 @@ def test_halves_of_one_matrix_are_read_where_they_are() -> None:
     assert torch.equal(swiglu(joined[:, :32], joined[:, 32:]), swiglu(gate, up))
     dgate, dup = swiglu_backward(dh, joined[:, :32], joined[:, 32:])
     assert torch.equal(dgate, swiglu_backward(dh, gate, up)[0]) and torch.equal(dup, swiglu_backward(dh, gate, up)[1])
+
+
+def with_leading_stride(x: Tensor, stride: int) -> Tensor:
+    """The same matrix in the middle of one of `stride` columns of NaN."""
+    part = torch.full((x.shape[0], stride), float("nan"), dtype=x.dtype, device=x.device)[:, 16 : 16 + x.shape[1]]
+    return part.copy_(x)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(256, 128), (131, 50)], ids=["whole-tiles", "ragged"])
+def test_every_input_is_read_by_its_own_leading_stride(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    alone = inputs(shape, dtype)
+    dh, gate, up = (with_leading_stride(x, 16 * width) for x, width in zip(alone, (9, 11, 10), strict=True))
+    h, gradients = swiglu(*alone[1:]), swiglu_backward(*alone)
+    assert torch.equal(swiglu(gate, up), h)
+    assert_copies_of(swiglu_quantize(gate, up, **options("pow2")), h, "pow2")  # type: ignore[arg-type]
+    halves = swiglu_backward_quantize(dh, gate, up, **options("pow2"))  # type: ignore[arg-type]
+    for copies, mine, gradient in zip(halves, swiglu_backward(dh, gate, up), gradients, strict=True):
+        assert torch.equal(mine, gradient)
+        assert_copies_of(copies, gradient, "pow2")
 
 
 def torch_swiglu(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +220,9 @@ def test_gradients_of_large_gates_are_those_of_a_line(dtype: torch.dtype) -> Non
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"gate": torch.zeros(4, 4), "up": torch.zeros(4, 4), **options("pow2")} | change
-    with pytest.raises(ValueError, match=f"swiglu_quantize: .*{message}"):
+    with pytest.raises(ValueError, match=f"swiglu_quantize: .*{message}") as refused:
         swiglu_quantize(**arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="swiglu_backward_quantize: "):
+    assert has_remedy(refused)
+    with pytest.raises(ValueError, match=f"swiglu_backward_quantize: .*{message}") as refused:
         swiglu_backward_quantize(torch.zeros(4, 4), **arguments)  # type: ignore[arg-type]
+    assert has_remedy(refused)
