@@ -72,10 +72,8 @@ def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         place = f"{who}: {key}" if key else who
-        got = _text(_value_at(values, key))
-        raise ConfigError(
-            f"{place}: got {got}; needs {_type_name(_resolve(target, key))}. Correct the value."
-        ) from error
+        got, want = _value_at(values, key), _type_name(_resolve(target, key))
+        raise ConfigError(f"{place}: got {got!r}; needs {want}. Correct the value.") from error
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
