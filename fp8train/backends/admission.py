@@ -2,9 +2,9 @@
 
 A toolchain may compile a kernel wrongly: ptxas 12.8 lost bytes of a transposed FP8 copy on an H100, and a
 warp-specialised kernel may give wrong numbers or never end. So before the first use on a new combination of GPU,
-versions and kernel sources, child processes with a time limit check every entry of the launch table and every quantiser
-(admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a kernel by name; the next entry, or
-the plain way, runs in its place. `python -m fp8train.backends` makes the checks ahead of time.
+versions and kernel sources, child processes with a time limit check every entry of the launch table, the plain ones and
+every quantiser (admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a kernel by name; the
+next entry, or torch, runs in its place. `python -m fp8train.backends` makes the checks ahead of time.
 """
 
 from __future__ import annotations
@@ -95,8 +95,20 @@ def _kernel(name: str) -> Kernel:
 
 def _used(index: int) -> list[Kernel]:
     """What the backend uses on such a GPU."""
-    table = importlib.import_module("fp8train.kernels.gemm_table")
-    return [*table.listed(torch.cuda.get_device_capability(index)), *QUANTISERS, *GRADIENTS, *ROTATIONS]
+    table, capability = importlib.import_module("fp8train.kernels.gemm_table"), torch.cuda.get_device_capability(index)
+    entries = dict.fromkeys([*table.listed(capability), *_plain(capability)])
+    return [*entries, *QUANTISERS, *GRADIENTS, *ROTATIONS]
+
+
+def _plain(capability: tuple[int, int]) -> list[Kernel]:
+    """What multiplies where no entry of the table does; all but the one that loads by pointers need TMA."""
+    plain = {operation: importlib.import_module(f"fp8train.kernels.{operation}").PLAIN for operation in KERNEL_GEMMS}
+    return [
+        (operation, entry)
+        for operation, entries in plain.items()
+        for entry in entries
+        if capability >= (9, 0) or entry.startswith("pointer")
+    ]
 
 
 def _entries(index: int) -> list[Kernel]:

@@ -170,7 +170,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, reasons: dict[str, str | None]) ->
 def test_the_backend_takes_the_next_entry_and_says_which_were_refused(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = on_a_gpu(monkeypatch, {"ws_128x128_s4": "it hung", "tma_64x128_s4": None})
+    asked = on_a_gpu(monkeypatch, {"ws_128x128_s4": "it hung", "tma_64x128_s4": None, "pointer_64x64_s3": None})
     monkeypatch.setattr("fp8train.backends.triton._table_entries", lambda *shape: ("ws_128x128_s4", "tma_64x128_s4"))
     backend = TritonBackend()
     a, b = quantized(64, 128, "e4m3 1x128", 1), quantized(64, 128, "e4m3 128x128", 2)
@@ -178,7 +178,9 @@ def test_the_backend_takes_the_next_entry_and_says_which_were_refused(
     assert asked == ["ws_128x128_s4", "tma_64x128_s4"]
     assert backend.note == "own FP8 kernels; refused on this machine: gemm ws_128x128_s4: it hung"
     a, b = quantized(64, 33, "e4m3 1x128", 1), quantized(64, 33, "e4m3 128x128", 2)
-    assert backend._entry("gemm", a, b) is None and len(asked) == 2
+    assert backend._entry("gemm", a, b) == "pointer_64x64_s3" and asked[2:] == ["pointer_64x64_s3"], (
+        "what fits is asked"
+    )
 
 
 def test_a_backend_of_one_entry_takes_it_or_says_why_not(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +286,14 @@ def test_a_refused_rotation_gives_way_to_the_formula(
     assert backend.note == said
 
 
-def test_all_that_the_backend_uses_is_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert {*QUANTISERS, *GRADIENTS, *ROTATIONS} <= set(admission._used(0))
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
+def test_all_that_the_backend_uses_is_checked_together(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    used = admission._used(0)
+    assert {*QUANTISERS, *GRADIENTS, *ROTATIONS} <= set(used) and len(used) == len(set(used))
+    for operation in ("gemm", "gemm_wgrad"):
+        entries = {entry for name, entry in used if name == operation}
+        table = kernel("gemm_table").table_rates(operation, capability)
+        assert entries == {*table, *kernel(operation).PLAIN[1 if capability < (9, 0) else 0 :]}
