@@ -75,7 +75,7 @@ def verdicts(index: int, wanted: Iterable[Kernel] = (), *, alone: bool = False) 
     path = cache_folder() / f"kernels_{fingerprint(index)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine check once
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = _kept(path)
         found: dict[Kernel, str | None] = {_kernel(name): reason for name, reason in known.items()}
         asked = dict.fromkeys([*wanted, *([] if alone else _used(index))])
         missing = [kernel for kernel in asked if kernel not in found]
@@ -83,9 +83,26 @@ def verdicts(index: int, wanted: Iterable[Kernel] = (), *, alone: bool = False) 
             made = dict(zip(missing, pool.map(lambda kernel: _check_in_child(kernel, index), missing), strict=True))
         decided = {" ".join(kernel): reason for kernel, (reason, final) in made.items() if final}
         if decided:
-            path.write_text(json.dumps(known | decided, indent=1, sort_keys=True))
+            write_whole(path, json.dumps(known | decided, indent=1, sort_keys=True) + "\n")
     _log(made, torch.cuda.get_device_name(index))
     return found | {kernel: reason for kernel, (reason, _) in made.items()}
+
+
+def _kept(path: Path) -> dict[str, str | None]:
+    """Verdicts of earlier processes; none where the file is not a whole one."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(known, dict) and all(reason is None or isinstance(reason, str) for reason in known.values())
+    return known if whole else {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of the cache as a whole: a process that is killed leaves the one before."""
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def _kernel(name: str) -> Kernel:

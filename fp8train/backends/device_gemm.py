@@ -53,7 +53,7 @@ def decoded_mm(
 
 
 def exact_in_bf16(q: QTensor) -> bool:
-    """Whether every decoded value is a BF16 number far from under- and overflow; false if a scale is NaN, or if unknown."""
+    """Whether every decoded value is a BF16 number far from under- and overflow; false if a scale is NaN or unknown."""
     if q.spec.scale != "pow2":
         return False
     if q.scale_inv.numel() == 0:

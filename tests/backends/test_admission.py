@@ -68,6 +68,37 @@ def test_a_verdict_is_kept_for_the_next_process(machine: Path, monkeypatch: pyte
     assert json.loads((machine / "kernels_of-this-machine.json").read_text()) == {"gemm ws_128x128_s4": None}
 
 
+@pytest.mark.parametrize(
+    "content", ['{\n "gemm ws_128x128_s4": nu', "", "[]", '{"gemm ws_128x128_s4": 1}', "\udcff"], ids=ascii
+)
+def test_a_file_that_is_no_whole_one_is_written_anew(
+    content: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = machine / "kernels_of-this-machine.json"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(subprocess, "run", child(0, "correct"))
+    assert Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
+    assert json.loads(path.read_text()) == {"gemm ws_128x128_s4": None}
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_verdicts_of_before(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = machine / "kernels_of-this-machine.json"
+    path.write_text('{"gemm a": "it hung"}')
+    write = Path.write_text
+
+    def killed(self: Path, text: str, **options: Any) -> None:
+        write(self, text[:9], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr(subprocess, "run", child(0, "correct"))
+    with pytest.raises(KeyboardInterrupt):
+        Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
+    assert json.loads(path.read_text()) == {"gemm a": "it hung"}
+
+
 def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
     machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
