@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends import admission, get_backend  # noqa: E402
+from fp8train.backends import admission, check_process, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
     GRADIENTS,
@@ -51,7 +52,7 @@ def child(status: int, said: str) -> Callable[..., Any]:
     calls: list[list[str]] = []
 
     def run(command: list[str], **options: object) -> SimpleNamespace:
-        calls.append(command[3:])
+        calls.append(command[command.index("fp8train.backends") + 1 :])
         return SimpleNamespace(returncode=status, stdout=said, stderr=said)
 
     run.calls = calls  # type: ignore[attr-defined]
@@ -108,7 +109,7 @@ def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
 
     def run(command: list[str], **options: object) -> SimpleNamespace:
         gate.wait()  # passes only if the three run side by side
-        names.append(tuple(command[3:5]))
+        names.append(tuple(command[-4:-2]))
         return SimpleNamespace(returncode=0, stdout="correct", stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -138,7 +139,8 @@ def test_on_a_cpu_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("status", "said", "reason"),
     [
-        (admission.WRONG, "its product has calc_diff 2.0e-01", "its product has calc_diff 2.0e-01"),
+        (check_process.WRONG, "its product has calc_diff 2.0e-01", "its product has calc_diff 2.0e-01"),
+        (check_process.FAILED, "PTXASError: no", "its check ended with an error: PTXASError: no"),
         (-11, "first\nSegmentation fault", "its check ended with status -11: Segmentation fault"),
     ],
 )
@@ -171,12 +173,39 @@ def test_a_check_that_does_not_end_refuses_the_entry(machine: Path, monkeypatch:
     assert all("did not end in 180 seconds" in reason for reason in verdicts.refused) and len(verdicts.refused) == 2
 
 
-def test_an_undecided_check_is_made_again_by_the_next_process(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(subprocess, "run", child(admission.UNDECIDED, "CUDA out of memory"))
-    assert not Admission().admits("gemm", "ws_128x128_s4", device)
-    monkeypatch.setattr(subprocess, "run", child(0, "correct"))
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (check_process.UNDECIDED, "CUDA out of memory"),
+        (check_process.NO_GPU, "torch finds no CUDA GPU"),
+        (1, "ModuleNotFoundError: No module named 'fp8train'"),
+        (-signal.SIGKILL, "another process ended the check by signal 9"),
+    ],
+    ids=["memory", "no GPU", "import", "killed"],
+)
+def test_an_undecided_check_is_made_again_by_the_next_process_alone(
+    status: int, said: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, verdicts = torch.device("cuda", 0), Admission()
+    monkeypatch.setattr(subprocess, "run", child(status, said))
+    assert not verdicts.admits("gemm", "ws_128x128_s4", device)
+    assert verdicts.refused == [f"gemm ws_128x128_s4: it could not be checked: {said}"]
+    right = child(0, "correct")
+    monkeypatch.setattr(subprocess, "run", right)
+    assert verdicts.admits("quantize", "rows", device) and not verdicts.admits("gemm", "ws_128x128_s4", device)
+    assert right.calls == [["quantize", "rows", "--device", "0"]]  # type: ignore[attr-defined]
     assert Admission().admits("gemm", "ws_128x128_s4", device)
+
+
+def test_a_process_that_cannot_be_started_decides_nothing(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(command: list[str], **options: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "run", full)
+    verdicts = Admission()
+    assert not verdicts.admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
+    assert "it could not be checked: no process could be started: Resource temp" in verdicts.refused[0]
+    assert not list(machine.glob("*.json"))
 
 
 def test_no_check_is_made_while_a_graph_is_captured(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +308,7 @@ def test_table_orders_entries_by_the_waves_of_their_tiles(operation: str) -> Non
 def test_the_command_checks_entries_too_that_no_table_has(
     capability: tuple[int, int], machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(admission, "no_gpu", lambda device_type: None)
+    monkeypatch.setattr(check_process, "no_gpu", lambda device_type: None)
     monkeypatch.setattr("fp8train.backends.launch_rates.measured", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(subprocess, "run", child(0, "correct"))
@@ -294,7 +323,7 @@ def test_the_command_checks_entries_too_that_no_table_has(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_command_says_in_one_line_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, "-m", "fp8train.backends"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == admission.NO_GPU and len(done.stderr.splitlines()) == 1
+    assert done.returncode == check_process.NO_GPU and len(done.stderr.splitlines()) == 1
     assert "needs a GPU with FP8 units" in done.stderr
 
 
