@@ -29,6 +29,7 @@ from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISE
 from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.user_cache import cache_folder
 
+SOURCES = ("admission", "admission_checks", "check_process", "producer_checks", "producers")  # of the checks
 LOG = logging.getLogger("fp8train")
 AT_ONCE = min(16, max(4, os.cpu_count() or 4))  # processes: compilers, each with up to a GiB of GPU memory
 
@@ -156,12 +157,8 @@ def fingerprint(index: int) -> str:
         properties.name, f"{properties.major}.{properties.minor}", torch.__version__, str(torch.version.cuda),
         triton.__version__,
     ]  # fmt: skip
-    here = Path(__file__)
-    sources = [
-        *sorted(folder("kernels").glob("*.py")),
-        here,
-        *map(here.with_name, ("admission_checks.py", "check_process.py")),
-    ]
+    own = [Path(__file__).with_name(f"{name}.py") for name in SOURCES]
+    sources = [*sorted(folder("kernels").glob("*.py")), *own]
     parts += [path.read_text() for path in sources]  # kernels share code
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

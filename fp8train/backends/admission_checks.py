@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fp8train.backends.device_gemm import decoded_mm
+from fp8train.backends.producer_checks import PRODUCERS, check_producer
 from fp8train.backends.producers import rotated
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -167,7 +168,7 @@ def _difference(y: Tensor, expected: Tensor, positive: bool) -> str | None:
 def check_codes(
     operation: str, variant: str, device: torch.device, matrices: Sequence[tuple[int, int]] = MATRICES
 ) -> str | None:
-    """Quantise matrices with a kernel; which copy of which differs from the definition, or None.
+    """Quantise matrices with a kernel; which copy of which, or what it is of, differs from the definition, or None.
 
     Args:
         operation, variant: as in QUANTISERS.
@@ -176,13 +177,14 @@ def check_codes(
     """
     for number, (rows, cols) in enumerate(matrices):
         for dtype in [DTYPES[variant]] if variant in DTYPES else DTYPES.values():
+            what = f"{[rows, cols]} {_name(dtype)}"
+            if operation in PRODUCERS and (part := check_producer(operation, (rows, cols), dtype, device)):
+                return f"its {part} differs from the definition for {what}"
             for scale in ("pow2", "fp32"):
                 inputs = [_matrix(rows, cols, 3 * number + part, dtype, device) for part in range(3)]
                 for name, q, x, transposed in _copies(operation, variant, inputs, scale):
-                    wanted = quantize(x.cpu(), q.spec, transpose=transposed)
-                    if not _same(q, wanted):
-                        what = f"{list(x.shape)} {str(dtype).removeprefix('torch.')} with {scale} scales"
-                        return f"its {name} differs from the definition for {what}"
+                    if not _same(q, quantize(x.cpu(), q.spec, transpose=transposed)):
+                        return f"its {name} differs from the definition for {what} with {scale} scales"
     return None
 
 
@@ -278,17 +280,24 @@ def _copies(
     if square:
         return both(module.quantize_weight(x, two_launches=variant == "two_launches", **options), x)
     if operation == "rmsnorm_quantize":
-        weight, more = torch.linspace(0.5, 1.5, x.shape[1], device=x.device), {"eps": 1e-5, "out_dtype": x.dtype}
-        return both(module.rmsnorm_quantize(x, weight, **more, **options), module.rmsnorm(x, weight, **more)[0])
+        made, weight = [], torch.linspace(0.5, 1.5, x.shape[1], device=x.device)
+        for out_dtype in dict.fromkeys((x.dtype, torch.bfloat16)):
+            more = {"eps": 1e-5, "out_dtype": out_dtype}
+            y, copies = module.rmsnorm(x, weight, **more)[0], module.rmsnorm_quantize(x, weight, **more, **options)
+            made += both(copies, y, f" of y in {_name(out_dtype)}")
+        return made
     if operation == "swiglu_quantize":
         return both(module.swiglu_quantize(gate, up, **options), module.swiglu(gate, up))
-    sources = module.swiglu_backward(x, gate, up)
-    made = module.swiglu_backward_quantize(x, gate, up, **options)
+    sources, halves = module.swiglu_backward(x, gate, up), module.swiglu_backward_quantize(x, gate, up, **options)
     return [
         copy
-        for half, source, of in zip(made, sources, (" of dgate", " of dup"), strict=True)
+        for half, source, of in zip(halves, sources, (" of dgate", " of dup"), strict=True)
         for copy in both(half, source, of)
     ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _same(q: QTensor, wanted: QTensor) -> bool:

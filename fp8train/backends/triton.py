@@ -116,6 +116,8 @@ class TritonBackend(Producers):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See Backend."""
+        if not self._admitted("rmsnorm_quantize", _dtype_name(x), x.device):
+            return super().rms_norm(x, weight, eps, dtype)
         return kernel("rmsnorm_quantize").rmsnorm(rows_dense(x), weight, eps=eps, out_dtype=dtype)
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,10 +139,14 @@ class TritonBackend(Producers):
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
+        if not self._admitted("swiglu_quantize", _dtype_name(gate), gate.device):
+            return super().swiglu(gate, up)
         return kernel("swiglu_quantize").swiglu(rows_dense(gate), rows_dense(up))
 
     def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
+        if not self._admitted("swiglu_backward_quantize", _dtype_name(gate), gate.device):
+            return super().swiglu_backward(dh, gate, up)
         run = kernel("swiglu_backward_quantize").swiglu_backward
         return run(rows_dense(dh), rows_dense(gate), rows_dense(up))
 
@@ -174,6 +180,9 @@ class TritonBackend(Producers):
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
         """See Backend; counted by the kernels that round in blocks of 1x128 and 128x128."""
         if spec.block not in (ROW, SQUARE):
+            return None
+        operation, variant = ("quantize", "rows") if spec.block == ROW else ("quantize_weight", "one_read")
+        if not self._admitted(operation, variant, x.device):
             return None
         counted = torch.zeros(5, dtype=torch.int64, device=x.device)
         run = kernel("quantize").quantize_rows if spec.block == ROW else kernel("quantize_weight").quantize_weight

@@ -23,9 +23,10 @@ from fp8train.backends.admission_checks import (  # noqa: E402
     QUANTISERS,
     ROTATIONS,
 )
-from fp8train.backends.producers import rotated  # noqa: E402
+from fp8train.backends.producers import Producers, rotated  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
+from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
 from tests.kernels.products import quantized  # noqa: E402
@@ -256,10 +257,12 @@ def test_a_backend_of_one_entry_takes_it_or_says_why_not(machine: Path, monkeypa
 
 
 def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever kernels are refused, codes, scales and strides are those of the kernels that are right."""
+    """Whichever kernels are refused, codes, scales and strides are the definition's; so is what fused ones compute."""
     row, square = QuantSpec.parse("e4m3 1x128"), QuantSpec.parse("e4m3 128x128")
     x, gate, up = (matrix(140, 270, seed=seed).bfloat16() for seed in range(3))
-    weight = torch.linspace(0.5, 1.5, 270)
+    weight, plain = torch.linspace(0.5, 1.5, 270), Producers()
+    h, dgate, dup = plain.swiglu(gate, up), *plain.swiglu_backward(x, gate, up)
+    norm, rstd = plain.rms_norm(x, weight, 1e-5, torch.bfloat16)
 
     def everything(backend: TritonBackend) -> list[QTensor]:
         norm, _ = backend.rmsnorm_quantize(x, weight, 1e-5, torch.bfloat16, row, row)
@@ -267,7 +270,10 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
         made = [*backend.quantize_dual(x, row, row), *backend.quantize_square(x.float(), square), *norm]
         return [*made, *backend.swiglu_quantize(gate, up, row, row), *dgate, *dup]
 
-    wanted = everything(TritonBackend())
+    by_kernels = everything(TritonBackend())
+    sources = (norm, h, dgate, dup)
+    fused = [reference.quantize(source, row, transpose=turned) for source in sources for turned in (False, True)]
+    wanted = [*by_kernels[:4], *fused]
     for admitted in ([], [("quantize", "rows"), ("quantize_weight", "two_launches")]):
         asked = []
 
@@ -281,9 +287,13 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
 
         monkeypatch.setattr(Admission, "admits", admits)
         backend = TritonBackend()
-        for q, right in zip(everything(backend), wanted, strict=True):
+        for q, right, by_kernel in zip(everything(backend), wanted, by_kernels, strict=True):
             assert same_codes(q, right)
-            assert (q.qdata.stride(), q.scale_inv.stride()) == (right.qdata.stride(), right.scale_inv.stride())
+            assert (q.qdata.stride(), q.scale_inv.stride()) == (by_kernel.qdata.stride(), by_kernel.scale_inv.stride())
+        made = (*backend.rms_norm(x, weight, 1e-5, torch.bfloat16), backend.swiglu(gate, up))
+        made += backend.swiglu_backward(x, gate, up)
+        assert all(map(torch.equal, made, (norm, rstd, h, dgate, dup)))
+        assert (backend.counters(x, row) is None) is (not admitted) and backend.counters(x.float(), square) is None
         assert len(asked) == len(set(asked)), "each is asked once"
         assert "swiglu_quantize bf16: it loses bytes" in backend.note
 

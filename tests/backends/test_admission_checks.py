@@ -109,7 +109,7 @@ def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:
 @pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
 @pytest.mark.parametrize("device", devices())
 def test_the_quantisers_pass_their_own_check(operation: str, variant: str, device: str) -> None:
-    assert check_codes(operation, variant, torch.device(device), ((128, 128), (77, 131))) is None
+    assert check_codes(operation, variant, torch.device(device), ((256, 384), (77, 131))) is None
 
 
 @pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
