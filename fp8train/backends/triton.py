@@ -63,6 +63,11 @@ class TritonBackend(Producers):
         self._served: dict[Hashable, bool] = {}
         self._decoded: set[str] = set()
 
+    @property
+    def refused(self) -> list[str]:
+        """See Backend."""
+        return self._admission.refused
+
     def unavailable(self, device_type: str) -> str | None:
         """See Backend."""
         return no_gpu(device_type) or triton_refusal()
