@@ -27,7 +27,7 @@ import torch
 from fp8train._layout import folder
 from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISERS, ROTATIONS
 from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
-from fp8train.backends.user_cache import cache_folder
+from fp8train.backends.user_cache import cache_folder, write_whole
 
 SOURCES = ("admission", "admission_checks", "check_process", "producer_checks", "producers")  # of the checks
 LOG = logging.getLogger("fp8train")
@@ -98,13 +98,6 @@ def _kept(path: Path) -> dict[str, str | None]:
         return {}
     whole = isinstance(known, dict) and all(reason is None or isinstance(reason, str) for reason in known.values())
     return known if whole else {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of the cache as a whole: a process that is killed leaves the one before."""
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 def _kernel(name: str) -> Kernel:

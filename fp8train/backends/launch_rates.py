@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8train.backends.admission import fingerprint, write_whole
+from fp8train.backends.admission import fingerprint
 from fp8train.backends.admission_checks import KERNEL_GEMMS
-from fp8train.backends.user_cache import cache_folder
+from fp8train.backends.user_cache import cache_folder, write_whole
 from fp8train.errors import BackendError
 
 Rates = Mapping[str, tuple[int, int, float]]  # as in kernels/gemm_table.py: rows, columns, TFLOP/s of full waves

@@ -25,6 +25,7 @@ from fp8train.backends.admission_checks import (  # noqa: E402
 )
 from fp8train.backends.producers import Producers, rotated  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
+from fp8train.backends.user_cache import cache_folder  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
@@ -121,6 +122,18 @@ def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
     assert [record.getMessage() for record in caplog.records] == [
         "kernels: checked on NVIDIA Test GPU and correct: gemm a, gemm_wgrad a, quantize dual"
     ]
+
+
+def test_without_a_home_a_process_makes_each_check_once(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(admission, "cache_folder", cache_folder)
+    monkeypatch.setattr(Path, "home", lambda: Path("/proc/nowhere"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", run := child(0, "correct"))
+    for asked in (("gemm", "ws_128x128_s4"), ("rmsnorm_quantize", "fp32")):
+        assert Admission().admits(*asked, torch.device("cuda", 0))
+    assert [call[:2] for call in run.calls] == [["gemm", "ws_128x128_s4"], ["rmsnorm_quantize", "fp32"]]  # type: ignore[attr-defined]
 
 
 def test_a_run_in_bf16_waits_for_no_other_kernel_than_its_own(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
