@@ -2,17 +2,16 @@
 
 A toolchain may compile a kernel wrongly: ptxas 12.8 lost bytes of a transposed FP8 copy on an H100, and a
 warp-specialised kernel may give wrong numbers or never end. So before the first use on a new combination of GPU,
-versions and kernel sources, child processes with a time limit check every entry of the launch table, the plain ones and
-every quantiser (admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a kernel by name; the
-next entry, or torch, runs in its place. So it does where a check could not be made, but then the next process tries it
-again. `python -m fp8train.backends` makes the checks ahead of time.
+versions and kernel sources (toolchain.py), child processes with a time limit check every entry of the launch table, the
+plain ones and every quantiser (admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a
+kernel by name; the next entry, or torch, runs in its place. So it does where a check could not be made, but then the
+next process tries it again. `python -m fp8train.backends` makes the checks ahead of time.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import importlib
 import json
 import logging
@@ -24,12 +23,11 @@ from pathlib import Path
 
 import torch
 
-from fp8train._layout import folder
 from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISERS, ROTATIONS
 from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
+from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder, write_whole
 
-SOURCES = ("admission", "admission_checks", "check_process", "producer_checks", "producers")  # of the checks
 LOG = logging.getLogger("fp8train")
 AT_ONCE = min(16, max(4, os.cpu_count() or 4))  # processes: compilers, each with up to a GiB of GPU memory
 
@@ -140,20 +138,6 @@ def _log(made: dict[Kernel, tuple[str | None, bool]], device: str) -> None:
     for (operation, entry), (reason, _) in made.items():
         if reason is not None:
             LOG.warning("kernels: %s %s refused on %s: %s; another takes its place", operation, entry, device, reason)
-
-
-def fingerprint(index: int) -> str:
-    """What a verdict depends on: the GPU, the versions that compile for it, the kernels' sources and the checks'."""
-    triton = importlib.import_module("triton")
-    properties = torch.cuda.get_device_properties(index)
-    parts = [
-        properties.name, f"{properties.major}.{properties.minor}", torch.__version__, str(torch.version.cuda),
-        triton.__version__,
-    ]  # fmt: skip
-    own = [Path(__file__).with_name(f"{name}.py") for name in SOURCES]
-    sources = [*sorted(folder("kernels").glob("*.py")), *own]
-    parts += [path.read_text() for path in sources]  # kernels share code
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def main(argv: Sequence[str]) -> int:

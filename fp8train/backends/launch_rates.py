@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8train.backends.admission import fingerprint
 from fp8train.backends.admission_checks import KERNEL_GEMMS
+from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder, write_whole
 from fp8train.errors import BackendError
 
