@@ -219,7 +219,10 @@ class ConversionReport:
         }
 
     def coverage(self) -> dict[str, Any]:
-        """What the GEMMs ran in since the counts were last reset, as the ops counted; FLOPs = 2 * rows * N * K."""
+        """What the GEMMs ran in since the counts were last reset, as the ops counted; FLOPs = 2 * rows * N * K.
+
+        refused_kernels: those that failed the check on their first use so far, each with the reason.
+        """
         counts = COUNTS.snapshot()
         fp8_flops = other_flops = 0
         linears = []
@@ -239,9 +242,11 @@ class ConversionReport:
                 }
             keys = {"fqn": row.fqn, "shape": list(row.shape), "precision": row.precision}
             linears.append({**keys, "rule": row.rule, "reason": row.reason, "gemms": gemms})
+        backend = get_backend(self.backend)
         return {
             "backend": self.backend,
-            "emulates": get_backend(self.backend).emulates,
+            "emulates": backend.emulates,
+            "refused_kernels": backend.refused,
             "recipe": self.recipe,
             "fp8_flops_share": fp8_flops / max(fp8_flops + other_flops, 1),
             "linears": linears,

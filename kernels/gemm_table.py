@@ -4,8 +4,9 @@ A small table instead of a racing autotune: the same shape takes the same kernel
 rate of each entry while all multiprocessors are busy; the time of a GEMM is then that of the waves of tiles which the
 multiprocessors work through, and entries are tried in the order of these times. An entry is listed only if it compiles
 without spills for aligned operands (kernels/README.md), and used only after a check on the device
-(fp8train/backends/admission.py). Where the table has none, or none passes, the launcher's plain variant runs. Rates
-that were measured on a machine itself (fp8train/backends/launch_rates.py) stand in for these there.
+(fp8train/backends/admission.py). Where the table has none, or none passes, the plain ones are tried (PLAIN), and torch
+multiplies where none of these passes either. Rates that were measured on a machine itself
+(fp8train/backends/launch_rates.py) stand in for these there.
 """
 
 from __future__ import annotations

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from fp8train.backends import get_backend
+from fp8train.backends.admission import Admission
 from fp8train.backends.coverage import COUNTS
+from fp8train.backends.cublaslt import CublasltBackend
+from fp8train.backends.device_gemm import decoded_mm
+from fp8train.backends.triton import TritonBackend
 from fp8train.conversion_report import collapse, index_ranges
 from fp8train.convert import convert_model
 from fp8train.quant.formats import BLOCKWISE
@@ -52,6 +58,39 @@ def test_coverage_counts_what_ran() -> None:
     COUNTS.reset()
     assert report.coverage()["fp8_flops_share"] == 0
     json.dumps(coverage, allow_nan=False)
+
+
+@pytest.fixture
+def backends_of_its_own() -> Iterator[None]:
+    """Other objects than the rest of the process has: what they were refused stays here."""
+    get_backend.cache_clear()
+    yield
+    get_backend.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cublaslt"])
+@pytest.mark.usefixtures("backends_of_its_own")
+def test_coverage_names_the_kernels_that_were_refused_since(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+    for kind in (TritonBackend, CublasltBackend):
+        monkeypatch.setattr(kind, "unavailable", lambda self, device_type: None)
+        monkeypatch.setattr(kind, "unsupported", lambda self, precision: None)
+    monkeypatch.setattr(CublasltBackend, "scaled_mm", staticmethod(decoded_mm))
+
+    def admits(self: Admission, operation: str, entry: str, device: torch.device) -> bool:
+        self._verdicts[operation, entry, 0] = None if operation == "gemm" else "it loses bytes"
+        return operation == "gemm"
+
+    monkeypatch.setattr(Admission, "admits", admits)
+    model = Model()
+    report = convert_model(model, EVERYTHING, backend=backend)
+    weights = [f"quantize_weight {name}: it loses bytes" for name in ("one_read", "two_launches")]
+    assert report.coverage()["refused_kernels"] == weights
+    model(torch.randn(5, 24)).sum().backward()
+    refused = json.loads(json.dumps(report.coverage()))["refused_kernels"]
+    assert {"quantize dual: it loses bytes", *weights} < set(refused)
+    assert ("gemm_wgrad pointer_64x64_s3: it loses bytes" in refused) is (backend == "triton")
+    assert not [name for name in refused if name.startswith("gemm ")]
 
 
 def test_report_is_plain_data() -> None:

@@ -2,38 +2,34 @@
 
 A toolchain may compile a kernel wrongly: ptxas 12.8 lost bytes of a transposed FP8 copy on an H100, and a
 warp-specialised kernel may give wrong numbers or never end. So before the first use on a new combination of GPU,
-versions and kernel sources, child processes with a time limit check every entry of the launch table and every quantiser
-(admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a kernel by name; the next entry, or
-the plain way, runs in its place. `python -m fp8train.backends` makes the checks ahead of time.
+versions and kernel sources (toolchain.py), child processes with a time limit check every entry of the launch table, the
+plain ones and every quantiser (admission_checks.py), all at once. A wrong number, a crash and a hang all refuse a
+kernel by name; the next entry, or torch, runs in its place. So it does where a check could not be made, but then the
+next process tries it again. `python -m fp8train.backends` makes the checks ahead of time.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import importlib
 import json
 import logging
 import os
-import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from fp8train._layout import folder
-from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISERS, ROTATIONS, check
-from fp8train.backends.machine import no_gpu
-from fp8train.backends.user_cache import cache_folder
+from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISERS, ROTATIONS
+from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
+from fp8train.backends.toolchain import fingerprint
+from fp8train.backends.user_cache import cache_folder, write_whole
 
 LOG = logging.getLogger("fp8train")
-SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
 AT_ONCE = min(16, max(4, os.cpu_count() or 4))  # processes: compilers, each with up to a GiB of GPU memory
-WRONG, NO_GPU, UNDECIDED = 4, 2, 3  # exit statuses of the check; 1 is an uncaught error's
-Kernel = tuple[str, str]  # operation and entry
 
 
 class Admission:
@@ -59,33 +55,47 @@ class Admission:
             if torch.cuda.is_current_stream_capturing():
                 return False  # a graph that is being captured must not wait for a check; the plain way serves it
             alone = (operation, entry) in ROTATIONS  # a run in BF16 needs no other
-            for (op, name), reason in verdicts(index, [(operation, entry)], alone=alone).items():
-                self._verdicts[op, name, index] = reason
+            settled = [(op, name) for op, name, of in self._verdicts if of == index]
+            for (op, name), reason in verdicts(index, [(operation, entry)], settled, alone=alone).items():
+                self._verdicts.setdefault((op, name, index), reason)
         return self._verdicts[operation, entry, index] is None
 
 
-def verdicts(index: int, wanted: Iterable[Kernel] = (), *, alone: bool = False) -> dict[Kernel, str | None]:
+def verdicts(
+    index: int, wanted: Iterable[Kernel] = (), settled: Collection[Kernel] = (), *, alone: bool = False
+) -> dict[Kernel, str | None]:
     """Why each kernel is refused on a GPU, or None; from the cache, or checked now and, where decided, put there.
 
     Args:
         index: of the GPU.
         wanted: kernels to answer for besides those of the launch table and the quantisers.
+        settled: kernels that this process has an answer for, also where that is not kept.
         alone: only for these, and for what the cache has.
     """
     path = cache_folder() / f"kernels_{fingerprint(index)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine check once
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = _kept(path)
         found: dict[Kernel, str | None] = {_kernel(name): reason for name, reason in known.items()}
         asked = dict.fromkeys([*wanted, *([] if alone else _used(index))])
-        missing = [kernel for kernel in asked if kernel not in found]
+        missing = [kernel for kernel in asked if kernel not in found and kernel not in settled]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            made = dict(zip(missing, pool.map(lambda kernel: _check_in_child(kernel, index), missing), strict=True))
+            made = dict(zip(missing, pool.map(lambda kernel: check_in_child(kernel, index), missing), strict=True))
         decided = {" ".join(kernel): reason for kernel, (reason, final) in made.items() if final}
         if decided:
-            path.write_text(json.dumps(known | decided, indent=1, sort_keys=True))
+            write_whole(path, json.dumps(known | decided, indent=1, sort_keys=True) + "\n")
     _log(made, torch.cuda.get_device_name(index))
     return found | {kernel: reason for kernel, (reason, _) in made.items()}
+
+
+def _kept(path: Path) -> dict[str, str | None]:
+    """Verdicts of earlier processes; none where the file is not a whole one."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(known, dict) and all(reason is None or isinstance(reason, str) for reason in known.values())
+    return known if whole else {}
 
 
 def _kernel(name: str) -> Kernel:
@@ -95,8 +105,20 @@ def _kernel(name: str) -> Kernel:
 
 def _used(index: int) -> list[Kernel]:
     """What the backend uses on such a GPU."""
-    table = importlib.import_module("fp8train.kernels.gemm_table")
-    return [*table.listed(torch.cuda.get_device_capability(index)), *QUANTISERS, *GRADIENTS, *ROTATIONS]
+    table, capability = importlib.import_module("fp8train.kernels.gemm_table"), torch.cuda.get_device_capability(index)
+    entries = dict.fromkeys([*table.listed(capability), *_plain(capability)])
+    return [*entries, *QUANTISERS, *GRADIENTS, *ROTATIONS]
+
+
+def _plain(capability: tuple[int, int]) -> list[Kernel]:
+    """What multiplies where no entry of the table does; all but the one that loads by pointers need TMA."""
+    plain = {operation: importlib.import_module(f"fp8train.kernels.{operation}").PLAIN for operation in KERNEL_GEMMS}
+    return [
+        (operation, entry)
+        for operation, entries in plain.items()
+        for entry in entries
+        if capability >= (9, 0) or entry.startswith("pointer")
+    ]
 
 
 def _entries(index: int) -> list[Kernel]:
@@ -118,36 +140,6 @@ def _log(made: dict[Kernel, tuple[str | None, bool]], device: str) -> None:
             LOG.warning("kernels: %s %s refused on %s: %s; another takes its place", operation, entry, device, reason)
 
 
-def _check_in_child(kernel: Kernel, index: int) -> tuple[str | None, bool]:
-    """(reason against the kernel or None, whether that is decided for good)."""
-    command = [sys.executable, "-m", "fp8train.backends", *kernel, "--device", str(index)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"its check did not end in {SECONDS} seconds", True
-    lines = (done.stdout if done.returncode == WRONG else done.stderr).strip().splitlines()
-    said = lines[-1] if lines else "no message"
-    if done.returncode == 0:
-        return None, True
-    if done.returncode == UNDECIDED:
-        return f"it could not be checked: {said}", False
-    return (said if done.returncode == WRONG else f"its check ended with status {done.returncode}: {said}"), True
-
-
-def fingerprint(index: int) -> str:
-    """What a verdict depends on: the GPU, the versions that compile for it, the kernels' sources and the checks'."""
-    triton = importlib.import_module("triton")
-    properties = torch.cuda.get_device_properties(index)
-    parts = [
-        properties.name, f"{properties.major}.{properties.minor}", torch.__version__, str(torch.version.cuda),
-        triton.__version__,
-    ]  # fmt: skip
-    here = Path(__file__)
-    sources = [*sorted(folder("kernels").glob("*.py")), here, here.with_name("admission_checks.py")]
-    parts += [path.read_text() for path in sources]  # kernels share code
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
 def main(argv: Sequence[str]) -> int:
     """Check one kernel on one GPU, or all that are used there; the last line printed says what is wrong."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -156,22 +148,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="launch entries too that the table does not have")
     arguments = parser.parse_args(argv)
-    if reason := no_gpu("cuda"):
-        sys.stderr.write(f"fp8train.backends: {reason}; needs a GPU with FP8 units. Nothing was checked.\n")
+    if arguments.entry is not None:
+        return check_here((arguments.operation, arguments.entry), arguments.device)
+    if says_no_gpu():
         return NO_GPU
-    device = torch.device("cuda", arguments.device)
-    if arguments.entry is None:
-        found = verdicts(arguments.device, _entries(arguments.device) if arguments.all else ())
-        own = importlib.import_module("fp8train.backends.launch_rates").measured(arguments.device)
-        sys.stdout.write("" if own is None else f"launch table: measured on this machine, {own.date}\n")
-        for (operation, entry), reason in sorted(found.items()):
-            sys.stdout.write(f"{operation} {entry}: {reason or 'correct'}\n")
-        return WRONG if any(found.values()) else 0
-    try:
-        torch.empty(2**29, dtype=torch.uint8, device=device)
-        reason = check(arguments.operation, arguments.entry, device)
-    except torch.cuda.OutOfMemoryError as error:
-        sys.stderr.write(" ".join(str(error).split()) + "\n")
-        return UNDECIDED
-    sys.stdout.write(f"{reason or 'correct'}\n")
-    return WRONG if reason else 0
+    found = verdicts(arguments.device, _entries(arguments.device) if arguments.all else ())
+    own = importlib.import_module("fp8train.backends.launch_rates").measured(arguments.device)
+    sys.stdout.write("" if own is None else f"launch table: measured on this machine, {own.date}\n")
+    for (operation, entry), reason in sorted(found.items()):
+        sys.stdout.write(f"{operation} {entry}: {reason or 'correct'}\n")
+    return WRONG if any(found.values()) else 0

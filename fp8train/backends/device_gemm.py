@@ -53,11 +53,13 @@ def decoded_mm(
 
 
 def exact_in_bf16(q: QTensor) -> bool:
-    """Whether every decoded value is a BF16 number far from under- and overflow; false if a scale is NaN."""
+    """Whether every decoded value is a BF16 number far from under- and overflow; false if a scale is NaN or unknown."""
     if q.spec.scale != "pow2":
         return False
     if q.scale_inv.numel() == 0:
         return True
+    if q.scale_inv.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # a captured graph cannot wait for the answer
     low, high = torch.aminmax(q.scale_inv)
     return bool((low >= SCALE_RANGE[0]) & (high <= SCALE_RANGE[1]))
 

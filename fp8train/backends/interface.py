@@ -20,6 +20,10 @@ class Backend(Protocol):
     note: str  # how it computes, for the log and for `explain`
     emulates: bool = False  # FP8 numbers by wider instructions: its losses carry over to a GPU, its speed does not
 
+    @property
+    def refused(self) -> list[str]:
+        """Kernels that admission refused so far, each with the reason: others took their place."""
+
     def unavailable(self, device_type: str) -> str | None:
         """Why this backend cannot run on a device of that type on this machine, or None."""
 

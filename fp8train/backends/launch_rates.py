@@ -12,14 +12,13 @@ import datetime
 import functools
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8train.backends.admission import fingerprint
 from fp8train.backends.admission_checks import KERNEL_GEMMS
-from fp8train.backends.user_cache import cache_folder
+from fp8train.backends.toolchain import fingerprint
+from fp8train.backends.user_cache import cache_folder, write_whole
 from fp8train.errors import BackendError
 
 Rates = Mapping[str, tuple[int, int, float]]  # as in kernels/gemm_table.py: rows, columns, TFLOP/s of full waves
@@ -63,9 +62,7 @@ def write(index: int, rates: Mapping[str, Mapping[str, float]]) -> Path:
     """Keep rates of full waves, TFLOP/s by operation and entry, for the processes that start from now on."""
     path = path_of(index)
     content = {"date": datetime.date.today().isoformat(), "rates": rates}
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

@@ -19,6 +19,11 @@ class Producers:
 
     emulates = False
 
+    @property
+    def refused(self) -> list[str]:
+        """See Backend."""
+        return []
+
     def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
         """See Backend."""
         return False

@@ -1,8 +1,8 @@
 """Backend `triton`: our own kernels (kernels/) for blockwise FP8 on GPUs of sm_89 and newer, Hopper first.
 
 Quantisers write the reference's codes bit for bit. Blockwise GEMMs run the first entry of kernels/gemm_table.py that
-passed its check on this device (backends/admission.py), or the plain variant. Tensorwise and rowwise GEMMs are
-cuBLASLt's, and their quantiser is the definition run on the device.
+passed its check on this device (backends/admission.py), or of the plain ones; where none did, torch multiplies decoded
+operands. Tensorwise and rowwise GEMMs are cuBLASLt's, and their quantiser is the definition run on the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +61,12 @@ class TritonBackend(Producers):
         self._admission = Admission()
         self._entries: dict[Hashable, str | None] = {}
         self._served: dict[Hashable, bool] = {}
+        self._decoded: set[str] = set()
+
+    @property
+    def refused(self) -> list[str]:
+        """See Backend."""
+        return self._admission.refused
 
     def unavailable(self, device_type: str) -> str | None:
         """See Backend."""
@@ -115,6 +121,8 @@ class TritonBackend(Producers):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See Backend."""
+        if not self._admitted("rmsnorm_quantize", _dtype_name(x), x.device):
+            return super().rms_norm(x, weight, eps, dtype)
         return kernel("rmsnorm_quantize").rmsnorm(rows_dense(x), weight, eps=eps, out_dtype=dtype)
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,10 +144,14 @@ class TritonBackend(Producers):
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
+        if not self._admitted("swiglu_quantize", _dtype_name(gate), gate.device):
+            return super().swiglu(gate, up)
         return kernel("swiglu_quantize").swiglu(rows_dense(gate), rows_dense(up))
 
     def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
+        if not self._admitted("swiglu_backward_quantize", _dtype_name(gate), gate.device):
+            return super().swiglu_backward(dh, gate, up)
         run = kernel("swiglu_backward_quantize").swiglu_backward
         return run(rows_dense(dh), rows_dense(gate), rows_dense(up))
 
@@ -174,6 +186,9 @@ class TritonBackend(Producers):
         """See Backend; counted by the kernels that round in blocks of 1x128 and 128x128."""
         if spec.block not in (ROW, SQUARE):
             return None
+        operation, variant = ("quantize", "rows") if spec.block == ROW else ("quantize_weight", "one_read")
+        if not self._admitted(operation, variant, x.device):
+            return None
         counted = torch.zeros(5, dtype=torch.int64, device=x.device)
         run = kernel("quantize").quantize_rows if spec.block == ROW else kernel("quantize_weight").quantize_weight
         run(rows_dense(x), **_format(spec), stats=counted)
@@ -206,6 +221,8 @@ class TritonBackend(Producers):
     ) -> Tensor:
         operands = (a.qdata, b.qdata, a.scale_inv, b.scale_inv)
         entry, run = self._entry("gemm", a, b), kernel("gemm").gemm
+        if entry is None:
+            return device_gemm.decoded_mm(a, b, bias, out, accumulate, out_dtype)
         if accumulate:
             acc = run(*operands, bias=bias, out_dtype=torch.float32, config=entry)
             return reference.finish(acc, None, out, True, out_dtype)
@@ -216,13 +233,18 @@ class TritonBackend(Producers):
     ) -> Tensor:
         operands = (a.qdata, b.qdata, a.scale_inv, b.scale_inv)
         entry, run = self._entry("gemm_wgrad", a, b), kernel("gemm_wgrad").gemm_wgrad
+        if entry is None:
+            return device_gemm.decoded_mm(a, b, bias, out, accumulate, out_dtype)
         if bias is None and (out is None or out.dtype is torch.float32):
             made = run(*operands, out=out, accumulate=accumulate, config=entry)
             return made if out is not None else made.to(out_dtype)
         return reference.finish(run(*operands, config=entry), bias, out, accumulate, out_dtype)
 
     def _entry(self, operation: str, a: QTensor, b: QTensor) -> str | None:
-        """The first entry of the launch table that reads these operands and is admitted; None for the plain one."""
+        """The first of the launch table's entries and the plain ones that reads these operands and is admitted.
+
+        None where there is none: torch must multiply.
+        """
         left, right, scale = a.qdata, b.qdata, b.scale_inv
         # all that kernel(operation).refusal and the launch table look at
         key = (
@@ -251,17 +273,17 @@ class TritonBackend(Producers):
         return self.fuses(row, col) and self._admitted(operation, _dtype_name(x), x.device)
 
     def _renew_note(self, device: torch.device) -> None:
-        """Say whose launch table is used, and which kernels are not."""
+        """Say whose launch table is used, which kernels are not, and whose products are torch's."""
         own, refused = None if self._only else _measured(device), self._admission.refused
         table = [] if own is None else [f"launch table measured on this machine, {own.date}"]
         gone = [f"refused on this machine: {'; '.join(refused)}"] if refused else []
-        self.note = "; ".join([self._plain_note, *table, *gone])
+        decoded = [f"{' and '.join(sorted(self._decoded))} by torch on decoded operands"] if self._decoded else []
+        self.note = "; ".join([self._plain_note, *table, *gone, *decoded])
 
     def _chosen(self, key: Hashable, operation: str, a: QTensor, b: QTensor) -> str | None:
         """As _entry, from the verdicts, which never change in a process: so the choice is kept under the key."""
         device, chosen = a.qdata.device, None
-        candidates = self._only or _table_entries(operation, device, a.shape[0], b.shape[0])
-        for entry in candidates:
+        for entry in self._only or _candidates(operation, device, a.shape[0], b.shape[0]):
             reason = kernel(operation).refusal(entry, a.qdata, b.qdata, b.scale_inv)
             if reason is None and self._admission.admits(operation, entry, device):
                 chosen = entry
@@ -270,6 +292,8 @@ class TritonBackend(Producers):
                 raise BackendError(f"backend: triton:{entry}: {reason or '; '.join(self._admission.refused)}.")
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return chosen  # an entry that has no verdict was passed over, not refused: the next call asks again
+        if chosen is None:
+            self._decoded.add(operation)
         self._renew_note(device)
         if len(self._entries) >= MOST_SHAPES:
             self._entries.clear()
@@ -309,6 +333,11 @@ def _as_defined(x: Tensor, spec: QuantSpec, transposed: bool) -> QTensor:
     codes, scale_inv = codes_like(x, spec, rows, cols, transposed)
     codes.view(torch.uint8).copy_(made.qdata.view(torch.uint8))
     return QTensor(codes, scale_inv.copy_(made.scale_inv), spec)
+
+
+def _candidates(operation: str, device: torch.device, M: int, N: int) -> Iterable[str]:
+    """Entries in the order in which they are tried: the launch table's, then the plain ones."""
+    return dict.fromkeys((*_table_entries(operation, device, M, N), *kernel(operation).PLAIN))
 
 
 def _table_entries(operation: str, device: torch.device, M: int, N: int) -> tuple[str, ...]:

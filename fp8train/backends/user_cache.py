@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import tempfile
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Folder of the user's that outlives the process; with a read-only home, or without one, a folder that does not."""
+    """Folder of the user's that outlives the process; with a read-only home, or without one, one of this process's."""
     try:
         path = Path.home() / ".cache" / "fp8train"
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
     except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="fp8train-"))
+        return _folder_of_process(tempfile.gettempdir())
+
+
+@functools.cache
+def _folder_of_process(parent: str) -> Path:
+    """The same at every call, so that what was checked or built once in this process stays so."""
+    return Path(tempfile.mkdtemp(prefix="fp8train-", dir=parent))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of the cache as a whole: a process that is killed leaves the one before."""
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)

@@ -29,6 +29,11 @@ class VendorBackend(DequantBackend):
             return DequantBackend()
         return TritonBackend()
 
+    @property
+    def refused(self) -> list[str]:
+        """See Backend; the GEMMs are not asked for."""
+        return self.quantisers.refused
+
     def unsupported(self, precision: LinearPrecision) -> str | None:
         """See Backend; blockwise only, but for one that says otherwise."""
         return not_served(precision, BLOCKWISE_PAIRS, mixed=False)

@@ -40,6 +40,12 @@ class LinearGroup:
     reason: str
 
 
+def refused_kernels(coverage: Mapping[str, Any]) -> str:
+    """Which kernels were not used and why, in one sentence; '' where all passed their checks."""
+    refused = coverage.get("refused_kernels") or []
+    return f"refused on its machine, so that others took their place: {'; '.join(refused)}" if refused else ""
+
+
 def gemm_shares(coverage: Mapping[str, Any]) -> list[GemmShare]:
     """FLOPs per kind of GEMM, counted at run time: 2 rows N K for each linear."""
     shares = []

@@ -19,6 +19,7 @@ from fp8train.report.coverage_summary import (
     gemm_shares,
     group_linears,
     layer_numbers,
+    refused_kernels,
 )
 from fp8train.report.page import Column, code, typeset
 from fp8train.report.run_record import Arms, first_run
@@ -38,6 +39,8 @@ def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         label = verdict["arms"][arm]["label"]
         shares, groups = gemm_shares(coverage), group_linears(coverage)
         total, fp8 = sum(share.flops for share in shares), sum(share.fp8_flops for share in shares)
+        if refused := refused_kernels(coverage):
+            parts.append(page.paragraph(f"{label}: {refused}.", "alert"))
         if not fp8:
             parts.append(
                 page.paragraph(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp8train.report.conclusion import interval_text
-from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
+from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers, refused_kernels
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.report.verdict import mean
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
@@ -88,13 +88,14 @@ def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _coverage_lines(label: str, runs: Mapping[int, RunRecord]) -> str:
-    """Which GEMMs ran in FP8 and which did not, with the reason; '' for an arm without FP8."""
+    """Which GEMMs ran in FP8 and which did not, and which kernels were refused; '' for an arm with neither."""
     coverage = next(iter(runs.values())).coverage
-    shares = gemm_shares(coverage)
+    shares, refused = gemm_shares(coverage), refused_kernels(coverage)
     if not any(share.fp8_flops for share in shares):
-        return ""
+        return f"{label}: {refused}" if refused else ""
     text = ", ".join(f"{share.gemm} {percent_text(100 * share.fp8_flops / share.flops, digits=1)}" for share in shares)
     lines = [f"{label}: in FP8 ran {text} of the FLOPs of all linears"]
+    lines += [f"  {refused}"] if refused else []
     groups = exceptions(group_linears(coverage))
     for group in groups[:SHOWN_EXCEPTIONS]:
         outside = ", ".join(gemm for gemm, fp8 in group.fp8.items() if not fp8)

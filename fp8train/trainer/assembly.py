@@ -131,7 +131,7 @@ class CoverageLog:
 
 
 def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Sum of two coverages of one model, as ConversionReport.coverage() gives them."""
+    """Sum of two coverages of one model, as ConversionReport.coverage() gives them; else as `right`, the later one."""
     linears = []
     flops = {"fp8_rows": 0, "other_rows": 0}
     for first, second in zip(left["linears"], right["linears"], strict=True):
@@ -147,4 +147,4 @@ def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
                 flops[key] += 2 * gemms[gemm][key] * N * K
         linears.append(first | {"gemms": gemms})
     share = flops["fp8_rows"] / max(sum(flops.values()), 1)
-    return left | {"fp8_flops_share": share, "linears": linears}
+    return right | {"fp8_flops_share": share, "linears": linears}

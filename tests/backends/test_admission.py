@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -15,16 +16,18 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends import admission, get_backend  # noqa: E402
+from fp8train.backends import admission, check_process, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
     GRADIENTS,
     QUANTISERS,
     ROTATIONS,
 )
-from fp8train.backends.producers import rotated  # noqa: E402
+from fp8train.backends.producers import Producers, rotated  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
+from fp8train.backends.user_cache import cache_folder  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
+from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
 from tests.kernels.products import quantized  # noqa: E402
@@ -51,7 +54,7 @@ def child(status: int, said: str) -> Callable[..., Any]:
     calls: list[list[str]] = []
 
     def run(command: list[str], **options: object) -> SimpleNamespace:
-        calls.append(command[3:])
+        calls.append(command[command.index("fp8train.backends") + 1 :])
         return SimpleNamespace(returncode=status, stdout=said, stderr=said)
 
     run.calls = calls  # type: ignore[attr-defined]
@@ -68,6 +71,37 @@ def test_a_verdict_is_kept_for_the_next_process(machine: Path, monkeypatch: pyte
     assert json.loads((machine / "kernels_of-this-machine.json").read_text()) == {"gemm ws_128x128_s4": None}
 
 
+@pytest.mark.parametrize(
+    "content", ['{\n "gemm ws_128x128_s4": nu', "", "[]", '{"gemm ws_128x128_s4": 1}', "\udcff"], ids=ascii
+)
+def test_a_file_that_is_no_whole_one_is_written_anew(
+    content: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = machine / "kernels_of-this-machine.json"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(subprocess, "run", child(0, "correct"))
+    assert Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
+    assert json.loads(path.read_text()) == {"gemm ws_128x128_s4": None}
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_verdicts_of_before(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = machine / "kernels_of-this-machine.json"
+    path.write_text('{"gemm a": "it hung"}')
+    write = Path.write_text
+
+    def killed(self: Path, text: str, **options: Any) -> None:
+        write(self, text[:9], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr(subprocess, "run", child(0, "correct"))
+    with pytest.raises(KeyboardInterrupt):
+        Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
+    assert json.loads(path.read_text()) == {"gemm a": "it hung"}
+
+
 def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
     machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,7 +111,7 @@ def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
 
     def run(command: list[str], **options: object) -> SimpleNamespace:
         gate.wait()  # passes only if the three run side by side
-        names.append(tuple(command[3:5]))
+        names.append(tuple(command[-4:-2]))
         return SimpleNamespace(returncode=0, stdout="correct", stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -88,6 +122,18 @@ def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
     assert [record.getMessage() for record in caplog.records] == [
         "kernels: checked on NVIDIA Test GPU and correct: gemm a, gemm_wgrad a, quantize dual"
     ]
+
+
+def test_without_a_home_a_process_makes_each_check_once(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(admission, "cache_folder", cache_folder)
+    monkeypatch.setattr(Path, "home", lambda: Path("/proc/nowhere"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", run := child(0, "correct"))
+    for asked in (("gemm", "ws_128x128_s4"), ("rmsnorm_quantize", "fp32")):
+        assert Admission().admits(*asked, torch.device("cuda", 0))
+    assert [call[:2] for call in run.calls] == [["gemm", "ws_128x128_s4"], ["rmsnorm_quantize", "fp32"]]  # type: ignore[attr-defined]
 
 
 def test_a_run_in_bf16_waits_for_no_other_kernel_than_its_own(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +153,8 @@ def test_on_a_cpu_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("status", "said", "reason"),
     [
-        (admission.WRONG, "its product has calc_diff 2.0e-01", "its product has calc_diff 2.0e-01"),
+        (check_process.WRONG, "its product has calc_diff 2.0e-01", "its product has calc_diff 2.0e-01"),
+        (check_process.FAILED, "PTXASError: no", "its check ended with an error: PTXASError: no"),
         (-11, "first\nSegmentation fault", "its check ended with status -11: Segmentation fault"),
     ],
 )
@@ -140,12 +187,39 @@ def test_a_check_that_does_not_end_refuses_the_entry(machine: Path, monkeypatch:
     assert all("did not end in 180 seconds" in reason for reason in verdicts.refused) and len(verdicts.refused) == 2
 
 
-def test_an_undecided_check_is_made_again_by_the_next_process(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(subprocess, "run", child(admission.UNDECIDED, "CUDA out of memory"))
-    assert not Admission().admits("gemm", "ws_128x128_s4", device)
-    monkeypatch.setattr(subprocess, "run", child(0, "correct"))
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (check_process.UNDECIDED, "CUDA out of memory"),
+        (check_process.NO_GPU, "torch finds no CUDA GPU"),
+        (1, "ModuleNotFoundError: No module named 'fp8train'"),
+        (-signal.SIGKILL, "another process ended the check by signal 9"),
+    ],
+    ids=["memory", "no GPU", "import", "killed"],
+)
+def test_an_undecided_check_is_made_again_by_the_next_process_alone(
+    status: int, said: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, verdicts = torch.device("cuda", 0), Admission()
+    monkeypatch.setattr(subprocess, "run", child(status, said))
+    assert not verdicts.admits("gemm", "ws_128x128_s4", device)
+    assert verdicts.refused == [f"gemm ws_128x128_s4: it could not be checked: {said}"]
+    right = child(0, "correct")
+    monkeypatch.setattr(subprocess, "run", right)
+    assert verdicts.admits("quantize", "rows", device) and not verdicts.admits("gemm", "ws_128x128_s4", device)
+    assert right.calls == [["quantize", "rows", "--device", "0"]]  # type: ignore[attr-defined]
     assert Admission().admits("gemm", "ws_128x128_s4", device)
+
+
+def test_a_process_that_cannot_be_started_decides_nothing(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(command: list[str], **options: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "run", full)
+    verdicts = Admission()
+    assert not verdicts.admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
+    assert "it could not be checked: no process could be started: Resource temp" in verdicts.refused[0]
+    assert not list(machine.glob("*.json"))
 
 
 def test_no_check_is_made_while_a_graph_is_captured(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +244,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, reasons: dict[str, str | None]) ->
 def test_the_backend_takes_the_next_entry_and_says_which_were_refused(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = on_a_gpu(monkeypatch, {"ws_128x128_s4": "it hung", "tma_64x128_s4": None})
+    asked = on_a_gpu(monkeypatch, {"ws_128x128_s4": "it hung", "tma_64x128_s4": None, "pointer_64x64_s3": None})
     monkeypatch.setattr("fp8train.backends.triton._table_entries", lambda *shape: ("ws_128x128_s4", "tma_64x128_s4"))
     backend = TritonBackend()
     a, b = quantized(64, 128, "e4m3 1x128", 1), quantized(64, 128, "e4m3 128x128", 2)
@@ -178,7 +252,9 @@ def test_the_backend_takes_the_next_entry_and_says_which_were_refused(
     assert asked == ["ws_128x128_s4", "tma_64x128_s4"]
     assert backend.note == "own FP8 kernels; refused on this machine: gemm ws_128x128_s4: it hung"
     a, b = quantized(64, 33, "e4m3 1x128", 1), quantized(64, 33, "e4m3 128x128", 2)
-    assert backend._entry("gemm", a, b) is None and len(asked) == 2
+    assert backend._entry("gemm", a, b) == "pointer_64x64_s3" and asked[2:] == ["pointer_64x64_s3"], (
+        "what fits is asked"
+    )
 
 
 def test_a_backend_of_one_entry_takes_it_or_says_why_not(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +270,12 @@ def test_a_backend_of_one_entry_takes_it_or_says_why_not(machine: Path, monkeypa
 
 
 def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever kernels are refused, codes, scales and strides are those of the kernels that are right."""
+    """Whichever kernels are refused, codes, scales and strides are the definition's; so is what fused ones compute."""
     row, square = QuantSpec.parse("e4m3 1x128"), QuantSpec.parse("e4m3 128x128")
     x, gate, up = (matrix(140, 270, seed=seed).bfloat16() for seed in range(3))
-    weight = torch.linspace(0.5, 1.5, 270)
+    weight, plain = torch.linspace(0.5, 1.5, 270), Producers()
+    h, dgate, dup = plain.swiglu(gate, up), *plain.swiglu_backward(x, gate, up)
+    norm, rstd = plain.rms_norm(x, weight, 1e-5, torch.bfloat16)
 
     def everything(backend: TritonBackend) -> list[QTensor]:
         norm, _ = backend.rmsnorm_quantize(x, weight, 1e-5, torch.bfloat16, row, row)
@@ -205,7 +283,10 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
         made = [*backend.quantize_dual(x, row, row), *backend.quantize_square(x.float(), square), *norm]
         return [*made, *backend.swiglu_quantize(gate, up, row, row), *dgate, *dup]
 
-    wanted = everything(TritonBackend())
+    by_kernels = everything(TritonBackend())
+    sources = (norm, h, dgate, dup)
+    fused = [reference.quantize(source, row, transpose=turned) for source in sources for turned in (False, True)]
+    wanted = [*by_kernels[:4], *fused]
     for admitted in ([], [("quantize", "rows"), ("quantize_weight", "two_launches")]):
         asked = []
 
@@ -219,9 +300,13 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
 
         monkeypatch.setattr(Admission, "admits", admits)
         backend = TritonBackend()
-        for q, right in zip(everything(backend), wanted, strict=True):
+        for q, right, by_kernel in zip(everything(backend), wanted, by_kernels, strict=True):
             assert same_codes(q, right)
-            assert (q.qdata.stride(), q.scale_inv.stride()) == (right.qdata.stride(), right.scale_inv.stride())
+            assert (q.qdata.stride(), q.scale_inv.stride()) == (by_kernel.qdata.stride(), by_kernel.scale_inv.stride())
+        made = (*backend.rms_norm(x, weight, 1e-5, torch.bfloat16), backend.swiglu(gate, up))
+        made += backend.swiglu_backward(x, gate, up)
+        assert all(map(torch.equal, made, (norm, rstd, h, dgate, dup)))
+        assert (backend.counters(x, row) is None) is (not admitted) and backend.counters(x.float(), square) is None
         assert len(asked) == len(set(asked)), "each is asked once"
         assert "swiglu_quantize bf16: it loses bytes" in backend.note
 
@@ -246,7 +331,7 @@ def test_table_orders_entries_by_the_waves_of_their_tiles(operation: str) -> Non
 def test_the_command_checks_entries_too_that_no_table_has(
     capability: tuple[int, int], machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(admission, "no_gpu", lambda device_type: None)
+    monkeypatch.setattr(check_process, "no_gpu", lambda device_type: None)
     monkeypatch.setattr("fp8train.backends.launch_rates.measured", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(subprocess, "run", child(0, "correct"))
@@ -261,7 +346,7 @@ def test_the_command_checks_entries_too_that_no_table_has(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_command_says_in_one_line_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, "-m", "fp8train.backends"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == admission.NO_GPU and len(done.stderr.splitlines()) == 1
+    assert done.returncode == check_process.NO_GPU and len(done.stderr.splitlines()) == 1
     assert "needs a GPU with FP8 units" in done.stderr
 
 
@@ -284,6 +369,14 @@ def test_a_refused_rotation_gives_way_to_the_formula(
     assert backend.note == said
 
 
-def test_all_that_the_backend_uses_is_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert {*QUANTISERS, *GRADIENTS, *ROTATIONS} <= set(admission._used(0))
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
+def test_all_that_the_backend_uses_is_checked_together(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    used = admission._used(0)
+    assert {*QUANTISERS, *GRADIENTS, *ROTATIONS} <= set(used) and len(used) == len(set(used))
+    for operation in ("gemm", "gemm_wgrad"):
+        entries = {entry for name, entry in used if name == operation}
+        table = kernel("gemm_table").table_rates(operation, capability)
+        assert entries == {*table, *kernel(operation).PLAIN[1 if capability < (9, 0) else 0 :]}

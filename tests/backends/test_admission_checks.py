@@ -14,6 +14,7 @@ from fp8train.backends.admission_checks import (  # noqa: E402
     HEADS,
     MATRICES,
     QUANTISERS,
+    check,
     check_codes,
     check_crowd,
     check_norm_gradients,
@@ -60,12 +61,22 @@ def test_a_wrong_product_is_refused(
 
 
 @operations
-def test_the_only_entry_that_runs_has_nothing_to_differ_from(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_loads_by_pointers_is_checked_on_unaligned_rows_too(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp8train.backends.admission_checks.SHAPES", ((1, 128, 128),))
+    monkeypatch.setattr("fp8train.backends.admission_checks.check_crowd", lambda *arguments: None)
     module = kernel(operation)
-    monkeypatch.setattr(
-        module, "refusal", lambda name, *operands: None if name == "pointer_64x64_s3" else "needs sm_90"
-    )
-    assert check_crowd(operation, "pointer_64x64_s3", CPU, (140, 132, 272), tries=1) is None
+    launch = getattr(module, operation)
+
+    def launched(a: Tensor, b: Tensor, *scales: Tensor, **options: Any) -> Tensor:
+        y = launch(a, b, *scales, **options)
+        return y.mul_(1.001) if a.shape[1] % 16 else y
+
+    assert check(operation, "pointer_64x64_s3", CPU) is None
+    monkeypatch.setattr(module, operation, launched)
+    assert "for M, N, K = 77, 131, 303" in str(check(operation, "pointer_64x64_s3", CPU))
+    assert check(operation, "tma_128x128_s4", CPU) is None
 
 
 def one_bad_column(y: Tensor) -> Tensor:
@@ -75,19 +86,20 @@ def one_bad_column(y: Tensor) -> Tensor:
 
 @operations
 @pytest.mark.parametrize("spoil", [None, one_bad_column, unwritten])
-def test_sums_that_differ_from_the_plain_entrys_are_refused(
-    operation: str, spoil: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("entry", ["ws_128x128_s4", "pointer_64x64_s3"])
+def test_sums_that_differ_from_torchs_are_refused(
+    operation: str, entry: str, spoil: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = kernel(operation)
     launch = getattr(module, operation)
 
-    def launched(*arguments: Any, config: str, **options: Any) -> Tensor:
-        y = launch(*arguments, config=config, **options)
-        return y if spoil is None or config in module.PLAIN else spoil(y)
+    def launched(*arguments: Any, **options: Any) -> Tensor:
+        y = launch(*arguments, **options)
+        return y if spoil is None else spoil(y)
 
     monkeypatch.setattr(module, operation, launched)
-    reason = check_crowd(operation, "ws_128x128_s4", CPU, (140, 132, 272), tries=1)
-    assert reason is None if spoil is None else reason and "of its sums differ from those of tma_128x128_s4" in reason
+    reason = check_crowd(operation, entry, CPU, (140, 132, 272), tries=1)
+    assert reason is None if spoil is None else reason and "of its sums differ from torch's" in reason
 
 
 def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:
@@ -97,7 +109,7 @@ def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:
 @pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
 @pytest.mark.parametrize("device", devices())
 def test_the_quantisers_pass_their_own_check(operation: str, variant: str, device: str) -> None:
-    assert check_codes(operation, variant, torch.device(device), ((128, 128), (77, 131))) is None
+    assert check_codes(operation, variant, torch.device(device), ((256, 384), (77, 131))) is None
 
 
 @pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)

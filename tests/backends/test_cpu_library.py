@@ -127,7 +127,9 @@ def test_user_without_a_home_builds_for_this_process(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cache_folder().parent == tmp_path
+    folder = cache_folder()
+    assert folder.parent == tmp_path and folder.name.startswith("fp8train-")
+    assert cache_folder() == folder, "what is kept there is found again"
 
 
 def test_processes_that_start_together_all_get_a_whole_library(home: Path) -> None:

@@ -91,7 +91,7 @@ def test_fakes_promise_the_strides_that_the_kernels_return(text: str, rows: int,
 
 
 class Verdicts:
-    """In place of Admission: answers from a table, and counts what it is asked. None: there is no verdict yet."""
+    """In place of Admission: answers from a table, and counts what it is asked. None: there is no verdict."""
 
     def __init__(self, admitted: dict[str, bool | None]) -> None:
         self.admitted, self.asked = admitted, []
@@ -102,7 +102,7 @@ class Verdicts:
 
     def admits(self, operation: str, entry: str, device: torch.device) -> bool:
         self.asked.append(entry)
-        return bool(self.admitted[entry])
+        return bool(self.admitted.get(entry))
 
 
 @pytest.fixture
@@ -175,6 +175,47 @@ def test_what_a_captured_graph_takes_is_not_kept(chooser: TritonBackend, monkeyp
     assert chooser._entry("gemm", operand(256, 512), operand(384, 512)) == "ws_128x128_s4"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked again"))
     assert chooser._entry("gemm", operand(256, 512), operand(384, 512)) == "ws_128x128_s4"
+
+
+@pytest.mark.parametrize(
+    ("cols", "admitted", "asked"),
+    [
+        (272, "tma_128x128_s4", ["ws_128x128_s4", "tma_128x128_s4"]),
+        (272, "pointer_64x64_s3", ["ws_128x128_s4", "tma_128x128_s4", "pointer_64x64_s3"]),
+        (272, None, ["ws_128x128_s4", "tma_128x128_s4", "pointer_64x64_s3"]),
+        (303, "pointer_64x64_s3", ["pointer_64x64_s3"]),
+        (303, None, ["pointer_64x64_s3"]),
+    ],
+)
+def test_no_refused_entry_multiplies(
+    cols: int, admitted: str | None, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the table's entries the plain ones are asked; where all are refused, torch multiplies."""
+    monkeypatch.setattr(triton, "_table_entries", lambda *shape: ("ws_128x128_s4",))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name, right in (("gemm", "e4m3 128x128"), ("gemm_wgrad", "e4m3 1x128")):
+        backend, module, launched = TritonBackend(), triton.kernel(name), []
+        verdicts = dict.fromkeys(("ws_128x128_s4", *module.PLAIN), False) | ({admitted: True} if admitted else {})
+        backend._admission = Verdicts(verdicts)  # type: ignore[assignment]
+        run = getattr(module, name)
+
+        def launch(*operands: Any, config: str, run: Any = run, launched: Any = launched, **options: Any) -> Any:
+            launched.append(config)
+            return run(*operands, config=config, **options)
+
+        monkeypatch.setattr(module, name, launch)
+        a, b = quantized(40, cols, "e4m3 1x128", 1), quantized(33, cols, right, 2)
+        for kind in ("pow2", "fp32"):
+            out = torch.ones(40, 33, device=DEVICE)
+            specs = [
+                QuantSpec(q.spec.format, q.spec.block, kind) for q in (a, b)
+            ]  # pow2: decoded whole; fp32: by block
+            scaled = [reference.QTensor(q.qdata, q.scale_inv, s) for q, s in zip((a, b), specs, strict=True)]
+            assert_product(backend.scaled_mm(*scaled, None, None, False, torch.float32), a, b)
+            assert_product(backend.scaled_mm(*scaled, None, out, True, torch.float32), a, b, torch.ones_like(out))
+        assert launched == [admitted] * 4 if admitted else not launched
+        assert backend._admission.asked == asked  # type: ignore[attr-defined]
+        assert backend.note.endswith(f"; {name} by torch on decoded operands") is (admitted is None)
 
 
 def test_choices_are_forgotten_before_they_fill_the_memory(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.backends.producer_checks import BF16_DIFFERENT, BF16_ERROR, swiglu_error, swiglu_inputs  # noqa: E402
 from fp8train.kernels.quantize import quantize_dual  # noqa: E402
 from fp8train.kernels.swiglu_backward_quantize import swiglu_backward, swiglu_backward_quantize  # noqa: E402
 from fp8train.kernels.swiglu_quantize import swiglu, swiglu_quantize  # noqa: E402
@@ -31,16 +32,11 @@ shapes = pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 VARIANTS = {"pow2": (E4M3, "pow2", "pow2"), "fp32": (E4M3, "fp32", "fp32"), "e5m2-mixed": (E5M2, "fp32", "pow2")}
 variants = pytest.mark.parametrize("variant", list(VARIANTS))
-# rounded to the other: at most 2 * 4.5 * 2^-24 / 2^-8 = 1.4e-4 of the numbers, which two further roundings spread
-BF16_DIFFERENT = 5e-4
 
 
-def inputs(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, gate and up; gate from far in silu's flat to far in its linear part, rows of different magnitude."""
-    generator = torch.Generator().manual_seed(seed)
-    dh, gate, up = (torch.randn(*shape, generator=generator) for _ in range(3))
-    magnitude = 2.0 ** torch.randint(-8, 9, (shape[0], 1), generator=generator)
-    return (dh * magnitude).to(DEVICE, dtype), (6 * gate).to(DEVICE, dtype), (up * magnitude).to(DEVICE, dtype)
+def inputs(shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """dh, gate and up."""
+    return swiglu_inputs(shape, dtype, DEVICE)
 
 
 def options(variant: str) -> dict[str, object]:
@@ -149,8 +145,7 @@ def test_numbers_are_torchs_but_for_a_last_place() -> None:
         (swiglu(gate, up), *swiglu_backward(dh, gate, up)), torch_swiglu(dh, gate, up), strict=True
     ):
         assert (mine != theirs).float().mean() <= BF16_DIFFERENT
-        # two BF16 roundings that each fall to the other side: two places of 2^-8
-        torch.testing.assert_close(mine.float(), theirs.float(), rtol=2 * 2.0**-8 + 2.0**-16, atol=1e-30)
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=BF16_ERROR, atol=1e-30)
 
 
 def test_numbers_are_torchs_in_fp32() -> None:
@@ -158,10 +153,7 @@ def test_numbers_are_torchs_in_fp32() -> None:
     for mine, theirs in zip(
         (swiglu(gate, up), *swiglu_backward(dh, gate, up)), torch_swiglu(dh, gate, up), strict=True
     ):
-        # exp and a division of 2 ulp each on either side and three products of half an ulp; s + silu (1 - s) has a zero
-        # near gate = -1.28, where its terms of s leave an error of 2^-22 of dh * up * s
-        bound = 16 * 2.0**-24 * (theirs.abs() + (dh * up).abs().clamp_min(up.abs()))
-        assert ((mine - theirs).abs() <= bound).all()
+        assert ((mine - theirs).abs() <= swiglu_error(theirs, dh, up)).all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter

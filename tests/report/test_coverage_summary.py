@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers
+from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers, refused_kernels
 from tests.run_folders import LINEARS, make_coverage
 
 PER_LAYER = sum(N * K for N, K in LINEARS.values())
@@ -55,3 +55,9 @@ def test_gemm_planned_in_fp8_that_ran_outside_it_is_broken() -> None:
 )
 def test_layer_numbers(fqns: list[str], wanted: str) -> None:
     assert layer_numbers(fqns) == wanted
+
+
+def test_refused_kernels_are_a_sentence_or_nothing() -> None:
+    text = "refused on its machine, so that others took their place: gemm a: it hung; gemm b: it crashed"
+    assert refused_kernels({"refused_kernels": ["gemm a: it hung", "gemm b: it crashed"]}) == text
+    assert refused_kernels({"refused_kernels": []}) == refused_kernels({}) == ""

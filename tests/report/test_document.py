@@ -158,6 +158,20 @@ def test_gemm_planned_in_fp8_that_ran_outside_it_raises_an_alert(tmp_path: Path)
     assert "not FP8, planned FP8" in text
 
 
+@pytest.mark.parametrize("recipe", ["blockwise", "bf16"])
+def test_refused_kernels_are_named_with_their_reasons(tmp_path: Path, recipe: str) -> None:
+    """Also those of a run without FP8: its rotary embedding is one of our kernels."""
+    refused = ["gemm gluon_192x128_s4: it hung", "rope bf16: 1 < 2"]
+    coverage = make_coverage(recipe) | {"refused_kernels": refused}
+    text = (
+        "refused on its machine, so that others took their place: gemm gluon_192x128_s4: it hung; rope bf16: 1 &lt; 2"
+    )
+    assert text in report_of(arms_of(tmp_path / "refused", coverage=coverage))
+    assert "refused on its machine" not in report_of(
+        arms_of(tmp_path / "all", coverage=coverage | {"refused_kernels": []})
+    )
+
+
 @pytest.mark.parametrize(
     ("backend", "emulates"), [("hopper:bits=14,promote=128", True), ("triton", False)], ids=["emulation", "kernels"]
 )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8train.backends.coverage import COUNTS, GEMMS
+from fp8train.backends.producers import Producers
 from fp8train.convert import convert_model
 from fp8train.errors import TrainingError
 from fp8train.nn import linear as linear_module
@@ -184,6 +185,21 @@ def test_coverage_file_gives_the_reason_of_each_exception(tmp_path: Path) -> Non
     kept = {gemm: linears["lm_head"]["gemms"][gemm]["exception"] for gemm in GEMMS}
     assert all(text.startswith("bf16: ") and "lm_head" in text for text in kept.values())
     assert all(linears["layers.0.mlp.down_proj"]["gemms"][gemm]["exception"] is None for gemm in GEMMS)
+
+
+def test_coverage_file_names_kernels_that_were_refused_by_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def refused(self: Producers) -> list[str]:
+        asked.append(len(asked))
+        return [] if len(asked) == 1 else ["gemm x: it hung"]
+
+    monkeypatch.setattr(Producers, "refused", property(refused))
+    tiny_train(tmp_path, "steps=2", "eval.every=1")
+    assert json.loads((tmp_path / "run" / "coverage.json").read_text())["refused_kernels"] == ["gemm x: it hung"]
+    assert len(asked) > 1, "coverage was added up of several parts"
 
 
 def test_coverage_of_a_recipe_without_wgrad_says_so(tmp_path: Path) -> None:

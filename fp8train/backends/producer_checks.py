@@ -1,0 +1,85 @@
+"""What the kernels of RMSNorm and SwiGLU must compute before they quantise it: the definition, but for a last place.
+
+The tests of these kernels keep the same tolerances, which are derived here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fp8train.backends.producers import Producers
+
+PRODUCERS = ("rmsnorm_quantize", "swiglu_quantize", "swiglu_backward_quantize")
+DEFINITION = Producers()
+# Rows of up to 2048 numbers: a sum of 2 rounds a lane and 10 levels of pairs, all positive: 12 of 2^-24, halved by the
+# root as are those of the mean and eps; root and inverse.
+RSTD_ERROR = 10 * 2.0**-24
+# BF16 numbers that are rounded to the other side: at most 2 * 4.5 * 2^-24 / 2^-8 = 1.4e-4 of them, which two further
+# roundings spread; each falls to the other side at most twice: two places of 2^-8.
+BF16_DIFFERENT = 5e-4
+BF16_ERROR = 2 * 2.0**-8 + 2.0**-16
+
+
+def swiglu_inputs(
+    shape: tuple[int, int], dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> list[Tensor]:
+    """dh, gate and up; gate from far in silu's flat to far in its linear part, rows of different magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    dh, gate, up = (torch.randn(*shape, generator=generator) for _ in range(3))
+    magnitude = 2.0 ** torch.randint(-8, 9, (shape[0], 1), generator=generator)
+    return [x.to(device, dtype) for x in (dh * magnitude, 6 * gate, up * magnitude)]
+
+
+def swiglu_error(wanted: Tensor, dh: Tensor, up: Tensor) -> Tensor:
+    """Largest error of h, dgate or dup in FP32.
+
+    exp and a division of 2 ulp each on either side and three products of half an ulp; s + silu (1 - s) has a zero near
+    gate = -1.28, where its terms of s leave an error of 2^-22 of dh * up * s.
+    """
+    return 16 * 2.0**-24 * (wanted.abs() + (dh * up).abs().clamp_min(up.abs()))
+
+
+def check_producer(operation: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """What a fused kernel computes otherwise than the definition, its quantiser left out; or None.
+
+    Args:
+        operation: of PRODUCERS.
+        shape: of a matrix that it reads.
+        dtype: of what it reads.
+        device: where to compute.
+    """
+    module = importlib.import_module(f"fp8train.kernels.{operation}")
+    if operation == "rmsnorm_quantize":
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, shape[0])[:, None]
+        parts = (_norm_differs(module.rmsnorm, x.to(device, dtype), made) for made in (dtype, torch.bfloat16))
+        return next(filter(None, parts), None)
+    dh, gate, up = swiglu_inputs(shape, dtype, device)
+    if operation == "swiglu_quantize":
+        pairs = {"h": (module.swiglu(gate, up), DEFINITION.swiglu(gate, up))}
+    else:
+        gradients = module.swiglu_backward(dh, gate, up), DEFINITION.swiglu_backward(dh, gate, up)
+        pairs = dict(zip(("dgate", "dup"), zip(*gradients, strict=True), strict=True))
+    return next((name for name, pair in pairs.items() if not _same_but_for_a_place(*pair, dh, up)), None)
+
+
+def _norm_differs(
+    rmsnorm: Callable[..., tuple[Tensor, Tensor]], x: Tensor, out_dtype: torch.dtype, eps: float = 1e-5
+) -> str | None:
+    """Whether rstd is off, or y another product than rstd's; its name, or None."""
+    weight = torch.linspace(0.5, 1.5, x.shape[1], device=x.device)
+    y, rstd = rmsnorm(x, weight, eps=eps, out_dtype=out_dtype)
+    exact = (x.double().square().mean(1) + eps).rsqrt()
+    if not bool(((rstd.double() - exact).abs() <= RSTD_ERROR * exact).all()):
+        return "rstd"
+    return None if torch.equal(y, (x.float() * rstd[:, None] * weight).to(out_dtype)) else "y"
+
+
+def _same_but_for_a_place(mine: Tensor, theirs: Tensor, dh: Tensor, up: Tensor) -> bool:
+    if mine.dtype is torch.bfloat16:
+        few = bool((mine != theirs).float().mean() <= BF16_DIFFERENT)
+        return few and torch.allclose(mine.float(), theirs.float(), rtol=BF16_ERROR, atol=1e-30)
+    return bool(((mine - theirs).abs() <= swiglu_error(theirs, dh, up)).all())
