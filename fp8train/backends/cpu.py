@@ -9,6 +9,7 @@ and promoted, as on the GPU.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,7 @@ from fp8train.quant.qtensor import QTensor
 from fp8train.quant.scaling import amax_bits, scale_inv_from_amax
 
 TILE = 128  # tile of cpu_kernels.cpp
+_SETTING = threading.Lock()  # of torch.backends.mkldnn.matmul.fp32_precision
 
 
 class CpuBackend(Producers):
@@ -165,13 +167,17 @@ class CpuBackend(Producers):
 
 @contextlib.contextmanager
 def _fp32_matmul(precision: str) -> Iterator[None]:
-    """FP32 matmuls form products of "bf16" operands (exact for BF16 numbers), or of FP32 ones ("ieee")."""
+    """FP32 matmuls form products of "bf16" operands (exact for BF16 numbers), or of FP32 ones ("ieee").
+
+    The setting is the process's: one thread at a time, or another would put back what this one has set.
+    """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    previous, settings.fp32_precision = settings.fp32_precision, precision
-    try:
-        yield
-    finally:
-        settings.fp32_precision = previous
+    with _SETTING:
+        previous, settings.fp32_precision = settings.fp32_precision, precision
+        try:
+            yield
+        finally:
+            settings.fp32_precision = previous
 
 
 def _matrix(x: Tensor) -> tuple[int, bool, int, int, int]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
+from fp8train.backends import cpu
 from fp8train.backends.cpu import CpuBackend
 from fp8train.backends.device_gemm import SCALE_RANGE
 from fp8train.quant import reference
@@ -312,3 +316,22 @@ def test_codes_do_not_depend_on_the_number_of_threads(backend: CpuBackend) -> No
         torch.set_num_threads(threads)
     for one, three in zip(*made, strict=True):
         assert_same(three, one, "threads")
+
+
+def test_threads_leave_the_precision_of_fp32_matmuls_as_it_was() -> None:
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    seen: list[str] = []
+
+    def work(precision: str) -> None:
+        for _ in range(300):
+            with cpu._fp32_matmul(precision):
+                time.sleep(0)  # gives the other thread its turn
+                seen.append(precision if settings.fp32_precision == precision else "another's")
+
+    threads = [threading.Thread(target=work, args=(precision,)) for precision in ("bf16", "ieee")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert settings.fp32_precision == before and set(seen) == {"bf16", "ieee"}
