@@ -19,6 +19,7 @@ from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
 from fp8train.generate import trained_tokenizer
 from fp8train.metrics import to_json_line
+from fp8train.recipe import load_recipe
 from fp8train.trainer.evaluation import EvalSet, evaluate
 from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import on_main, write_file
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     """Score as asked and print a table; returns 0.
 
     Other text: data=text data.path=FILE data.holdout_fraction=0.9, in the tokenizer of the run. Further keys are
-    taken too: data.eval_windows, seq_len, backend, micro_batch_samples, model.activations and the like.
+    taken too: data.eval_windows, seq_len, backend, micro_batch_samples, model.activations and the like; recipe=NAME
+    scores the same weights in another arithmetic.
     """
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{describe(EvalArguments)}\n{describe(RunConfig)}")
@@ -97,7 +99,8 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
     check_vocabulary(dataset, config.model.vocab_size)
     size = config.micro_batch_samples or 8
     eval_set = EvalSet(Batcher(dataset, size * world.world_size, size, world.rank, world.world_size), world)
-    assembly = restored(checkpoint, world.device, config=config)
+    another = None if config.recipe == checkpoint.config.recipe else load_recipe(config.recipe)
+    assembly = restored(checkpoint, world.device, config=config, recipe=another)
     scores = evaluate(assembly.model, eval_set, bf16=True, all_bf16=assembly.all_bf16)
     return {
         "checkpoint": str(checkpoint.path),

@@ -57,6 +57,12 @@ def test_number_of_windows_can_be_changed(folder: Path, tmp_path: Path):
     assert row["eval_tokens"] == 3 * 64
 
 
+def test_another_recipe_scores_the_same_weights_in_its_arithmetic(folder: Path, tmp_path: Path):
+    own, other = score(folder, tmp_path / "out.json"), score(folder, tmp_path / "out.json", "recipe=bf16")
+    assert (own["recipe"], other["recipe"]) == ("blockwise", "bf16")
+    assert other["eval_loss"] == other["eval_loss_bf16"] == own["eval_loss_bf16"] != own["eval_loss"]
+
+
 def test_other_text_is_scored_in_the_runs_tokenizer(folder: Path, tmp_path: Path):
     (tmp_path / "zzz.txt").write_text("\n".join("zq" * 40 for _ in range(200)))
     common = ["data=text", "data.document_bytes=1000", "data.holdout_fraction=0.5", "data.eval_windows=8"]
