@@ -55,6 +55,7 @@ def write_run(
     speed_spread: float = 0.02,
     memory_bytes: float = 1.4e9,
     coverage: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
     seed: int = 1,
     **facts: Any,
 ) -> Path:
@@ -87,7 +88,7 @@ def write_run(
         "optim": {"lr": 1e-3},
     }
     coverage = make_coverage(recipe) if coverage is None else coverage
-    for name, content in (("result", result), ("environment", ENVIRONMENT), ("coverage", coverage)):
+    for name, content in (("result", result), ("environment", environment or ENVIRONMENT), ("coverage", coverage)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     precisions = "precisions: {placebo: {noise: 0.0265}}\n" if recipe == "placebo" else ""

@@ -16,6 +16,18 @@ HELD_OUT, TRAINING = "held-out loss", "smoothed training loss"
 MOST_SPREAD = 2.0  # 90th over 10th percentile of an arm's speed: beyond, the machine was doing something else as well
 STEADY_SPREAD = 1.2  # below, two arms whose speeds overlap are equally fast; above, that is not known
 NOT_COMPARABLE = "not comparable"
+# What two runs must share for the ratio of their speeds to be about precision: key of environment.json -> words for it.
+SPEED_FACTS = {
+    "host": "host",
+    "device.name": "device",
+    "cpu.name": "CPU",
+    "torch_threads": "threads of torch",
+    "world_size": "ranks",
+    "torch": "torch",
+    "cuda": "CUDA",
+    "triton": "Triton",
+    "cpu_kernels": "C++ kernels",
+}
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
 
@@ -79,6 +91,8 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     Args:
         arms: label and `runs` of each, as verdict.json has them.
     """
+    if differences := [text for key in SPEED_FACTS if (text := _difference(key, arms))]:
+        return "the arms ran on other machines or software, " + "; ".join(differences)
     ranges = [speed_range(arm["runs"]) for arm in arms]
     known = [found for found in ranges if found is not None]
     if len(known) < 2:
@@ -92,6 +106,16 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     if spreads[widest] > STEADY_SPREAD and max(low for low, _ in known) <= min(high for _, high in known):
         return f"{varied}, more than the arms are apart"
     return None
+
+
+def _difference(key: str, arms: Sequence[Mapping[str, Any]]) -> str:
+    """The arms' values of a fact that bears on speed, if they differ: `threads of torch BF16 1, FP8 blockwise 2`."""
+    found = [[run["ran_on"][key] for run in arm["runs"]] for arm in arms]
+    # seed by seed, as the ratios are; what a run does not say counts as the same
+    if not any(None not in pair and len(set(pair)) > 1 for pair in zip(*found, strict=True)):
+        return ""
+    texts = [" and ".join(dict.fromkeys(map(str, values))) for values in found]
+    return f"{SPEED_FACTS[key]} " + ", ".join(f"{arm['label']} {text}" for arm, text in zip(arms, texts, strict=True))
 
 
 def speed_range(runs: Pairs) -> tuple[float, float] | None:

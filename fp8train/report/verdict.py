@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from fp8train.arguments import flattened
 from fp8train.errors import ConfigError
 from fp8train.report import trajectory
 from fp8train.report.conclusion import (
     NOT_COMPARABLE,
+    SPEED_FACTS,
     SPEED_KEYS,
     against_placebo,
     gap_test,
@@ -43,12 +45,12 @@ Crossed = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
 def measures(run: RunRecord) -> dict[str, Any]:
-    """What one run reached: losses, speed, memory, share of FLOPs in FP8. None where a number is absent or not
-    finite.
+    """What one run reached: losses, speed, memory, share of FLOPs in FP8, what it ran on. None where a number is
+    absent or not finite.
     """
     speed = steady(run.train, "tokens_per_second")
     low, median, high = np.percentile(speed, (10, 50, 90)).tolist() if len(speed) else (None, None, None)
-    losses = run.train.columns["loss"]
+    losses, environment = run.train.columns["loss"], flattened(run.environment)
     return {
         "run_dir": str(run.path),
         "steps": int(run.train.steps[-1]),
@@ -71,6 +73,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "fp8_flops_share": finite(run.coverage.get("fp8_flops_share")),
         "backend": run.coverage.get("backend"),
         "emulates": run.emulates,
+        "ran_on": {key: environment.get(key) for key in SPEED_FACTS},
     }
 
 
