@@ -3,7 +3,7 @@
     fp8train compare recipe=blockwise steps=300 run_dir=DIR       one seed: indicative
     fp8train compare recipe=blockwise compare.seeds=3             a test across seeds, with a placebo arm beside it
     fp8train compare compare.seeds=3 compare.parallel=2           two runs at a time, each with half of the threads
-    fp8train compare runs=[DIR1,DIR2] run_dir=OUT                 compares runs that are there, the baseline first
+    fp8train compare runs=[DIR1,DIR2]                             compares runs that are there, the baseline first
 
 Each run is a folder, run_dir/arms/ARM/seed_N, and resumes by itself; verdict.json and report.html lie in run_dir.
 Those of an earlier comparison there, of other arms or seeds, are kept as verdict-ARM.json and report-ARM.html.
@@ -46,15 +46,19 @@ class FolderArguments:
     """Compare runs that are there: they must share model, data order, token count, tokenizer, eval set, first weights.
 
     runs: two or more run folders, those of the baseline first; a folder of seed_* folders stands for all of them
-    run_dir: folder for verdict.json and report.html
+    run_dir: folder for verdict.json and report.html; null: runs/compare-BASELINE-ARM...
     margin_percent: largest gap of the mean held-out loss that counts as equal
     skip_damaged: leave damaged lines of metrics out, in place of refusing the file
     """
 
     runs: list[str]
-    run_dir: str
+    run_dir: str | None = None
     margin_percent: float = CompareConfig().margin_percent
     skip_damaged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.run_dir == "":  # as from run_dir=$UNSET
+            raise ConfigError("run_dir: got an empty text; needs a folder. Give run_dir=DIR, or leave it out.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -150,10 +154,13 @@ def compare_folders(arguments: FolderArguments) -> int:
         raise ConfigError(
             f"compare: runs names a folder twice: {', '.join(map(str, paths))}; needs different ones. Correct runs."
         )
-    check_run_dir(Path(arguments.run_dir), "auto")
+    if arguments.run_dir is not None:
+        check_run_dir(Path(arguments.run_dir), "auto")
     folders = _grouped(paths, skip_damaged=arguments.skip_damaged)
+    run_dir = Path(arguments.run_dir or f"runs/compare-{'-'.join(folders)}")
+    check_run_dir(run_dir, "auto")
     settings = CompareConfig(margin_percent=arguments.margin_percent, skip_damaged=arguments.skip_damaged)
-    _conclude(Path(arguments.run_dir), folders, settings, {}, None)
+    _conclude(run_dir, folders, settings, {}, None)
     return 0
 
 
