@@ -218,6 +218,10 @@ class TestCommands:
         content = json.loads(out.read_text())
         assert len(content["linears"]) == 7 and content["tokens"] == 128
         assert [line.split()[0] for line in table[3:10]] == [row["fqn"] for row in content["linears"]]
+        head = table[2].replace("loss ", "loss_").replace(" dB", "_dB").replace("1-cos ", "1-cos_").split()
+        assert head[:4] == ["linear", "loss_change", "loss_rms", "fprop_dB"] and table[10].startswith("by loss; ")
+        assert float(table[3].split()[2]) == pytest.approx(content["linears"][0]["score"], rel=0.01)
+        assert len(table) == 12 and all(word in "".join(table[10:]) for word in ("range_parm", "kurtosis", "SQNR"))
         assert set(content["linears"][0]["gemms"]["dgrad"]) == {
             "loss_change", "loss_rms", "sqnr_db", "gradient_cosine"
         }  # fmt: skip
