@@ -14,7 +14,7 @@ from fp8train.arguments import nearest, parse_arguments
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.errors import ConfigError, exit_code
 from fp8train.generate import trained_tokenizer
-from fp8train.models import count_parameters, save_hf
+from fp8train.models import ModelConfig, count_parameters, save_hf
 from fp8train.nn.remedies import fold_channel_scale
 from fp8train.recipe import Recipe
 
@@ -56,8 +56,19 @@ def main(argv: Sequence[str]) -> int:
     parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
     copied = "with its tokenizer" if tokenizer else "without tokenizer files"
     what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
-    sys.stdout.write(f"{arguments.out}: {what}\n")
+    sys.stdout.write(f"{arguments.out}: {what}\n{_padding_line(model, parameters)}")
     return 0
+
+
+def _padding_line(model: ModelConfig, parameters: int) -> str:
+    """What the export has fewer than the training counted; '' where that is nothing."""
+    left_out = count_parameters(model) - parameters
+    if not left_out:
+        return ""
+    rows = f"rows {model.vocab_size:,} to {model.padded_vocab_size - 1:,} of the embedding and lm_head"
+    return (
+        f"left out: {left_out:,} of the {parameters + left_out:,} parameters trained, {rows}, which no token id uses\n"
+    )
 
 
 def fold_remedies(state: dict[str, Tensor], recipe: Recipe) -> tuple[dict[str, Tensor], list[str]]:

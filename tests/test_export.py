@@ -21,7 +21,10 @@ def test_transformers_computes_our_logits_from_the_export(tmp_path, capsys):
     trained, out = save_run(tmp_path / "run"), tmp_path / "hf"
     assert command.main([f"checkpoint={tmp_path / 'run'}", f"out={out}", "dtype=float32"]) == 0
     # 2 x 257 x 128 embedding and head; 128x128 q, o, 64x128 k, v, 3 x 128x128 MLP, 3 norms of 128
-    assert "tiny of step 7, 164,480 parameters in float32, without tokenizer files" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tiny of step 7, 164,480 parameters in float32, without tokenizer files" in said
+    # 320 - 257 rows of 128, twice
+    assert "left out: 16,128 of the 180,608 parameters trained, rows 257 to 319 of the embedding and lm_head" in said
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     ours = build_model(dataclasses.replace(MODEL, activations="float32"))
     ours.load_state_dict(trained.state_dict())
@@ -30,6 +33,12 @@ def test_transformers_computes_our_logits_from_the_export(tmp_path, capsys):
         difference = ours(tokens) - theirs(tokens).logits
         # one layer: about 10 dependent FP32 sums over at most 128 terms, each worth sqrt(128) * 2^-24
         assert difference.norm() <= 10 * 11.3 * 2**-24 * ours(tokens).norm()
+
+
+def test_nothing_is_said_of_padding_where_there_is_none(tmp_path, capsys):
+    save_run(tmp_path / "run", model=dataclasses.replace(MODEL, vocab_multiple=1))
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'hf'}"])
+    assert "parameters in bfloat16" in (said := capsys.readouterr().out) and "left out" not in said
 
 
 def test_bfloat16_is_the_master_rounded_to_nearest(tmp_path):
