@@ -3,9 +3,10 @@
     fp8train compare recipe=blockwise steps=300 run_dir=DIR       one seed: indicative
     fp8train compare recipe=blockwise compare.seeds=3             a test across seeds, with a placebo arm beside it
     fp8train compare compare.seeds=3 compare.parallel=2           two runs at a time, each with half of the threads
-    fp8train compare runs=[DIR1,DIR2] run_dir=OUT                 compares runs that are there, the baseline first
+    fp8train compare runs=[DIR1,DIR2]                             compares runs that are there, the baseline first
 
 Each run is a folder, run_dir/arms/ARM/seed_N, and resumes by itself; verdict.json and report.html lie in run_dir.
+Those of an earlier comparison there, of other arms or seeds, are kept as verdict-ARM.json and report-ARM.html.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fp8train.trainer.crossing import cross_evaluate
 from fp8train.trainer.parallel import Job, train_in_processes
 from fp8train.trainer.run_folder import RESULT_FILE, RunResult, on_main, write_file
 
-CROSSED_FILE = "crossed.json"
+CROSSED_FILE, VERDICT_FILE, REPORT_FILE = "crossed.json", "verdict.json", "report.html"
 
 TrainArm = Callable[[RunConfig, str], RunResult]
 
@@ -45,15 +46,19 @@ class FolderArguments:
     """Compare runs that are there: they must share model, data order, token count, tokenizer, eval set, first weights.
 
     runs: two or more run folders, those of the baseline first; a folder of seed_* folders stands for all of them
-    run_dir: folder for verdict.json and report.html
+    run_dir: folder for verdict.json and report.html; null: runs/compare-BASELINE-ARM...
     margin_percent: largest gap of the mean held-out loss that counts as equal
     skip_damaged: leave damaged lines of metrics out, in place of refusing the file
     """
 
     runs: list[str]
-    run_dir: str
+    run_dir: str | None = None
     margin_percent: float = CompareConfig().margin_percent
     skip_damaged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.run_dir == "":  # as from run_dir=$UNSET
+            raise ConfigError("run_dir: got an empty text; needs a folder. Give run_dir=DIR, or leave it out.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -149,10 +154,13 @@ def compare_folders(arguments: FolderArguments) -> int:
         raise ConfigError(
             f"compare: runs names a folder twice: {', '.join(map(str, paths))}; needs different ones. Correct runs."
         )
-    check_run_dir(Path(arguments.run_dir), "auto")
+    if arguments.run_dir is not None:
+        check_run_dir(Path(arguments.run_dir), "auto")
     folders = _grouped(paths, skip_damaged=arguments.skip_damaged)
+    run_dir = Path(arguments.run_dir or f"runs/compare-{'-'.join(folders)}")
+    check_run_dir(run_dir, "auto")
     settings = CompareConfig(margin_percent=arguments.margin_percent, skip_damaged=arguments.skip_damaged)
-    _conclude(Path(arguments.run_dir), folders, settings, {}, None)
+    _conclude(run_dir, folders, settings, {}, None)
     return 0
 
 
@@ -216,14 +224,44 @@ def _conclude(
         crossed=crossed,
         parallel=settings.parallel,
     )
-    write_file(run_dir / "verdict.json", json.dumps(verdict, indent=1, allow_nan=False) + "\n")
-    report = run_dir / "report.html"
+    kept = keep_earlier(run_dir, verdict)
+    write_file(run_dir / VERDICT_FILE, json.dumps(verdict, indent=1, allow_nan=False) + "\n")
+    report = run_dir / REPORT_FILE
     write_report(report, verdict, arms)
     if config is not None and config.log.wandb != "off":
         _send_to_wandb(run_dir, verdict, config)
     print(summary(verdict, arms))
+    if kept is not None:
+        print(f"\nearlier comparison: kept as {kept.resolve()}, since this one is not of all its runs", end="")
     print(f"\nrun folder: {run_dir.resolve()}")
     print(f"report: {report.resolve()}", flush=True)
+
+
+def keep_earlier(run_dir: Path, verdict: Mapping[str, Any]) -> Path | None:
+    """Rename the report and verdict that are there, unless all runs that they are of are in this verdict as well.
+
+    Returns:
+        The report under its new name, report-ARM.html after the arms that were held against the baseline, with a number
+        if another comparison has that name; None where nothing had to be kept.
+    """
+    earlier = read_mapping(run_dir / VERDICT_FILE)
+    if runs_of(earlier) <= runs_of(verdict):
+        return None
+    stem, number = "-".join(arm for arm in earlier["arms"] if arm != earlier["baseline"]), 1
+    name = stem
+    while not runs_of(read_mapping(run_dir / f"verdict-{name}.json")) <= runs_of(earlier):
+        number += 1
+        name = f"{stem}-{number}"
+    report = run_dir / f"report-{name}.html"
+    for old, new in ((run_dir / REPORT_FILE, report), (run_dir / VERDICT_FILE, run_dir / f"verdict-{name}.json")):
+        if old.is_file():
+            old.replace(new)
+    return report
+
+
+def runs_of(verdict: Mapping[str, Any]) -> set[str]:
+    """Folders of the runs that a verdict is of."""
+    return {str(run["run_dir"]) for entry in verdict.get("arms", {}).values() for run in entry["runs"]}
 
 
 def _send_to_wandb(run_dir: Path, verdict: Mapping[str, Any], config: RunConfig) -> None:

@@ -6,15 +6,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from fp8train.arguments import nearest, parse_arguments
-from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.checkpoint import open_checkpoint
 from fp8train.errors import ConfigError, exit_code
 from fp8train.generate import trained_tokenizer
-from fp8train.models import count_parameters, save_hf
+from fp8train.models import ModelConfig, count_parameters, save_hf
 from fp8train.nn.remedies import fold_channel_scale
 from fp8train.recipe import Recipe
 
@@ -28,7 +27,8 @@ class ExportArguments:
     checkpoint: run folder (its newest checkpoint) or one checkpoint
     out: folder to write; new or empty
     dtype: bfloat16 (rounded to nearest) or float32 (the master weights)
-    tokenizer: tokenizer.json or folder to copy; null: that of the training; none: no tokenizer
+    tokenizer: tokenizer.json or folder to copy; null: that of the training; none: no tokenizer and no
+        eos_token_id, which otherwise is what ends a document in training unless the tokenizer's folder has another
     """
 
     checkpoint: str
@@ -48,16 +48,30 @@ def main(argv: Sequence[str]) -> int:
     for line in checkpoint.skipped:
         sys.stderr.write(f"{line}\n")
     model = checkpoint.config.model
-    tokenizer = None if arguments.tokenizer == "none" else _tokenizer_path(checkpoint, arguments.tokenizer)
+    tokenizer, separator = None, None
+    if arguments.tokenizer != "none":
+        trained = trained_tokenizer(checkpoint.config.data, arguments.tokenizer)
+        tokenizer, separator = trained.path, trained.separator  # bytes have no files
     state, notes = fold_remedies(checkpoint.load_model_state(), checkpoint.recipe)
     for line in notes:
         sys.stderr.write(f"{line}\n")
-    save_hf(state, model, arguments.out, arguments.dtype, tokenizer)
+    save_hf(state, model, arguments.out, arguments.dtype, tokenizer, eos_token_id=separator)
     parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
     copied = "with its tokenizer" if tokenizer else "without tokenizer files"
     what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
-    sys.stdout.write(f"{arguments.out}: {what}\n")
+    sys.stdout.write(f"{arguments.out}: {what}\n{_padding_line(model, parameters)}")
     return 0
+
+
+def _padding_line(model: ModelConfig, parameters: int) -> str:
+    """What the export has fewer than the training counted; '' where that is nothing."""
+    left_out = count_parameters(model) - parameters
+    if not left_out:
+        return ""
+    rows = f"rows {model.vocab_size:,} to {model.padded_vocab_size - 1:,} of the embedding and lm_head"
+    return (
+        f"left out: {left_out:,} of the {parameters + left_out:,} parameters trained, {rows}, which no token id uses\n"
+    )
 
 
 def fold_remedies(state: dict[str, Tensor], recipe: Recipe) -> tuple[dict[str, Tensor], list[str]]:
@@ -81,11 +95,6 @@ def fold_remedies(state: dict[str, Tensor], recipe: Recipe) -> tuple[dict[str, T
             state[up], state[down] = fold_channel_scale(state[gate], state[up], state[down])
         notes.append(f"swiglu.smooth: channel scales folded into {len(downs)} pairs of up_proj and down_proj")
     return state, notes
-
-
-def _tokenizer_path(checkpoint: Checkpoint, name: str | None) -> Path | None:
-    """Where the files of the run's tokenizer lie; None for bytes, which has none."""
-    return trained_tokenizer(checkpoint.config.data, name).path
 
 
 if __name__ == "__main__":

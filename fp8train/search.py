@@ -82,12 +82,14 @@ class Choice:
     searched: linears that their rank chose, in the order of the model, groups complete
     manual: those that manual names, groups complete
     ends: those that first and last cover
+    led: those of searched and manual that only complete a group -> name of the linear that brought them in
     notes: lines for the user
     """
 
     searched: tuple[str, ...]
     manual: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
+    led: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -126,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         headline(arguments, config, assembly, calibration)
         + "".join(f"{line}\n" for line in choice.notes)
         + cost_table(assembly.report, choice, scores, arguments.metric)
-        + f"calibration loss above BF16: {gap[0]:+.2e} nats, {gap[1]:+.2e} under recipe {assembly.recipe.name}\n"
+        + f"calibration loss: {gap_words(*gap, assembly.recipe.name, calibration.tokens)}\n"
         + f"{out}: recipe of {len(choice.every)} of {len(calibration.candidates)} linears in BF16; use recipe={out}\n"
     )
     return 0
@@ -162,14 +164,23 @@ def choose(
             notes.append(
                 f"level {arguments.level} exceeds the {len(rest)} linears that are left to choose: all of them"
             )
-        chosen = _closed(rest[:count], groups)
+        chosen, leaders = _closed(rest[:count], groups), rest[:count]
     elif arguments.fraction is not None:
         chosen = _within(rest, groups, fixed, int(arguments.fraction * len(candidates) + 1e-9))
     else:
         chosen = _within_budget(arguments, rest, groups, fixed, len(candidates), loss_gap, notes)
+    if arguments.level is None:  # whole groups, by the highest rank in each
+        leaders = list({tuple(groups[fqn]): fqn for fqn in reversed(rest) if fqn in chosen}.values())
     searched = tuple(fqn for fqn in candidates if fqn in chosen - fixed)
     in_order = tuple(fqn for fqn in candidates if fqn in named)
-    return Choice(searched=searched, manual=in_order, ends=tuple(ends), notes=tuple(notes))
+    led = _led(searched, leaders, groups) | _led(in_order, manual, groups)
+    return Choice(searched=searched, manual=in_order, ends=tuple(ends), led=led, notes=tuple(notes))
+
+
+def _led(chosen: Sequence[str], leaders: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Of the linears that are none of the leaders: name of the first leader that reads their input."""
+    others = [fqn for fqn in chosen if fqn not in leaders]
+    return {fqn: next(lead for lead in leaders if lead in groups[fqn]).rpartition(".")[2] for fqn in others}
 
 
 def _closed(paths: Sequence[str], groups: Mapping[str, Sequence[str]]) -> set[str]:
@@ -271,9 +282,16 @@ def cost_table(report: ConversionReport, choice: Choice, scores: Mapping[str, fl
             costs = [share, share / 2, copies]
             sums = [a + b for a, b in zip(sums, costs, strict=True)]
             cells = [f"{share:.2f}", f"{share / 2:.2f}", _bytes(copies), f"+{bytes_text(row.in_features)}"]
-            lines.append([fqn, why, f"{scores[fqn]:.3g}", *cells])
+            cause = f"with {choice.led[fqn]}" if fqn in choice.led and paths is not choice.ends else why
+            lines.append([fqn, cause, f"{scores[fqn]:.3g}", *cells])
     lines.append(["in all", "", "", f"{sums[0]:.2f}", f"{sums[1]:.2f}", _bytes(sums[2]), ""])
     return align(lines, right=head[2:]) + "\n(time: of the linears in BF16, where FP8 runs at twice its speed)\n"
+
+
+def gap_words(searched: float, base: float, name: str, tokens: int) -> str:
+    """Both calibration losses less that of BF16, and whether the search did not lower it."""
+    worse = "" if searched < base else " (not better)"
+    return f"searched {searched:+.1e}, {name} {base:+.1e} nats above BF16 on {tokens:,} tokens{worse}"
 
 
 def _bytes(size: float) -> str:

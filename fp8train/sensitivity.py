@@ -28,6 +28,11 @@ from fp8train.trainer.run_folder import write_file
 
 T = TypeVar("T", bound="CalibrationArguments")
 
+LEGEND = """\
+loss: nats, with fprop alone in FP8: change of the mean, rms change of a token's; dB: SQNR; 1-cos: of all gradients
+of the input x: range_parm, largest |x| over the spread in channels (outliers); kurtosis, normal is 3; row error, p99
+"""
+
 
 @dataclass(kw_only=True, slots=True)
 class CalibrationArguments:
@@ -124,17 +129,16 @@ def headline(arguments: CalibrationArguments, config: RunConfig, assembly: Assem
 
 
 def table(order: Sequence[tuple[LinearSensitivity, float]], metric: str) -> str:
-    """A line for each linear, in the order given."""
-    head = ["linear", metric, "loss change", "rms", *(f"{gemm} dB" for gemm in GEMMS),
+    """A line for each linear, in the order given, and what the columns are."""
+    head = ["linear", "loss change", "loss rms", *(f"{gemm} dB" for gemm in GEMMS),
             *(f"1-cos {gemm}" for gemm in GEMMS), "range_parm", "kurtosis", "row error %"]  # fmt: skip
     lines = [head]
-    for linear, score in order:
+    for linear, _ in order:
         fprop = linear.gemms["fprop"]
         cosines = [linear.gemms[gemm].gradient_cosine for gemm in GEMMS]
         lines.append(
             [
                 linear.fqn,
-                _text(_finite(score)),
                 _text(fprop.loss_change, "+.2e"),
                 _text(fprop.loss_rms, ".2e"),
                 *(_text(linear.gemms[gemm].sqnr_db, ".1f") for gemm in GEMMS),
@@ -144,7 +148,7 @@ def table(order: Sequence[tuple[LinearSensitivity, float]], metric: str) -> str:
                 _text(None if linear.row_error_p99 is None else 100 * linear.row_error_p99, ".2f"),
             ]
         )
-    return align(lines, right=head[1:]) + "\n"
+    return f"{align(lines, right=head[1:])}\nby {metric}; {LEGEND}"
 
 
 def show_progress(done: int, total: int) -> None:

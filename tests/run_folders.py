@@ -52,15 +52,21 @@ def write_run(
     losses: np.ndarray | None = None,
     eval_loss: float = 2.25,
     tokens_per_second: float = 40_000.0,
+    speed_spread: float = 0.02,
     memory_bytes: float = 1.4e9,
     coverage: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
     seed: int = 1,
     **facts: Any,
 ) -> Path:
-    """Write a finished run of len(losses) steps (default 40); `facts` go into result.json over FACTS."""
+    """Write a finished run of len(losses) steps (default 40); `facts` go into result.json over FACTS.
+
+    Args:
+        speed_spread: standard deviation of the logarithm of a step's speed.
+    """
     folder.mkdir(parents=True)
     losses = 2.2 + 3.3 * np.exp(-np.arange(40) / 12) if losses is None else losses
-    rows = _metrics(recipe, losses, eval_loss, tokens_per_second, seed)
+    rows = _metrics(recipe, losses, eval_loss, tokens_per_second, speed_spread, seed)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     result = {
         "finished": True,
@@ -82,7 +88,7 @@ def write_run(
         "optim": {"lr": 1e-3},
     }
     coverage = make_coverage(recipe) if coverage is None else coverage
-    for name, content in (("result", result), ("environment", ENVIRONMENT), ("coverage", coverage)):
+    for name, content in (("result", result), ("environment", environment or ENVIRONMENT), ("coverage", coverage)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     precisions = "precisions: {placebo: {noise: 0.0265}}\n" if recipe == "placebo" else ""
@@ -92,10 +98,10 @@ def write_run(
 
 
 def _metrics(
-    recipe: str, losses: np.ndarray, eval_loss: float, tokens_per_second: float, seed: int
+    recipe: str, losses: np.ndarray, eval_loss: float, tokens_per_second: float, speed_spread: float, seed: int
 ) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl: every step, and an evaluation half-way, 0.3 above eval_loss, and at the end."""
-    speeds = tokens_per_second * (1 + 0.02 * np.random.default_rng(seed).standard_normal(len(losses)))
+    speeds = tokens_per_second * np.exp(speed_spread * np.random.default_rng(seed).standard_normal(len(losses)))
     speeds[0] *= 0.4
     rows: list[dict[str, Any]] = []
     for step, (loss, speed) in enumerate(zip(losses.tolist(), speeds.tolist(), strict=True), start=1):

@@ -108,6 +108,34 @@ def test_stopped_comparison_goes_on_where_it_was(tmp_path: Path, capsys: pytest.
     assert (out / "verdict.json").exists()
 
 
+def test_report_of_another_recipe_in_the_same_folder_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    compare(configuration(out), FakeTrainer())
+    first = {name: (out / name).read_bytes() for name in ("report.html", "verdict.json")}
+    assert "earlier comparison" not in capsys.readouterr().out
+    compare(configuration(out, "recipe=rowwise"), FakeTrainer())
+    kept = out / "report-blockwise.html"
+    line = f"earlier comparison: kept as {kept}, since this one is not of all its runs"
+    assert line in capsys.readouterr().out.splitlines()
+    assert kept.read_bytes() == first["report.html"]
+    assert (out / "verdict-blockwise.json").read_bytes() == first["verdict.json"]
+    assert "FP8 rowwise" in (out / "report.html").read_text()
+
+    compare(configuration(out, "compare.arms=[bf16,blockwise,rowwise]", "recipe=rowwise"), FakeTrainer())
+    assert "earlier comparison" not in capsys.readouterr().out, "it has all the runs of the one before"
+    assert sorted(path.name for path in out.glob("report*")) == ["report-blockwise.html", "report.html"]
+
+
+def test_kept_report_of_more_seeds_is_not_replaced_by_one_of_fewer(tmp_path: Path) -> None:
+    two, one, other = (["compare.seeds=2", "compare.arms=[bf16,blockwise]"], [], ["recipe=rowwise"])
+    for options in (two, other, one, other):
+        compare(configuration(tmp_path, *options), FakeTrainer())
+    seeds = {path.name: json.loads(path.read_text())["seeds"] for path in tmp_path.glob("verdict-*.json")}
+    assert seeds == {"verdict-blockwise.json": [1, 2], "verdict-rowwise.json": [1], "verdict-blockwise-2.json": [1]}
+
+
 def test_begun_arms_of_another_configuration_are_not_mixed_in(tmp_path: Path) -> None:
     out = tmp_path / "out"
     compare(configuration(out), FakeTrainer(stop_at=2))

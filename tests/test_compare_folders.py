@@ -27,6 +27,17 @@ def test_folders_that_are_there_are_compared(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
 
 
+def test_folder_of_the_verdict_is_named_after_the_arms_unless_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", recipe="bf16")
+    write_run(tmp_path / "b", recipe="blockwise")
+    assert main(["runs=[a,b]"]) == 0
+    written = sorted(path.name for path in (tmp_path / "runs" / "compare-bf16-blockwise").iterdir())
+    assert written == ["report.html", "verdict.json"]
+
+
 def test_two_runs_of_one_recipe_are_told_apart(tmp_path: Path) -> None:
     runs = [str(write_run(tmp_path / name, recipe="blockwise")) for name in "abc"]
     compare_folders(FolderArguments(runs=runs, run_dir=str(tmp_path / "out")))
@@ -64,11 +75,11 @@ def test_folders_that_cannot_be_compared_are_refused_with_the_reason(
         (["runs=[a]", "run_dir=out"], ConfigError, "needs at least two"),
         (["runs=[a,./a]", "run_dir=out"], ConfigError, "names a folder twice"),
         (["runs=[a,b]", "run_dir=out"], DataError, "b is not a folder"),
-        (["runs=[a,b]"], ConfigError, "run_dir"),
+        (["runs=[a,b]", "run_dir="], ConfigError, "run_dir: got an empty text"),
         (["runs=[a,b]", "run_dir=out", "steps=3"], ConfigError, "steps"),
         (["runs=[a,b]", "run_dir=a"], ConfigError, "is the folder of a run"),
     ],
-    ids=["one", "twice", "missing", "no run_dir", "foreign key", "over a run"],
+    ids=["one", "twice", "missing", "empty run_dir", "foreign key", "over a run"],
 )
 def test_bad_arguments_for_folders_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: type[UserError], message: str

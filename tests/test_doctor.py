@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fp8train import doctor
-from fp8train.checkup import machine, ranks
+from fp8train.checkup import arithmetic, machine, ranks, training
 from fp8train.checkup.outcome import Outcome, distance, relative, worst_row
 from fp8train.checkup.subject import Subject
 from fp8train.errors import ConfigError, exit_code
@@ -31,6 +31,27 @@ def test_sound_model_passes_and_every_line_has_both_numbers(tmp_path: Path, caps
 @pytest.mark.parametrize("recipe", ["deepseek_v3", "tensorwise", "rowwise", "wgrad_bf16", "bf16", "fp32"])
 def test_every_recipe_passes(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--only", QUICK, *tiny_arguments(tmp_path, f"recipe={recipe}")]) == 0, capsys.readouterr().out
+
+
+def test_loss_is_of_a_token_and_what_became_of_a_nan_is_said(tmp_path: Path) -> None:
+    subject = Subject(tiny_config(tmp_path), torch.device("cpu"))
+    found = training.cached(subject)
+    losses = [float(text.split()[-1]) for text in (found.first, found.second)]
+    assert found.passed and losses[0] == losses[1] and 4 < losses[0] < 7, "near ln(257) after one step"
+    found = arithmetic.nonfinite(subject)
+    assert found.passed and ": NaN in one number of x" in found.first
+    assert found.second == "0 % of that token's outputs or of that column of dw are finite"
+
+
+def test_nan_that_is_laundered_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = arithmetic.ran
+
+    def laundered(*arguments: object) -> tuple[torch.Tensor | None, ...]:
+        return tuple(found if found is None else found.nan_to_num() for found in honest(*arguments))
+
+    monkeypatch.setattr(arithmetic, "ran", laundered)
+    found = arithmetic.nonfinite(Subject(tiny_config(tmp_path), torch.device("cpu")))
+    assert not found.passed and found.second.startswith("100 % of that token's outputs")
 
 
 def test_finding_gives_status_1_and_says_what_it_usually_means(

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fp8train import export as command
+from fp8train.data.tokenizers import ByteTokenizer
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.models import build_model, initialize
 from fp8train.recipe import load_recipe
@@ -21,7 +22,10 @@ def test_transformers_computes_our_logits_from_the_export(tmp_path, capsys):
     trained, out = save_run(tmp_path / "run"), tmp_path / "hf"
     assert command.main([f"checkpoint={tmp_path / 'run'}", f"out={out}", "dtype=float32"]) == 0
     # 2 x 257 x 128 embedding and head; 128x128 q, o, 64x128 k, v, 3 x 128x128 MLP, 3 norms of 128
-    assert "tiny of step 7, 164,480 parameters in float32, without tokenizer files" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tiny of step 7, 164,480 parameters in float32, without tokenizer files" in said
+    # 320 - 257 rows of 128, twice
+    assert "left out: 16,128 of the 180,608 parameters trained, rows 257 to 319 of the embedding and lm_head" in said
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     ours = build_model(dataclasses.replace(MODEL, activations="float32"))
     ours.load_state_dict(trained.state_dict())
@@ -30,6 +34,28 @@ def test_transformers_computes_our_logits_from_the_export(tmp_path, capsys):
         difference = ours(tokens) - theirs(tokens).logits
         # one layer: about 10 dependent FP32 sums over at most 128 terms, each worth sqrt(128) * 2^-24
         assert difference.norm() <= 10 * 11.3 * 2**-24 * ours(tokens).norm()
+
+
+def test_transformers_ends_a_text_where_training_ended_documents(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_run(tmp_path / "run")
+    out = tmp_path / "hf"
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={out}", "dtype=float32"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == ByteTokenizer.separator == 256
+    with torch.no_grad():  # a head that prefers it after any token
+        theirs.lm_head.weight.zero_()
+        theirs.lm_head.weight[256] = theirs.model(torch.tensor([[1]])).last_hidden_state[0, 0]
+    found = theirs.generate(torch.tensor([[1]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert found.tolist() == [[1, 256]], "generate stops at once"
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'none'}", "tokenizer=none"])
+    assert json.loads((tmp_path / "none" / "config.json").read_text())["eos_token_id"] is None
+
+
+def test_nothing_is_said_of_padding_where_there_is_none(tmp_path, capsys):
+    save_run(tmp_path / "run", model=dataclasses.replace(MODEL, vocab_multiple=1))
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'hf'}"])
+    assert "parameters in bfloat16" in (said := capsys.readouterr().out) and "left out" not in said
 
 
 def test_bfloat16_is_the_master_rounded_to_nearest(tmp_path):
@@ -50,6 +76,7 @@ def test_tokenizer_of_the_run_goes_along(tmp_path):
     save_run(tmp_path / "run", tokenizer=str(file))
     command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'with'}"])
     assert (tmp_path / "with" / "tokenizer.json").read_bytes() == file.read_bytes()
+    assert json.loads((tmp_path / "with" / "config.json").read_text())["eos_token_id"] == 2, "</s>, as in training"
     command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'without'}", "tokenizer=none"])
     assert not (tmp_path / "without" / "tokenizer.json").exists()
 

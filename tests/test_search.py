@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import load_recipe
-from fp8train.search import Choice, SearchArguments, choose, end_layers, main, matching, searched_recipe
+from fp8train.search import Choice, SearchArguments, choose, end_layers, gap_words, main, matching, searched_recipe
 from fp8train.sensitivity import main as sensitivity
 from fp8train.telemetry.observer import named_linears
 from tests.planted import LAYERS, PLANTED, own_text, planted_model
@@ -174,6 +175,30 @@ def test_searched_recipe_beats_random_and_first_and_last_layers_on_held_out_text
         assert abs(searched) < 0.5 * gap(kept), (name, searched, gap(kept))
 
 
+class TestWords:
+    def test_a_linear_that_follows_another_of_its_input_says_which(self):
+        v, down = "layers.1.self_attn.v_proj", DOWN[3]
+        by_level = level(2, v, down)
+        assert by_level.led == {f"layers.1.self_attn.{n}_proj": "v_proj" for n in "qk"}
+        assert level(3, v, down, "layers.1.self_attn.q_proj").led == {"layers.1.self_attn.k_proj": "v_proj"}
+        share = choose(SearchArguments(fraction=0.15), order_of(v, "layers.1.self_attn.q_proj", down), NAMES)
+        assert share.led == by_level.led and set(share.searched) == {*by_level.led, v, down}
+        assert level(0, manual=[v]).led == by_level.led
+
+    def test_the_table_gives_the_cause_and_the_last_line_both_losses(self, tmp_path: Path, capsys):
+        manual = "manual=['*v_proj','*up_proj']"
+        assert main([*tiny_arguments(tmp_path), "level=L0", "windows=2", manual, f"out={tmp_path / 'r.yaml'}"]) == 0
+        text = capsys.readouterr().out
+        for name, cause in {"v_proj": "manual", "q_proj": "with v_proj", "k_proj": "with v_proj"}.items():
+            assert re.search(rf"^layers.0.self_attn.{name} +{cause} ", text, re.M), name
+        assert re.search(r"^calibration loss: searched \S+, blockwise \S+ nats above BF16 on 128 tokens", text, re.M)
+
+    def test_a_search_that_did_not_help_says_so(self):
+        words = "searched +9.5e-05, blockwise -2.4e-04 nats above BF16 on 128 tokens"
+        assert gap_words(9.5e-5, -2.43e-4, "blockwise", 128) == f"{words} (not better)"
+        assert gap_words(1e-4, 2e-4, "blockwise", 128).endswith("tokens")
+
+
 class TestCommands:
     def test_search_writes_a_recipe_that_trains_next(self, tmp_path: Path, capsys: pytest.CaptureFixture):
         out = tmp_path / "made.yaml"
@@ -193,6 +218,10 @@ class TestCommands:
         content = json.loads(out.read_text())
         assert len(content["linears"]) == 7 and content["tokens"] == 128
         assert [line.split()[0] for line in table[3:10]] == [row["fqn"] for row in content["linears"]]
+        head = table[2].replace("loss ", "loss_").replace(" dB", "_dB").replace("1-cos ", "1-cos_").split()
+        assert head[:4] == ["linear", "loss_change", "loss_rms", "fprop_dB"] and table[10].startswith("by loss; ")
+        assert float(table[3].split()[2]) == pytest.approx(content["linears"][0]["score"], rel=0.01)
+        assert len(table) == 12 and all(word in "".join(table[10:]) for word in ("range_parm", "kurtosis", "SQNR"))
         assert set(content["linears"][0]["gemms"]["dgrad"]) == {
             "loss_change", "loss_rms", "sqnr_db", "gradient_cosine"
         }  # fmt: skip

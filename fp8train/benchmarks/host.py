@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from fp8train.arguments import parse_arguments
 from fp8train.backends import selection
 from fp8train.backends.cpu import CpuBackend
-from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
+from fp8train.benchmarks.timing import (
+    BenchArguments,
+    BenchResult,
+    Timing,
+    interleaved,
+    machine_lines,
+    table,
+    write_results,
+)
 from fp8train.distributed import World
 from fp8train.nn.linear import Float8Linear
 from fp8train.quant.formats import QuantSpec
@@ -29,10 +37,12 @@ class HostArguments(BenchArguments):
 
     recipe: its first FP8 precision is timed
     calls: forward and backward passes in a round
+    threads: CPU threads; null: torch's own choice, whose helpers a busy machine keeps waiting
     """
 
     recipe: str = "blockwise"
     calls: int = 200
+    threads: int | None = 1
 
 
 class NoKernels(CpuBackend):
@@ -67,10 +77,20 @@ class NoKernels(CpuBackend):
 def run(argv: Sequence[str], world: World) -> int:
     """Print time per call of nn.Linear, of the converted linear, and of one torch.empty, by which to judge the machine.
 
+    torch's number of threads is afterwards as before.
+
     Raises:
         RecipeError: no such recipe.
     """
-    arguments, device = parse_arguments(argv, HostArguments), torch.device("cpu")
+    threads = torch.get_num_threads()
+    try:
+        return _run(parse_arguments(argv, HostArguments))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(arguments: HostArguments) -> int:
+    device = torch.device("cpu")
     selection.BACKENDS[BACKEND] = NoKernels
     precision = next(found for found in load_recipe(arguments.recipe).precisions.values() if found.any_fp8)
     linears = {
@@ -82,14 +102,29 @@ def run(argv: Sequence[str], world: World) -> int:
     timings = interleaved(calls, arguments, device)
     each = {name: 1e6 * timing.median_seconds / arguments.calls for name, timing in timings.items()}
     extra = each[arguments.recipe] - each["nn.Linear"]
-    facts = {"calls": arguments.calls, "microseconds": each, "extra_microseconds": extra}
+    found = timings[arguments.recipe]
+    facts = {
+        "calls": arguments.calls,
+        "microseconds": each,
+        "extra_microseconds": extra,
+        "measurable": measurable(found),
+    }
     title = f"host, {arguments.calls} x forward + backward of one linear without arithmetic"
     result, reason = BenchResult(title=title, timings=timings, facts=facts), "kernels that compute nothing"
     sys.stdout.write(machine_lines(device, reason, arguments) + table(result))
     sys.stdout.write(", ".join(f"{name} {time:.1f} us" for name, time in each.items()) + " a call; ")
-    sys.stdout.write(f"a converted linear costs {extra:.1f} us more than nn.Linear\n")
+    costs = f"a converted linear costs {extra:.1f} us more than nn.Linear"
+    if not facts["measurable"]:
+        spread = f"{found.ratio_low:.2f} to {found.ratio_high:.2f}"
+        costs = f"what a converted linear costs more is not measurable here: it took {spread} times nn.Linear's time"
+    sys.stdout.write(f"{costs}\n")
     write_results("host", [result], device, reason, arguments)
     return 0
+
+
+def measurable(timing: Timing) -> bool:
+    """Whether the rounds agree (quartiles) to less than what the linear takes beyond the baseline."""
+    return timing.ratio - 1 > timing.ratio_high - timing.ratio_low
 
 
 def _forward_backward(linear: nn.Module) -> Callable[[], None]:

@@ -192,12 +192,13 @@ def nonfinite(subject: Subject) -> Outcome:
         assert y is not None and dw is not None
         return float(max(y[5].isfinite().float().mean(), dw[:, 3].isfinite().float().mean()))
 
-    return _over_linears(
-        subject,
-        finite_share,
-        0.0,
-        "share of finite numbers where a NaN is to stay visible",
-        "a maximum that drops NaN, a cast that saturates it or nan_to_num: a broken run would look healthy.",
+    share, where = _worst(subject, finite_share)
+    return Outcome(
+        passed=share == 0,
+        first=f"{where}: NaN in one number of x",
+        second=f"{100 * share:.3g} % of that token's outputs or of that column of dw are finite",
+        detail="none may be",
+        meaning="a maximum that drops NaN, a cast that saturates it or nan_to_num: a broken run would look healthy.",
     )
 
 
@@ -230,12 +231,8 @@ def fp32_accumulation(subject: Subject) -> Outcome:
 def _over_linears(
     subject: Subject, measure: Callable[[Subject, Float8Linear], float], limit: float, detail: str, meaning: str
 ) -> Outcome:
-    """Worst measurement over the representative linears."""
-    worst, where = 0.0, "no linear in FP8"
-    for label, linear in representatives(subject.fresh()):
-        value = measure(subject, linear)
-        if value > worst or where == "no linear in FP8":
-            worst, where = value, label
+    """Worst measurement over the representative linears, against its limit."""
+    worst, where = _worst(subject, measure)
     return Outcome(
         passed=worst <= limit,
         first=f"{where}: {worst:.1e}",
@@ -243,3 +240,13 @@ def _over_linears(
         detail=detail,
         meaning=meaning,
     )
+
+
+def _worst(subject: Subject, measure: Callable[[Subject, Float8Linear], float]) -> tuple[float, str]:
+    """Largest measurement over the representative linears, and which it is of."""
+    worst, where = 0.0, "no linear in FP8"
+    for label, linear in representatives(subject.fresh()):
+        value = measure(subject, linear)
+        if value > worst or where == "no linear in FP8":
+            worst, where = value, label
+    return worst, where

@@ -12,6 +12,7 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.checkup.outcome import Outcome, distance
 from fp8train.checkup.subject import BLOCK, PARTS, Subject, precisions
 from fp8train.config import config_to_dict
+from fp8train.data import MASKED_TARGET
 from fp8train.distributed import World
 from fp8train.nn.weights import weights_changed
 from fp8train.trainer.assembly import Assembly, parameter_hash
@@ -160,17 +161,19 @@ def cached(subject: Subject) -> Outcome:
     kept = _loss(subject, assembly)
     weights_changed(assembly.model)
     fresh = _loss(subject, assembly)
+    tokens = int((subject.batches()[0].targets != MASKED_TARGET).sum())
     return Outcome(
         passed=kept == fresh,
-        first=f"loss after a step {kept}",
-        second=f"{fresh}",
-        detail="weight codes at hand against fresh ones",
+        first=f"loss after a step with the weight codes at hand {kept / tokens:.9f}",
+        second=f"with fresh ones {fresh / tokens:.9f}",
+        detail="nats per token; the same bits are wanted",
         meaning="FP8 weight codes that did not follow the optimizer: a fused or foreign optimizer moves no version "
         "counter, so an edit must be announced with fp8train.weights_changed(model).",
     )
 
 
 def _loss(subject: Subject, assembly: Assembly) -> float:
+    """Sum over the tokens of a micro-batch."""
     batch = subject.batches()[0]
     with torch.no_grad():
         return float(assembly.model(*inputs(batch, subject.device)))

@@ -91,6 +91,7 @@ def save_hf(
     dtype: str = "bfloat16",
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    eos_token_id: int | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json, safetensors (shards if large), tokenizer files.
 
@@ -103,6 +104,7 @@ def save_hf(
         dtype: "bfloat16" (rounded to nearest) or "float32".
         tokenizer_dir: folder whose tokenizer files are copied, or a tokenizer.json; None copies none.
         max_shard_bytes: a file ends before the tensor that would exceed this.
+        eos_token_id: of config.json, where the config.json in tokenizer_dir states none.
 
     Raises:
         ConfigError: another dtype; qkv_bias together with qk_norm, which no family has.
@@ -113,7 +115,10 @@ def save_hf(
         raise ConfigError(f"dtype is {dtype!r}; needs one of {', '.join(DTYPES)}.")
     directory = Path(directory).absolute()
     _check_state(state, config)
-    document = config_to_hf(config, dtype, _token_ids(tokenizer_dir))
+    token_ids = _token_ids(tokenizer_dir)
+    if token_ids.get("eos_token_id") is None:
+        token_ids["eos_token_id"] = eos_token_id
+    document = config_to_hf(config, dtype, token_ids)
     tokenizer_files = _tokenizer_files(tokenizer_dir)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(

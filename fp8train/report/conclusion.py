@@ -7,12 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp8train.report.statistics import MAX_SEEDS, Interval, equivalence, interval, ratio_interval, seeds_needed
-from fp8train.units import percent_text
+from fp8train.units import percent_text, ratio_text
 
 Pairs = Sequence[Mapping[str, Any]]  # one for each seed, as verdict.pair_measures gives them
 
 ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot be told from chance"
 HELD_OUT, TRAINING = "held-out loss", "smoothed training loss"
+MOST_SPREAD = 2.0  # 90th over 10th percentile of an arm's speed: beyond, the machine was doing something else as well
+STEADY_SPREAD = 1.2  # below, two arms whose speeds overlap are equally fast; above, that is not known
+NOT_COMPARABLE = "not comparable"
+# What two runs must share for the ratio of their speeds to be about precision: key of environment.json -> words for it.
+SPEED_FACTS = {
+    "host": "host",
+    "device.name": "device",
+    "cpu.name": "CPU",
+    "torch_threads": "threads of torch",
+    "world_size": "ranks",
+    "torch": "torch",
+    "cuda": "CUDA",
+    "triton": "Triton",
+    "cpu_kernels": "C++ kernels",
+}
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
 
@@ -68,6 +83,47 @@ def speed_ratios(pairs: Pairs) -> dict[str, Any]:
     tokens that the arm needs more for the same loss. Geometric means with 95 % intervals; None where a seed lacks one.
     """
     return {name: _ratios([pair[key] for pair in pairs]) for name, key in SPEED_KEYS.items()}
+
+
+def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
+    """Why the ratio of two arms' speeds says nothing about them, in words; None where it can be quoted.
+
+    Args:
+        arms: label and `runs` of each, as verdict.json has them.
+    """
+    if differences := [text for key in SPEED_FACTS if (text := _difference(key, arms))]:
+        return "the arms ran on other machines or software, " + "; ".join(differences)
+    ranges = [speed_range(arm["runs"]) for arm in arms]
+    known = [found for found in ranges if found is not None]
+    if len(known) < 2:
+        return None  # there is no ratio either
+    spreads = [high / low for low, high in known]
+    widest = spreads.index(max(spreads))
+    times = f"{spreads[widest]:,.0f}x" if spreads[widest] >= 10 else ratio_text(spreads[widest])
+    varied = f"{arms[widest]['label']}'s steps varied {times}"
+    if spreads[widest] > MOST_SPREAD:
+        return varied
+    if spreads[widest] > STEADY_SPREAD and max(low for low, _ in known) <= min(high for _, high in known):
+        return f"{varied}, more than the arms are apart"
+    return None
+
+
+def _difference(key: str, arms: Sequence[Mapping[str, Any]]) -> str:
+    """The arms' values of a fact that bears on speed, if they differ: `threads of torch BF16 1, FP8 blockwise 2`."""
+    found = [[run["ran_on"][key] for run in arm["runs"]] for arm in arms]
+    # seed by seed, as the ratios are; what a run does not say counts as the same
+    if not any(None not in pair and len(set(pair)) > 1 for pair in zip(*found, strict=True)):
+        return ""
+    texts = [" and ".join(dict.fromkeys(map(str, values))) for values in found]
+    return f"{SPEED_FACTS[key]} " + ", ".join(f"{arm['label']} {text}" for arm, text in zip(arms, texts, strict=True))
+
+
+def speed_range(runs: Pairs) -> tuple[float, float] | None:
+    """Tokens per second of an arm: the lowest 10th and the highest 90th percentile of its runs; None where unknown."""
+    edges = [(run["tokens_per_second_p10"], run["tokens_per_second_p90"]) for run in runs]
+    if any(not low or not high for low, high in edges):
+        return None
+    return min(low for low, _ in edges), max(high for _, high in edges)
 
 
 def _ratios(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from fp8train.report.arm_rows import (
     thinned,
 )
 from fp8train.report.charts import Bars, Curve, bar_chart, line_chart
+from fp8train.report.conclusion import NOT_COMPARABLE
 from fp8train.report.page import Column, typeset
 from fp8train.report.results import banded
 from fp8train.report.run_record import Arms, first_run
@@ -37,10 +38,11 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     rows = []
     for arm, index, run in measured_runs(verdict):
         pair = pair_of(verdict, arm, index)
+        ratio = NOT_COMPARABLE if _doubt(verdict, arm) else ratio_text(pair.get("tokens_per_second_ratio"))
         cells = [
             count_text(run["tokens_per_second"]),
             f"{count_text(run['tokens_per_second_p10'])} to {count_text(run['tokens_per_second_p90'])}",
-            or_baseline(pair, ratio_text(pair.get("tokens_per_second_ratio"))),
+            or_baseline(pair, ratio),
             seconds_text(run["train_seconds"]),
         ]
         rows.append(run_row(verdict, arm, run, cells))
@@ -49,7 +51,17 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)
+    for arm in verdict["comparisons"]:
+        if doubt := _doubt(verdict, arm):
+            text = f"speed {NOT_COMPARABLE}, and neither is the time to the same loss: {doubt}."
+            note += page.paragraph(f"{verdict['arms'][arm]['label']}: {text}", "alert")
     return [note, _speed_figure(verdict, arms), table, _time_figure(verdict, arms), _time_table(verdict)]
+
+
+def _doubt(verdict: Mapping[str, Any], arm: str) -> str | None:
+    """Why the arm's speed is not held against the baseline's; None where it is, and for the baseline itself."""
+    doubt: str | None = verdict["comparisons"][arm]["speed"]["not_quoted"] if arm in verdict["comparisons"] else None
+    return doubt
 
 
 def _speed_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
@@ -128,7 +140,8 @@ def _at_tenth(curve: Curve) -> float:
 
 
 def _time_words(verdict: Mapping[str, Any], arm: str) -> str:
-    return f"{verdict['arms'][arm]['label']} {ratio_text(verdict['comparisons'][arm]['mean']['time_to_loss_ratio'])}"
+    ratio = ratio_text(verdict["comparisons"][arm]["mean"]["time_to_loss_ratio"])
+    return f"{verdict['arms'][arm]['label']} {NOT_COMPARABLE if _doubt(verdict, arm) else ratio}"
 
 
 def _time_table(verdict: Mapping[str, Any]) -> str:
@@ -140,7 +153,8 @@ def _time_table(verdict: Mapping[str, Any]) -> str:
         tokens = [pair["tokens_to_loss"] for pair in comparison["seeds"]]
         ratios = [_average([_at(found, share) for found in tokens]) for share in TARGETS]
         ratios.append(_average([found["common"]["ratio"] for found in tokens]))
-        raw, timed = (_ratio_cells(comparison["speed"][key]) for key in ("raw", "time_to_loss"))
+        found = (None if _doubt(verdict, arm) else comparison["speed"][key] for key in ("raw", "time_to_loss"))
+        raw, timed = (_ratio_cells(ratio) for ratio in found)
         cells = [*raw, *(_precise(ratio) for ratio in ratios), *timed]
         rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
     columns = [Column(heading="Arm"), *(Column(heading=name, number=True) for name in names)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.report import page
-from fp8train.report.conclusion import interval_text
+from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
 from fp8train.report.costs import memory_section, speed_section
 from fp8train.report.gaps import gap_section
 from fp8train.report.layers import layers_section
@@ -86,7 +86,10 @@ def _tiles(verdict: Mapping[str, Any]) -> str:
     average, test = comparison["mean"], comparison["test"]
     gap, error = average["heldout_gap"], average["relative_loss_error"]
     share = None if new["fp8_flops_share"] is None else 100 * new["fp8_flops_share"]
-    speeds = f"{ratio_text(average['time_to_loss_ratio'])} to the same loss"
+    doubt, speed = comparison["speed"]["not_quoted"], ratio_text(average["tokens_per_second_ratio"])
+    speed_tile = (speed, f"{ratio_text(average['time_to_loss_ratio'])} to the same loss")
+    if doubt is not None:
+        speed_tile = (_sentence_case(NOT_COMPARABLE), doubt)
     sizes = f"{bytes_text(new['peak_memory_bytes'])} against {bytes_text(base['peak_memory_bytes'])}"
     largest, final = percent_text(error["ema_max_percent"]), percent_text(error["ema_final_percent"], signed=True)
     detail = f"{signed_text(gap['nats'])} nats per token"
@@ -96,7 +99,7 @@ def _tiles(verdict: Mapping[str, Any]) -> str:
         [
             ("Held-out loss gap", percent_text(gap["percent"], signed=True), detail),
             ("Largest relative loss error", largest, f"{final} at the end"),
-            ("Tokens per second", ratio_text(average["tokens_per_second_ratio"]), speeds),
+            ("Tokens per second", *speed_tile),
             ("Peak memory", ratio_text(average["peak_memory_ratio"]), sizes),
             ("Ran in FP8", percent_text(share, digits=1), "of the FLOPs of all linears"),
         ]

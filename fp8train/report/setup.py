@@ -26,6 +26,7 @@ from fp8train.report.run_record import Arms, first_run
 from fp8train.units import bytes_text, count_text, flops_text, percent_text
 
 OWN_KEYS = ("run_dir", "time_limit_seconds")  # every arm has its own, and the numbers do not depend on them
+OWN_FACTS = ("date", "command", "resumed_step", "recipe_hash", "init_hash", "data_hash")  # as above, or seen elsewhere
 COVERAGE_NOTE = (
     "Counted while training, over all linears. Attention, norms, embedding lookup and loss are no linears and stay "
     "out of FP8."
@@ -116,7 +117,7 @@ def configuration_section(arms: Arms) -> list[str]:
     columns = [Column(heading="Key"), *(Column(heading=arm) for arm in arms)]
     parts = [
         page.table(
-            "<strong>What differs between the arms.</strong> Everything else is the same.",
+            f"<strong>What differs between the arms.</strong> {typeset(_environment_words(arms))}",
             columns,
             [[code(key), *(code(_plain(entries.get(key))) for entries in flat.values())] for key in differing],
         )
@@ -131,6 +132,22 @@ def configuration_section(arms: Arms) -> list[str]:
         if recipe := next(iter(runs.values())).recipe:
             parts.append(page.details(f"Recipe of {arm}", page.listing(recipe)))
     return parts
+
+
+def _environment_words(arms: Arms) -> str:
+    """Whether the arms ran on the same machine and software, over all seeds; what differed, by key."""
+    rest = "Every other key is the same"
+    found = {arm: [flattened(run.environment) for run in runs.values()] for arm, runs in arms.items()}
+    if not all(run for runs in found.values() for run in runs):
+        return f"{rest}; not every run recorded its environment."
+    keys = dict.fromkeys(key for runs in found.values() for run in runs for key in run)
+    words = []
+    for key in (key for key in keys if key not in OWN_FACTS):
+        values = {arm: [_plain(run.get(key), key) for run in runs] for arm, runs in found.items()}
+        if len(set(map(tuple, values.values()))) > 1:
+            texts = (f"{arm}: {' and '.join(dict.fromkeys(runs))}" for arm, runs in values.items())
+            words.append(f"{key} ({', '.join(texts)})")
+    return f"{rest}; the environment differs in {', '.join(words)}." if words else f"{rest}, and so is the environment."
 
 
 def environment_section(arms: Arms) -> list[str]:

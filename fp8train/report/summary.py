@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import interval_text
+from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
 from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers, refused_kernels
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.report.verdict import mean
@@ -24,7 +24,8 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
         comparison = verdict["comparisons"].get(arm)
         pair = comparison and comparison["mean" if several else "seeds"]
         pair = pair if several or pair is None else pair[0]
-        columns.append(_column(mean(verdict["arms"][arm]["runs"]), pair, several))
+        doubt = comparison and comparison["speed"]["not_quoted"]
+        columns.append(_column(mean(verdict["arms"][arm]["runs"]), pair, several, doubt is not None))
     heading = f"mean of {len(verdict['seeds'])} seeds" if several else ""
     blocks = [_table([heading, *(verdict["arms"][arm]["label"] for arm in arms)], columns)]
     if several:
@@ -37,13 +38,16 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
     return "\n" + "\n\n".join(blocks)
 
 
-def _column(run: Mapping[str, Any], pair: Mapping[str, Any] | None, several: bool) -> dict[str, str]:
+def _column(
+    run: Mapping[str, Any], pair: Mapping[str, Any] | None, several: bool, speed_in_doubt: bool
+) -> dict[str, str]:
     """One arm's numbers in words, by the name of their row; what is a difference stays empty for the baseline."""
     error, gap = (pair[key] if pair else {} for key in ("relative_loss_error", "heldout_gap"))
     share = run["fp8_flops_share"]
     gap_words = f"{signed_text(gap.get('nats'))} ({percent_text(gap.get('percent'), signed=True)})"
     at = "" if several else f" at step {count_text(error.get('ema_max_step'))}"
-    ratio = f" ({ratio_text(pair['tokens_per_second_ratio'])})" if pair else ""
+    speeds = (pair[key] if pair else None for key in ("tokens_per_second_ratio", "time_to_loss_ratio"))
+    speed, to_loss = (NOT_COMPARABLE if speed_in_doubt else ratio_text(ratio) for ratio in speeds)
     memory_ratio = f" ({ratio_text(pair['peak_memory_ratio'])})" if pair else ""
     return {
         "held-out loss, nats/token": loss_text(run["eval_loss"]),
@@ -54,8 +58,8 @@ def _column(run: Mapping[str, Any], pair: Mapping[str, Any] | None, several: boo
         "  relative loss error, final": percent_text(error.get("ema_final_percent"), signed=True) if pair else "",
         "  relative loss error, max": percent_text(error.get("ema_max_percent")) + at if pair else "",
         "FLOPs of linears in FP8": percent_text(None if share is None else 100 * share, digits=1),
-        "tokens per second": count_text(run["tokens_per_second"]) + ratio,
-        "  to the same loss": ratio_text(pair["time_to_loss_ratio"]) if pair else "",
+        "tokens per second": count_text(run["tokens_per_second"]) + f" ({speed})" * bool(pair),
+        "  to the same loss": to_loss if pair else "",
         "training time": seconds_text(run["train_seconds"]),
         "peak memory": bytes_text(run["peak_memory_bytes"]) + memory_ratio,
     }

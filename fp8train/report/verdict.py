@@ -9,9 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from fp8train.arguments import flattened
 from fp8train.errors import ConfigError
 from fp8train.report import trajectory
-from fp8train.report.conclusion import SPEED_KEYS, against_placebo, gap_test, interval_text, speed_ratios
+from fp8train.report.conclusion import (
+    NOT_COMPARABLE,
+    SPEED_FACTS,
+    SPEED_KEYS,
+    against_placebo,
+    gap_test,
+    interval_text,
+    speed_doubt,
+    speed_ratios,
+)
 from fp8train.report.run_record import Arms, RunRecord, finite
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
 from fp8train.units import loss_text, percent_text, ratio_text
@@ -35,12 +45,12 @@ Crossed = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
 def measures(run: RunRecord) -> dict[str, Any]:
-    """What one run reached: losses, speed, memory, share of FLOPs in FP8. None where a number is absent or not
-    finite.
+    """What one run reached: losses, speed, memory, share of FLOPs in FP8, what it ran on. None where a number is
+    absent or not finite.
     """
     speed = steady(run.train, "tokens_per_second")
     low, median, high = np.percentile(speed, (10, 50, 90)).tolist() if len(speed) else (None, None, None)
-    losses = run.train.columns["loss"]
+    losses, environment = run.train.columns["loss"], flattened(run.environment)
     return {
         "run_dir": str(run.path),
         "steps": int(run.train.steps[-1]),
@@ -63,6 +73,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "fp8_flops_share": finite(run.coverage.get("fp8_flops_share")),
         "backend": run.coverage.get("backend"),
         "emulates": run.emulates,
+        "ran_on": {key: environment.get(key) for key in SPEED_FACTS},
     }
 
 
@@ -165,7 +176,8 @@ def make_verdict(
     Returns:
         status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
         arm its label, its noise and `runs` per seed; comparisons: per other arm its `seeds`, their mean, the test, the
-        difference from the placebo and speed ratios; shared: per seed what all arms have in common.
+        difference from the placebo and speed ratios (speed.not_quoted: why they are in no text, null where they
+        are); shared: per seed what all arms have in common.
 
     Raises:
         ConfigError: the runs of a seed are not comparable (check_comparable).
@@ -195,6 +207,7 @@ def make_verdict(
         losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
         pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
         verdict["comparisons"][arm] = _comparison(pairs, baseline, margin_percent)
+        verdict["comparisons"][arm]["speed"]["not_quoted"] = speed_doubt(entries[baseline], entries[arm])
     for arm, comparison in verdict["comparisons"].items():
         aside = verdict["comparisons"].get(placebo) if arm != placebo else None
         found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
@@ -247,10 +260,16 @@ def sentence(verdict: Mapping[str, Any], arm: str) -> str:
         }[test["status"]]
         gap = f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
         text = f"{label} {claim}: {gap} ({_interval_words(test)} over {test['count']} seeds)"
+    return f"{text}{_cost_words(average, comparison['speed']['not_quoted'])}."
+
+
+def _cost_words(average: Mapping[str, Any], doubt: str | None) -> str:
+    """Speed and memory against the baseline; in place of a speed that cannot be quoted, why not."""
     speed, memory = average["tokens_per_second_ratio"], average["peak_memory_ratio"]
-    cost = [f"{ratio_text(speed)} its tokens per second"] if speed is not None else []
+    cost = [f"{ratio_text(speed)} its tokens per second"] if speed is not None and doubt is None else []
     cost += [f"{ratio_text(memory)} its peak memory"] if memory is not None else []
-    return f"{text}, at {' and '.join(cost)}." if cost else f"{text}."
+    words = f", at {' and '.join(cost)}" if cost else ""
+    return words if doubt is None else f"{words}; speed {NOT_COMPARABLE}: {doubt}"
 
 
 def _interval_words(test: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 
 from fp8train.errors import ConfigError
+from fp8train.report import build_report
 from fp8train.report.conclusion import interval_text
 from fp8train.report.run_record import Arms, RunRecord, Table, read_run
 from fp8train.report.statistics import seeds_needed
+from fp8train.report.summary import summary
 from fp8train.report.trajectory import ema, heldout_gap, relative_loss_error, steady
 from fp8train.report.verdict import SHARED_FACTS, check_comparable, measures
-from tests.run_folders import FACTS, verdict_of, write_run
+from tests.run_folders import ENVIRONMENT, FACTS, verdict_of, write_run
 
 STEPS = 40
 LOSSES = 2.2 + 3.3 * np.exp(-np.arange(STEPS) / 12)
@@ -109,6 +112,71 @@ def test_sentence_says_gap_losses_speed_and_memory(tmp_path: Path) -> None:
         "FP8 blockwise ended 0.44 % above BF16 in held-out loss (2.2600 against 2.2500 nats per token), at 0.7"
     )
     assert text.endswith("x its tokens per second and 0.75x its peak memory.")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"speed_spread": 1.5, "tokens_per_second": 1e6}, r"FP8 blockwise's steps varied 23x"),
+        (
+            {"speed_spread": 0.15, "tokens_per_second": 42e3},
+            r"FP8 blockwise's steps varied 1\.\d+x, more than the arms",
+        ),
+        ({"speed_spread": 0.15, "tokens_per_second": 80e3}, None),
+        ({"speed_spread": 0.02, "tokens_per_second": 40e3}, None),
+    ],
+    ids=["busy machine", "overlap", "apart", "equally fast"],
+)
+def test_speed_that_steps_do_not_bear_out_is_not_quoted(
+    tmp_path: Path, change: dict[str, float], reason: str | None
+) -> None:
+    arms = pair(tmp_path, **change)
+    verdict = verdict_of(arms)
+    speed, text = verdict["comparisons"]["blockwise"]["speed"], summary(verdict, arms) + build_report(verdict, arms)
+    assert speed["raw"]["mean"] > 0 and speed["time_to_loss"]["mean"] > 0, "the figures are kept"
+    assert (speed["not_quoted"] is None) == (reason is None) == ("its tokens per second" in verdict["sentence"])
+    if reason is not None:
+        words = rf"at 0.75x its peak memory; speed not comparable: {reason}"
+        assert re.search(words, verdict["sentence"]) and re.search(reason, speed["not_quoted"])
+        for key in ("raw", "time_to_loss"):
+            ratio = f"{speed[key]['mean']:.2f}"
+            assert f"{ratio}x" not in text and f"{ratio}\u00d7" not in text, (
+                "in neither the console's text nor the report"
+            )
+    assert ("not comparable" in text) == (reason is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"torch_threads": 2}, "threads of torch BF16 1, FP8 blockwise 2"),
+        ({"device": {"name": "GPU"}}, "device BF16 CPU, 2 cores, FP8 blockwise GPU"),
+        ({"host": "b", "torch": "2.14.0"}, "host BF16 a, FP8 blockwise b; torch BF16 2.13.0, FP8 blockwise 2.14.0"),
+        ({"world_size": 2}, "ranks BF16 1, FP8 blockwise 2"),
+    ],
+    ids=["threads", "device", "host and torch", "ranks"],
+)
+def test_speed_of_arms_on_unlike_machines_is_not_quoted(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    both = ENVIRONMENT | {"torch_threads": 1, "host": "a", "world_size": 1}
+    base = read_run(write_run(tmp_path / "bf16", environment=both))
+    other = read_run(write_run(tmp_path / "fp8", recipe="blockwise", environment=both | change))
+    verdict = verdict_of(arms := {"bf16": {1: base}, "blockwise": {1: other}})
+    reason = f"the arms ran on other machines or software, {words}"
+    assert verdict["comparisons"]["blockwise"]["speed"]["not_quoted"] == reason
+    assert verdict["sentence"].endswith(f"; speed not comparable: {reason}.")
+    report = build_report(verdict, arms)
+    assert "the environment differs in" in report and "so is the environment" not in report
+    for key in change:
+        assert re.search(rf"the environment differs in .*{key}[.a-z]* \(bf16: .*, blockwise: ", report), key
+
+
+def test_date_and_command_do_not_tell_machines_apart(tmp_path: Path) -> None:
+    base = read_run(write_run(tmp_path / "bf16"))
+    environment = ENVIRONMENT | {"date": "2025-11-21", "command": ["fp8train", "compare"], "torch_threads": None}
+    other = read_run(write_run(tmp_path / "fp8", recipe="blockwise", environment=environment))
+    verdict = verdict_of(arms := {"bf16": {1: base}, "blockwise": {1: other}})
+    assert verdict["comparisons"]["blockwise"]["speed"]["not_quoted"] is None
+    assert "Every other key is the same, and so is the environment." in build_report(verdict, arms)
 
 
 @pytest.mark.parametrize(
