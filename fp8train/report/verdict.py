@@ -176,8 +176,7 @@ def make_verdict(
     Returns:
         status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
         arm its label, its noise and `runs` per seed; comparisons: per other arm its `seeds`, their mean, the test, the
-        difference from the placebo and speed ratios (speed.not_quoted: why they are in no text, null where they
-        are); shared: per seed what all arms have in common.
+        difference from the placebo and speed ratios (not_quoted: why no text has them); shared: facts of each seed.
 
     Raises:
         ConfigError: the runs of a seed are not comparable (check_comparable).
@@ -206,8 +205,8 @@ def make_verdict(
     for arm in others:
         losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
         pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
-        verdict["comparisons"][arm] = _comparison(pairs, baseline, margin_percent)
-        verdict["comparisons"][arm]["speed"]["not_quoted"] = speed_doubt(entries[baseline], entries[arm])
+        doubt = speed_doubt(entries[baseline], entries[arm])
+        verdict["comparisons"][arm] = _comparison(pairs, baseline, margin_percent, doubt)
     for arm, comparison in verdict["comparisons"].items():
         aside = verdict["comparisons"].get(placebo) if arm != placebo else None
         found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
@@ -219,9 +218,11 @@ def make_verdict(
     return verdict
 
 
-def _comparison(pairs: Sequence[Mapping[str, Any]], baseline: str, margin_percent: float) -> dict[str, Any]:
-    """One arm against the baseline, over all seeds."""
-    average, speed = mean(pairs), speed_ratios(pairs)
+def _comparison(
+    pairs: Sequence[Mapping[str, Any]], baseline: str, margin_percent: float, doubt: str | None
+) -> dict[str, Any]:
+    """One arm against the baseline, over all seeds; `doubt`: why its speed is not quoted."""
+    average, speed = mean(pairs), speed_ratios(pairs) | {"not_quoted": doubt}
     for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
         average[key] = speed[name] and speed[name]["mean"]
     test = gap_test(pairs, margin_percent)
