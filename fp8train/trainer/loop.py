@@ -26,6 +26,7 @@ from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set
 from fp8train.trainer.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
 from fp8train.trainer.console import Console, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
+from fp8train.trainer.environment import device_name
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
 from fp8train.trainer.profiling import ProfileWindow
@@ -36,7 +37,6 @@ from fp8train.trainer.run_folder import (
     check_folder,
     check_same_run,
     check_space,
-    device_name,
     finished_result,
     on_main,
     remove_empty,

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +15,14 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-import fp8train
 from fp8train.arguments import flattened
-from fp8train.backends import cpu_library
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
+from fp8train.trainer.environment import environment
 from fp8train.units import bytes_text
 
 T = TypeVar("T")
@@ -248,62 +243,3 @@ def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> No
             f"steps: got {config.steps}, the checkpoint {found.path} is at {found.step}; needs at least as many. "
             "Raise steps, or give another run_dir."
         )
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware, code and command line of this process; plain values."""
-    library = cpu_library.load()
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes
-    name = device_name(device) if on_gpu else f"{_cpu_name()}, {os.cpu_count()} cores"
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "fp8train": fp8train.__version__,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _triton_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "device": {"name": name, "memory_bytes": memory},
-        "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "memory_bytes": host_bytes},
-        "torch_threads": torch.get_num_threads(),
-        "cpu_kernels": library.functions is not None,
-        "cpu_kernels_reason": library.reason,
-    }
-
-
-def _triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of git about the checkout that this package lies in; None where it is no checkout or there is no git."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
