@@ -35,7 +35,6 @@ from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
-    check_same_run,
     check_space,
     finished_result,
     on_main,
@@ -45,6 +44,7 @@ from fp8train.trainer.run_folder import (
     write_run_files,
 )
 from fp8train.trainer.run_lock import lock_run_folder
+from fp8train.trainer.same_run import check_same_run
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest
 from fp8train.trainer.watcher import Watcher
@@ -81,7 +81,7 @@ class Trainer:
         started = time.monotonic()
         config, world = self.config, self.world
         on_main(world, lambda: check_folder(self.run_dir, config.resume))
-        done = on_main(world, lambda: finished_result(self.run_dir, config.steps) if config.resume == "auto" else None)
+        done = on_main(world, lambda: finished_result(self.run_dir, config) if config.resume == "auto" else None)
         if done is not None:
             self.console.info(
                 f"{self.run_dir} is finished: {done.steps} steps. Raise steps to go on, or give another run_dir."

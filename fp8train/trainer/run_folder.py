@@ -15,22 +15,18 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from fp8train.arguments import flattened
-from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
 from fp8train.trainer.environment import environment
+from fp8train.trainer.same_run import check_finished
 from fp8train.units import bytes_text
 
 T = TypeVar("T")
 
 RESULT_FILE = "result.json"
-# What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
-FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
-RESUME_MAY_DIFFER = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -128,25 +124,28 @@ def remove_empty(folders: Iterable[Path]) -> None:
         folder.rmdir()
 
 
-def finished_result(path: Path, steps: int) -> RunResult | None:
-    """The result of a run that has done at least `steps` steps in this folder, or None.
+def finished_result(path: Path, config: RunConfig) -> RunResult | None:
+    """The result of this run if it is finished in this folder, or None.
 
     Raises:
-        CheckpointError: result.json is damaged.
+        ConfigError: another run is finished there, with at least as many steps.
+        CheckpointError: result.json or config.yaml is damaged.
     """
     file = path / RESULT_FILE
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if not content["finished"] or content["steps"] < steps:
+        if not content["finished"] or content["steps"] < config.steps:
             return None
         coverage = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
-        return RunResult(**content, evals=saved_evals(path), coverage=coverage)
+        result = RunResult(**content, evals=saved_evals(path), coverage=coverage)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error}); delete it to train on from the newest checkpoint."
         ) from error
+    check_finished(config, path)
+    return result
 
 
 def saved_evals(path: Path) -> list[dict[str, Any]]:
@@ -212,34 +211,4 @@ def check_space(path: Path, needed_bytes: int) -> None:
         raise CheckpointError(
             f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed_bytes)} for one "
             "checkpoint. Make room, or give a run_dir on another disk."
-        )
-
-
-def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> None:
-    """Refuse to go on from a checkpoint of a run on another model, other data or another order of them.
-
-    Args:
-        fingerprint: of the data set of this run.
-
-    Raises:
-        ConfigError: names the first key that differs, and both values.
-    """
-    own, other = flattened(config_to_dict(config)), flattened(found.state.config)
-    for key, value in own.items():
-        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in RESUME_MAY_DIFFER
-        if fixed and key in other and other[key] != value:
-            raise ConfigError(
-                f"resume: {key} is {value!r}, the checkpoint {found.path} has {other[key]!r}; needs the same. "
-                f"Set {key}={other[key]}, or give another run_dir."
-            )
-    then = found.state.data_position["fingerprint"]
-    if then != fingerprint:
-        raise ConfigError(
-            f"resume: the data is {fingerprint[:12]}, was {then[:12]} when {found.path} was saved; needs the same "
-            "text, tokenizer and split. Restore them, or give another run_dir."
-        )
-    if found.step > config.steps:
-        raise ConfigError(
-            f"steps: got {config.steps}, the checkpoint {found.path} is at {found.step}; needs at least as many. "
-            "Raise steps, or give another run_dir."
         )
