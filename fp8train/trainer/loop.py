@@ -44,7 +44,7 @@ from fp8train.trainer.run_folder import (
     write_run_files,
 )
 from fp8train.trainer.run_lock import lock_run_folder
-from fp8train.trainer.same_run import check_same_run
+from fp8train.trainer.same_run import changes_since, check_same_run
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest
 from fp8train.trainer.watcher import Watcher
@@ -133,20 +133,21 @@ class Trainer:
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(introduction(config, world, self.assembly.report, self.batcher))
 
-    def _restore(self) -> None:
-        """Put everything back as the checkpoint has it that resume names, if there is one."""
+    def _restore(self) -> Checkpoint | None:
+        """Put everything back as the checkpoint has it that resume names, if there is one, and give it."""
         config, world = self.config, self.world
         found = on_main(world, lambda: find_resume(self.run_dir, config.resume))
         if found is None:
-            return
+            return None
         for line in found.skipped:
             self.console.warn(line)
         found.check_recipe(self.assembly.recipe.hash, allow_change=config.checkpoint.allow_recipe_change)
         check_same_run(config, self.batcher.dataset.fingerprint, found)
         cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
-        if found.recipe_hash != self.assembly.recipe.hash:
-            self.console.warn(f"the recipe has changed since step {found.step}, as checkpoint.allow_recipe_change says")
+        for line in changes_since(config, self.assembly.recipe, found):
+            self.console.info(line)
+        return found
 
     def _take_back(self, found: Checkpoint, keep: str | None = None) -> str:
         """Weights, moments, counters, position in the data and watchers (but `keep`) as saved; says what it cost."""
@@ -202,7 +203,7 @@ class Trainer:
     def _open(self) -> None:
         """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
         config, world = self.config, self.world
-        self._restore()
+        found = self._restore()
         self.coverage = CoverageLog(self.assembly.report)
         self.speed = Speed(config.log.skip_steps)
         self.stream = StreamHash(self.progress.stream_sum if world.main else 0)
@@ -215,7 +216,7 @@ class Trainer:
             "data_hash": self.batcher.dataset.fingerprint,
             "recipe_hash": self.assembly.recipe.hash,
         }
-        on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts))
+        on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts, found))
         self._open_metrics()
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
 

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
+from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
 from fp8train.trainer.environment import environment
-from fp8train.trainer.same_run import check_finished
+from fp8train.trainer.same_run import changed_keys, check_finished
 from fp8train.units import bytes_text
 
 T = TypeVar("T")
@@ -164,20 +165,42 @@ def write_result(result: RunResult) -> None:
 
 
 def write_run_files(
-    path: Path, config: RunConfig, recipe: Recipe, device: torch.device, facts: Mapping[str, Any]
+    path: Path,
+    config: RunConfig,
+    recipe: Recipe,
+    device: torch.device,
+    facts: Mapping[str, Any],
+    found: Checkpoint | None,
 ) -> None:
     """Write config.yaml, recipe.yaml and environment.json; the run counts as unfinished from here on.
 
     Args:
         facts: put into environment.json beside what `environment` finds, such as ranks and hashes.
+        found: the checkpoint that the run goes on from; where its configuration or recipe is another, that is kept.
 
     Raises:
         CheckpointError: the folder cannot be written to.
     """
     (path / RESULT_FILE).unlink(missing_ok=True)  # of an earlier, shorter run: this one is not finished
+    _keep_earlier(path, config, recipe, found)
     write_file(path / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False))
     write_file(path / "recipe.yaml", recipe.text)
     write_file(path / "environment.json", json.dumps(dict(facts) | environment(device), indent=1))
+
+
+def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoint | None) -> None:
+    """Write config.until_step_30.yaml, and recipe.*: of the steps up to the checkpoint, where those after it differ.
+
+    Those of steps that the run goes back behind are removed.
+    """
+    for file in path.glob("*.until_step_*.yaml"):
+        if found is None or int(file.stem.rpartition("_")[2]) > found.step:
+            file.unlink()
+    if found is not None and changed_keys(found.state.config, config):
+        text = yaml.safe_dump(found.state.config, sort_keys=False)
+        write_file(path / f"config.until_step_{found.step}.yaml", text)
+    if found is not None and found.recipe_hash != recipe.hash:
+        write_file(path / f"recipe.until_step_{found.step}.yaml", found.state.recipe_text)
 
 
 def write_file(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from fp8train.arguments import flattened
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.recipe import load_recipe
+from fp8train.recipe import Recipe, load_recipe
 
 # What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
 FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
@@ -51,11 +51,8 @@ def check_finished(config: RunConfig, path: Path) -> None:
         raise CheckpointError(
             f"{file}: cannot be read ({error}); needs that of a run. Give another run_dir."
         ) from error
-    changes = changed_keys(begun, config)
-    names = changes.pop("recipe", (str(begun.get("recipe")), config.recipe))
     then, now = load_recipe(path / "recipe.yaml").hash, load_recipe(config.recipe).hash
-    if then != now:
-        changes = {"recipe": (f"{names[0]} ({then[:12]})", f"{names[1]} ({now[:12]})")}
+    changes = _with_recipe(changed_keys(begun, config), str(begun.get("recipe")), then, config.recipe, now)
     for key, (old, new) in changes.items():
         raise ConfigError(
             f"run_dir: {path} is a finished run with {key}={old}, this one has {key}={new}; needs the same. "
@@ -91,6 +88,25 @@ def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> No
             f"steps: got {config.steps}, the checkpoint {found.path} is at {found.step}; needs at least as many. "
             "Raise steps, or give another run_dir."
         )
+
+
+def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint) -> list[str]:
+    """One line for each setting that is another from the checkpoint on: `optim.lr: 0.0015 -> 0.01 from step 31`."""
+    begun = found.state.config
+    changes = _with_recipe(
+        changed_keys(begun, config), str(begun.get("recipe")), found.recipe_hash, config.recipe, recipe.hash
+    )
+    return [f"{key}: {old} -> {new} from step {found.step + 1}" for key, (old, new) in changes.items()]
+
+
+def _with_recipe(
+    changes: Mapping[str, tuple[str, str]], old: str, old_hash: str, new: str, new_hash: str
+) -> dict[str, tuple[str, str]]:
+    """Changed keys, where a recipe counts by what it means, not by what it is called; it comes first."""
+    rest = {key: values for key, values in changes.items() if key != "recipe"}
+    if old_hash == new_hash:
+        return rest
+    return {"recipe": (f"{old} ({old_hash[:12]})", f"{new} ({new_hash[:12]})")} | rest
 
 
 def _text(value: Any) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from fp8train.errors import CheckpointError, ConfigError
+from fp8train.recipe import load_recipe
+from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_train
 
 
@@ -82,3 +86,50 @@ class TestGoingOn:
         (copied / "run" / "result.json").unlink()
         with pytest.raises(ConfigError, match="steps: got 4, the checkpoint .* is at 6"):
             tiny_train(copied, "steps=4")
+
+
+def kept(run_dir: Path) -> dict[str, float]:
+    """Name -> learning rate of the configurations in a run folder."""
+    return {path.name: yaml.safe_load(path.read_text())["optim"]["lr"] for path in run_dir.glob("config*.yaml")}
+
+
+def go_on(copied: Path, *overrides: str) -> str:
+    """Train on in the copied folder, with the data where it was; gives the console's lines."""
+    lines = io.StringIO()
+    data = yaml.safe_load((copied / "run" / "config.yaml").read_text())["data"]["path"]
+    options = (f"data.path={data}", "checkpoint.every=3", "checkpoint.keep_last=9", "eval.every=3", *overrides)
+    tiny_train(copied, *options, console=Console(stream=lines))
+    return lines.getvalue()
+
+
+class TestChangedSettings:
+    def test_each_is_told_and_the_earlier_configuration_stays(self, copied: Path):
+        output = go_on(copied, "steps=9", "optim.lr=0.01", "log.every=2")
+        assert "\noptim.lr: 0.003 -> 0.01 from step 7\n" in output and "\nsteps: 6 -> 9 from step 7\n" in output
+        assert output.count(" from step 7\n") == 2
+        assert kept(copied / "run") == {"config.until_step_6.yaml": 0.003, "config.yaml": 0.01}
+        go_on(copied, "steps=10", "optim.lr=0.02")
+        assert kept(copied / "run") == {
+            "config.until_step_6.yaml": 0.003, "config.until_step_9.yaml": 0.01, "config.yaml": 0.02
+        }  # fmt: skip
+
+    def test_going_back_drops_what_was_kept_of_the_steps_undone(self, copied: Path):
+        go_on(copied, "steps=9", "optim.lr=0.01")
+        shutil.rmtree(copied / "run" / "checkpoints" / "step_00000009")
+        shutil.rmtree(copied / "run" / "checkpoints" / "step_00000006")
+        (copied / "run" / "result.json").unlink()
+        go_on(copied, "steps=9", "optim.lr=0.02")
+        assert kept(copied / "run") == {"config.until_step_3.yaml": 0.003, "config.yaml": 0.02}
+
+    def test_without_a_change_nothing_is_told_or_kept(self, copied: Path):
+        shutil.rmtree(copied / "run" / "checkpoints" / "step_00000006")
+        (copied / "run" / "result.json").unlink()
+        output = go_on(copied, "log.every=2")
+        assert "resumed from" in output and "from step" not in output
+        assert set(kept(copied / "run")) == {"config.yaml"}
+
+    def test_another_recipe_is_told_by_name_and_the_earlier_one_stays(self, copied: Path):
+        output = go_on(copied, "steps=7", "recipe=bf16", "checkpoint.allow_recipe_change=true")
+        old, new = load_recipe("blockwise").hash, load_recipe("bf16").hash
+        assert f"\nrecipe: blockwise ({old[:12]}) -> bf16 ({new[:12]}) from step 7\n" in output
+        assert load_recipe(copied / "run" / "recipe.until_step_6.yaml").hash == old
