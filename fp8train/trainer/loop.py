@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, wrap_ddp
-from fp8train.errors import TrainingError, UserError
+from fp8train.errors import TrainingError
 from fp8train.metrics import Metrics, peak_flops
 from fp8train.models import count_parameters, flops_per_token
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
@@ -38,15 +36,14 @@ from fp8train.trainer.run_folder import (
     check_space,
     finished_result,
     on_main,
-    remove_empty,
     saved_evals,
     write_result,
     write_run_files,
 )
-from fp8train.trainer.run_lock import lock_run_folder
+from fp8train.trainer.run_lock import claimed
 from fp8train.trainer.same_run import changes_since, check_same_run
 from fp8train.trainer.step import StepResult, train_step
-from fp8train.trainer.stopping import StopRequest
+from fp8train.trainer.stopping import StopRequest, told_when_aborted
 from fp8train.trainer.watcher import Watcher
 from fp8train.trainer.watchers import after_step, build_watchers
 
@@ -88,9 +85,10 @@ class Trainer:
             )
             return done
         with (
-            self._claimed(),
+            told_when_aborted(self.run_dir, self.console.info),
+            claimed(self.run_dir, world),
             deterministic_algorithms(config.deterministic),
-            StopRequest(config.time_limit_seconds) as stop,
+            StopRequest(config.time_limit_seconds, tell=world.main) as stop,
         ):
             self._build()
             self._open()
@@ -101,18 +99,6 @@ class Trainer:
                 self.console.close()
                 if self.metrics is not None:
                     self.metrics.close()
-
-    @contextlib.contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """Inside, no other process can train in the folder; folders made for a refused run go again."""
-        made = [path for path in (self.run_dir, *self.run_dir.parents) if self.world.main and not path.exists()]
-        try:
-            with contextlib.ExitStack() as stack:
-                on_main(self.world, lambda: stack.enter_context(lock_run_folder(self.run_dir)))
-                yield
-        except UserError:
-            remove_empty(made)
-            raise
 
     def _build(self) -> None:
         """Data, model, optimizer; the cheapest first, so that a mistake shows early. Writes nothing."""

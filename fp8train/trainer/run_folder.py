@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,14 +115,6 @@ def check_folder(path: Path, resume: str) -> None:
             f"resume: {resume} belongs to another run than run_dir={path}, which holds metrics; needs a new run_dir or "
             "a checkpoint below it. Give another run_dir."
         )
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, given innermost first, up to the first that is gone or holds something."""
-    for folder in folders:
-        if not folder.is_dir() or any(folder.iterdir()):
-            return
-        folder.rmdir()
 
 
 def finished_result(path: Path, config: RunConfig) -> RunResult | None:

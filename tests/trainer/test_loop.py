@@ -206,7 +206,7 @@ class SignallingConsole(Console):
 
 
 class TestStopping:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
     def test_signal_finishes_the_step_saves_and_goes_on_later(
         self, number: signal.Signals, trained: SimpleNamespace, tmp_path: Path
     ):
