@@ -98,16 +98,18 @@ class Checkpoint:
         """Hash of the recipe's meaning."""
         return self.state.recipe_hash
 
-    def check_recipe(self, recipe_hash: str, *, allow_change: bool) -> None:
+    def check_recipe(self, recipe: Recipe, *, allow_change: bool) -> None:
         """Refuse to go on under a recipe that means something else.
 
         Raises:
             CheckpointError: the hashes differ and allow_change is false.
         """
-        if recipe_hash != self.recipe_hash and not allow_change:
+        if recipe.hash != self.recipe_hash and not allow_change:
+            then = f"{Path(str(self.state.config.get('recipe'))).stem} ({self.recipe_hash[:12]})"
             raise CheckpointError(
-                f"resume: {self.path} was trained under recipe {self.recipe_hash}, this run has {recipe_hash}; needs "
-                "the same recipe. Take that recipe, or set checkpoint.allow_recipe_change=true."
+                f"resume: {self.path} was trained under the recipe {then}, this run has {recipe.name} "
+                f"({recipe.hash[:12]}); needs the same. Take that recipe, give another run_dir, or set "
+                "checkpoint.allow_recipe_change=true."
             )
 
     def load_model_state(self) -> dict[str, Tensor]:

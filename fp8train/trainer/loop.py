@@ -127,7 +127,7 @@ class Trainer:
             return None
         for line in found.skipped:
             self.console.warn(line)
-        found.check_recipe(self.assembly.recipe.hash, allow_change=config.checkpoint.allow_recipe_change)
+        found.check_recipe(self.assembly.recipe, allow_change=config.checkpoint.allow_recipe_change)
         check_same_run(config, self.batcher.dataset.fingerprint, found)
         cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
