@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fp8train.config import RunConfig, load_config
 from fp8train.distributed import init, rank_exit_code
+from fp8train.errors import TrainingError
 from fp8train.trainer import Trainer
 from fp8train.trainer.console import Console
 from fp8train.trainer.run_folder import RunResult
@@ -30,9 +32,26 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line; see `fp8train train --help`."""
-    run_training(load_config(argv, "train"))
+    """Command line; see `fp8train train --help`.
+
+    Raises:
+        TrainingError: the run came to its end with a loss that is not finite; its files are written all the same.
+    """
+    check_finite(run_training(load_config(argv, "train")))
     return 0
+
+
+def check_finite(result: RunResult) -> None:
+    """Refuse the last held-out loss of a finished run, or its training loss where nothing is held out, as a result."""
+    what, loss = "training", result.final_train_loss
+    if result.evals:
+        what, loss = "held-out", result.evals[-1]["eval_loss"]
+    if result.finished and (loss is None or not math.isfinite(loss)):
+        raise TrainingError(
+            f"train: the {what} loss of {result.run_dir} is not finite after step {result.steps} "
+            f"({result.skipped_steps} steps skipped); needs a finite one. Lower optim.lr, look at the data, or try "
+            "recipe=bf16, in another run_dir."
+        )
 
 
 if __name__ == "__main__":

@@ -98,3 +98,5 @@ def test_score_of_a_uniform_guess_over_bytes_is_eight_bits():
     assert guess.bits_per_byte == pytest.approx(8.0)
     assert guess.perplexity == pytest.approx(256)
     assert torch.isnan(torch.tensor(Score(nats=1.0, tokens=1, bytes=0).bits_per_byte))
+    assert math.isnan(Score(nats=math.nan, tokens=1, bytes=1).perplexity)
+    assert Score(nats=1e4, tokens=1, bytes=1).perplexity == math.inf

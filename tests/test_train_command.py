@@ -67,6 +67,21 @@ class TestBadInput:
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("held_out", "loss"), [("0.1", "held-out"), ("0", "training")], ids=["held out", "nothing held out"]
+)
+def test_run_that_ends_in_nan_exits_1_also_when_it_is_asked_for_again(
+    held_out: str, loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ("steps=2", "optim.lr=1e38", "optim.clip_grad_norm=null", f"data.holdout_fraction={held_out}")
+    for _ in range(2):
+        assert exit_code(train.main, tiny_arguments(tmp_path, *options)) == 1
+        error = capsys.readouterr().err
+        assert f"the {loss} loss of" in error and "not finite after step 2" in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["finished"] is True
+    assert open_checkpoint(tmp_path / "run").step == 2
+
+
 def test_sigterm_to_the_command_saves_and_exits_0(tmp_path: Path):
     arguments = tiny_arguments(tmp_path, "steps=100000")
     command = [sys.executable, "-m", "fp8train", "train", *arguments]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fp8train.errors import ConfigError
-from fp8train.trainer.run_folder import device_name, write_file
+from fp8train.trainer.environment import device_name
+from fp8train.trainer.run_folder import write_file
 from fp8train.units import ratio_text
 
 FLUSH_BYTES = 256 * 2**20  # more than the level-2 cache of any GPU that has FP8 units (H100, H200: 50 MiB)

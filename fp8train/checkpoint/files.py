@@ -174,7 +174,7 @@ def verify(folder: Path, marker: Marker) -> None:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint.") from error
         if not same:
             what = f"has {size} bytes of {record.bytes}" if size != record.bytes else "differs from its checksum"
-            raise CheckpointError(f"{path}: {what}: it was cut off or changed. Take another checkpoint.")
+            raise CheckpointError(f"{path}: {what}; needs the file as it was written. Take another checkpoint.")
 
 
 def read_json(path: Path) -> Any:

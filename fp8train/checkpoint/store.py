@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.checkpoint.files import (
+    MARKER,
     Marker,
     clear_temporary,
     new_folder,
@@ -98,16 +99,18 @@ class Checkpoint:
         """Hash of the recipe's meaning."""
         return self.state.recipe_hash
 
-    def check_recipe(self, recipe_hash: str, *, allow_change: bool) -> None:
+    def check_recipe(self, recipe: Recipe, *, allow_change: bool) -> None:
         """Refuse to go on under a recipe that means something else.
 
         Raises:
             CheckpointError: the hashes differ and allow_change is false.
         """
-        if recipe_hash != self.recipe_hash and not allow_change:
+        if recipe.hash != self.recipe_hash and not allow_change:
+            then = f"{Path(str(self.state.config.get('recipe'))).stem} ({self.recipe_hash[:12]})"
             raise CheckpointError(
-                f"resume: {self.path} was trained under recipe {self.recipe_hash}, this run has {recipe_hash}; needs "
-                "the same recipe. Take that recipe, or set checkpoint.allow_recipe_change=true."
+                f"resume: {self.path} was trained under the recipe {then}, this run has {recipe.name} "
+                f"({recipe.hash[:12]}); needs the same. Take that recipe, give another run_dir, or set "
+                "checkpoint.allow_recipe_change=true."
             )
 
     def load_model_state(self) -> dict[str, Tensor]:
@@ -234,6 +237,13 @@ def open_checkpoint(path: str | Path, *, check_content: bool = True) -> Checkpoi
         raise CheckpointError(
             f"checkpoint {path}: is not a folder; needs a checkpoint or a run folder. Correct the path."
         )
+    if (path / FOLDER).is_dir():
+        raise CheckpointError(f"checkpoint {path}: is a run folder without a checkpoint; needs one. Train it first.")
+    if not (path / MARKER).exists() and not STEP_NAME.fullmatch(path.name):
+        raise CheckpointError(
+            f"checkpoint {path}: is neither a run folder (no {FOLDER}/) nor a checkpoint (no {MARKER} file); needs one "
+            "of them. Correct the path."
+        )
     return _open(path, read_marker(path), check_content)
 
 
@@ -263,14 +273,20 @@ def _newest(run_dir: Path, check_content: bool) -> Checkpoint | None:
             problems[path] = str(error)
             continue
         newer = [path for path in problems if path in markers or path.name > found.path.name]
-        skipped = tuple(f"skipped a damaged checkpoint: {problems[path]}" for path in newer)
+        skipped = tuple(f"skipped a damaged checkpoint: {_fault(problems[path])}" for path in newer)
         return Checkpoint(path=found.path, step=found.step, state=found.state, skipped=skipped)
     if problems:
+        faults = "; ".join(_fault(problem) for problem in problems.values())
         raise CheckpointError(
-            f"{run_dir}: none of its {len(problems)} checkpoints is whole; needs one. {' '.join(problems.values())} "
-            "Start again in another run_dir."
+            f"{run_dir}: none of its {len(problems)} checkpoints is whole; needs one. {faults}. "
+            "Train again in another run_dir."
         )
     return None
+
+
+def _fault(problem: str) -> str:
+    """What an error says is wrong, without what to do about it."""
+    return problem.partition(";")[0]
 
 
 def _open(path: Path, marker: Marker, check_content: bool) -> Checkpoint:
@@ -280,7 +296,7 @@ def _open(path: Path, marker: Marker, check_content: bool) -> Checkpoint:
     names = {f.name for f in fields(TrainingState)}
     if not isinstance(content, dict) or set(content) != names:
         raise CheckpointError(
-            f"{path / STATE_FILE}: does not have the keys {', '.join(sorted(names))}. Take another one."
+            f"{path / STATE_FILE}: lacks keys or has others; needs {', '.join(sorted(names))}. Take another checkpoint."
         )
     return Checkpoint(path=path, step=marker.step, state=TrainingState(**content))
 

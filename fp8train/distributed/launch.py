@@ -38,6 +38,8 @@ def rank_exit_code(main: Main, argv: Sequence[str] | None = None) -> int:
         return 2
     except TrainingError:
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _yield_to_first_error(main: Main) -> Main:

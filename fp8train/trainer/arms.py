@@ -11,21 +11,16 @@ from typing import Any
 
 import yaml
 
-from fp8train.arguments import flattened
-from fp8train.config import RunConfig, config_to_dict
+from fp8train.config import RunConfig
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError
 from fp8train.models import build_model
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import resolve_activations
 from fp8train.trainer.console import Console
+from fp8train.trainer.same_run import changed_keys
 
 BASELINE, PLACEBO = "bf16", "placebo"
-# What may differ between an arm that was begun and the same arm when the comparison goes on: it does not reach the
-# numbers.
-ARM_MAY_DIFFER = (
-    "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -181,14 +176,12 @@ def _check_begun(run: ArmRun) -> None:
     file = Path(str(run.config.run_dir)) / "config.yaml"
     if not file.is_file():
         return
-    begun = flattened(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    for key, value in flattened(config_to_dict(run.config)).items():
-        if key.partition(".")[0] not in ARM_MAY_DIFFER and key in begun and begun[key] != value:
-            raise ConfigError(
-                f"compare: {run.config.run_dir} was begun with {key}={begun[key]}, this comparison has "
-                f"{key}={value}; needs the same. "
-                f"Give another run_dir, or {key}={begun[key]}."
-            )
+    begun = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    for key, (then, now) in changed_keys(begun, run.config).items():
+        raise ConfigError(
+            f"compare: {run.config.run_dir} was begun with {key}={then}, this comparison has {key}={now}; "
+            f"needs the same. Give another run_dir, or {key}={then}."
+        )
 
 
 def _check_same_start(run: ArmRun, facts: Mapping[str, Any], first: ArmRun, first_facts: Mapping[str, Any]) -> None:

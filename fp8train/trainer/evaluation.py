@@ -39,8 +39,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats), per token; infinite beyond the range of a float."""
-        return math.exp(self.nats) if self.nats < 700 else math.inf
+        """exp(nats), per token; infinite beyond the range of a float, NaN where nats is."""
+        return math.inf if self.nats >= 700 else math.exp(self.nats)
 
 
 class EvalSet:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, wrap_ddp
-from fp8train.errors import TrainingError, UserError
+from fp8train.errors import TrainingError
 from fp8train.metrics import Metrics, peak_flops
 from fp8train.models import count_parameters, flops_per_token
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
 from fp8train.trainer.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
 from fp8train.trainer.console import Console, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
+from fp8train.trainer.environment import device_name
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
 from fp8train.trainer.profiling import ProfileWindow
@@ -34,19 +33,17 @@ from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
-    check_same_run,
     check_space,
-    device_name,
     finished_result,
     on_main,
-    remove_empty,
     saved_evals,
     write_result,
     write_run_files,
 )
-from fp8train.trainer.run_lock import lock_run_folder
+from fp8train.trainer.run_lock import claimed
+from fp8train.trainer.same_run import changes_since, check_same_run
 from fp8train.trainer.step import StepResult, train_step
-from fp8train.trainer.stopping import StopRequest
+from fp8train.trainer.stopping import StopRequest, told_when_aborted
 from fp8train.trainer.watcher import Watcher
 from fp8train.trainer.watchers import after_step, build_watchers
 
@@ -81,16 +78,17 @@ class Trainer:
         started = time.monotonic()
         config, world = self.config, self.world
         on_main(world, lambda: check_folder(self.run_dir, config.resume))
-        done = on_main(world, lambda: finished_result(self.run_dir, config.steps) if config.resume == "auto" else None)
+        done = on_main(world, lambda: finished_result(self.run_dir, config) if config.resume == "auto" else None)
         if done is not None:
             self.console.info(
                 f"{self.run_dir} is finished: {done.steps} steps. Raise steps to go on, or give another run_dir."
             )
             return done
         with (
-            self._claimed(),
+            told_when_aborted(self.run_dir, self.console.info),
+            claimed(self.run_dir, world),
             deterministic_algorithms(config.deterministic),
-            StopRequest(config.time_limit_seconds) as stop,
+            StopRequest(config.time_limit_seconds, tell=world.main) as stop,
         ):
             self._build()
             self._open()
@@ -101,18 +99,6 @@ class Trainer:
                 self.console.close()
                 if self.metrics is not None:
                     self.metrics.close()
-
-    @contextlib.contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """Inside, no other process can train in the folder; folders made for a refused run go again."""
-        made = [path for path in (self.run_dir, *self.run_dir.parents) if self.world.main and not path.exists()]
-        try:
-            with contextlib.ExitStack() as stack:
-                on_main(self.world, lambda: stack.enter_context(lock_run_folder(self.run_dir)))
-                yield
-        except UserError:
-            remove_empty(made)
-            raise
 
     def _build(self) -> None:
         """Data, model, optimizer; the cheapest first, so that a mistake shows early. Writes nothing."""
@@ -133,20 +119,21 @@ class Trainer:
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(introduction(config, world, self.assembly.report, self.batcher))
 
-    def _restore(self) -> None:
-        """Put everything back as the checkpoint has it that resume names, if there is one."""
+    def _restore(self) -> Checkpoint | None:
+        """Put everything back as the checkpoint has it that resume names, if there is one, and give it."""
         config, world = self.config, self.world
         found = on_main(world, lambda: find_resume(self.run_dir, config.resume))
         if found is None:
-            return
+            return None
         for line in found.skipped:
             self.console.warn(line)
-        found.check_recipe(self.assembly.recipe.hash, allow_change=config.checkpoint.allow_recipe_change)
+        found.check_recipe(self.assembly.recipe, allow_change=config.checkpoint.allow_recipe_change)
         check_same_run(config, self.batcher.dataset.fingerprint, found)
         cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
-        if found.recipe_hash != self.assembly.recipe.hash:
-            self.console.warn(f"the recipe has changed since step {found.step}, as checkpoint.allow_recipe_change says")
+        for line in changes_since(config, self.assembly.recipe, found):
+            self.console.info(line)
+        return found
 
     def _take_back(self, found: Checkpoint, keep: str | None = None) -> str:
         """Weights, moments, counters, position in the data and watchers (but `keep`) as saved; says what it cost."""
@@ -202,7 +189,7 @@ class Trainer:
     def _open(self) -> None:
         """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
         config, world = self.config, self.world
-        self._restore()
+        found = self._restore()
         self.coverage = CoverageLog(self.assembly.report)
         self.speed = Speed(config.log.skip_steps)
         self.stream = StreamHash(self.progress.stream_sum if world.main else 0)
@@ -215,7 +202,7 @@ class Trainer:
             "data_hash": self.batcher.dataset.fingerprint,
             "recipe_hash": self.assembly.recipe.hash,
         }
-        on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts))
+        on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts, found))
         self._open_metrics()
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
 

@@ -51,7 +51,8 @@ def train_in_processes(
 ) -> bool:
     """Train the jobs in their order, `processes` at a time.
 
-    SIGTERM, SIGUSR1 or a run that stops early (its time limit) ends them all: each saves a checkpoint, none is begun.
+    A signal to stop (StopRequest) or a run that stops early (its time limit) ends them all: each saves a checkpoint,
+    none is begun.
 
     Args:
         begin: called with a job's number before it is started, to complete its configuration and to announce it.
@@ -74,6 +75,9 @@ def train_in_processes(
                 slot = min(set(range(processes)) - {worker.slot for worker in live})
                 live.append(_start(context, number, jobs[number], slot, threads))
             ready = wait([worker.outcome for worker in live], timeout=POLL_SECONDS)
+            stopping = (
+                stopping or stop.reason is not None
+            )  # first: Ctrl-C reaches a worker that is not yet training too
             for worker in [worker for worker in live if worker.outcome in ready]:
                 live.remove(worker)
                 facts = _outcome(worker, stopping)
@@ -81,8 +85,6 @@ def train_in_processes(
                     done(worker.number, facts)
                 else:
                     stopping = True
-            if stop.reason is not None:
-                stopping = True
             if stopping:
                 for worker in live:
                     worker.stop.close()

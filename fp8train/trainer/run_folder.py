@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,23 +15,19 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-import fp8train
-from fp8train.arguments import flattened
-from fp8train.backends import cpu_library
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
+from fp8train.trainer.environment import environment
+from fp8train.trainer.same_run import changed_keys, check_finished
 from fp8train.units import bytes_text
 
 T = TypeVar("T")
 
 RESULT_FILE = "result.json"
-# What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
-FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
-RESUME_MAY_DIFFER = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,33 +117,28 @@ def check_folder(path: Path, resume: str) -> None:
         )
 
 
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, given innermost first, up to the first that is gone or holds something."""
-    for folder in folders:
-        if not folder.is_dir() or any(folder.iterdir()):
-            return
-        folder.rmdir()
-
-
-def finished_result(path: Path, steps: int) -> RunResult | None:
-    """The result of a run that has done at least `steps` steps in this folder, or None.
+def finished_result(path: Path, config: RunConfig) -> RunResult | None:
+    """The result of this run if it is finished in this folder, or None.
 
     Raises:
-        CheckpointError: result.json is damaged.
+        ConfigError: another run is finished there, with at least as many steps.
+        CheckpointError: result.json or config.yaml is damaged.
     """
     file = path / RESULT_FILE
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if not content["finished"] or content["steps"] < steps:
+        if not content["finished"] or content["steps"] < config.steps:
             return None
         coverage = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
-        return RunResult(**content, evals=saved_evals(path), coverage=coverage)
+        result = RunResult(**content, evals=saved_evals(path), coverage=coverage)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error}); delete it to train on from the newest checkpoint."
         ) from error
+    check_finished(config, path)
+    return result
 
 
 def saved_evals(path: Path) -> list[dict[str, Any]]:
@@ -170,20 +157,42 @@ def write_result(result: RunResult) -> None:
 
 
 def write_run_files(
-    path: Path, config: RunConfig, recipe: Recipe, device: torch.device, facts: Mapping[str, Any]
+    path: Path,
+    config: RunConfig,
+    recipe: Recipe,
+    device: torch.device,
+    facts: Mapping[str, Any],
+    found: Checkpoint | None,
 ) -> None:
     """Write config.yaml, recipe.yaml and environment.json; the run counts as unfinished from here on.
 
     Args:
         facts: put into environment.json beside what `environment` finds, such as ranks and hashes.
+        found: the checkpoint that the run goes on from; where its configuration or recipe is another, that is kept.
 
     Raises:
         CheckpointError: the folder cannot be written to.
     """
     (path / RESULT_FILE).unlink(missing_ok=True)  # of an earlier, shorter run: this one is not finished
+    _keep_earlier(path, config, recipe, found)
     write_file(path / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False))
     write_file(path / "recipe.yaml", recipe.text)
     write_file(path / "environment.json", json.dumps(dict(facts) | environment(device), indent=1))
+
+
+def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoint | None) -> None:
+    """Write config.until_step_30.yaml, and recipe.*: of the steps up to the checkpoint, where those after it differ.
+
+    Those of steps that the run goes back behind are removed.
+    """
+    for file in path.glob("*.until_step_*.yaml"):
+        if found is None or int(file.stem.rpartition("_")[2]) > found.step:
+            file.unlink()
+    if found is not None and changed_keys(found.state.config, config):
+        text = yaml.safe_dump(found.state.config, sort_keys=False)
+        write_file(path / f"config.until_step_{found.step}.yaml", text)
+    if found is not None and found.recipe_hash != recipe.hash:
+        write_file(path / f"recipe.until_step_{found.step}.yaml", found.state.recipe_text)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -218,92 +227,3 @@ def check_space(path: Path, needed_bytes: int) -> None:
             f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed_bytes)} for one "
             "checkpoint. Make room, or give a run_dir on another disk."
         )
-
-
-def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> None:
-    """Refuse to go on from a checkpoint of a run on another model, other data or another order of them.
-
-    Args:
-        fingerprint: of the data set of this run.
-
-    Raises:
-        ConfigError: names the first key that differs, and both values.
-    """
-    own, other = flattened(config_to_dict(config)), flattened(found.state.config)
-    for key, value in own.items():
-        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in RESUME_MAY_DIFFER
-        if fixed and key in other and other[key] != value:
-            raise ConfigError(
-                f"resume: {key} is {value!r}, the checkpoint {found.path} has {other[key]!r}; needs the same. "
-                f"Set {key}={other[key]}, or give another run_dir."
-            )
-    then = found.state.data_position["fingerprint"]
-    if then != fingerprint:
-        raise ConfigError(
-            f"resume: the data is {fingerprint[:12]}, was {then[:12]} when {found.path} was saved; needs the same "
-            "text, tokenizer and split. Restore them, or give another run_dir."
-        )
-    if found.step > config.steps:
-        raise ConfigError(
-            f"steps: got {config.steps}, the checkpoint {found.path} is at {found.step}; needs at least as many. "
-            "Raise steps, or give another run_dir."
-        )
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware, code and command line of this process; plain values."""
-    library = cpu_library.load()
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes
-    name = device_name(device) if on_gpu else f"{_cpu_name()}, {os.cpu_count()} cores"
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "fp8train": fp8train.__version__,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _triton_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "device": {"name": name, "memory_bytes": memory},
-        "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "memory_bytes": host_bytes},
-        "torch_threads": torch.get_num_threads(),
-        "cpu_kernels": library.functions is not None,
-        "cpu_kernels_reason": library.reason,
-    }
-
-
-def _triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of git about the checkout that this package lies in; None where it is no checkout or there is no git."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -7,12 +7,14 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fp8train.errors import CheckpointError
+from fp8train.distributed import World
+from fp8train.errors import CheckpointError, UserError
+from fp8train.trainer.run_folder import on_main
 
 LOCK_FILE = ".lock"
 
@@ -112,3 +114,24 @@ def _in_use(path: Path, holder: dict[str, Any]) -> CheckpointError:
         f"run_dir: {path.parent} is in use by {who}; needs a folder of its own. Give another run_dir or wait for "
         f"that run; if it is gone, delete {path}."
     )
+
+
+@contextmanager
+def claimed(run_dir: Path, world: World) -> Iterator[None]:
+    """Inside, no other process can train in the folder; folders made for a refused run go again."""
+    made = [path for path in (run_dir, *run_dir.parents) if world.main and not path.exists()]
+    try:
+        with ExitStack() as stack:
+            on_main(world, lambda: stack.enter_context(lock_run_folder(run_dir)))
+            yield
+    except UserError:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, given innermost first, up to the first that is gone or holds something."""
+    for folder in folders:
+        if not folder.is_dir() or any(folder.iterdir()):
+            return
+        folder.rmdir()

@@ -1,24 +1,38 @@
-"""Requests to stop: SIGTERM and SIGUSR1 (a scheduler about to take the machine) and the time limit."""
+"""Requests to stop: SIGTERM and SIGUSR1 (a scheduler about to take the machine), Ctrl-C and the time limit."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from fp8train.checkpoint import open_checkpoint
+from fp8train.errors import CheckpointError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STDERR = 2
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGUSR1 only leave a note; a second one acts as it would have without us.
+    """Context in which SIGNALS only leave a note; a second one acts as it would have without us.
+
+    A SIGINT that is ignored, as in a job that a shell script put into the background, stays ignored.
 
     Args:
         time_limit_seconds: counted from here; None is no limit.
+        tell: say on stderr what Ctrl-C does and what it does again; a process that multiprocessing started leaves that
+            to its parent, which got the signal too.
     """
 
-    def __init__(self, time_limit_seconds: float | None = None) -> None:
+    def __init__(self, time_limit_seconds: float | None = None, *, tell: bool = True) -> None:
+        self._tell = tell and multiprocessing.parent_process() is None
         self._limit = time_limit_seconds
         self._started = time.monotonic()
         self._signal: str | None = None
@@ -35,7 +49,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python hands signals to the main thread alone
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGINT)]
+            self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -44,8 +60,26 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
         self._restore()
+        if number == signal.SIGINT and self._tell:
+            with contextlib.suppress(OSError):  # written past sys.stderr, which may be in the middle of a line
+                os.write(STDERR, b"\nCtrl-C: finishing the step and saving; press again to abort\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+@contextlib.contextmanager
+def told_when_aborted(run_dir: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Where Ctrl-C ends what is inside, says what is left in the run folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        try:
+            step = open_checkpoint(run_dir, check_content=False).step
+        except CheckpointError:
+            tell(f"aborted: nothing saved in {run_dir}")
+        else:
+            tell(f"aborted: the same command goes on from step {step}")
+        raise

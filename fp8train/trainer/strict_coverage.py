@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
+from fp8train.backends.coverage import COUNTS, GEMMS, NOT_COUNTED, GemmCount
 from fp8train.conversion_report import ConversionRow
 from fp8train.data import Batch
 from fp8train.distributed import World
@@ -192,6 +192,8 @@ class _Forward:
 
     def __call__(self, linear: nn.Module, args: Any, output: Any) -> None:
         assert isinstance(linear, Float8Linear)
+        if linear.site == NOT_COUNTED:  # a pass beside training, such as the alarm's: trainer/probe.py
+            return
         demand = self._demand
         x: Tensor = args[0].x if isinstance(args[0], QuantizedInput) else args[0]
         rows = x.numel() // max(linear.in_features, 1)

@@ -20,7 +20,7 @@ def test_damaged_newest_falls_back_to_the_one_before_and_says_so(tmp_path, damag
     assert found.step == 20
     assert len(found.skipped) == 1
     assert "step_00000030" in found.skipped[0]
-    assert "\n" not in found.skipped[0]
+    assert "\n" not in found.skipped[0] and "ake another" not in found.skipped[0]
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
@@ -40,8 +40,13 @@ def test_old_damage_is_not_reported(tmp_path):
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):
     for step, name in ((10, "weights_changed"), (20, "marker_missing")):
         DAMAGE[name](save(tmp_path, step))
-    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole") as caught:
         find_resume(tmp_path, "auto")
+    message = str(caught.value)
+    assert (
+        "model.safetensors: differs from its checksum" in message and "step_00000020: has no COMPLETE file" in message
+    )
+    assert "ake another" not in message  # one remedy, not one for each checkpoint
 
 
 def test_nothing_to_resume_from_gives_none(tmp_path):
@@ -93,4 +98,19 @@ FOREIGN = {
 def test_foreign_path_is_refused_with_its_name(tmp_path, make):
     make(tmp_path / "thing")
     with pytest.raises(CheckpointError, match="thing"):
+        open_checkpoint(tmp_path / "thing")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (FOREIGN["empty_folder"], "is neither a run folder .* nor a checkpoint .*Correct the path"),
+        (FOREIGN["hugging_face"], "is neither a run folder .* nor a checkpoint .*Correct the path"),
+        (FOREIGN["run_without_checkpoints"], "is a run folder without a checkpoint"),
+    ],
+    ids=["empty folder", "Hugging Face folder", "run without checkpoints"],
+)
+def test_folder_that_holds_no_checkpoint_is_called_what_it_is(tmp_path, make, message):
+    make(tmp_path / "thing")
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "thing")

@@ -18,6 +18,7 @@ from fp8train.checkpoint import open_checkpoint, save_checkpoint
 from fp8train.checkpoint.random_state import random_state, restore_random_state
 from fp8train.errors import CheckpointError
 from fp8train.optim import OptimConfig, build_optimizer
+from fp8train.recipe import load_recipe
 from tests.checkpoint.tiny_checkpoint import DAMAGE, Tiny, save, saved_steps, start, train, training_state
 
 MOMENTS = ["fp32", "bf16"]
@@ -148,11 +149,16 @@ def test_random_state_covers_python_numpy_and_torch():
 
 
 def test_recipe_change_is_refused_unless_allowed(tmp_path):
-    checkpoint = open_checkpoint(save(tmp_path, 1))
-    checkpoint.check_recipe("abc", allow_change=False)
-    checkpoint.check_recipe("def", allow_change=True)
-    with pytest.raises(CheckpointError, match="recipe abc, this run has def.*checkpoint.allow_recipe_change=true"):
-        checkpoint.check_recipe("def", allow_change=False)
+    own, other = load_recipe("blockwise"), load_recipe("bf16")
+    model, optimizer = start()
+    save_checkpoint(tmp_path, 1, model, optimizer, training_state(recipe_hash=own.hash))
+    checkpoint = open_checkpoint(tmp_path)
+    checkpoint.check_recipe(own, allow_change=False)
+    checkpoint.check_recipe(other, allow_change=True)
+    with pytest.raises(CheckpointError, match="checkpoint.allow_recipe_change=true") as caught:
+        checkpoint.check_recipe(other, allow_change=False)
+    named = f"recipe blockwise ({own.hash[:12]}), this run has bf16 ({other.hash[:12]}); needs the same"
+    assert named in str(caught.value) and own.hash not in str(caught.value)
 
 
 class Wider(Tiny):

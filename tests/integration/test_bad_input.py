@@ -102,7 +102,9 @@ def cut_off_model(folder: Path) -> list[str]:
         pytest.param(data_of(b"hello"), "got 6 tokens.*needs at least 130.*Give more text", id="too little data"),
         pytest.param(given("model.vocab_size=200"), "token id 256 .*model.vocab_size=257", id="id beyond vocabulary"),
         pytest.param(given("micro_batch_samples=3"), "needs a divisor of the 8 sequences", id="micro-batch"),
-        pytest.param(foreign_checkpoint, "has no COMPLETE file.*Take another", id="foreign checkpoint"),
+        pytest.param(
+            foreign_checkpoint, "neither a run folder.*nor a checkpoint.*Correct the path", id="foreign checkpoint"
+        ),
         pytest.param(cut_off_model, "model.safetensors: damaged or cut off.*Fetch", id="init_from cut off"),
         pytest.param(given("model=hf"), "model: no size is given.*model.init_from=DIR", id="hf without a folder"),
         pytest.param(given("run_dir="), "run_dir: got an empty text; needs a folder", id="empty run_dir"),

@@ -120,6 +120,12 @@ class TestAlarm:
         tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, alarm={'on': ['nonfinite']})}", "steps=3")
         assert seen == [1, 2, 1, 2, 3]
 
+    def test_alarm_at_the_audited_step_is_no_gemm_that_did_not_run(self, tmp_path: Path, blow_up: Any):
+        seen = blow_up(1)
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        assert tiny_train(tmp_path, f"recipe={recipe}", "strict=true", "steps=2").finished
+        assert seen == [1, 1, 2]
+
     def test_demotion_survives_a_resume(self, tmp_path: Path, blow_up: Any):
         blow_up(2)
         recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})

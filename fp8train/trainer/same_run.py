@@ -1,0 +1,114 @@
+"""Whether the run that a folder holds is the one that is asked for: what must be the same, what may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp8train.arguments import flattened
+from fp8train.checkpoint import Checkpoint
+from fp8train.config import RunConfig, config_to_dict
+from fp8train.errors import CheckpointError, ConfigError
+from fp8train.recipe import Recipe, load_recipe
+
+# What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
+FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
+RESUME_MAY_DIFFER = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
+# What does not reach the numbers: a finished run, or an arm of a comparison, is the same whatever stands here.
+BESIDE_THE_NUMBERS = (
+    "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
+)  # fmt: skip
+
+
+def changed_keys(begun: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Dotted keys that reach the numbers and differ -> their values as text, (in `begun`, in `config`).
+
+    Args:
+        begun: a configuration as config.yaml or a checkpoint holds it; a key that it does not know does not count.
+    """
+    then = flattened(begun)
+    return {
+        key: (_text(then[key]), _text(value))
+        for key, value in flattened(config_to_dict(config)).items()
+        if key.partition(".")[0] not in BESIDE_THE_NUMBERS and key in then and then[key] != value
+    }
+
+
+def check_finished(config: RunConfig, path: Path) -> None:
+    """Refuse to take the finished run of a folder for the one that is asked for, if it is another.
+
+    Raises:
+        ConfigError: names the recipe or the first key that differs, and both values.
+        CheckpointError: config.yaml is missing or damaged.
+    """
+    file = path / "config.yaml"
+    try:
+        begun = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error}); needs that of a run. Give another run_dir."
+        ) from error
+    then, now = load_recipe(path / "recipe.yaml").hash, load_recipe(config.recipe).hash
+    changes = _with_recipe(changed_keys(begun, config), str(begun.get("recipe")), then, config.recipe, now)
+    for key, (old, new) in changes.items():
+        raise ConfigError(
+            f"run_dir: {path} is a finished run with {key}={old}, this one has {key}={new}; needs the same. "
+            "Give another run_dir."
+        )
+
+
+def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> None:
+    """Refuse to go on from a checkpoint of a run on another model, other data or another order of them.
+
+    Args:
+        fingerprint: of the data set of this run.
+
+    Raises:
+        ConfigError: names the first key that differs, and both values.
+    """
+    own, other = flattened(config_to_dict(config)), flattened(found.state.config)
+    for key, value in own.items():
+        fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in RESUME_MAY_DIFFER
+        if fixed and key in other and other[key] != value:
+            raise ConfigError(
+                f"resume: {key} is {value!r}, the checkpoint {found.path} has {other[key]!r}; needs the same. "
+                f"Set {key}={other[key]}, or give another run_dir."
+            )
+    then = found.state.data_position["fingerprint"]
+    if then != fingerprint:
+        raise ConfigError(
+            f"resume: the data is {fingerprint[:12]}, was {then[:12]} when {found.path} was saved; needs the same "
+            "text, tokenizer and split. Restore them, or give another run_dir."
+        )
+    if found.step > config.steps:
+        raise ConfigError(
+            f"steps: got {config.steps}, the checkpoint {found.path} is at {found.step}; needs at least as many. "
+            "Raise steps, or give another run_dir."
+        )
+
+
+def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint) -> list[str]:
+    """One line for each setting that is another from the checkpoint on: `optim.lr: 0.0015 -> 0.01 from step 31`."""
+    begun = found.state.config
+    changes = _with_recipe(
+        changed_keys(begun, config), str(begun.get("recipe")), found.recipe_hash, config.recipe, recipe.hash
+    )
+    return [f"{key}: {old} -> {new} from step {found.step + 1}" for key, (old, new) in changes.items()]
+
+
+def _with_recipe(
+    changes: Mapping[str, tuple[str, str]], old: str, old_hash: str, new: str, new_hash: str
+) -> dict[str, tuple[str, str]]:
+    """Changed keys, where a recipe counts by what it means, not by what it is called; it comes first."""
+    rest = {key: values for key, values in changes.items() if key != "recipe"}
+    if old_hash == new_hash:
+        return rest
+    return {"recipe": (f"{old} ({old_hash[:12]})", f"{new} ({new_hash[:12]})")} | rest
+
+
+def _text(value: Any) -> str:
+    """A value as it would be typed: `null`, `true`, `[1, 2]`."""
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]

@@ -1,0 +1,135 @@
+"""Whether the run of a folder is the one that is asked for, when it is finished and when it goes on."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from fp8train.errors import CheckpointError, ConfigError
+from fp8train.recipe import load_recipe
+from fp8train.trainer.console import Console
+from tests.tiny_run import tiny_train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A finished run of six steps, with a checkpoint after three."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = tiny_train(folder, "checkpoint.every=3", "eval.every=3")
+    return SimpleNamespace(folder=folder, run_dir=folder / "run", result=result)
+
+
+@pytest.fixture
+def copied(trained: SimpleNamespace, tmp_path: Path) -> Path:
+    """A copy of the finished run's parent folder, free to be changed."""
+    shutil.copytree(trained.folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+class TestFinished:
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            pytest.param("seed=9", "finished run with seed=1, this one has seed=9.*another run_dir", id="seed"),
+            pytest.param("recipe=bf16", r"recipe=blockwise \(\w{12}\), this one has recipe=bf16 \(", id="recipe"),
+            pytest.param("model.num_layers=2", "model.num_layers=1, this one has model.num_layers=2", id="model"),
+            pytest.param("optim.lr=1", "optim.lr=0.003, this one has optim.lr=1.0", id="learning rate"),
+            pytest.param("optim.clip_grad_norm=null", "clip_grad_norm=1.0, .*clip_grad_norm=null", id="null"),
+            pytest.param("data.path=/missing.txt", "data.path=.*this one has data.path=/missing.txt", id="data"),
+            pytest.param("steps=5", "steps=6, this one has steps=5", id="fewer steps"),
+        ],
+    )
+    def test_finished_run_is_not_reported_for_another(self, trained: SimpleNamespace, override: str, message: str):
+        with pytest.raises(ConfigError, match=message):
+            tiny_train(trained.folder, "checkpoint.every=3", "eval.every=3", override)
+
+    def test_finished_run_is_the_same_by_another_name_of_its_recipe_and_another_log(
+        self, trained: SimpleNamespace, tmp_path: Path
+    ):
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text((trained.run_dir / "recipe.yaml").read_text())
+        options = (f"recipe={recipe}", "log.every=2", "time_limit_seconds=60")
+        assert tiny_train(trained.folder, "eval.every=3", *options) == trained.result
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            pytest.param("seed=2", "seed is 2, the checkpoint .* has 1", id="seed"),
+            pytest.param("data.document_mask=true", "data.document_mask is True", id="data"),
+            pytest.param("model.rope_theta=5e5", "model.rope_theta", id="model"),
+            pytest.param("global_batch_tokens=1024", "global_batch_tokens is 1024", id="batch"),
+        ],
+    )
+    def test_checkpoint_of_another_run_is_refused(self, copied: Path, override: str, message: str):
+        with pytest.raises(ConfigError, match=message):
+            tiny_train(copied, "steps=8", f"data.path={copied / 'text.txt'}", override)
+
+    def test_changed_text_is_refused(self, copied: Path):
+        text = copied / "text.txt"
+        text.write_text(text.read_text().replace("alpha", "omega"))
+        with pytest.raises(ConfigError, match="the data is"):
+            tiny_train(copied, "steps=8")
+
+    def test_recipe_change_needs_permission(self, copied: Path):
+        with pytest.raises(CheckpointError, match="allow_recipe_change"):
+            tiny_train(copied, "steps=7", "recipe=bf16")
+        assert tiny_train(copied, "steps=7", "recipe=bf16", "checkpoint.allow_recipe_change=true").finished
+
+    def test_fewer_steps_than_done_is_refused(self, copied: Path):
+        (copied / "run" / "result.json").unlink()
+        with pytest.raises(ConfigError, match="steps: got 4, the checkpoint .* is at 6"):
+            tiny_train(copied, "steps=4")
+
+
+def kept(run_dir: Path) -> dict[str, float]:
+    """Name -> learning rate of the configurations in a run folder."""
+    return {path.name: yaml.safe_load(path.read_text())["optim"]["lr"] for path in run_dir.glob("config*.yaml")}
+
+
+def go_on(copied: Path, *overrides: str) -> str:
+    """Train on in the copied folder, with the data where it was; gives the console's lines."""
+    lines = io.StringIO()
+    data = yaml.safe_load((copied / "run" / "config.yaml").read_text())["data"]["path"]
+    options = (f"data.path={data}", "checkpoint.every=3", "checkpoint.keep_last=9", "eval.every=3", *overrides)
+    tiny_train(copied, *options, console=Console(stream=lines))
+    return lines.getvalue()
+
+
+class TestChangedSettings:
+    def test_each_is_told_and_the_earlier_configuration_stays(self, copied: Path):
+        output = go_on(copied, "steps=9", "optim.lr=0.01", "log.every=2")
+        assert "\noptim.lr: 0.003 -> 0.01 from step 7\n" in output and "\nsteps: 6 -> 9 from step 7\n" in output
+        assert output.count(" from step 7\n") == 2
+        assert kept(copied / "run") == {"config.until_step_6.yaml": 0.003, "config.yaml": 0.01}
+        go_on(copied, "steps=10", "optim.lr=0.02")
+        assert kept(copied / "run") == {
+            "config.until_step_6.yaml": 0.003, "config.until_step_9.yaml": 0.01, "config.yaml": 0.02
+        }  # fmt: skip
+
+    def test_going_back_drops_what_was_kept_of_the_steps_undone(self, copied: Path):
+        go_on(copied, "steps=9", "optim.lr=0.01")
+        shutil.rmtree(copied / "run" / "checkpoints" / "step_00000009")
+        shutil.rmtree(copied / "run" / "checkpoints" / "step_00000006")
+        (copied / "run" / "result.json").unlink()
+        go_on(copied, "steps=9", "optim.lr=0.02")
+        assert kept(copied / "run") == {"config.until_step_3.yaml": 0.003, "config.yaml": 0.02}
+
+    def test_without_a_change_nothing_is_told_or_kept(self, copied: Path):
+        shutil.rmtree(copied / "run" / "checkpoints" / "step_00000006")
+        (copied / "run" / "result.json").unlink()
+        output = go_on(copied, "log.every=2")
+        assert "resumed from" in output and "from step" not in output
+        assert set(kept(copied / "run")) == {"config.yaml"}
+
+    def test_another_recipe_is_told_by_name_and_the_earlier_one_stays(self, copied: Path):
+        output = go_on(copied, "steps=7", "recipe=bf16", "checkpoint.allow_recipe_change=true")
+        old, new = load_recipe("blockwise").hash, load_recipe("bf16").hash
+        assert f"\nrecipe: blockwise ({old[:12]}) -> bf16 ({new[:12]}) from step 7\n" in output
+        assert load_recipe(copied / "run" / "recipe.until_step_6.yaml").hash == old

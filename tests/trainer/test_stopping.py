@@ -1,0 +1,84 @@
+"""Ctrl-C: the first saves and stops (tests/trainer/test_loop.py, as any signal does), the second aborts."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fp8train.checkpoint import open_checkpoint
+from fp8train.trainer.console import Console
+from fp8train.trainer.stopping import StopRequest
+from tests.source_tree import ROOT
+from tests.tiny_comparison import TINY
+from tests.tiny_run import tiny_train
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal has it, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class Pressing(Console):
+    """Ctrl-C twice while a step is being shown."""
+
+    def __init__(self, at_step: int) -> None:
+        self.lines = io.StringIO()
+        super().__init__(6, stream=self.lines)
+        self._at_step = at_step
+
+    def step(self, row, eta_seconds) -> None:
+        if row["step"] == self._at_step:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("at_step", "left"),
+    [(2, "aborted: nothing saved in {run}"), (5, "aborted: the same command goes on from step 4")],
+    ids=["before a checkpoint", "after one"],
+)
+def test_second_press_aborts_and_says_what_is_left(
+    at_step: int, left: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    console = Pressing(at_step)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, "checkpoint.every=4", console=console)
+    assert console.lines.getvalue().splitlines()[-1] == left.format(run=tmp_path / "run")
+    assert capfd.readouterr().err.count("press again to abort") == 1
+
+
+def test_ignored_interrupt_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason is None
+
+
+def test_first_press_saves_every_run_of_a_parallel_comparison(tmp_path: Path):
+    arguments = [*TINY, "steps=100000", "compare.parallel=2", f"run_dir={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "fp8train", "compare", *arguments]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        runs = [tmp_path / "out" / "arms" / arm / "seed_1" for arm in ("bf16", "blockwise")]
+        deadline = time.monotonic() + 300
+        while not all((run / "metrics.jsonl").exists() for run in runs):
+            assert process.poll() is None and time.monotonic() < deadline, "a run ended or hung before its first step"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its children
+        output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "Traceback" not in error and error.count("press again to abort") == 1
+    assert "comparison stopped: 0 of 2 runs are finished" in output and "aborted" not in output
+    assert all(f"stopped by SIGINT after step {open_checkpoint(run).step} of" in output for run in runs)
