@@ -76,7 +76,7 @@ tests() {
 step machine 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu --format=csv
 step environment 60 "$python" -c "
 import json, sys, torch
-from fp8train.trainer.run_folder import environment
+from fp8train.trainer.environment import environment
 json.dump(environment(torch.device('cuda')), open(sys.argv[1], 'w'), indent=2)" "$out/environment.json"
 
 # Correctness first, all at once: codes and scales bit for bit, and every entry of the GEMMs. An entry with specialised

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,3 +117,11 @@ def test_a_step_that_fails_costs_its_own_row_and_the_status(tmp_path: Path, pret
         rows = (tmp_path / argument / "summary.md").read_text().splitlines()[2:]
         assert [row.split("|")[1].strip() for row in rows if "failed with status 7" in row] == [failed]
         assert sum("passed" in row for row in rows) == len(rows) - 1
+
+
+def test_what_the_script_imports_is_there() -> None:
+    """The other tests run it with a stand-in for Python."""
+    imports = re.findall(r"^from (fp8train[\w.]*) import (\w+)", SCRIPT.read_text(), re.MULTILINE)
+    assert len(imports) == 2
+    for module, name in imports:
+        assert callable(getattr(importlib.import_module(module), name))
