@@ -77,7 +77,7 @@ class NoKernels(CpuBackend):
 def run(argv: Sequence[str], world: World) -> int:
     """Print time per call of nn.Linear, of the converted linear, and of one torch.empty, by which to judge the machine.
 
-    torch's number of threads is afterwards as before.
+    torch's number of threads and the list of backends are afterwards as before.
 
     Raises:
         RecipeError: no such recipe.
@@ -87,6 +87,7 @@ def run(argv: Sequence[str], world: World) -> int:
         return _run(parse_arguments(argv, HostArguments))
     finally:
         torch.set_num_threads(threads)
+        selection.BACKENDS.pop(BACKEND, None)
 
 
 def _run(arguments: HostArguments) -> int:

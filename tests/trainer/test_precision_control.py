@@ -91,7 +91,7 @@ class TestSchedule:
 
     def test_schedule_is_part_of_the_hash_so_that_a_checkpoint_refuses_another(self, tmp_path: Path):
         tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, schedule=[{'at': 0.5, 'use': 'bf16'}])}", "steps=2")
-        with pytest.raises(CheckpointError, match="was trained under recipe"):
+        with pytest.raises(CheckpointError, match="was trained under the recipe"):
             tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, schedule=[{'at': 0.6, 'use': 'bf16'}])}", "steps=3")
 
 
