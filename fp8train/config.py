@@ -35,7 +35,7 @@ MICRO_BATCH_TOKENS = 16384  # derived micro-batch; a constant, so that the split
 class ParallelConfig:
     """How a run is spread over processes.
 
-    strategy: ddp (replicated parameters, gradients summed over ranks in FP32)
+    strategy: ddp (each rank holds all parameters, gradients and moments) or fsdp (its rows of each, torch's FSDP2)
     timeout_seconds: how long a rank waits for the others, at start and in every collective
     """
 
@@ -43,7 +43,7 @@ class ParallelConfig:
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        _one_of("parallel.strategy", self.strategy, ("ddp",))
+        _one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
         _at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
 
 
@@ -268,6 +268,10 @@ class RunConfig:
     def global_batch_samples(self) -> int:
         """Sequences of one optimizer step, over all ranks."""
         return self.global_batch_tokens // self.seq_len
+
+    def shards(self, world_size: int) -> bool:
+        """Whether each of so many ranks holds its rows of the parameters only."""
+        return self.parallel.strategy == "fsdp" and world_size > 1
 
     def micro_batch(self, world_size: int) -> int:
         """Sequences a rank takes at once: the given number, else the largest divisor within MICRO_BATCH_TOKENS."""

@@ -21,14 +21,15 @@ from fp8train.backends.selection import PLANNED
 from fp8train.config import load_config
 from fp8train.conversion_report import ConversionReport, ProducerRow, align, index_ranges
 from fp8train.convert import convert_model
+from fp8train.distributed.sharding import gathered_bytes, shard_bytes
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
 from fp8train.units import bytes_text, percent_text, short_count_text
 
-USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [device=auto|cpu|cuda|sm_90] [KEY=VALUE]
-       [--all] [--json]
+USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [device=auto|cpu|cuda|sm_90] [ranks=N]
+       [KEY=VALUE] [--all] [--json]
 
 Prints, for every linear of the model: shape, precision of each GEMM, the rule that decided, backend and bytes.
 
@@ -36,6 +37,7 @@ Prints, for every linear of the model: shape, precision of each GEMM, the rule t
   hf=DIR       the model that config.json of a Hugging Face folder describes (needs transformers)
   device=KIND  where it is to run: auto (the default) is cuda where there is a GPU, else cpu; sm_90 is an H100 or H200,
                which this machine need not have
+  ranks=N      processes that train it (default: 1), for what each holds; parallel=fsdp shards the parameters over them
   --all        one line for each linear; without it, linears that differ only in their indices share one
   --json       the same as JSON, one entry for each linear
 """
@@ -53,6 +55,7 @@ class Request:
     overrides: list[str]
     hf: Path | None
     device: str
+    ranks: int
     every: bool
     as_json: bool
 
@@ -78,16 +81,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
     else:
         moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
-        sys.stdout.write(explanation(name, model, recipe, report, moments, every=request.every) + "\n")
+        ranks = request.ranks if config.shards(request.ranks) else 1
+        sys.stdout.write(explanation(name, model, recipe, report, moments, every=request.every, ranks=ranks) + "\n")
     return 0
 
 
 def explanation(
-    name: str, model: nn.Module, recipe: Recipe, report: ConversionReport, moments: str, *, every: bool = False
+    name: str,
+    model: nn.Module,
+    recipe: Recipe,
+    report: ConversionReport,
+    moments: str,
+    *,
+    every: bool = False,
+    ranks: int = 1,
 ) -> str:
     """The plan as text: what was asked for, the precisions in use, one line per linear or group of them, the totals.
 
     moments: of AdamW, "fp32" or "bf16"
+    ranks: that the parameters are sharded over; 1 for replicated ones
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     used = dict.fromkeys(row.numbers for row in report.rows if row.numbers is not None)
@@ -98,9 +110,10 @@ def explanation(
         _precision_table(list(used)),
         report.table(every=every),
         *_remarks(report),
-        _totals(report, 4 * parameters, MOMENT_BYTES[moments] * 2 * parameters),
+        _totals(report),
+        _rank_holds(report, model, MOMENT_BYTES[moments], ranks),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in parts[:-2] if part) + "\n\n" + "\n".join(parts[-2:])
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -113,8 +126,9 @@ def parse(arguments: Sequence[str]) -> Request:
     rest = [argument for argument in arguments if argument not in flags]
     folders = [argument.removeprefix("hf=") for argument in rest if argument.startswith("hf=")]
     devices = [argument.removeprefix("device=") for argument in rest if argument.startswith("device=")]
-    overrides = [argument for argument in rest if not argument.startswith(("hf=", "device="))]
-    for name, given in (("hf", folders), ("device", devices)):
+    ranks = [argument.removeprefix("ranks=") for argument in rest if argument.startswith("ranks=")]
+    overrides = [argument for argument in rest if not argument.startswith(("hf=", "device=", "ranks="))]
+    for name, given in (("hf", folders), ("device", devices), ("ranks", ranks)):
         if len(given) > 1:
             raise ConfigError(f"explain: {name} is given {len(given)} times; needs one. Keep one.")
     clash = [argument for argument in overrides if argument.startswith("model")] if folders else []
@@ -126,7 +140,16 @@ def parse(arguments: Sequence[str]) -> Request:
         raise ConfigError(f"explain: device is {device!r}; needs one of {', '.join(DEVICES)}.")
     if device == DEVICES[0]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Request(overrides=overrides, hf=hf, device=device, every="--all" in flags, as_json="--json" in flags)
+    if ranks and not (ranks[0].isdecimal() and int(ranks[0])):
+        raise ConfigError(f"explain: ranks is {ranks[0]!r}; needs a whole number of at least 1.")
+    return Request(
+        overrides=overrides,
+        hf=hf,
+        device=device,
+        ranks=int(ranks[0]) if ranks else 1,
+        every="--all" in flags,
+        as_json="--json" in flags,
+    )
 
 
 def hf_layout(folder: Path) -> tuple[str, nn.Module]:
@@ -209,8 +232,8 @@ def _producer_lines(producers: Sequence[ProducerRow]) -> list[str]:
     return lines + [f"  {count}, e.g. {first[why].text()}: {why}" for why, count in plain.items()]
 
 
-def _totals(report: ConversionReport, weights: int, moments: int) -> str:
-    """Share of the arithmetic; bytes of the linears, and of all that a rank holds between two steps."""
+def _totals(report: ConversionReport) -> str:
+    """Share of the arithmetic, and bytes of the linears."""
     master = sum(row.master_bytes for row in report.rows)
     copies = sum(row.code_bytes for row in report.rows)
     scales = sum(row.scale_bytes for row in report.rows)
@@ -218,9 +241,23 @@ def _totals(report: ConversionReport, weights: int, moments: int) -> str:
     return (
         f"planned in FP8: {share} of the linears' FLOPs, if each sees every token\n"
         f"bytes of linears: {bytes_text(master)} FP32 master, {bytes_text(copies)} copies that the GEMMs read, "
-        f"{bytes_text(scales)} scales\n"
-        f"each rank holds {bytes_text(2 * weights + moments + copies + scales)} besides activations: "
-        f"{bytes_text(weights)} FP32 weights, as much of gradients, {bytes_text(moments)} moments, and these copies"
+        f"{bytes_text(scales)} scales"
+    )
+
+
+def _rank_holds(report: ConversionReport, model: nn.Module, moment_bytes: int, ranks: int) -> str:
+    """What a rank holds between two steps, and what a sharded one gathers besides while it computes."""
+    shapes = [parameter.shape for parameter in model.parameters()]
+    weights, moments = shard_bytes(shapes, ranks, 4), shard_bytes(shapes, ranks, 2 * moment_bytes)
+    parts = f"{bytes_text(weights)} FP32 weights, as much of gradients, {bytes_text(moments)} moments"
+    if ranks == 1:
+        copies = sum(row.code_bytes + row.scale_bytes for row in report.rows)
+        total = bytes_text(2 * weights + moments + copies)
+        return f"each rank holds {total} besides activations: {parts}, and these copies"
+    return (
+        f"each of {ranks} ranks holds {bytes_text(2 * weights + moments)} besides activations: {parts};\n"
+        f"while it computes also {bytes_text(gathered_bytes(model))} of whole FP32 weights: two layers, and what is in "
+        "none"
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8train.checkpoint.content import Content, gathered_content, optimizer_names, shapes
 from fp8train.checkpoint.files import (
     MARKER,
     Marker,
@@ -31,6 +32,7 @@ from fp8train.checkpoint.files import (
 from fp8train.checkpoint.random_state import restore_random_state
 from fp8train.config import RunConfig, config_from_dict
 from fp8train.distributed import unwrap
+from fp8train.distributed.sharding import sharded_like
 from fp8train.errors import CheckpointError
 from fp8train.recipe import Recipe, load_recipe
 
@@ -126,7 +128,7 @@ class Checkpoint:
         """Put weights, moments and this rank's random generators back as they were. Hyper-parameters stay as they are.
 
         Args:
-            model: with or without wrap_ddp's wrapper; load_state_dict's hooks run, so that FP8 codes are refreshed.
+            model: in wrap_ddp's wrapper, sharded, or neither; load_state_dict's hooks run, so that FP8 codes follow.
             optimizer: over parameters of model; None leaves moments and generators alone.
             rank: whose generators; a rank that the saved run did not have keeps its own.
 
@@ -134,9 +136,9 @@ class Checkpoint:
             CheckpointError: a name or shape differs, or a file is damaged.
         """
         model = unwrap(model)
-        state = self.load_model_state()
-        self._check_fit("model", _shapes(state), _shapes(model.state_dict()))
-        model.load_state_dict(state)
+        state, own = self.load_model_state(), model.state_dict()
+        self._check_fit("model", shapes(state), shapes(own))
+        model.load_state_dict({name: sharded_like(tensor, own[name]) for name, tensor in state.items()})
         if optimizer is None:
             return
         self._restore_optimizer(model, optimizer)
@@ -145,14 +147,16 @@ class Checkpoint:
 
     def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         tensors, metadata = read_tensors(self.path / OPTIMIZER_FILE)
-        names = _optimizer_names(model, optimizer)
+        names = optimizer_names(model, optimizer)
         own = {name: list(p.shape) for name, p in names.items()}
         self._check_fit("optimizer", json.loads(metadata["parameters"]), own)
         indices = {name: index for index, name in enumerate(names)}
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             key, _, parameter = name.partition("/")
-            state.setdefault(indices[parameter], {})[key] = tensor.clone()  # the optimizer must not write to a file map
+            p = names[parameter]  # a moment is cut as its parameter is; a counter of steps has no dimension
+            placed = sharded_like(tensor, p) if tensor.shape == p.shape else tensor
+            state.setdefault(indices[parameter], {})[key] = placed.clone()  # the optimizer must not write to a file map
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def _check_fit(self, what: str, saved: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> None:
@@ -180,10 +184,24 @@ def save_checkpoint(
     keep_last: int | None = None,
     keep_every: int | None = None,
 ) -> Path:
+    """write_checkpoint of what a model and an optimizer hold; not of sharded ones, whose every rank must gather."""
+    content = gathered_content(model, optimizer)
+    return write_checkpoint(run_dir, step, content, state, keep_last=keep_last, keep_every=keep_every)
+
+
+def write_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    content: Content,
+    state: TrainingState,
+    *,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+) -> Path:
     """Write checkpoints/step_%08d of a run folder, then remove checkpoints that need not be kept. On one rank only.
 
     Args:
-        model: its state dict is saved, on whatever device; wrap_ddp's wrapper is taken off.
+        content: as gathered_content gave it on this rank.
         keep_last: number of the newest checkpoints to keep, this one included; None keeps all.
         keep_every: checkpoints at multiples of this step are kept besides.
 
@@ -195,17 +213,11 @@ def save_checkpoint(
     """
     folder = Path(run_dir) / FOLDER
     target = folder / f"step_{step:08d}"
-    model = unwrap(model)
-    weights, tied = _untie(model.state_dict())
-    names = _optimizer_names(model, optimizer)
-    # sorted: load_state_dict reorders the keys, and a resumed run should write the same bytes
-    moments = {f"{key}/{name}": value for name, p in names.items() for key, value in sorted(optimizer.state[p].items())}
-    assert all(isinstance(value, Tensor) for value in moments.values()), "optimizer state that is not a tensor"
-    parameters = {name: list(p.shape) for name, p in names.items()}
     sequence = 1 + max((marker.sequence for marker in _survey(folder)[0].values()), default=0)
     with new_folder(target, step, sequence) as writer:
-        writer.write_tensors(MODEL_FILE, weights, {"format": "pt", "tied": json.dumps(tied)})
-        writer.write_tensors(OPTIMIZER_FILE, moments, {"format": "pt", "parameters": json.dumps(parameters)})
+        writer.write_tensors(MODEL_FILE, content.weights, {"format": "pt", "tied": json.dumps(content.tied)})
+        parameters = json.dumps(content.parameters)
+        writer.write_tensors(OPTIMIZER_FILE, content.moments, {"format": "pt", "parameters": parameters})
         writer.write_json(STATE_FILE, asdict(state))
     try:
         clear_temporary(folder)
@@ -319,25 +331,3 @@ def _superfluous(markers: Mapping[Path, Marker], keep_last: int | None, keep_eve
         return []
     order = sorted(markers, key=lambda path: markers[path].sequence)
     return [path for path in order[:-keep_last] if not keep_every or markers[path].step % keep_every]
-
-
-def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, and the further names of tied ones -> the name that is saved."""
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {}
-    for name, tensor in state.items():
-        if tensor.numel():
-            identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if first.setdefault(identity, name) != name:
-                tied[name] = first[identity]
-    return {name: tensor for name, tensor in state.items() if name not in tied}, tied
-
-
-def _optimizer_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """Name -> parameter of an optimizer, in its order."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}

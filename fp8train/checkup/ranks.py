@@ -15,8 +15,9 @@ from fp8train.checkup.outcome import Outcome, distance
 from fp8train.checkup.subject import PARTS, KeepGradients, Subject
 from fp8train.checkup.training import NOISE_LIMIT, ORDER_LIMIT, tokens_share_blocks
 from fp8train.config import RunConfig, config_from_dict, config_to_dict
-from fp8train.distributed import init, rank_exit_code, wrap_ddp
+from fp8train.distributed import init, rank_exit_code
 from fp8train.errors import TrainingError
+from fp8train.trainer.assembly import spread
 from fp8train.trainer.step import train_step
 
 RANKS = 2
@@ -24,7 +25,7 @@ TIMEOUT_SECONDS = 600
 
 
 def ranks(subject: Subject) -> Outcome:
-    """Two ranks on the CPU, which talk through gloo, give the gradient of one."""
+    """Two ranks on the CPU, by the run's strategy and through gloo, give the gradient of one."""
     with tempfile.TemporaryDirectory(prefix="fp8train-doctor-") as folder:
         two = _gradients(subject.config, Path(folder), RANKS)
         if subject.device.type == "cpu":
@@ -71,10 +72,11 @@ def main(argv: Sequence[str]) -> int:
         config.backend = config.backend if config.backend in ("cpu", "cpu_torch", "reference") else "auto"
         subject = Subject(config, world.device)
         model = subject.fresh().model
+        replica = spread(model, config, world)
         keep = KeepGradients(model)
         batches = subject.batcher(subject.size, world.rank, world.world_size).micro_batches(0)
         assert len(batches) * world.world_size == PARTS
-        result = train_step(wrap_ddp(model, world), keep, batches, world, clip=None)
+        result = train_step(replica, keep, batches, world, clip=None)
         if world.main:
             torch.save({"loss": result.loss, "gradients": keep.gradients}, argv[1])
     return 0

@@ -14,6 +14,7 @@ from fp8train.backends.interface import Backend
 from fp8train.config import RunConfig
 from fp8train.data import Batch, Batcher, Dataset, build_dataset, check_vocabulary
 from fp8train.distributed import World
+from fp8train.distributed.sharding import whole
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import converted_linears
 from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -38,7 +39,7 @@ class KeepGradients(torch.optim.Optimizer):
         """Copy the gradients."""
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
-                self.gradients[self._names[id(parameter)]] = parameter.grad.clone()
+                self.gradients[self._names[id(parameter)]] = whole(parameter.grad).clone()
 
 
 class Subject:

@@ -24,7 +24,7 @@ from fp8train.backends import fused_ops as _fused_ops  # noqa: F401  registers t
 from fp8train.backends.producers import norm_gradients
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import HIGH, Float8Linear, InplaceGrad, Plan, weight_grad, wgrad_operand
-from fp8train.nn.operands import OPS, Operand, as_matrix, gemm
+from fp8train.nn.operands import OPS, LaterOperand, Operand, as_matrix, gemm
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 
 T = TypeVar("T", bound=nn.Module)
@@ -215,14 +215,16 @@ def _swiglu(
         x_row, x_col = gate.inputs.get(tensor, needs, gate.plan.backend, gate.plan.site)
     products: list[Tensor] = []
     transposed: list[Tensor | None] = []
+    later: list[LaterOperand | None] = []
     for linear in (gate, up):
         w, wt = linear.provider.operands(linear)
         products.append(gemm(x_row, w, bias=None, out_dtype=out_dtype, **linear.plan.common["fprop"]))
-        transposed += wt.tensors()
+        transposed += wt.tensors() if isinstance(wt, Operand) else (None, None)
+        later.append(None if isinstance(wt, Operand) else wt)
     copies = OPS.swiglu_quantize(*products, row, col, gate.plan.backend)
     h = _SwiGLU.apply(
         as_matrix(tensor), gate.weight, up.weight, *products, *((None, None) if x_col is None else x_col.tensors()),
-        *transposed, (gate.plan, up.plan), (gate.grad_sink, up.grad_sink),
+        *transposed, (gate.plan, up.plan), (gate.grad_sink, up.grad_sink), later,
     )  # fmt: skip
     return h.view(*tensor.shape[:-1], gate.out_features), copies
 
@@ -234,12 +236,13 @@ class _SwiGLU(torch.autograd.Function):
     def forward(  # noqa: PLR0913
         ctx: Any, x: Tensor, gate_weight: Tensor, up_weight: Tensor, gate: Tensor, up: Tensor,
         col: Tensor | None, col_scale: Tensor | None,
-        gate_wt: Tensor, gate_wt_scale: Tensor | None, up_wt: Tensor, up_wt_scale: Tensor | None,
+        gate_wt: Tensor | None, gate_wt_scale: Tensor | None, up_wt: Tensor | None, up_wt_scale: Tensor | None,
         plans: tuple[Plan, Plan], sinks: tuple[InplaceGrad | None, InplaceGrad | None],
+        later: list[LaterOperand | None],
     ) -> Tensor:  # fmt: skip
         weights = (gate_wt, gate_wt_scale, up_wt, up_wt_scale) if ctx.needs_input_grad[0] else (None, None, None, None)
         ctx.save_for_backward(gate, up, col, col_scale, *weights)
-        ctx.plans, ctx.sinks, ctx.x_dtype = plans, sinks, x.dtype
+        ctx.plans, ctx.sinks, ctx.later, ctx.x_dtype = plans, sinks, later, x.dtype
         return _unwritten(gate, gate.dtype)
 
     @staticmethod
@@ -256,13 +259,14 @@ class _SwiGLU(torch.autograd.Function):
             row, row_scale, *col_copy = copies[half * len(copies) // 2 : (half + 1) * len(copies) // 2]
             if need_dx:
                 left = Operand(row, row_scale, precision.dgrad.left)
-                right = Operand(weights[2 * half], weights[2 * half + 1], precision.dgrad.right)
+                (wt, wt_scale), later = weights[2 * half : 2 * half + 2], ctx.later[half]
+                right = Operand(wt, wt_scale, precision.dgrad.right) if later is None else later()
                 part = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **plan.common["dgrad"])
                 dx = part if dx is None else dx + part
             if need_dw[half]:
                 dy_t = Operand(col_copy[0], col_copy[1], precision.wgrad.left)
                 dw[half] = weight_grad(dy_t, wgrad_operand(col, col_scale, plan), plan, ctx.sinks[half])
-        return dx, *dw, *([None] * 10)
+        return dx, *dw, *([None] * 11)
 
 
 def fused_norm(

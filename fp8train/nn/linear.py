@@ -11,17 +11,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fp8train.backends import select_backend
 from fp8train.nn.inputs import InputCache, InputNeeds, QuantizedInput
-from fp8train.nn.operands import Operand, as_matrix, gemm, gemm_add_, quantized, quantized_both, requantized
+from fp8train.nn.operands import (
+    LaterOperand,
+    Operand,
+    as_matrix,
+    gemm,
+    gemm_add_,
+    quantized,
+    quantized_both,
+    requantized,
+)
 from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import BUFFERS, LocalWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
+
+if TYPE_CHECKING:
+    from fp8train.nn.gathered import GatheredWeight
 
 HIGH = (torch.bfloat16, torch.float32)  # dtypes of an input
 _SITES = itertools.count(1)  # 0 is coverage.NOT_COUNTED
@@ -66,15 +78,16 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
-        operands: tuple[Operand, Operand | None, Operand, Operand], plan: Plan, out_dtype: torch.dtype,
+        operands: tuple[Operand, Operand | None, Operand, Operand | LaterOperand], plan: Plan, out_dtype: torch.dtype,
         sink: InplaceGrad | None,
     ) -> Tensor:  # fmt: skip
         row, col, w, wt = operands
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+        kept, later = (wt[:2], None) if isinstance(wt, Operand) else ((None, None), wt)
         ctx.save_for_backward(
-            *(col[:2] if need_dw and col is not None else (None, None)), *(wt[:2] if need_dx else (None, None))
+            *(col[:2] if need_dw and col is not None else (None, None)), *(kept if need_dx else (None, None))
         )
-        ctx.call = plan, sink, x.dtype, bias.dtype if bias is not None and need_db else None
+        ctx.call = plan, sink, x.dtype, bias.dtype if bias is not None and need_db else None, later
         y = gemm(row, w, bias=bias, out_dtype=out_dtype, **plan.common["fprop"])
         # detached, since autograd forbids writing in place to a view that a Function made
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).detach()
@@ -86,14 +99,14 @@ class _LinearFunction(torch.autograd.Function):
                 "Float8Linear: backward was called with create_graph=True; needs False, since rounding has no "
                 "derivative. Keep nn.Linear where second derivatives are wanted."
             )
-        plan, sink, x_dtype, bias_dtype = ctx.call
+        plan, sink, x_dtype, bias_dtype, later = ctx.call
         col, col_scale, wt, wt_scale = ctx.saved_tensors
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         lead, dy = dy.shape[:-1], as_matrix(dy)
         left, left_t = _quantized_grad(dy.contiguous(), plan, need_dx, need_dw)
         dx = dw = db = None
         if need_dx:
-            right = Operand(wt, wt_scale, plan.precision.dgrad.right)
+            right = Operand(wt, wt_scale, plan.precision.dgrad.right) if later is None else later()
             dx = gemm(left, right, bias=None, out_dtype=x_dtype, **plan.common["dgrad"])
             dx = dx if len(lead) == 1 else dx.view(*lead, dx.shape[1])
         if need_dw:
@@ -205,7 +218,7 @@ class Float8Linear(nn.Linear):
     def _setup(self, precision: LinearPrecision, backend: str) -> None:
         self.plan = Plan(precision, backend, next(_SITES))
         self.inputs = InputCache()
-        self.provider = LocalWeight()
+        self.provider: LocalWeight | GatheredWeight = LocalWeight()
         self.grad_sink: InplaceGrad | None = None
         self.remedy: InputRemedy | None = None
         for name in BUFFERS:
@@ -244,7 +257,7 @@ class Float8Linear(nn.Linear):
         anew.
         """
         self.plan = Plan(precision, self.plan.backend if backend is None else backend, self.plan.site)
-        self._clear_weight()
+        self.forget_weight()
         self.refresh_weight()
 
     def refresh_weight(self) -> None:
@@ -286,7 +299,7 @@ class Float8Linear(nn.Linear):
     def set_remedy(self, remedy: InputRemedy | None) -> None:
         """Treat the input so from now on, before it is rounded; the weight's operands are made anew."""
         self.remedy = remedy
-        self._clear_weight()
+        self.forget_weight()
         self.refresh_weight()
 
     def prepared(self, x: Tensor) -> Tensor:
@@ -301,14 +314,15 @@ class Float8Linear(nn.Linear):
         """The master weight [N, K] with the inverse of what `prepared` does to the channels of x."""
         return self.weight if self.channel_scale is None else self.weight / self.channel_scale
 
-    def _clear_weight(self) -> None:
+    def forget_weight(self) -> None:
+        """Drop the weight's operands, and what it was when they were made."""
         for name in BUFFERS:
             setattr(self, name, None)
         self._seen = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
         """Moving or casting drops the operands: codes must not be cast, and are made anew on the new device."""
-        self._clear_weight()
+        self.forget_weight()
         super()._apply(fn, recurse)
         if self.weight.dtype is torch.float32:  # here and not at the next forward, which may be a compiled one
             self.refresh_weight()

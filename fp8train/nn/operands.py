@@ -31,6 +31,10 @@ class Operand(NamedTuple):
         return self.data, self.scale_inv
 
 
+LaterOperand = Callable[[], Operand]
+"""Makes an operand in backward, whose weight is not held in between."""
+
+
 def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]; any size may be 0."""
     if x.dim() == 2:

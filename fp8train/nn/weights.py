@@ -51,7 +51,7 @@ register_optimizer_step_post_hook(_after_step)
 
 
 class LocalWeight:
-    """Provider of a weight that this process holds whole. Sharded providers have the same two methods."""
+    """Provider of a weight that this process holds whole; nn/gathered.py has the one of a sharded weight."""
 
     def refresh(self, linear: Float8Linear) -> None:
         """Make the operands anew from linear.weight, into the linear's buffers."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8train.distributed.sharding import local
 from fp8train.errors import ConfigError
 from fp8train.optim.config import OptimConfig
 
@@ -155,8 +156,8 @@ class AdamWBF16Moments(torch.optim.Optimizer):
         for p in parameters:
             state = self.state[p]
             assert p.grad is not None
-            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-            if p.numel() > self.PIECE and all(t.is_contiguous() for t in tensors):
+            tensors = tuple(map(local, (p, p.grad, state["exp_avg"], state["exp_avg_sq"])))
+            if tensors[0].numel() > self.PIECE and all(t.is_contiguous() for t in tensors):
                 views = list(zip(*(t.view(-1).split(self.PIECE) for t in tensors), strict=True))
             else:
                 views = [tensors]

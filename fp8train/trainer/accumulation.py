@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from torch import nn
 
 from fp8train.nn.linear import Float8Linear, InplaceGrad
-from fp8train.nn.weights import converted_linears, own_weights
+from fp8train.nn.weights import LocalWeight, converted_linears, own_weights
 
 
 def accumulating_linears(model: nn.Module) -> list[Float8Linear]:
     """The linears with an FP8 wgrad that is the only gradient of their weight, and that nobody wants to see by itself.
 
     Left to autograd: wgrads in high precision, whose result is added in a pass of its own either way; weights that
-    modules share, that do not train or whose rows are not contiguous, as a GEMM writes them; those with hooks on the
-    gradient, but for one with reads_values = False; linears whose input a remedy changes or that have a sink.
+    modules share, that are sharded, that do not train or whose rows are not contiguous, as a GEMM writes them; those
+    with hooks on the gradient, but for one with reads_values = False; linears whose input a remedy changes or that
+    have a sink.
     """
     alone = own_weights(model)
     return [
@@ -31,6 +32,7 @@ def accumulating_linears(model: nn.Module) -> list[Float8Linear]:
         if linear.precision.wgrad.left is not None
         and linear.precision.wgrad.right is not None
         and linear.remedy is None
+        and isinstance(linear.provider, LocalWeight)
         and linear.grad_sink is None
         and (weight := linear._parameters.get("weight")) is not None
         and id(weight) in alone

@@ -14,10 +14,14 @@ from fp8train.backends.coverage import COUNTS, GEMMS
 from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport
 from fp8train.convert import convert_model
+from fp8train.distributed import World, wrap_ddp
+from fp8train.distributed.sharding import is_sharded, local_bytes, shard, whole
 from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf
+from fp8train.nn.gathered import gather_weights
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
 
+SPARE_GRAPHS = 8  # that a run may compile of its layers beside one for each: dynamo's own limit
 COUNTED = ("fp8_calls", "other_calls", "fp8_rows", "other_rows")
 
 
@@ -60,8 +64,32 @@ def assemble(
     report = convert_model(model, recipe, backend=config.backend, device_type=device.type, fused=config.fused)
     model.checkpointing = config.activation_checkpointing
     if config.compile:
-        model.compile()
+        _compile(model, by_layer=config.parallel.strategy == "fsdp")
     return Assembly(model=model, recipe=recipe, report=report)
+
+
+def _compile(model: Decoder, by_layer: bool) -> None:
+    """Compile the model at its first forward: as one graph, or, where layers are gathered one by one, each by itself."""
+    if not by_layer:
+        model.compile()
+        return
+    # every layer is a graph of its own of one function; beyond the limit, of 8, dynamo would run them eagerly
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, len(model.layers) + SPARE_GRAPHS)
+    for layer in model.layers:
+        layer.compile()
+
+
+def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
+    """The model as its ranks train it, by config.parallel.strategy: replicated in a wrapper, or sharded in place.
+
+    Raises:
+        ConfigError: the recipe does something to the weights that a sharded model cannot do.
+    """
+    if not config.shards(world.world_size):
+        return wrap_ddp(model, world)
+    gather_weights(model)
+    return shard(model, model.layers, world)
 
 
 def resolve_activations(model: ModelConfig, recipe: Recipe) -> ModelConfig:
@@ -73,11 +101,14 @@ def resolve_activations(model: ModelConfig, recipe: Recipe) -> ModelConfig:
 
 
 def parameter_hash(model: nn.Module) -> str:
-    """SHA-256 over name, shape and bits of every parameter, in the order of their names."""
+    """SHA-256 over name, shape and bits of every parameter, in the order of their names.
+
+    Every rank of a sharded model must call it.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -90,16 +121,16 @@ def model_hash(model: ModelConfig) -> str:
 
 
 def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes that training holds from step to step, by kind."""
-    weights = [parameter for parameter in assembly.model.parameters() if parameter.requires_grad]
+    """Bytes that training holds on this rank from step to step, by kind."""
+    weights = list(assembly.model.parameters())
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
     return {
-        "weights": sum(parameter.numel() * parameter.element_size() for parameter in assembly.model.parameters()),
-        "gradients": sum(parameter.numel() * parameter.element_size() for parameter in weights),
-        "moments": sum(moment.numel() * moment.element_size() for moment in moments),
-        "weight_copies": sum(row.code_bytes + row.scale_bytes for row in assembly.report.rows),
+        "weights": local_bytes(weights),
+        "gradients": local_bytes(weight for weight in weights if weight.requires_grad),
+        "moments": local_bytes(moments),
+        "weight_copies": 0 if is_sharded(weights) else sum(r.code_bytes + r.scale_bytes for r in assembly.report.rows),
     }
 
 

@@ -24,6 +24,7 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batch
 from fp8train.distributed import World
+from fp8train.distributed.sharding import whole
 from fp8train.errors import CheckpointError
 from fp8train.nn.weights import converted_linears
 from fp8train.trainer.assembly import Assembly
@@ -126,7 +127,7 @@ class BlackBox(Watcher):
         return {"blackbox": kind}
 
     def _write(self, path: Path, step: int, kind: str, result: StepResult, limit: float | None) -> None:
-        parameters = dict(self._assembly.model.named_parameters())
+        parameters: dict[str, Tensor] = dict(self._assembly.model.named_parameters())
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         keep_weights = kind == "nonfinite" and size <= self._config.blackbox.weights_gib * 2**30
         try:
@@ -134,6 +135,11 @@ class BlackBox(Watcher):
             writer = FolderWriter(path)
             write_rank(writer, self._world.rank, self._rank)
             self._world.barrier()
+            described = {}
+            for name, own in parameters.items():
+                parameter = whole(own.detach())  # of every rank
+                described[name] = tensor_statistics(parameter) if self._world.main else {}
+                parameters[name] = parameter if keep_weights and self._world.main else own
             if not self._world.main:
                 return
             if keep_weights:
@@ -149,7 +155,7 @@ class BlackBox(Watcher):
                 weights=keep_weights,
                 precisions=self._precisions,
                 statistics={
-                    "parameters": {name: tensor_statistics(p.detach()) for name, p in parameters.items()},
+                    "parameters": described,
                     "micro_batches": [token_statistics(batch) for batch in self._rank.batches],
                 },
                 config=config_to_dict(self._config),

@@ -128,6 +128,7 @@ def introduction(config: RunConfig, world: World, report: ConversionReport, batc
     """What a run is about to do, in lines."""
     step = f"{batcher.num_micro_batches} x {batcher.micro_batch_samples} sequences"
     ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
+    ranks += ", parameters sharded" if config.shards(world.world_size) else ""
     return "\n".join(
         [
             f"model {config.model.name}: {count_parameters(config.model):,} parameters, seq_len {config.seq_len}",

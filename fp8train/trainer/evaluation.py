@@ -14,6 +14,7 @@ from torch import nn
 
 from fp8train.data import MASKED_TARGET, Batcher
 from fp8train.distributed import World
+from fp8train.distributed.sharding import free_gathered, is_sharded
 from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16
 from fp8train.trainer.step import inputs
@@ -61,6 +62,9 @@ class EvalSet:
         self.hash = hashlib.sha256(b"".join(window.tokens.astype("<i8").tobytes() for window in windows)).hexdigest()
         self._world = world
         self._batches = batcher.eval_batches()
+        # the ranks of a sharded model must call it equally often: who has fewer windows repeats what does not count
+        calls = int(world.all_max(float(len(self._batches))))
+        self._idle = [batcher.micro_batches(0)[0]] * (calls - len(self._batches))
         targets = [ids[ids != MASKED_TARGET] for batch in self._batches for ids in batch.targets]
         self.tokens = int(world.all_reduce_sum(float(sum(len(ids) for ids in targets))))
         self.bytes = int(world.all_reduce_sum(float(sum(dataset.tokenizer.bytes_of(ids.numpy()) for ids in targets))))
@@ -78,6 +82,9 @@ class EvalSet:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in self._batches:
                 total += model(*inputs(batch, self._world.device))
+            for batch in self._idle if is_sharded(model.parameters()) else ():
+                model(*inputs(batch, self._world.device))
+        free_gathered(model)
         model.train(was_training)
         total = self._world.all_reduce_sum(total)
         return Score(nats=float(total) / max(self.tokens, 1), tokens=self.tokens, bytes=self.bytes)

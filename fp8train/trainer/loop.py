@@ -12,16 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.checkpoint import Checkpoint, TrainingState, find_resume, save_checkpoint
+from fp8train.checkpoint import Checkpoint, TrainingState, find_resume, gathered_content, write_checkpoint
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
-from fp8train.distributed import World, wrap_ddp
+from fp8train.distributed import World
 from fp8train.errors import TrainingError
 from fp8train.metrics import Metrics, peak_flops
 from fp8train.models import count_parameters, flops_per_token
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
-from fp8train.trainer.assembly import Assembly, CoverageLog, assemble, memory_by_kind, model_hash, parameter_hash
+from fp8train.trainer.assembly import (
+    Assembly,
+    CoverageLog,
+    assemble,
+    memory_by_kind,
+    model_hash,
+    parameter_hash,
+    spread,
+)
 from fp8train.trainer.console import Console, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.environment import device_name
@@ -113,7 +121,7 @@ class Trainer:
         self.assembly: Assembly = assemble(config, world.device)
         self.model = self.assembly.model
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
-        self.replica: nn.Module = wrap_ddp(self.model, world)
+        self.replica: nn.Module = spread(self.model, config, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
         on_main(world, lambda: check_space(self.run_dir, checkpoint_bytes(self.optimizer)))
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
@@ -160,6 +168,7 @@ class Trainer:
         progress.stream_sum = self.stream.total(self.world)
         progress.watchers = {watcher.name: watcher.state() for watcher in self.watchers}
         states = self.world.all_gather_object(random_state())
+        content = gathered_content(self.model, self.optimizer, keep=self.world.main)
 
         def write() -> Path:
             state = TrainingState(
@@ -174,11 +183,10 @@ class Trainer:
                 },
                 random_states=states,
             )
-            return save_checkpoint(
+            return write_checkpoint(
                 self.run_dir,
                 progress.step,
-                self.model,
-                self.optimizer,
+                content,
                 state,
                 keep_last=config.checkpoint.keep_last,
                 keep_every=config.checkpoint.keep_every,

@@ -11,6 +11,7 @@ import torch
 
 from fp8train.config import load_config
 from fp8train.distributed import init
+from fp8train.distributed.sharding import local
 from fp8train.telemetry.observer import named_linears
 from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import parameter_hash
@@ -30,7 +31,7 @@ class Breaking(Trainer):
         if self.progress.step + 1 == BAD_STEP and last and not self.broken:
             self.broken = True
             with torch.no_grad():
-                named_linears(self.model)[BAD_LINEAR].weight[0, 0] = float("nan")
+                local(named_linears(self.model)[BAD_LINEAR].weight)[0, 0] = float("nan")
         return super()._step(stop)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from fp8train.config import load_config
 from fp8train.data import Batcher, build_dataset
-from fp8train.distributed import init, unwrap, wrap_ddp
-from fp8train.trainer.assembly import assemble
+from fp8train.distributed import init, unwrap
+from fp8train.distributed.sharding import whole
+from fp8train.trainer.assembly import assemble, spread
 from fp8train.trainer.step import train_step
 
 
@@ -24,7 +25,7 @@ class KeepGradients(torch.optim.Optimizer):
 
     def step(self, closure=None) -> None:
         for parameter in self.param_groups[0]["params"]:
-            self.gradients[self._names[id(parameter)]] = parameter.grad.clone()
+            self.gradients[self._names[id(parameter)]] = whole(parameter.grad).clone()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
         dataset = build_dataset(config.data, config.seq_len, config.seed)
         size = config.micro_batch(world.world_size)
         batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
-        model = wrap_ddp(assemble(config, world.device).model, world)
+        model = spread(assemble(config, world.device).model, config, world)
         optimizer = KeepGradients(unwrap(model))
         result = train_step(model, optimizer, batcher.micro_batches(0), world, clip=None)
         if world.main:

@@ -66,11 +66,12 @@ def test_two_ranks_train_like_one(tmp_path: Path):
     assert resumed.finished and resumed.stream_hash == straight.stream_hash != one.stream_hash
 
 
-def test_ranks_agree_on_what_is_demoted_and_each_keeps_its_part_of_the_step(tmp_path: Path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_agree_on_what_is_demoted_and_each_keeps_its_part_of_the_step(tmp_path: Path, strategy: str):
     """One rank alone meets a NaN: all go back, demote the same linears, and the black box has every micro-batch."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(load_recipe("blockwise").document | {"alarm": {"on": ["nonfinite"]}}))
-    arguments = tiny_arguments(tmp_path, f"recipe={recipe}", "steps=6", "checkpoint.every=3")
+    arguments = tiny_arguments(tmp_path, f"recipe={recipe}", f"parallel={strategy}", "steps=6", "checkpoint.every=3")
     done = torchrun("tests.integration.breaking_run", str(tmp_path / "ranks.json"), *arguments)
     assert done.returncode == 0, done.stderr
 

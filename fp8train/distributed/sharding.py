@@ -1,0 +1,110 @@
+"""Sharded training by torch's FSDP2: each rank holds its rows of every parameter, gradient and moment.
+
+A layer's parameters are gathered in FP32 before it computes, forward and backward, and freed after it. Every function
+here but `shard` takes ordinary tensors too, and then does nothing to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fp8train.distributed.world import World
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Module:
+    """Spread the parameters of a model over the ranks, in place; backward leaves each rank its rows of the sum.
+
+    The sum over ranks, as wrap_ddp gives it, in FP32. Each of `layers` is whole only while it computes; what is in none
+    of them (embedding, last norm, lm_head) stays whole from forward to the end of backward. With several micro-batches
+    each one's gradient is summed and sharded at once. A world of one rank has nothing to shard.
+
+    Args:
+        model: on world.device, with the same parameters, fp32, on every rank.
+        layers: modules that are called as such, one after another.
+
+    Returns:
+        nn.Module: the same object; its parameters are DTensors, with the names that they had.
+    """
+    if world.world_size == 1:
+        return model
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo can sum only
+    return model
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether each rank has its rows only of one of these tensors."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what a forward without backward has left whole, so that `model.parameters()` are the sharded ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; they share its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor with the rows of all ranks, on each of them: every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
+    """A whole tensor that every rank has, sharded as `own` is, which has its shape; nothing is sent."""
+    if not isinstance(own, DTensor):
+        return tensor
+    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def sum_over_shards(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The sum over ranks, the same bits on each, of a value that each took from its rows of these sharded tensors."""
+    sharded = next(tensor for tensor in tensors if isinstance(tensor, DTensor))
+    total = value.detach().clone()
+    dist.all_reduce(total, group=sharded.device_mesh.get_group())
+    return total
+
+
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors on this rank."""
+    own = [local(tensor) for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+def shard_bytes(shapes: Iterable[torch.Size], ranks: int, element_size: int) -> int:
+    """Bytes that the fullest of `ranks` ranks would hold of tensors of these shapes, cut by their first dimension."""
+    return sum(-(-shape[0] // ranks) * shape[1:].numel() * element_size for shape in shapes if len(shape))
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes of FP32 weights that a rank of a sharded model has whole at a time: those in no layer, and two layers.
+
+    Two, since FSDP gathers a layer while the one before it computes.
+
+    Args:
+        model: its layers are the children of a ModuleList, as those of this package's decoder.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [_numel(layer) for layer in max(lists, key=len, default=())]
+    return 4 * (_numel(model) - sum(layers) + sum(sorted(layers)[-2:]))
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

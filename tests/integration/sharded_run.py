@@ -1,0 +1,105 @@
+"""Runs under torchrun, replicated and sharded, into one folder; not a test itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from fp8train.config import RunConfig
+from fp8train.data import Batcher, build_dataset
+from fp8train.distributed import World, init
+from fp8train.distributed.sharding import local
+from fp8train.nn.weights import BUFFERS, converted_linears
+from fp8train.trainer import Trainer
+from fp8train.trainer.assembly import assemble, spread
+from fp8train.trainer.step import train_step
+from tests.integration.one_step import KeepGradients
+from tests.tiny_run import tiny_config
+
+CASES = {
+    "fp32_scales": ("recipe=deepseek_v3",),
+    "fused": ("recipe=blockwise", "fused=always"),
+    "recomputed": ("recipe=blockwise", "fused=always", "activation_checkpointing=full"),
+    "selective": ("recipe=blockwise", "activation_checkpointing=selective"),
+    "wgrad_bf16": ("recipe=wgrad_bf16",),
+    "placebo": ("recipe=placebo",),
+    "fp32": ("recipe=fp32",),
+    "tied": ("recipe=blockwise", "model.tie_embeddings=true"),
+}
+MICRO_BATCHES = {"accumulated": ("recipe=blockwise", "fused=always", "micro_batch_samples=2")}
+# of 259 rows the ranks have 130 and 129, which cuts a block of 128; of 9 held-out windows, in batches of 4, 1 and 2
+SHAPE = ("model.num_layers=2", "model.intermediate_size=259", "data.eval_windows=9")
+RUN = (
+    "checkpoint.every=3", "eval.every=2", "steps=6", "optim=adamw_constant", "optim.lr=3e-3",
+    "optim.clip_grad_norm=null", "telemetry.every=2",
+)  # fmt: skip
+MOMENTS = {"ddp": (), "fsdp": (), "ddp_bf16": ("optim=adamw_bf16_moments",), "fsdp_bf16": ("optim=adamw_bf16_moments",)}
+
+
+def gradients(config: RunConfig, world: World) -> tuple[float, dict[str, torch.Tensor], dict[str, Any]]:
+    """Loss, whole gradients and facts of the first step."""
+    dataset = build_dataset(config.data, config.seq_len, config.seed)
+    size = config.micro_batch(world.world_size)
+    batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
+    model = assemble(config, world.device).model
+    master = weakref.ref(model.layers[0].mlp.gate_proj.weight)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    replica = spread(model, config, world)
+    facts = {
+        "numel": numel,
+        "local_numel": world.all_gather_object(sum(local(parameter).numel() for parameter in model.parameters())),
+        "master_is_alive": master() is not None,
+    }
+    optimizer = KeepGradients(model)
+    result = train_step(replica, optimizer, batcher.micro_batches(0), world, clip=None)
+    held = [buffer for linear in converted_linears(model) for buffer in map(linear._buffers.get, BUFFERS)]
+    return result.loss, optimizer.gradients, facts | {"holds_codes": any(buffer is not None for buffer in held)}
+
+
+def compiled(config: RunConfig, world: World) -> dict[str, Any]:
+    """How far the gradients of compiled layers are from those of eager ones, and how many graphs that took."""
+    _, want, _ = gradients(config, world)
+    counters.clear()
+    config.compile = True
+    _, got, facts = gradients(config, world)
+    apart = max(float((want[key] - got[key]).norm() / want[key].norm()) for key in want)
+    breaks = sum(counters["graph_break"].values())
+    return {"apart": apart, "graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks, **facts}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write each case's outcome to argv[0]/cases.json and the runs below argv[0]."""
+    folder, outcome = Path(argv[0]), {}
+    with init(60) as world:
+        for name, overrides in (CASES | MICRO_BATCHES).items():
+            config = tiny_config(folder, *SHAPE, *overrides)
+            want_loss, want, _ = gradients(config, world)
+            config.parallel.strategy = "fsdp"
+            loss, got, facts = gradients(config, world)
+            different = [key for key in want if not torch.equal(want[key], got[key])]
+            apart = max(float((want[key] - got[key]).norm() / want[key].norm()) for key in want)
+            outcome[name] = {
+                "losses": [want_loss, loss], "different": different, "apart": apart, "gradients": len(got), **facts
+            }  # fmt: skip
+        outcome["compiled"] = compiled(tiny_config(folder, *SHAPE, "recipe=fp32", "parallel=fsdp"), world)
+        for run, overrides in MOMENTS.items():
+            strategy = f"parallel={run.partition('_')[0]}"
+            Trainer(tiny_config(folder, *SHAPE, *RUN, strategy, *overrides, run=run), world).run()
+        for steps in (3, 6):
+            Trainer(tiny_config(folder, *SHAPE, *RUN, "parallel=fsdp", f"steps={steps}", run="stopped"), world).run()
+        for strategy in ("ddp", "fsdp"):
+            overrides = ("optim.clip_grad_norm=0.1", "steps=1", f"parallel={strategy}")
+            Trainer(tiny_config(folder, *SHAPE, *RUN, *overrides, run=f"clipped_{strategy}"), world).run()
+        if world.main:
+            (folder / "cases.json").write_text(json.dumps(outcome), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
