@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.source_tree import ROOT, imports, python_files, syntax
 
 LAYERS = (
-    {"errors", "_layout", "units", "arguments"},
+    {"errors", "_layout", "units", "arguments", "spikes"},
     {"quant"},
     {"backends"},
     {"nn"},
