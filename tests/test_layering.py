@@ -21,6 +21,7 @@ LAYERS = (
     {"config"},
     {"metrics", "checkpoint"},
     {"trainer"},
+    {"comparison"},
     {"report", "checkup"},
     {"benchmarks", "calibration"},
     {

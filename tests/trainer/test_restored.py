@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from fp8train.checkpoint import open_checkpoint
+from fp8train.comparison.crossing import crossed_losses
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError
 from fp8train.eval import evaluation_config, score_checkpoint
@@ -19,7 +20,6 @@ from fp8train.telemetry.observer import named_linears
 from fp8train.trainer import Trainer
 from fp8train.trainer.alarm_watcher import AlarmWatcher
 from fp8train.trainer.console import Console
-from fp8train.trainer.crossing import crossed_losses
 from fp8train.trainer.restored import restored
 from tests.test_generate import MODEL, save_run
 from tests.tiny_run import tiny_config, tiny_train
