@@ -19,13 +19,13 @@ from typing import Any
 from fp8train.arguments import describe
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
+from fp8train.calibration_setup import CalibrationArguments, headline, prepare, show_progress
 from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport, align
 from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, layer_positions, load_recipe, nearest_paths
-from fp8train.sensitivity import CalibrationArguments, headline, prepare, show_progress
 from fp8train.trainer.run_folder import write_file
 from fp8train.units import bytes_text
 
