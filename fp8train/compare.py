@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.arguments import flattened, parse_arguments
+from fp8train.comparison.arms import ArmRun, ComparisonProgress, check_run_dir, plan_arms
+from fp8train.comparison.crossing import cross_evaluate
+from fp8train.comparison.parallel import Job, train_in_processes
 from fp8train.config import CompareConfig, RunConfig, config_to_dict, load_config
 from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
@@ -30,10 +33,7 @@ from fp8train.report.run_record import RunRecord, read_mapping, read_run
 from fp8train.report.summary import summary
 from fp8train.report.verdict import Crossed, make_verdict
 from fp8train.trainer import Trainer
-from fp8train.trainer.arms import ArmRun, ComparisonProgress, check_run_dir, plan_arms
 from fp8train.trainer.console import Console
-from fp8train.trainer.crossing import cross_evaluate
-from fp8train.trainer.parallel import Job, train_in_processes
 from fp8train.trainer.run_folder import RESULT_FILE, RunResult, on_main, write_file
 
 CROSSED_FILE, VERDICT_FILE, REPORT_FILE = "crossed.json", "verdict.json", "report.html"

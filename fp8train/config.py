@@ -22,6 +22,7 @@ from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, resolve_config
 from fp8train.models.recompute import CHOICES as CHECKPOINTING
 from fp8train.optim import OptimConfig, learning_rate, warmup_steps
+from fp8train.spikes import SIGMAS, WINDOW
 from fp8train.telemetry.config import TelemetryConfig
 
 __all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "parse_arguments"]
@@ -136,8 +137,8 @@ class BlackBoxConfig:
     """
 
     keep: int = 4
-    window: int = 50
-    spike_sigmas: float = 6.0
+    window: int = WINDOW
+    spike_sigmas: float = SIGMAS
     weights_gib: float = 64.0
 
     def __post_init__(self) -> None:

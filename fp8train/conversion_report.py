@@ -156,6 +156,27 @@ class ProducerRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RopeRow:
+    """A rotary embedding, and whether a kernel rotates queries and keys in eager runs (nn/fused.py).
+
+    Args:
+        fqn: module path.
+        refusal: why the formula does; None where a kernel does.
+    """
+
+    fqn: str
+    refusal: str | None
+
+    def text(self) -> str:
+        """Its module path."""
+        return self.fqn
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain values, for JSON."""
+        return {"fqn": self.fqn, "kernel": self.refusal is None, "reason": self.refusal}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport:
     """What convert_model did.
 
@@ -167,6 +188,7 @@ class ConversionReport:
         rows: one for each linear, in the order of the model.
         others: (module path, class) of modules with matrices that are no nn.Linear: recipes do not reach them.
         producers: norms and MLPs of known classes.
+        ropes: rotary embeddings of known classes.
     """
 
     recipe: str
@@ -176,6 +198,7 @@ class ConversionReport:
     rows: tuple[ConversionRow, ...]
     others: tuple[tuple[str, str], ...] = ()
     producers: tuple[ProducerRow, ...] = ()
+    ropes: tuple[RopeRow, ...] = ()
 
     def planned_fp8_share(self) -> float:
         """Share of the linears' FLOPs that are planned in FP8, if every linear sees the same number of rows."""
@@ -216,6 +239,7 @@ class ConversionReport:
             "linears": [row.to_dict() for row in self.rows],
             "not_linears": [{"fqn": fqn, "class": kind} for fqn, kind in self.others],
             "producers": [row.to_dict() for row in self.producers],
+            "ropes": [row.to_dict() for row in self.ropes],
         }
 
     def coverage(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +15,7 @@ from fp8train.backends import select_backend
 from fp8train.backends.coverage import NOT_COUNTED
 from fp8train.backends.interface import Backend
 from fp8train.backends.selection import Selection
-from fp8train.conversion_report import ConversionReport, ConversionRow, ProducerRow
+from fp8train.conversion_report import ConversionReport, ConversionRow, ProducerRow, RopeRow
 from fp8train.errors import ConfigError, RecipeError
 from fp8train.nn.fused import (
     FusedMLP,
@@ -38,6 +38,7 @@ from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
 
 FUSED = ("auto", "always", "never")
+_NEVER = "fused=never"
 _PLAIN_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta")))
 _GATED = ("gate_proj", "up_proj")  # what a SwiGLU calls the two factors of its product
 _HOOKS = tuple(sorted(name for name in _PLAIN_ATTRIBUTES if name.endswith("_hooks")))
@@ -65,7 +66,6 @@ def convert_model(
     in what `fused` joins to their casts. Parameter objects, state-dict names, tied weights and shared modules stay;
     works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP and
     before hooks are registered on linears. A second conversion changes precisions and replaces no module.
-
     A model class may declare `keep_high_precision`, a tuple of globs on module paths relative to it; such a linear
     stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear may have a
     forward of its own: it is left as it is where its rule says bf16 or fp32, and refused where the rule says otherwise.
@@ -111,6 +111,7 @@ def convert_model(
         rows=tuple(_row(found, assigned[found.paths[0]], selection) for found in linears),
         others=tuple(_others(model)),
         producers=tuple(_fuse(model, fused, selection.backend)),
+        ropes=tuple(_fuse_ropes(model, fused, selection.backend)),
     )
 
 
@@ -266,23 +267,24 @@ def _keep_from_ddp(model: nn.Module) -> None:
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
-def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
-    """Put fused modules in the place of norms and MLPs whose linears permit, and plain ones back where they do not.
-
-    Rotary embeddings too, whatever the precisions.
-    """
+def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a module -> the (parent, name) that hold it."""
     slots: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is not None:
                 slots.setdefault(id(child), []).append((parent, name))
+    return slots
+
+
+def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
+    """Put fused modules in the place of norms and MLPs whose linears permit, and plain ones back everywhere else."""
+    slots = _slots(model)
     for held in slots.values():
         parent, name = held[0]
         child = getattr(parent, name)
         if isinstance(child, FusedRMSNorm | FusedMLP | FusedRope):
             setattr(parent, name, plain_module(child))
-    if fused == "always" or (fused == "auto" and backend.has_rope()):
-        _fuse_ropes(slots.values(), backend)
     rows: dict[str, ProducerRow] = {}
     producers = list(find_producers(model))
     for producer in sorted(producers, key=lambda row: row.norm is not None):  # MLPs first: norms look at their hooks
@@ -290,9 +292,7 @@ def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
         parent = model.get_submodule(parent_path)
         module = getattr(parent, name)
         linears = [linear for fqn in producer.linears if isinstance(linear := model.get_submodule(fqn), Float8Linear)]
-        why = _why_plain(module, linears, producer, fused, backend)
-        if why is None and len(slots.get(id(module), (0,))) > 1:
-            why = "the model uses it in several places"
+        why = _why_plain(module, linears, producer, fused, backend, len(slots.get(id(module), ())) > 1)
         if why is None and producer.norm is not None:
             eps, rounds_early = getattr(module, producer.norm.eps), producer.norm.rounds_early
             through = [model.get_submodule(path) for path in dict.fromkeys(map(_parent, producer.linears))]
@@ -307,33 +307,53 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _fuse_ropes(slots: Iterable[Sequence[tuple[nn.Module, str]]], backend: Backend) -> None:
-    """Give every rotary embedding of a known class a kernel; slots: the (parent, name) that hold each module."""
-    for held in slots:
-        parent, name = held[0]
-        module = getattr(parent, name)
-        if full_name(module) in ROPES and "forward" not in vars(module) and len(held) == 1:
-            setattr(parent, name, fused_rope(module, backend.name))
+def _fuse_ropes(model: nn.Module, fused: str, backend: Backend) -> list[RopeRow]:
+    """Give the rotary embeddings of a known class a kernel, whatever the precisions; after `_fuse`, which takes it."""
+    rows = []
+    slots, has_kernel = _slots(model), backend.has_rope()
+    for fqn, module in list(model.named_modules()):
+        if full_name(module) in ROPES:
+            parent, name = slots[id(module)][0]
+            why = _why_kept(module, fused, backend, has_kernel or fused == "always", len(slots[id(module)]) > 1)
+            if why is None:
+                setattr(parent, name, fused_rope(module, backend.name))
+            rows.append(RopeRow(fqn=fqn, refusal=why or (None if has_kernel else _no_kernel(backend))))
+    return rows
 
 
 def _why_plain(
-    module: nn.Module, linears: Sequence[Float8Linear], producer: Producer, fused: str, backend: Backend
+    module: nn.Module, linears: Sequence[Float8Linear], producer: Producer, fused: str, backend: Backend, shared: bool
 ) -> str | None:
     """Why a norm or an MLP is not fused, or None."""
     if fused == "never":
-        return "fused=never"
+        return _NEVER
     if len(linears) < len(producer.linears):
         return "one of its linears is a subclass of nn.Linear that was left as it is"
     if why := (mlp_refusal(*linears) if producer.norm is None else refusal(linears)):
         return why
-    if "forward" in vars(module):
-        return "it has a forward of its own"
     made = [(linears[-1].precision.fprop.left, linears[-1].precision.wgrad.right)]
     if producer.norm is None:
         made.append((linears[0].precision.dgrad.left, linears[0].precision.wgrad.left))
-    if fused == "auto" and not all(row is not None and backend.fuses(row, col) for row, col in made):
-        return f"backend {backend.name} has no kernel for it"
-    return None
+    served = fused != "auto" or all(row is not None and backend.fuses(row, col) for row, col in made)
+    return _why_kept(module, fused, backend, served, shared)
+
+
+def _why_kept(module: nn.Module, fused: str, backend: Backend, served: bool, shared: bool) -> str | None:
+    """Why a module of a known class is not swapped, whatever its linears permit, or None.
+
+    served: the backend has a kernel for it, or none is asked for.
+    """
+    if fused == "never":
+        return _NEVER
+    if "forward" in vars(module):
+        return "it has a forward of its own"
+    if not served:
+        return _no_kernel(backend)
+    return "the model uses it in several places" if shared else None
+
+
+def _no_kernel(backend: Backend) -> str:
+    return f"backend {backend.name} has no kernel for it"
 
 
 def _replacement(found: _Found, precision: LinearPrecision, backend: str) -> Float8Linear:

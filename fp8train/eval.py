@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fp8train._layout import folder
-from fp8train.arguments import describe, merged, nearest, parse_arguments, parse_assignments, structure
+from fp8train.arguments import describe, parse_arguments
 from fp8train.checkpoint import Checkpoint, open_checkpoint
-from fp8train.config import RunConfig, config_to_dict
+from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, init, rank_exit_code
-from fp8train.errors import ConfigError
-from fp8train.generate import trained_tokenizer
 from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
+from fp8train.trainer.changed_run import evaluation_config
 from fp8train.trainer.evaluation import EvalSet, evaluate
 from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import on_main, write_file
@@ -51,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     arguments = parse_arguments([a for a in argv if a.partition("=")[0] in OWN_KEYS or "=" not in a], EvalArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)
-    config = evaluation_config(checkpoint, [a for a in argv if a.partition("=")[0] not in OWN_KEYS])
+    config = evaluation_config(checkpoint, [a for a in argv if a.partition("=")[0] not in OWN_KEYS], "eval")
     with init(config.parallel.timeout_seconds) as world:
         row = score_checkpoint(checkpoint, config, world)
         if world.main:
@@ -60,33 +56,6 @@ def main(argv: Sequence[str]) -> int:
         if out is not None:
             on_main(world, lambda: write_file(Path(out), to_json_line(row)))
     return 0
-
-
-def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str]) -> RunConfig:
-    """The configuration of the run, with the changes that were asked for.
-
-    Args:
-        changes: KEY=VALUE of RunConfig, and data=CHOICE, which replaces the data but keeps the tokenizer.
-
-    Raises:
-        ConfigError: unknown key or choice, wrong type, or windows longer than the model takes.
-    """
-    values = config_to_dict(checkpoint.config)
-    keys = []
-    for change in changes:
-        key, _, choice = change.partition("=")
-        if key == "data":
-            values["data"] = _data_choice(checkpoint, choice)
-        else:
-            keys.append(change)
-    config = structure(RunConfig, merged(values, parse_assignments(keys, RunConfig)), who="eval")
-    if config.seq_len > config.model.max_seq_len:
-        raise ConfigError(
-            f"eval: seq_len is {config.seq_len}; needs at most model.max_seq_len={config.model.max_seq_len}."
-        )
-    if not config.data.holdout_fraction:
-        raise ConfigError("eval: data.holdout_fraction is 0; needs some text held out. Set data.holdout_fraction=0.05.")
-    return config
 
 
 def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) -> dict[str, Any]:
@@ -124,16 +93,6 @@ def table(checkpoint: Checkpoint, row: dict[str, Any]) -> str:
         loss, bits, perplexity = (row[key + suffix] for key in ("eval_loss", "bits_per_byte", "perplexity"))
         lines.append(f"{name:17s} {loss:10.4f} {bits:10.4f} {perplexity:11.4f}")
     return "\n".join(lines) + "\n"
-
-
-def _data_choice(checkpoint: Checkpoint, choice: str) -> dict[str, Any]:
-    """The data group of that name, with the tokenizer of the run."""
-    files = {path.stem: path for path in (folder("configs") / "data").glob("*.yaml")}
-    if choice not in files:
-        raise ConfigError(f"data: no file {choice!r} in configs/data/; {nearest(choice, sorted(files))}.")
-    tokenizer = trained_tokenizer(checkpoint.config.data)
-    data = yaml.safe_load(files[choice].read_text(encoding="utf-8")) or {}
-    return data | {"tokenizer": "bytes" if tokenizer.path is None else str(tokenizer.path)}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import nn
 from fp8train.backends.coverage import GEMMS
 from fp8train.backends.selection import PLANNED
 from fp8train.config import load_config
-from fp8train.conversion_report import ConversionReport, ProducerRow, align, index_ranges
+from fp8train.conversion_report import ConversionReport, ProducerRow, RopeRow, align, index_ranges
 from fp8train.convert import convert_model
 from fp8train.distributed.sharding import gathered_bytes, shard_bytes
 from fp8train.errors import ConfigError, exit_code
@@ -213,22 +213,31 @@ def _remarks(report: ConversionReport) -> list[str]:
         lines += [f"  {count} {kind}, e.g. {first[kind]}" for kind, count in kinds.items()]
     shared = [row for row in report.rows if row.other_names]
     lines += [f"one module: {row.fqn} = {' = '.join(row.other_names)}" for row in shared]
-    lines += _producer_lines(report.producers)
+    lines += _swap_lines(
+        report.producers,
+        "fused with the casts of their linears",
+        "norms and MLPs that are not fused with the casts of their linears",
+    )
+    lines += _swap_lines(
+        report.ropes,
+        "queries and keys rotated by a kernel in eager runs, by the formula in compiled ones",
+        "queries and keys rotated by the formula",
+    )
     return ["\n".join(lines)] if lines else []
 
 
-def _producer_lines(producers: Sequence[ProducerRow]) -> list[str]:
-    """Which norms and MLPs make the FP8 input of linears themselves, and why the others do not."""
+def _swap_lines(rows: Sequence[ProducerRow | RopeRow], swapped: str, kept: str) -> list[str]:
+    """Which modules were swapped, under the heading `swapped`, and why others were not, under `kept`."""
     fused: dict[str, list[int]] = {}
-    for row in producers:
+    for row in rows:
         if row.refusal is None:
             pattern, indices = INDEX.sub("{}", row.text(), count=1), INDEX.findall(row.text())
             fused.setdefault(pattern, []).extend(map(int, indices[:1]))
-    lines = ["fused with the casts of their linears:"] if fused else []
+    lines = [f"{swapped}:"] if fused else []
     lines += [f"  {pattern.replace('{}', index_ranges(indices), 1)}" for pattern, indices in fused.items()]
-    plain = Counter(row.refusal for row in producers if row.refusal is not None)
-    first = {row.refusal: row for row in reversed(producers)}
-    lines += ["norms and MLPs that are not fused with the casts of their linears:"] if plain else []
+    plain = Counter(row.refusal for row in rows if row.refusal is not None)
+    first = {row.refusal: row for row in reversed(rows)}
+    lines += [f"{kept}:"] if plain else []
     return lines + [f"  {count}, e.g. {first[why].text()}: {why}" for why, count in plain.items()]
 
 

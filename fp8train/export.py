@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fp8train.arguments import nearest, parse_arguments
 from fp8train.checkpoint import open_checkpoint
+from fp8train.data.build import configured_tokenizer
+from fp8train.data.tokenizers import build_tokenizer
 from fp8train.errors import ConfigError, exit_code
-from fp8train.generate import trained_tokenizer
 from fp8train.models import ModelConfig, count_parameters, save_hf
 from fp8train.nn.remedies import fold_channel_scale
 from fp8train.recipe import Recipe
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     model = checkpoint.config.model
     tokenizer, separator = None, None
     if arguments.tokenizer != "none":
-        trained = trained_tokenizer(checkpoint.config.data, arguments.tokenizer)
+        own = arguments.tokenizer
+        trained = configured_tokenizer(checkpoint.config.data) if own is None else build_tokenizer(own)
         tokenizer, separator = trained.path, trained.separator  # bytes have no files
     state, notes = fold_remedies(checkpoint.load_model_state(), checkpoint.recipe)
     for line in notes:

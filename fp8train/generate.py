@@ -12,9 +12,7 @@ from torch import Tensor
 
 from fp8train.arguments import parse_arguments
 from fp8train.checkpoint import open_checkpoint
-from fp8train.data.build import shard_folders
-from fp8train.data.config import DataConfig
-from fp8train.data.shards import shard_tokenizer
+from fp8train.data.build import configured_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.distributed import init
 from fp8train.errors import ConfigError, exit_code
@@ -68,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = open_checkpoint(arguments.checkpoint)
     for line in checkpoint.skipped:
         sys.stderr.write(f"{line}\n")
-    tokenizer = trained_tokenizer(checkpoint.config.data, arguments.tokenizer)
+    own = arguments.tokenizer
+    tokenizer = configured_tokenizer(checkpoint.config.data) if own is None else build_tokenizer(own)
     vocab_size = checkpoint.config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
@@ -93,17 +92,6 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
-
-
-def trained_tokenizer(data: DataConfig, name: str | None = None) -> Tokenizer:
-    """The tokenizer of a run: `name` if given, else what its data configuration says (token shards carry their own)."""
-    if name is not None:
-        return build_tokenizer(name)
-    if data.tokenizer == "auto":
-        for source in data.mix or [data]:
-            if source.kind == "tokens":
-                return shard_tokenizer(shard_folders(source)[0])
-    return build_tokenizer(data.tokenizer, data.separator)
 
 
 @torch.no_grad()

@@ -19,13 +19,13 @@ from typing import Any
 from fp8train.arguments import describe
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
+from fp8train.calibration_setup import CalibrationArguments, headline, prepare, show_progress
 from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport, align
 from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, layer_positions, load_recipe, nearest_paths
-from fp8train.sensitivity import CalibrationArguments, headline, prepare, show_progress
 from fp8train.trainer.run_folder import write_file
 from fp8train.units import bytes_text
 
@@ -266,13 +266,18 @@ def _pattern(fqn: str, linears: Sequence[str]) -> str:
 
 
 def cost_table(report: ConversionReport, choice: Choice, scores: Mapping[str, float], metric: str) -> str:
-    """What each linear costs that goes to BF16: share of the linears' FLOPs, time, weight copies, saved input."""
+    """What each linear costs that goes to BF16: share of the linears' FLOPs, time, weight copies, saved input.
+
+    A linear that manual names and first or last covers is one line, that of manual.
+    """
     rows = {row.fqn: row for row in report.rows}
     total = sum(len(GEMMS) * row.out_features * row.in_features for row in report.rows)
     head = ["to BF16", "why", metric, "FLOPs %", "time % <=", "weight copies", "saved input a token"]
     lines, sums = [head], [0.0, 0.0, 0.0]
-    for why, paths in (("manual", choice.manual), ("rank", choice.searched), ("first/last", choice.ends)):
-        for fqn in dict.fromkeys(paths):
+    named = {*choice.manual, *choice.searched}
+    ends = [fqn for fqn in choice.ends if fqn not in named]
+    for why, paths in (("manual", choice.manual), ("rank", choice.searched), ("first/last", ends)):
+        for fqn in paths:
             row = rows[fqn]
             high = dataclasses.replace(row, numbers=BF16)
             gemms = sum(row.planned(gemm) == "fp8" for gemm in GEMMS)
@@ -282,7 +287,7 @@ def cost_table(report: ConversionReport, choice: Choice, scores: Mapping[str, fl
             costs = [share, share / 2, copies]
             sums = [a + b for a, b in zip(sums, costs, strict=True)]
             cells = [f"{share:.2f}", f"{share / 2:.2f}", _bytes(copies), f"+{bytes_text(row.in_features)}"]
-            cause = f"with {choice.led[fqn]}" if fqn in choice.led and paths is not choice.ends else why
+            cause = f"with {choice.led[fqn]}" if fqn in choice.led else why
             lines.append([fqn, cause, f"{scores[fqn]:.3g}", *cells])
     lines.append(["in all", "", "", f"{sums[0]:.2f}", f"{sums[1]:.2f}", _bytes(sums[2]), ""])
     return align(lines, right=head[2:]) + "\n(time: of the linears in BF16, where FP8 runs at twice its speed)\n"

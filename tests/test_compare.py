@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from fp8train.compare import main, train_and_compare, wandb_row
+from fp8train.comparison.arms import plan_arms
+from fp8train.comparison.crossing import crossed_losses
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
 from fp8train.errors import ConfigError, exit_code
-from fp8train.trainer.arms import plan_arms
-from fp8train.trainer.crossing import crossed_losses
 from fp8train.trainer.run_folder import RunResult
 from tests.run_folders import write_run
 from tests.tiny_comparison import TINY, configuration

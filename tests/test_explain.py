@@ -161,3 +161,13 @@ def test_recipe_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str],
     path.write_text("version: 1\nrules:\n  - {match: '*q_prj', use: bf16}\n  - {match: '*', use: bf16}\n")
     error = refusal(capsys, f"recipe={path}")
     assert "mine.yaml: rule 1 '*q_prj' matches none" in error and "q_proj" in error
+
+
+def test_rotary_embeddings_are_named_with_what_rotates(capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = run(capsys, *EIGHT_B, "device=sm_90")
+    assert (
+        "rotated by a kernel in eager runs, by the formula in compiled ones:\n  layers.{0..31}.self_attn.rope" in kernel
+    )
+    formula = run(capsys, *EIGHT_B, "device=cpu", "backend=reference", "fused=always")
+    why = "backend reference has no kernel for it"
+    assert f"rotated by the formula:\n  32, e.g. layers.0.self_attn.rope: {why}" in formula

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from fp8train.cli import COMMANDS
 from tests.source_tree import ROOT, imports, python_files, syntax
 
 LAYERS = (
-    {"errors", "_layout", "units", "arguments"},
+    {"errors", "_layout", "units", "arguments", "spikes"},
     {"quant"},
     {"backends"},
     {"nn"},
@@ -21,22 +22,10 @@ LAYERS = (
     {"config"},
     {"metrics", "checkpoint"},
     {"trainer"},
+    {"comparison"},
     {"report", "checkup"},
-    {"benchmarks", "calibration"},
-    {
-        "train",
-        "compare",
-        "explain",
-        "prepare",
-        "eval",
-        "generate",
-        "export",
-        "doctor",
-        "replay",
-        "bench",
-        "sensitivity",
-        "search",
-    },
+    {"benchmarks", "calibration", "calibration_setup"},
+    set(COMMANDS),
     {"cli"},
     {"__main__"},
 )
@@ -83,6 +72,17 @@ def test_imports_come_from_the_same_layer_or_those_before_it() -> None:
         if RANK.get(part, 0) > RANK.get(part_of(path), len(LAYERS))
     ]
     assert not upward
+
+
+def test_no_command_imports_another() -> None:
+    """What two of them need is no command: it belongs to a layer below."""
+    crossing = [
+        f"{path} imports {part}"
+        for path in SOURCES
+        if part_of(path) in COMMANDS
+        for part in sorted(imported_parts(path) & set(COMMANDS) - {part_of(path)})
+    ]
+    assert not crossing
 
 
 def test_models_data_optim_and_distributed_are_plain_pytorch() -> None:

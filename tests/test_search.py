@@ -16,7 +16,17 @@ from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import load_recipe
-from fp8train.search import Choice, SearchArguments, choose, end_layers, gap_words, main, matching, searched_recipe
+from fp8train.search import (
+    Choice,
+    SearchArguments,
+    choose,
+    cost_table,
+    end_layers,
+    gap_words,
+    main,
+    matching,
+    searched_recipe,
+)
 from fp8train.sensitivity import main as sensitivity
 from fp8train.telemetry.observer import named_linears
 from tests.planted import LAYERS, PLANTED, own_text, planted_model
@@ -173,6 +183,40 @@ def test_searched_recipe_beats_random_and_first_and_last_layers_on_held_out_text
         others[f"random {number}"] = source.sample(held_out.candidates, count)
     for name, kept in others.items():
         assert abs(searched) < 0.5 * gap(kept), (name, searched, gap(kept))
+
+
+class Twice(nn.Module):
+    """Two linears, each under two names: layers.1 is layers.0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.ModuleDict({"up_proj": nn.Linear(64, 128), "down_proj": nn.Linear(128, 64)})
+        self.layers = nn.ModuleList([block, block])
+
+
+class TestCosts:
+    @staticmethod
+    def rows(model: nn.Module, choice: Choice) -> tuple[list[list[str]], list[str]]:
+        """Cells of the linears, and of the line that sums them."""
+        report = convert_model(model, "blockwise", backend="cpu_torch")
+        text = cost_table(report, choice, dict.fromkeys((row.fqn for row in report.rows), 1.0), "loss")
+        lines = [re.split("  +", line) for line in text.splitlines()]
+        last = next(number for number, line in enumerate(lines) if line[0] == "in all")
+        return lines[1:last], lines[last]
+
+    @pytest.mark.parametrize(
+        "named",
+        [{"manual": (DOWN[0],)}, {"ends": (DOWN[0],)}, {"manual": (DOWN[0],), "ends": (DOWN[0],)}],
+        ids=["manual", "first or last", "both"],
+    )
+    def test_linear_is_counted_once_however_it_was_chosen(self, named: dict[str, tuple[str, ...]]):
+        rows, total = self.rows(planted_model("bf16"), Choice(searched=(), **named))
+        assert [row[0] for row in rows] == [DOWN[0]] and rows[0][1] == next(iter(named)).replace("ends", "first/last")
+        assert total[1:] == rows[0][3:6]
+
+    def test_linear_with_two_names_is_one_row_and_a_share_of_the_whole(self):
+        rows, total = self.rows(Twice(), Choice(searched=("layers.0.up_proj", "layers.0.down_proj")))
+        assert [row[3] for row in rows] == ["50.00", "50.00"] and total[1] == "100.00"
 
 
 class TestWords:

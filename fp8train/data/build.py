@@ -37,12 +37,12 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     """
     if seq_len < 1:
         raise DataError(f"seq_len: is {seq_len}; needs at least 1.")
-    entries: list[SourceConfig] = config.mix if config.kind == "mix" else [config]
+    entries = _entries(config)
     if not entries:
         raise DataError(
             "data.mix: has no entries; needs at least one source. Add data.mix=[{kind: stdlib, weight: 1}]."
         )
-    tokenizer = _tokenizer(config, entries)
+    tokenizer = configured_tokenizer(config)
     texts = [source_files(entry) for entry in entries if entry.kind == "text"]
     text_files = sum(map(len, texts))
     text_bytes = sum(file.stat().st_size for files in texts for file in files)
@@ -105,12 +105,21 @@ def shard_folders(source: SourceConfig) -> list[Path]:
     return sorted(folders)
 
 
-def _tokenizer(config: DataConfig, entries: list[SourceConfig]) -> Tokenizer:
+def configured_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that a configuration asks for; under auto that of its token shards, which carry their own.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if config.tokenizer == "auto":
-        for entry in entries:
+        for entry in _entries(config):
             if entry.kind == "tokens":
                 return shard_tokenizer(shard_folders(entry)[0])
     return build_tokenizer(config.tokenizer, config.separator)
+
+
+def _entries(config: DataConfig) -> list[SourceConfig]:
+    return list(config.mix) if config.kind == "mix" else [config]
 
 
 def _is_stream(source: SourceConfig) -> bool:

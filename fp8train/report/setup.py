@@ -23,6 +23,7 @@ from fp8train.report.coverage_summary import (
 )
 from fp8train.report.page import Column, code, typeset
 from fp8train.report.run_record import Arms, first_run
+from fp8train.spikes import LEAST_LEAP, RECENT, SIGMAS, WINDOW
 from fp8train.units import bytes_text, count_text, flops_text, percent_text
 
 OWN_KEYS = ("run_dir", "time_limit_seconds")  # every arm has its own, and the numbers do not depend on them
@@ -196,9 +197,9 @@ def method() -> str:
         "Gap in LR decay": "Mean over the steps after the last one at 90 % of the peak learning rate, against the "
         "mean at "
         "the peak.",
-        "Spikes": "Steps whose loss strays above the smoothed loss by more than six times what is usual over the 64 "
-        "steps "
-        "before.",
+        "Spikes": f"Logged steps whose loss is above the median of the last {RECENT} by {SIGMAS:g} robust deviations "
+        f"of the last {WINDOW} and by {100 * LEAST_LEAP:g} %; in a row they count once. Where every step is logged and "
+        "blackbox is at its defaults, these are the steps that a run's black box takes for spikes.",
         "Tokens per second": "Median over logged steps after the warm-up (the first 5 %, at least one and at most 20).",
         "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the operations "
         "themselves while training.",

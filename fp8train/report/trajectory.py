@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fp8train.report.run_record import Table, finite
+from fp8train.spikes import count_spikes
 
 SMOOTHING = 0.9  # DeepSeek-V3 (arXiv:2412.19437) shows its losses smoothed like that; its 0.25 % refers to those
 WARMUP_FRACTION = 0.05
@@ -17,8 +18,6 @@ TARGETS = (0.5, 0.75, 0.9)  # of the baseline's tokens: where tokens-to-loss is 
 SMOOTHED_SPAN = 0.35  # of ln(tokens): half a window of the curve on which tokens-to-loss is read
 SMOOTHED_POINTS, SMOOTHED_ROWS = 400, 4000  # of that curve, and means of rows that it is made from
 LEAST_ROWS = 8
-SPIKE_ROWS = 64  # rows before a step that say how much its loss usually strays
-SPIKE_SPREADS = 6.0
 
 
 def ema(values: np.ndarray, decay: float = SMOOTHING) -> np.ndarray:
@@ -201,22 +200,11 @@ def grad_norm_ratio(baseline: Table, other: Table) -> float | None:
 
 
 def spikes(table: Table) -> int:
-    """Steps whose loss strays upwards from the average of the steps before by more than SPIKE_SPREADS times what is
-    usual (1.4826 times the median magnitude over the SPIKE_ROWS rows before), after the warm-up; steps in a row count
-    once. A loss that is not finite is no spike but counted by itself.
+    """Spikes among the logged steps, as fp8train/spikes.py says. A loss that is not finite is none: it is counted by
+    itself.
     """
     loss = table.columns["loss"]
-    loss = loss[np.isfinite(loss)]
-    if len(loss) <= SPIKE_ROWS:
-        return 0
-    strays = loss[1:] - ema(loss)[:-1]
-    rows = min(SPIKE_ROWS, len(strays) - 1)
-    windows = np.lib.stride_tricks.sliding_window_view(strays[:-1], rows)
-    usual = np.concatenate(
-        [np.median(np.abs(part), axis=1) for part in np.array_split(windows, len(windows) // 8192 + 1)]
-    )
-    spiking = strays[rows:] > SPIKE_SPREADS * 1.4826 * usual
-    return int(spiking[0]) + int((spiking[1:] & ~spiking[:-1]).sum())
+    return count_spikes(loss[np.isfinite(loss)].tolist())
 
 
 def warmup_rows(count: int) -> int:

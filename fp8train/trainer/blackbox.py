@@ -7,10 +7,8 @@ not finite moved no weight, so the weights are those of the step and lie beside 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from fp8train.distributed import World
 from fp8train.distributed.sharding import whole
 from fp8train.errors import CheckpointError
 from fp8train.nn.weights import converted_linears
+from fp8train.spikes import spike_limit
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
 from fp8train.trainer.watcher import Watcher
@@ -34,17 +33,13 @@ from fp8train.trainer.watcher import Watcher
 FOLDER = "blackbox"
 DUMP_FILE = "dump.json"
 WEIGHTS_FILE = "model.safetensors"
-FEWEST = 10  # losses before a spike can be told
-RECENT = 5  # losses whose median is the usual one
-SPREAD_OF_MAD = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
-LEAST_LEAP = 0.1  # of the usual loss: a calm run must not call ripples spikes
 
 
 @dataclass(kw_only=True, slots=True)
 class Dump:
     """What happened, beside the micro-batches.
 
-    step: counted from 1. kind: "nonfinite" or "spike".
+    step: counted from 1. kind: "nonfinite" or "spike" (as fp8train/spikes.py says).
     loss, grad_norm: of the step; null where not finite.
     limit: loss above which it is a spike; null with too little history.
     history: losses of the steps before, oldest first.
@@ -177,21 +172,6 @@ class BlackBox(Watcher):
         self._history = list(state.get("history", []))
         self._dumps = state.get("dumps", 0)
         self._quiet_until = state.get("quiet_until", 0)
-
-
-def spike_limit(history: Sequence[float], sigmas: float) -> float | None:
-    """Loss above which a step is a spike: median of the last five + max(sigmas * robust deviation, 10 %).
-
-    The deviation is that of differences between neighbours, less their median, so that a falling loss does not widen
-    it. None with too few losses.
-    """
-    if len(history) < FEWEST:
-        return None
-    usual = statistics.median(history[-RECENT:])
-    moves = [after - before for before, after in itertools.pairwise(history)]
-    drift = statistics.median(moves)
-    spread = SPREAD_OF_MAD * statistics.median(abs(move - drift) for move in moves) / math.sqrt(2)
-    return usual + max(sigmas * spread, LEAST_LEAP * abs(usual))
 
 
 def tensor_statistics(x: Tensor) -> dict[str, Any]:

@@ -160,8 +160,25 @@ def test_a_rope_of_another_class_or_forward_is_left_alone() -> None:
     model = decoder()
     model.layers[0].self_attn.rope = Other()
     model.layers[1].self_attn.rope.forward = lambda *args: apply_rope(*args)
-    convert_model(model, "bf16", backend="reference", fused="always")
+    report = convert_model(model, "bf16", backend="reference", fused="always")
     assert ropes(model) == [Other, Rope]
+    assert [(row.fqn, row.refusal) for row in report.ropes] == [
+        ("layers.1.self_attn.rope", "it has a forward of its own")
+    ]
+
+
+def test_report_says_where_a_kernel_rotates_and_why_the_formula_does_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, missing = decoder(), "backend reference has no kernel for it"
+    paths = [f"layers.{number}.self_attn.rope" for number in range(2)]
+    cases = [("always", False, missing), ("auto", False, missing), ("auto", True, None), ("never", True, "fused=never")]
+    for fused, has, why in cases:
+        monkeypatch.setattr(type(get_backend("reference")), "has_rope", lambda self, has=has: has)
+        report = convert_model(model, "bf16", backend="reference", fused=fused)
+        assert [(row.fqn, row.refusal) for row in report.ropes] == [(path, why) for path in paths]
+        assert report.to_dict()["ropes"][0] == {"fqn": paths[0], "kernel": why is None, "reason": why}
+    model.layers[1].self_attn.rope = model.layers[0].self_attn.rope
+    (row,) = convert_model(model, "bf16", backend="reference", fused="always").ropes
+    assert (row.fqn, row.refusal) == (paths[0], "the model uses it in several places")
 
 
 @recipes

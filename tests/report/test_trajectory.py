@@ -77,20 +77,10 @@ def test_norm_ratio_is_the_median_after_warm_up() -> None:
     assert grad_norm_ratio(curve(FALL, grad_norm=base), curve(FALL, grad_norm=other)) == 1.5
 
 
-def test_spikes_are_counted_once_each_and_noise_is_none() -> None:
-    noise = FALL + 0.02 * np.random.default_rng(0).standard_normal(ROWS)
-    assert spikes(curve(noise)) == 0
-    spiked = noise.copy()
-    spiked[[150, 151, 300]] += 1.0  # two steps in a row are one
-    spiked[200] -= 1.0  # downwards is none
-    assert spikes(curve(spiked)) == 2
-    assert spikes(curve(spiked[:40])) == 0, "too short to know what is usual"
-
-
-def test_spikes_of_a_long_run_are_found_in_every_part() -> None:
-    loss = 2.0 + 0.02 * np.random.default_rng(1).standard_normal(20_000)
-    loss[[5_000, 12_000, 19_000]] += 2.0
-    assert spikes(curve(loss)) == 3
+def test_spikes_are_of_finite_losses_only() -> None:
+    loss = FALL.copy()
+    loss[[100, 200]] = 9.0, math.nan
+    assert spikes(curve(loss)) == 1
 
 
 @pytest.mark.parametrize(("rows", "skipped"), [(3, 0), (4, 1), (100, 5), (10_000, 20)])

@@ -13,7 +13,7 @@ from fp8train.distributed import World
 from fp8train.errors import CheckpointError
 from fp8train.metrics import read_metrics
 from fp8train.trainer import Trainer
-from fp8train.trainer.blackbox import read_dump, spike_limit, tensor_statistics
+from fp8train.trainer.blackbox import read_dump, tensor_statistics
 from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_config, tiny_train
 
@@ -97,19 +97,6 @@ def test_state_survives_a_resume(tmp_path: Path) -> None:
     second.run()
     states = [next(w.state() for w in t.watchers if w.name == "blackbox") for t in (first, second)]
     assert len(states[0]["history"]) == 6 and states[1]["history"][:6] == states[0]["history"]
-
-
-def test_loss_that_leaps_is_a_spike_and_ripples_are_none() -> None:
-    calm = [2.0 + 0.001 * (number % 5) for number in range(30)]
-    noisy = [2.0 + 0.2 * math.sin(number) for number in range(30)]
-    falling = [5.0 - 0.1 * number for number in range(30)]
-    assert spike_limit(calm[:9], 6.0) is None
-    limit = spike_limit(calm, 6.0)
-    assert limit is not None and 2.19 < limit < 2.21  # 10 %, though the deviation is a thousandth
-    wide = spike_limit(noisy, 6.0)
-    assert wide is not None and wide > max(noisy) + 0.1
-    low = spike_limit(falling, 6.0)
-    assert low is not None and low < 2.6  # the losses at the beginning do not matter
 
 
 def test_statistics_leave_out_what_is_not_finite_and_count_it() -> None:

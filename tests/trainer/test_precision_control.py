@@ -139,7 +139,7 @@ class TestAlarm:
 class TestCauses:
     @pytest.fixture
     def watcher(self, tmp_path: Path) -> AlarmWatcher:
-        alarm = {"on": ["spike"], "spike_nats": 0.5, "window": 3, "at_most": 1}
+        alarm = {"on": ["rise"], "rise_nats": 0.5, "window": 3, "at_most": 1}
         recipe = load_recipe(load_recipe("blockwise").document | {"alarm": alarm})
         return self.build(recipe, tmp_path)
 
@@ -156,21 +156,21 @@ class TestCauses:
         watcher.before_step(1, Batcher(dataset, 2, 2).micro_batches(0))
         return watcher
 
-    def test_spike_is_measured_against_the_mean_of_the_window(self, watcher: AlarmWatcher):
+    def test_rise_is_measured_against_the_mean_of_the_window(self, watcher: AlarmWatcher):
         for step, loss in enumerate([3.0, 3.1, 2.9, 3.49], start=1):
             assert watcher.after_step(step, step_result(loss)) == {}
         with pytest.raises(RollBack, match="above the mean of 3 steps"):
             watcher.after_step(5, step_result(3.7))  # the mean of 3.1, 2.9, 3.49 is 3.163
 
-    def test_non_finite_step_is_left_alone_where_only_spikes_count(self, watcher: AlarmWatcher):
+    def test_non_finite_step_is_left_alone_where_only_rises_count(self, watcher: AlarmWatcher):
         assert watcher.after_step(1, step_result(float("nan"), updated=False)) == {}
 
     def test_at_most_so_many_demotions(self, watcher: AlarmWatcher):
-        spike = [3.0, 3.0, 3.0, 9.0]
+        losses = [3.0, 3.0, 3.0, 9.0]
         with pytest.raises(RollBack):
-            for step, loss in enumerate(spike, start=1):
+            for step, loss in enumerate(losses, start=1):
                 watcher.after_step(step, step_result(loss))
-        rows = [watcher.after_step(step, step_result(loss)) for step, loss in enumerate(spike, start=1)]
+        rows = [watcher.after_step(step, step_result(loss)) for step, loss in enumerate(losses, start=1)]
         assert "used up" in rows[-1]["alarm"]
 
     def test_planted_outlier_is_the_worst_and_its_group_goes_with_it(self, tmp_path: Path):

@@ -8,18 +8,20 @@ import pytest
 import torch
 import yaml
 
+from fp8train.calibration_setup import prepare
 from fp8train.checkpoint import open_checkpoint
+from fp8train.comparison.crossing import crossed_losses
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError
-from fp8train.eval import evaluation_config, score_checkpoint
+from fp8train.eval import score_checkpoint
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import load_recipe
-from fp8train.sensitivity import SensitivityArguments, prepare
+from fp8train.sensitivity import SensitivityArguments
 from fp8train.telemetry.observer import named_linears
 from fp8train.trainer import Trainer
 from fp8train.trainer.alarm_watcher import AlarmWatcher
+from fp8train.trainer.changed_run import evaluation_config
 from fp8train.trainer.console import Console
-from fp8train.trainer.crossing import crossed_losses
 from fp8train.trainer.restored import restored
 from tests.test_generate import MODEL, save_run
 from tests.tiny_run import tiny_config, tiny_train
@@ -57,7 +59,7 @@ class TestRunThatLeftItsRules:
 
     def test_eval_scores_what_the_run_scored(self, run: Trainer) -> None:
         checkpoint = open_checkpoint(run.run_dir)
-        row = score_checkpoint(checkpoint, evaluation_config(checkpoint, []), World())
+        row = score_checkpoint(checkpoint, evaluation_config(checkpoint, [], "eval"), World())
         assert row["eval_loss"] == pytest.approx(run.evals[-1]["eval_loss"], rel=1e-6)  # sums over other batches
 
     def test_crossed_evaluation_takes_its_arithmetic_whole(self, run: Trainer, tmp_path: Path) -> None:

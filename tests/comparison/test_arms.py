@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fp8train.comparison.arms import plan_arms
 from fp8train.config import config_to_dict
 from fp8train.errors import ConfigError, RecipeError, UserError
-from fp8train.trainer.arms import plan_arms
 from tests.run_folders import write_run
 from tests.tiny_comparison import configuration
 
