@@ -270,10 +270,6 @@ class RunConfig:
         """Sequences of one optimizer step, over all ranks."""
         return self.global_batch_tokens // self.seq_len
 
-    def shards(self, world_size: int) -> bool:
-        """Whether each of so many ranks holds its rows of the parameters only."""
-        return self.parallel.strategy == "fsdp" and world_size > 1
-
     def micro_batch(self, world_size: int) -> int:
         """Sequences a rank takes at once: the given number, else the largest divisor within MICRO_BATCH_TOKENS."""
         per_rank = self.global_batch_samples // world_size

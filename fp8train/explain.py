@@ -26,6 +26,7 @@ from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
+from fp8train.trainer.assembly import shards
 from fp8train.units import bytes_text, percent_text, short_count_text
 
 USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [device=auto|cpu|cuda|sm_90] [ranks=N]
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
     else:
         moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
-        ranks = request.ranks if config.shards(request.ranks) else 1
+        ranks = request.ranks if shards(config, request.ranks) else 1
         sys.stdout.write(explanation(name, model, recipe, report, moments, every=request.every, ranks=ranks) + "\n")
     return 0
 

@@ -10,10 +10,10 @@ from typing import Any
 from fp8train.errors import RecipeError, one_of
 from fp8train.recipe_document import mapping, string
 
-ALARM_CAUSES = ("nonfinite", "rise")
+ALARM_CAUSES = ("nonfinite", "spike")
 ALARM_ACTIONS = ("demote",)
 DOWN_PROJECTIONS = "*down_proj"
-_ALARM_KEYS = ("on", "do", "rise_nats", "window", "at_most")
+_ALARM_KEYS = ("on", "do", "spike_nats", "window", "at_most")
 _SWIGLU_KEYS = ("clamp", "smooth", "match")
 
 
@@ -35,17 +35,17 @@ class Alarm:
     """When a run undoes steps and takes a linear out of FP8.
 
     Args:
-        on: causes: "nonfinite" (a step whose loss or gradient is not finite), "rise" (a loss that has risen too far).
+        on: causes: "nonfinite" (a step whose loss or gradient is not finite), "spike" (a loss that has risen too far).
         do: "demote": the worst linear, with those that share its input, goes to BF16; back to the last checkpoint.
-        rise_nats: a loss has risen when it exceeds the mean of the last `window` by more than this, at once or over
-            several steps; a spike (fp8train/spikes.py) is one step that is unusual for its run.
-        window: steps; there is no rise before so many steps.
+        spike_nats: a loss is a spike here when it exceeds the mean of the last `window` by more than this, at once or
+            over several steps; the black box's (fp8train/spikes.py) is one step that is unusual for its run.
+        window: steps; there is no spike before so many steps.
         at_most: demotions in one run; after that the alarm is silent.
     """
 
     on: tuple[str, ...]
     do: str = "demote"
-    rise_nats: float = 1.0
+    spike_nats: float = 1.0
     window: int = 16
     at_most: int = 4
 
@@ -113,7 +113,7 @@ def parse_alarm(value: object, source: str) -> Alarm:
     return Alarm(
         on=tuple(cause for cause in ALARM_CAUSES if cause in causes),
         do=do,
-        rise_nats=_number(document.get("rise_nats", usual.rise_nats), f"{where}: rise_nats", above=0),
+        spike_nats=_number(document.get("spike_nats", usual.spike_nats), f"{where}: spike_nats", above=0),
         window=_count(document.get("window", usual.window), f"{where}: window"),
         at_most=_count(document.get("at_most", usual.at_most), f"{where}: at_most"),
     )
@@ -146,8 +146,8 @@ def options_document(
         document["schedule"] = [{"at": part.at, "use": part.use} for part in schedule]
     if alarm is not None:
         document["alarm"] = {"on": list(alarm.on), "do": alarm.do, "at_most": alarm.at_most}
-        if "rise" in alarm.on:
-            document["alarm"] |= {"rise_nats": alarm.rise_nats, "window": alarm.window}
+        if "spike" in alarm.on:
+            document["alarm"] |= {"spike_nats": alarm.spike_nats, "window": alarm.window}
     if swiglu is not None:
         document["swiglu"] = {"clamp": swiglu.clamp} if swiglu.clamp is not None else {}
         document["swiglu"] |= {"smooth": True} if swiglu.smooth else {}

@@ -1,6 +1,6 @@
 """A spike of the loss: one step far above those before it. The black box writes it down, the report counts it.
 
-Not the `rise` of a recipe's alarm: that compares with the mean of a window, by an absolute number of nats that the
+Not the `spike` of a recipe's alarm: that compares with the mean of a window, by an absolute number of nats that the
 recipe names, and hence sees a loss that climbs over many steps too, none of which need be a spike.
 """
 

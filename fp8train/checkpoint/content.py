@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.distributed import unwrap
-from fp8train.distributed.sharding import is_sharded, whole
+from fp8train.shards import is_sharded, whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

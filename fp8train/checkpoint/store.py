@@ -32,9 +32,9 @@ from fp8train.checkpoint.files import (
 from fp8train.checkpoint.random_state import restore_random_state
 from fp8train.config import RunConfig, config_from_dict
 from fp8train.distributed import unwrap
-from fp8train.distributed.sharding import sharded_like
 from fp8train.errors import CheckpointError
 from fp8train.recipe import Recipe, load_recipe
+from fp8train.shards import sharded_like
 
 FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"

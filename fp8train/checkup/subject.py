@@ -14,11 +14,11 @@ from fp8train.backends.interface import Backend
 from fp8train.config import RunConfig
 from fp8train.data import Batch, Batcher, Dataset, build_dataset, check_vocabulary
 from fp8train.distributed import World
-from fp8train.distributed.sharding import whole
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import converted_linears
 from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
 from fp8train.quant.formats import LinearPrecision, QuantSpec
+from fp8train.shards import whole
 from fp8train.trainer.assembly import Assembly, assemble
 from fp8train.trainer.step import StepResult, train_step
 

@@ -1,19 +1,16 @@
 """Sharded training by torch's FSDP2: each rank holds its rows of every parameter, gradient and moment.
 
-A layer's parameters are gathered in FP32 before it computes, forward and backward, and freed after it. Every function
-here but `shard` takes ordinary tensors too, and then does nothing to them.
+A layer's parameters are gathered in FP32 before it computes, forward and backward, and freed after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fp8train.distributed.world import World
 
@@ -45,47 +42,11 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Mod
     return model
 
 
-def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether each rank has its rows only of one of these tensors."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
-
-
 def free_gathered(model: nn.Module) -> None:
     """Free what a forward without backward has left whole, so that `model.parameters()` are the sharded ones."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor; they share its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor with the rows of all ranks, on each of them: every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor that every rank has, sharded as `own` is, which has its shape; nothing is sent."""
-    if not isinstance(own, DTensor):
-        return tensor
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
-
-
-def sum_over_shards(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The sum over ranks, the same bits on each, of a value that each took from its rows of these sharded tensors."""
-    sharded = next(tensor for tensor in tensors if isinstance(tensor, DTensor))
-    total = value.detach().clone()
-    dist.all_reduce(total, group=sharded.device_mesh.get_group())
-    return total
-
-
-def local_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of these tensors on this rank."""
-    own = [local(tensor) for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
 def shard_bytes(shapes: Iterable[torch.Size], ranks: int, element_size: int) -> int:

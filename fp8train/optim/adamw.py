@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.distributed.sharding import local
 from fp8train.errors import ConfigError
 from fp8train.optim.config import OptimConfig
+from fp8train.shards import local
 
 # A BF16 number moves only if it changes by more than half an ulp, at most 2^-8 of it: a moment that decays more slowly
 # never shrinks.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fp8train.distributed.sharding import is_sharded, local, sum_over_shards
+from fp8train.shards import is_sharded, local, sum_over_shards
 
 # torch adds up a CPU tensor's squares in one FP32 chain per vector lane: the norm of 4e7 normal numbers comes out
 # 0.3 % low, in pieces of 16384 within 2e-7 at the same speed (torch 2.13, 1 thread of a Xeon, 2026-11). CUDA reduces

@@ -1,4 +1,4 @@
-"""Watcher: on a step that is not finite, or a rise of the loss, demotes the worst linear; back to the checkpoint."""
+"""Watcher: on a step that is not finite, or a loss that has risen, demotes the worst linear; back to the checkpoint."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ class AlarmWatcher(Watcher):
     def _cause(self, result: StepResult) -> str | None:
         if not result.updated:
             return "loss or gradient is not finite" if "nonfinite" in self._alarm.on else None
-        if "rise" not in self._alarm.on or len(self._losses) < self._alarm.window:
+        if "spike" not in self._alarm.on or len(self._losses) < self._alarm.window:
             return None
         usual = statistics.fmean(self._losses)
-        if result.loss - usual <= self._alarm.rise_nats:
+        if result.loss - usual <= self._alarm.spike_nats:
             return None
         return f"loss {result.loss:.4g} is {result.loss - usual:.3g} above the mean of {self._alarm.window} steps"
 

@@ -15,11 +15,12 @@ from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport
 from fp8train.convert import convert_model
 from fp8train.distributed import World, wrap_ddp
-from fp8train.distributed.sharding import is_sharded, local_bytes, shard, whole
+from fp8train.distributed.sharding import shard
 from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf
 from fp8train.nn.gathered import gather_weights
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
+from fp8train.shards import is_sharded, local_bytes, whole
 
 SPARE_GRAPHS = 8  # that a run may compile of its layers beside one for each: dynamo's own limit
 COUNTED = ("fp8_calls", "other_calls", "fp8_rows", "other_rows")
@@ -69,7 +70,7 @@ def assemble(
 
 
 def _compile(model: Decoder, by_layer: bool) -> None:
-    """Compile the model at its first forward: as one graph, or, where layers are gathered one by one, each by itself."""
+    """Compile the model at its first forward, as one graph; or each layer, where they are gathered one by one."""
     if not by_layer:
         model.compile()
         return
@@ -80,13 +81,18 @@ def _compile(model: Decoder, by_layer: bool) -> None:
         layer.compile()
 
 
+def shards(config: RunConfig, world_size: int) -> bool:
+    """Whether each of so many ranks holds its rows of the parameters only."""
+    return config.parallel.strategy == "fsdp" and world_size > 1
+
+
 def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     """The model as its ranks train it, by config.parallel.strategy: replicated in a wrapper, or sharded in place.
 
     Raises:
         ConfigError: the recipe does something to the weights that a sharded model cannot do.
     """
-    if not config.shards(world.world_size):
+    if not shards(config, world.world_size):
         return wrap_ddp(model, world)
     gather_weights(model)
     return shard(model, model.layers, world)

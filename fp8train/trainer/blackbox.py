@@ -22,9 +22,9 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batch
 from fp8train.distributed import World
-from fp8train.distributed.sharding import whole
 from fp8train.errors import CheckpointError
 from fp8train.nn.weights import converted_linears
+from fp8train.shards import whole
 from fp8train.spikes import spike_limit
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult

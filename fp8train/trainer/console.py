@@ -13,6 +13,7 @@ from fp8train.conversion_report import ConversionReport
 from fp8train.data import Batcher
 from fp8train.distributed import World
 from fp8train.models import count_parameters
+from fp8train.trainer.assembly import shards
 
 GIB = 2**30
 
@@ -128,7 +129,7 @@ def introduction(config: RunConfig, world: World, report: ConversionReport, batc
     """What a run is about to do, in lines."""
     step = f"{batcher.num_micro_batches} x {batcher.micro_batch_samples} sequences"
     ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
-    ranks += ", parameters sharded" if config.shards(world.world_size) else ""
+    ranks += ", parameters sharded" if shards(config, world.world_size) else ""
     return "\n".join(
         [
             f"model {config.model.name}: {count_parameters(config.model):,} parameters, seq_len {config.seq_len}",

@@ -14,9 +14,10 @@ from torch import nn
 
 from fp8train.data import MASKED_TARGET, Batcher
 from fp8train.distributed import World
-from fp8train.distributed.sharding import free_gathered, is_sharded
+from fp8train.distributed.sharding import free_gathered
 from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16
+from fp8train.shards import is_sharded
 from fp8train.trainer.step import inputs
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fp8train.data import MASKED_TARGET, Batch
-from fp8train.distributed.sharding import is_sharded
 from fp8train.nn.linear import Float8Linear
+from fp8train.shards import is_sharded
 from fp8train.telemetry.observer import uncounted
 from fp8train.trainer.step import inputs
 

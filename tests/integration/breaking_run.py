@@ -11,7 +11,7 @@ import torch
 
 from fp8train.config import load_config
 from fp8train.distributed import init
-from fp8train.distributed.sharding import local
+from fp8train.shards import local
 from fp8train.telemetry.observer import named_linears
 from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import parameter_hash

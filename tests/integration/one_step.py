@@ -10,7 +10,7 @@ import torch
 from fp8train.config import load_config
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import init, unwrap
-from fp8train.distributed.sharding import whole
+from fp8train.shards import whole
 from fp8train.trainer.assembly import assemble, spread
 from fp8train.trainer.step import train_step
 

@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World, init
-from fp8train.distributed.sharding import local
 from fp8train.nn.weights import BUFFERS, converted_linears
+from fp8train.shards import local
 from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import assemble, spread
 from fp8train.trainer.step import train_step

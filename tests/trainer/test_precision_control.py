@@ -139,7 +139,7 @@ class TestAlarm:
 class TestCauses:
     @pytest.fixture
     def watcher(self, tmp_path: Path) -> AlarmWatcher:
-        alarm = {"on": ["rise"], "rise_nats": 0.5, "window": 3, "at_most": 1}
+        alarm = {"on": ["spike"], "spike_nats": 0.5, "window": 3, "at_most": 1}
         recipe = load_recipe(load_recipe("blockwise").document | {"alarm": alarm})
         return self.build(recipe, tmp_path)
 

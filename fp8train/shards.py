@@ -1,0 +1,48 @@
+"""Tensors of which each rank may hold its rows only (DTensor): what a rank has of them, and the whole of them.
+
+Every function takes ordinary tensors too, and then does nothing to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether each rank has its rows only of one of these tensors."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; they share its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor with the rows of all ranks, on each of them: every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
+    """A whole tensor that every rank has, sharded as `own` is, which has its shape; nothing is sent."""
+    if not isinstance(own, DTensor):
+        return tensor
+    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def sum_over_shards(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The sum over ranks, the same bits on each, of a value that each took from its rows of these sharded tensors."""
+    sharded = next(tensor for tensor in tensors if isinstance(tensor, DTensor))
+    total = value.detach().clone()
+    dist.all_reduce(total, group=sharded.device_mesh.get_group())
+    return total
+
+
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors on this rank."""
+    own = [local(tensor) for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
