@@ -13,7 +13,6 @@ from tests.source_tree import ROOT, python_files
 
 OPTIONAL = [
     "datasets",
-    "deepspeed",
     "tensorboard",
     "tokenizers",
     "torchao",

@@ -180,7 +180,7 @@ def test_extras_and_licence_are_in_the_metadata(distributions: dict[str, Path]) 
     with zipfile.ZipFile(distributions["wheel"]) as archive:
         text = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
     metadata = email.message_from_string(text)
-    assert {"triton", "deepspeed", "te", "wandb", "hf", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"triton", "te", "wandb", "hf", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == "<3.14,>=3.11"
     assert "torch>=2.11" in metadata.get_all("Requires-Dist", [])
