@@ -21,7 +21,7 @@ from fp8train.backends.selection import PLANNED
 from fp8train.config import load_config
 from fp8train.conversion_report import ConversionReport, ProducerRow, RopeRow, align, index_ranges
 from fp8train.convert import convert_model
-from fp8train.distributed.sharding import gathered_bytes, shard_bytes
+from fp8train.distributed.sharding import gathered_layers, shard_bytes
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
 from fp8train.quant.formats import LinearPrecision
@@ -260,14 +260,16 @@ def _rank_holds(report: ConversionReport, model: nn.Module, moment_bytes: int, r
     shapes = [parameter.shape for parameter in model.parameters()]
     weights, moments = shard_bytes(shapes, ranks, 4), shard_bytes(shapes, ranks, 2 * moment_bytes)
     parts = f"{bytes_text(weights)} FP32 weights, as much of gradients, {bytes_text(moments)} moments"
+    layers, gathered = gathered_layers(model)
+    kept = [row for row in report.rows if ranks == 1 or not row.fqn.startswith(f"{layers}.")]
+    copies = sum(row.code_bytes + row.scale_bytes for row in kept)
     if ranks == 1:
-        copies = sum(row.code_bytes + row.scale_bytes for row in report.rows)
         total = bytes_text(2 * weights + moments + copies)
         return f"each rank holds {total} besides activations: {parts}, and these copies"
     return (
-        f"each of {ranks} ranks holds {bytes_text(2 * weights + moments)} besides activations: {parts};\n"
-        f"while it computes also {bytes_text(gathered_bytes(model))} of whole FP32 weights: two layers, and what is in "
-        "none"
+        f"each of {ranks} ranks holds {bytes_text(2 * weights + moments + copies)} besides activations: {parts},\n"
+        f"{bytes_text(copies)} copies that the GEMMs outside of the layers read; while it computes also "
+        f"{bytes_text(gathered)} of whole FP32\nweights: two layers, and what is in none"
     )
 
 

@@ -84,11 +84,12 @@ def test_bytes_of_a_rank(capsys: pytest.CaptureFixture[str], moments: str, total
 
 
 def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every size is a multiple of 8: an eighth of weights, gradients and BF16 moments; embedding and lm_head whole."""
-    parameters, layer = 8_030_261_248, 218_112_000
+    """Every size is a multiple of 8: an eighth of weights, gradients and BF16 moments; lm_head's copy in BF16."""
+    parameters, layer, head = 8_030_261_248, 218_112_000, 2 * 128256 * 4096
     text = run(capsys, *EIGHT_B, "optim.moments=bf16", "parallel=fsdp", "ranks=8")
-    assert f"each of 8 ranks holds {bytes_text(12 * parameters // 8)} besides activations: 3.74 GiB FP32 weights" in text
-    assert f"{bytes_text(4 * (parameters - 30 * layer))} of whole FP32 weights: two layers" in text
+    total = bytes_text(12 * parameters // 8 + head)
+    assert f"each of 8 ranks holds {total} besides activations: 3.74 GiB FP32 weights" in text
+    assert f"{bytes_text(4 * (parameters - 30 * layer))} of whole FP32\nweights: two layers" in text
     assert "each rank holds" in run(capsys, *EIGHT_B, "parallel=fsdp"), "one rank has nothing to shard"
     assert "ranks is '0'; needs a whole number" in refusal(capsys, *EIGHT_B, "ranks=0")
 

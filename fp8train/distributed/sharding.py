@@ -54,17 +54,18 @@ def shard_bytes(shapes: Iterable[torch.Size], ranks: int, element_size: int) -> 
     return sum(-(-shape[0] // ranks) * shape[1:].numel() * element_size for shape in shapes if len(shape))
 
 
-def gathered_bytes(model: nn.Module) -> int:
-    """Bytes of FP32 weights that a rank of a sharded model has whole at a time: those in no layer, and two layers.
+def gathered_layers(model: nn.Module) -> tuple[str, int]:
+    """The module path of a model's layers, and the bytes of FP32 weights that a sharded rank has whole at a time.
 
-    Two, since FSDP gathers a layer while the one before it computes.
+    Those are the weights in no layer, and of two layers: FSDP gathers a layer while the one before it computes.
 
     Args:
-        model: its layers are the children of a ModuleList, as those of this package's decoder.
+        model: its layers are the children of its longest ModuleList.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = [_numel(layer) for layer in max(lists, key=len, default=())]
-    return 4 * (_numel(model) - sum(layers) + sum(sorted(layers)[-2:]))
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    name, layers = max(lists, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
+    sizes = [_numel(layer) for layer in layers]
+    return name, 4 * (_numel(model) - sum(sizes) + sum(sorted(sizes)[-2:]))
 
 
 def _numel(module: nn.Module) -> int:

@@ -94,7 +94,7 @@ def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     """
     if not shards(config, world.world_size):
         return wrap_ddp(model, world)
-    gather_weights(model)
+    gather_weights(model, model.layers)
     return shard(model, model.layers, world)
 
 
@@ -128,6 +128,8 @@ def model_hash(model: ModelConfig) -> str:
 
 def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes that training holds on this rank from step to step, by kind."""
+    sharded = is_sharded(assembly.model.parameters())
+    kept = [row for row in assembly.report.rows if not (sharded and row.fqn.startswith("layers."))]
     weights = list(assembly.model.parameters())
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
@@ -136,7 +138,7 @@ def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict
         "weights": local_bytes(weights),
         "gradients": local_bytes(weight for weight in weights if weight.requires_grad),
         "moments": local_bytes(moments),
-        "weight_copies": 0 if is_sharded(weights) else sum(r.code_bytes + r.scale_bytes for r in assembly.report.rows),
+        "weight_copies": sum(row.code_bytes + row.scale_bytes for row in kept),
     }
 
 
