@@ -98,6 +98,7 @@ if [[ $PARTS == *" tests "* ]]; then
   tests test_rope 120 "$share" tests/kernels/test_rope.py tests/nn/test_fused_rope.py -k "not compile" &
   tests test_fused 120 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
   tests test_backends 120 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
+  tests test_sharding 120 1 tests/distributed/test_sharding.py &
   for entry in $({ by_hand gemm "" && by_hand gemm_wgrad ""; } | tr , '\n' | sort -u); do
     tests "test_$entry" 120 1 tests/kernels -k "gemm and $entry" &
   done

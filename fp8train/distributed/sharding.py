@@ -20,7 +20,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Mod
 
     The sum over ranks, as wrap_ddp gives it, in FP32. Each of `layers` is whole only while it computes; what is in none
     of them (embedding, last norm, lm_head) stays whole from forward to the end of backward. With several micro-batches
-    each one's gradient is summed and sharded at once. A world of one rank has nothing to shard.
+    each one's gradient is summed and sharded at once.
 
     Args:
         model: on world.device, with the same parameters, fp32, on every rank.
@@ -29,8 +29,6 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Mod
     Returns:
         nn.Module: the same object; its parameters are DTensors, with the names that they had.
     """
-    if world.world_size == 1:
-        return model
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
