@@ -269,7 +269,8 @@ def _rank_holds(report: ConversionReport, model: nn.Module, moment_bytes: int, r
     return (
         f"each of {ranks} ranks holds {bytes_text(2 * weights + moments + copies)} besides activations: {parts},\n"
         f"{bytes_text(copies)} copies that the GEMMs outside of the layers read; while it computes also "
-        f"{bytes_text(gathered)} of whole FP32\nweights: two layers, and what is in none"
+        f"{bytes_text(gathered)} of whole FP32\n"
+        "weights, two layers and what is in none, and in backward as much of gradients"
     )
 
 

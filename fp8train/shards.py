@@ -6,37 +6,42 @@ Every function takes ordinary tensors too, and then does nothing to them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether each rank has its rows only of one of these tensors."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+    return any(_has_rows(tensor) for tensor in tensors)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor; they share its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _has_rows(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor with the rows of all ranks, on each of them: every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _has_rows(tensor) else tensor
 
 
 def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
     """A whole tensor that every rank has, sharded as `own` is, which has its shape; nothing is sent."""
-    if not isinstance(own, DTensor):
+    if not _has_rows(own):
         return tensor
+    from torch.distributed.tensor import distribute_tensor  # takes seconds, and is loaded where something is sharded
+
     return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def sum_over_shards(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The sum over ranks, the same bits on each, of a value that each took from its rows of these sharded tensors."""
-    sharded = next(tensor for tensor in tensors if isinstance(tensor, DTensor))
+    sharded = next(tensor for tensor in tensors if _has_rows(tensor))
     total = value.detach().clone()
     dist.all_reduce(total, group=sharded.device_mesh.get_group())
     return total
@@ -46,3 +51,7 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of these tensors on this rank."""
     own = [local(tensor) for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+def _has_rows(tensor: Tensor) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "device_mesh")  # not isinstance: to import DTensor takes as long as to import torch

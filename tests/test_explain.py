@@ -89,7 +89,7 @@ def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[
     text = run(capsys, *EIGHT_B, "optim.moments=bf16", "parallel=fsdp", "ranks=8")
     total = bytes_text(12 * parameters // 8 + head)
     assert f"each of 8 ranks holds {total} besides activations: 3.74 GiB FP32 weights" in text
-    assert f"{bytes_text(4 * (parameters - 30 * layer))} of whole FP32\nweights: two layers" in text
+    assert f"{bytes_text(4 * (parameters - 30 * layer))} of whole FP32\nweights, two layers and what is in none" in text
     assert "each rank holds" in run(capsys, *EIGHT_B, "parallel=fsdp"), "one rank has nothing to shard"
     assert "ranks is '0'; needs a whole number" in refusal(capsys, *EIGHT_B, "ranks=0")
 

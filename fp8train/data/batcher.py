@@ -83,6 +83,11 @@ class Batcher:
             for chunk in chunks
         ]
 
+    def eval_batch(self, index: int) -> Batch:
+        """One of all ranks' held-out windows."""
+        sample = self.dataset.eval_samples()[index]
+        return self._collate([(sample.tokens, sample.document_ids)], [index])
+
     def _starts(self, first: int) -> range:
         stride = self.micro_batch_samples * self.world_size
         return range(first, first + self.num_micro_batches * stride, stride)

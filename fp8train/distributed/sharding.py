@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from fp8train.distributed.world import World
+from fp8train.shards import is_sharded
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Module:
@@ -20,15 +20,20 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Mod
 
     The sum over ranks, as wrap_ddp gives it, in FP32. Each of `layers` is whole only while it computes; what is in none
     of them (embedding, last norm, lm_head) stays whole from forward to the end of backward. With several micro-batches
-    each one's gradient is summed and sharded at once.
+    each one's gradient is summed and sharded at once. Rank 0's parameters are copied to the others first.
 
     Args:
-        model: on world.device, with the same parameters, fp32, on every rank.
+        model: on world.device, with fp32 parameters of the same shapes on every rank.
         layers: modules that are called as such, one after another.
 
     Returns:
         nn.Module: the same object; its parameters are DTensors, with the names that they had.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # takes seconds
+
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), 0)
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -42,9 +47,12 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Mod
 
 def free_gathered(model: nn.Module) -> None:
     """Free what a forward without backward has left whole, so that `model.parameters()` are the sharded ones."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if is_sharded(model.parameters()):
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def shard_bytes(shapes: Iterable[torch.Size], ranks: int, element_size: int) -> int:

@@ -24,7 +24,7 @@ class GatheredWeight:
     Args:
         keep: make them once after each optimizer step, as those of a replicated weight, because the weight is whole
             from forward to backward anyway, or is used many times. Otherwise w is made in forward and w.T in backward,
-            and no operand lives from one to the other.
+            and no operand lives from one to the other; in a compiled layer the compiler may decide to keep w.T.
     """
 
     def __init__(self, keep: bool = False) -> None:

@@ -41,7 +41,12 @@ class Assembly:
 
 
 def assemble(
-    config: RunConfig, device: torch.device, *, recipe: Recipe | None = None, first_weights: bool = True
+    config: RunConfig,
+    device: torch.device,
+    *,
+    recipe: Recipe | None = None,
+    first_weights: bool = True,
+    world_size: int = 1,
 ) -> Assembly:
     """Build, fill and convert the model of a run.
 
@@ -49,6 +54,7 @@ def assemble(
         config: model, recipe, backend, fused, seed, activation_checkpointing and compile are read.
         device: where the model is to be; it is laid out there, never anywhere else first.
         recipe: None loads config.recipe.
+        world_size: ranks that it will be spread over.
         first_weights: fill it from model.init_from, or else from the seed; False leaves that to a checkpoint.
 
     Raises:
@@ -65,7 +71,7 @@ def assemble(
     report = convert_model(model, recipe, backend=config.backend, device_type=device.type, fused=config.fused)
     model.checkpointing = config.activation_checkpointing
     if config.compile:
-        _compile(model, by_layer=config.parallel.strategy == "fsdp")
+        _compile(model, by_layer=shards(config, world_size))
     return Assembly(model=model, recipe=recipe, report=report)
 
 
@@ -74,7 +80,7 @@ def _compile(model: Decoder, by_layer: bool) -> None:
     if not by_layer:
         model.compile()
         return
-    # every layer is a graph of its own of one function; beyond the limit, of 8, dynamo would run them eagerly
+    # every layer is a graph of its own of one function; beyond the process's limit, of 8, dynamo would run them eagerly
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, len(model.layers) + SPARE_GRAPHS)
     for layer in model.layers:

@@ -134,7 +134,8 @@ class BlackBox(Watcher):
             for name, own in parameters.items():
                 parameter = whole(own.detach())  # of every rank
                 described[name] = tensor_statistics(parameter) if self._world.main else {}
-                parameters[name] = parameter if keep_weights and self._world.main else own
+                if keep_weights and self._world.main:
+                    parameters[name] = parameter.cpu()  # one by one: whole, they need not fit on a device
             if not self._world.main:
                 return
             if keep_weights:

@@ -63,9 +63,9 @@ class EvalSet:
         self.hash = hashlib.sha256(b"".join(window.tokens.astype("<i8").tobytes() for window in windows)).hexdigest()
         self._world = world
         self._batches = batcher.eval_batches()
-        # the ranks of a sharded model must call it equally often: who has fewer windows repeats what does not count
+        # the ranks of a sharded model must call it equally often: who has fewer windows reads one that does not count
         calls = int(world.all_max(float(len(self._batches))))
-        self._idle = [batcher.micro_batches(0)[0]] * (calls - len(self._batches))
+        self._idle = [batcher.eval_batch(0) for _ in range(calls - len(self._batches))]
         targets = [ids[ids != MASKED_TARGET] for batch in self._batches for ids in batch.targets]
         self.tokens = int(world.all_reduce_sum(float(sum(len(ids) for ids in targets))))
         self.bytes = int(world.all_reduce_sum(float(sum(dataset.tokenizer.bytes_of(ids.numpy()) for ids in targets))))

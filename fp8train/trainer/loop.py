@@ -118,7 +118,7 @@ class Trainer:
         self.batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
         self.eval_set = EvalSet(self.batcher, world) if config.data.holdout_fraction > 0 else None
         self.memory = PeakMemory(world.device)
-        self.assembly: Assembly = assemble(config, world.device)
+        self.assembly: Assembly = assemble(config, world.device, world_size=world.world_size)
         self.model = self.assembly.model
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
         self.replica: nn.Module = spread(self.model, config, world)

@@ -9,6 +9,7 @@ from typing import Any
 from fp8train.config import RunConfig
 from fp8train.data import Batch
 from fp8train.distributed import World
+from fp8train.shards import is_sharded
 from fp8train.telemetry.observer import Observer, named_linears, what_if_precision
 from fp8train.telemetry.table import to_row, worst_table
 from fp8train.trainer.assembly import Assembly
@@ -49,11 +50,12 @@ class TelemetryWatcher(Watcher):
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Begin to look, if this step is sampled."""
-        if not self._world.main or step % self.every:
+        if step % self.every:
             return
-        self._looking = True
-        self._observer.begin()
-        if self._compiled:
+        self._looking = self._world.main
+        if self._looking:
+            self._observer.begin()
+        if self._compiled and (self._looking or is_sharded(self._model.parameters())):  # who shards must join in
             begin = time.perf_counter()
             pass_apart(self._model, batches[0], self._world.device, self._linears.values())
             self._apart_seconds = time.perf_counter() - begin

@@ -25,7 +25,8 @@ class KeepGradients(torch.optim.Optimizer):
 
     def step(self, closure=None) -> None:
         for parameter in self.param_groups[0]["params"]:
-            self.gradients[self._names[id(parameter)]] = whole(parameter.grad).clone()
+            if parameter.grad is not None:
+                self.gradients[self._names[id(parameter)]] = whole(parameter.grad).clone()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -18,8 +18,9 @@ from fp8train.distributed import World, init
 from fp8train.nn.weights import BUFFERS, converted_linears
 from fp8train.shards import local
 from fp8train.trainer import Trainer
-from fp8train.trainer.assembly import assemble, spread
-from fp8train.trainer.step import train_step
+from fp8train.trainer.assembly import assemble, parameter_hash, spread
+from fp8train.trainer.step import StepResult, train_step
+from fp8train.trainer.telemetry_watcher import TelemetryWatcher
 from tests.integration.one_step import KeepGradients
 from tests.tiny_run import tiny_config
 
@@ -48,7 +49,7 @@ def gradients(config: RunConfig, world: World) -> tuple[float, dict[str, torch.T
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     size = config.micro_batch(world.world_size)
     batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
-    model = assemble(config, world.device).model
+    model = assemble(config, world.device, world_size=world.world_size).model
     master = weakref.ref(model.layers[0].mlp.gate_proj.weight)
     numel = sum(parameter.numel() for parameter in model.parameters())
     replica = spread(model, config, world)
@@ -74,6 +75,30 @@ def compiled(config: RunConfig, world: World) -> dict[str, Any]:
     return {"apart": apart, "graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks, **facts}
 
 
+def telemetry(config: RunConfig, world: World) -> list[str]:
+    """What rank 0 sees of a compiled model, whose pass beside the step every rank must join."""
+    config.telemetry.every = 1
+    assembly = assemble(config, world.device, world_size=world.world_size)
+    spread(assembly.model, config, world)
+    dataset = build_dataset(config.data, config.seq_len, config.seed)
+    batcher = Batcher(dataset, config.global_batch_samples, 4, world.rank, world.world_size)
+    watcher = TelemetryWatcher(config, assembly, world, print)
+    watcher.before_step(1, batcher.micro_batches(0))
+    result = StepResult(loss=1.0, grad_norm=1.0, valid_tokens=1, updated=True, stop=False)
+    seen = sorted(watcher.after_step(1, result))
+    assert all(parameter.grad is None for parameter in assembly.model.parameters())
+    return seen
+
+
+def seeds(config: RunConfig, world: World) -> list[str]:
+    """Hash of rank 0's weights, and of what ranks that began with other weights have after they were sharded."""
+    config.seed = world.rank
+    model = assemble(config, world.device).model
+    before = world.broadcast_object(parameter_hash(model))
+    spread(model, config, world)
+    return [before, parameter_hash(model)]
+
+
 def main(argv: Sequence[str]) -> None:
     """Write each case's outcome to argv[0]/cases.json and the runs below argv[0]."""
     folder, outcome = Path(argv[0]), {}
@@ -88,6 +113,8 @@ def main(argv: Sequence[str]) -> None:
             outcome[name] = {
                 "losses": [want_loss, loss], "different": different, "apart": apart, "gradients": len(got), **facts
             }  # fmt: skip
+        outcome["telemetry"] = telemetry(tiny_config(folder, *SHAPE, "parallel=fsdp", "compile=true"), world)
+        outcome["seeds"] = seeds(tiny_config(folder, *SHAPE, "parallel=fsdp"), world)
         outcome["compiled"] = compiled(tiny_config(folder, *SHAPE, "recipe=fp32", "parallel=fsdp"), world)
         for run, overrides in MOMENTS.items():
             strategy = f"parallel={run.partition('_')[0]}"

@@ -19,6 +19,7 @@ from fp8train.metrics import read_metrics
 from fp8train.models import build_model
 from fp8train.nn.gathered import gather_weights
 from fp8train.recipe import load_recipe
+from fp8train.telemetry.table import SECONDS_KEY
 from fp8train.trainer.assembly import assemble
 from tests.integration.sharded_run import CASES, SHAPE
 from tests.tiny_run import tiny_config, tiny_text, tiny_train
@@ -64,8 +65,18 @@ def test_gradients_of_micro_batches_are_summed_over_ranks_one_by_one(outcomes):
     assert outcome["losses"][0] == outcome["losses"][1]
 
 
+def test_telemetry_of_compiled_layers_has_every_rank_join(outcomes):
+    seen = outcomes["telemetry"]
+    assert {"fp8/layers.1.mlp.down_proj/w", "fp8/layers.0.self_attn.q_proj/dy"} <= set(seen)
+
+
+def test_rank_0s_weights_count(outcomes):
+    before, after = outcomes["seeds"]
+    assert before == after
+
+
 def test_a_rank_holds_half_of_the_parameters_and_no_codes(outcomes):
-    for outcome in outcomes.values():
+    for outcome in map(outcomes.get, CASES):
         assert sum(outcome["local_numel"]) == outcome["numel"]
         assert max(outcome["local_numel"]) < 0.51 * outcome["numel"]
         assert not outcome["master_is_alive"] and not outcome["holds_codes"]
@@ -88,8 +99,10 @@ def test_losses_evaluations_and_telemetry_are_the_same(folder):
     assert len(replicated) == len(sharded) == 6 + 3
     for one, other in zip(replicated, sharded, strict=True):
         assert one.keys() == other.keys()
-        for key in ("loss", "eval_loss", "eval_loss_bf16", "eval_tokens", "telemetry", "fp8_flops_share"):
+        seen = [key for key in one if key.startswith("fp8/") and key != SECONDS_KEY]
+        for key in ("loss", "eval_loss", "eval_loss_bf16", "eval_tokens", "fp8_flops_share", *seen):
             assert one.get(key) == other.get(key), (one["step"], key)
+    assert "fp8/layers.0.mlp.up_proj/x" in replicated[1]
 
 
 def test_clipping_takes_the_norm_over_all_ranks(folder):
@@ -138,7 +151,7 @@ def test_compiled_layers_give_the_gradients_of_eager_ones(outcomes):
 def test_dynamo_may_compile_every_layer(folder, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     config = tiny_config(folder, "parallel=fsdp", "compile=true", "model.num_layers=10")
-    assemble(config, World().device)
+    assemble(config, World().device, world_size=2)
     assert torch._dynamo.config.recompile_limit >= 10 + 8
 
 
