@@ -1,6 +1,6 @@
 """Tensors of which each rank may hold its rows only (DTensor): what a rank has of them, and the whole of them.
 
-Every function takes ordinary tensors too, and then does nothing to them.
+Every function but sum_over_shards takes ordinary tensors too, and then does nothing to them.
 """
 
 from __future__ import annotations

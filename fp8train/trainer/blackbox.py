@@ -24,7 +24,7 @@ from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError
 from fp8train.nn.weights import converted_linears
-from fp8train.shards import whole
+from fp8train.shards import is_sharded, whole
 from fp8train.spikes import spike_limit
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
@@ -134,7 +134,7 @@ class BlackBox(Watcher):
             for name, own in parameters.items():
                 parameter = whole(own.detach())  # of every rank
                 described[name] = tensor_statistics(parameter) if self._world.main else {}
-                if keep_weights and self._world.main:
+                if keep_weights and self._world.main and is_sharded([own]):
                     parameters[name] = parameter.cpu()  # one by one: whole, they need not fit on a device
             if not self._world.main:
                 return

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
+from fp8train.checkpoint.files import read_tensors
 from fp8train.metrics import read_metrics
 from fp8train.recipe import load_recipe
-from fp8train.trainer.blackbox import read_dump
+from fp8train.trainer.blackbox import WEIGHTS_FILE, read_dump
 from tests.full_disk import files_of_at_most
 from tests.integration import breaking_run, one_step
 from tests.perturbed_run import PerturbedTrainer, losses
@@ -85,8 +86,11 @@ def test_ranks_agree_on_what_is_demoted_and_each_keeps_its_part_of_the_step(tmp_
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["loss"] is not None for row in rows)
 
-    dump, ranks = read_dump(tmp_path / "run" / "blackbox" / f"step_{breaking_run.BAD_STEP:08d}")
+    box = tmp_path / "run" / "blackbox" / f"step_{breaking_run.BAD_STEP:08d}"
+    dump, ranks = read_dump(box)
     assert dump.world_size == len(ranks) == 2
+    weights, _ = read_tensors(box / WEIGHTS_FILE)
+    assert list(weights[f"{breaking_run.BAD_LINEAR}.weight"].shape) == [256, 128], "the rows of every rank"
     samples = [{number for batch in rank.batches for number in batch.sample_ids} for rank in ranks]
     first = (breaking_run.BAD_STEP - 1) * 8  # sequences a step
     assert samples[0] | samples[1] == set(range(first, first + 8)) and not samples[0] & samples[1]
