@@ -17,18 +17,11 @@ from fp8train.backends.interface import Backend
 from fp8train.backends.selection import Selection
 from fp8train.conversion_report import ConversionReport, ConversionRow, ProducerRow, RopeRow
 from fp8train.errors import ConfigError, RecipeError
-from fp8train.nn.fused import (
-    FusedMLP,
-    FusedRMSNorm,
-    FusedRope,
-    fused_mlp,
-    fused_norm,
-    fused_rope,
-    mlp_refusal,
-    plain_module,
-    refusal,
-)
+from fp8train.nn.fused import Fused, plain_module, refusal
 from fp8train.nn.fused_layouts import ROPES, Producer, find_producers, full_name
+from fp8train.nn.fused_mlp import fused_mlp, mlp_refusal
+from fp8train.nn.fused_norm import fused_norm
+from fp8train.nn.fused_rope import fused_rope
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.remedies import InputRemedy
@@ -283,7 +276,7 @@ def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
     for held in slots.values():
         parent, name = held[0]
         child = getattr(parent, name)
-        if isinstance(child, FusedRMSNorm | FusedMLP | FusedRope):
+        if isinstance(child, Fused):
             setattr(parent, name, plain_module(child))
     rows: dict[str, ProducerRow] = {}
     producers = list(find_producers(model))
@@ -294,9 +287,8 @@ def _fuse(model: nn.Module, fused: str, backend: Backend) -> list[ProducerRow]:
         linears = [linear for fqn in producer.linears if isinstance(linear := model.get_submodule(fqn), Float8Linear)]
         why = _why_plain(module, linears, producer, fused, backend, len(slots.get(id(module), ())) > 1)
         if why is None and producer.norm is not None:
-            eps, rounds_early = getattr(module, producer.norm.eps), producer.norm.rounds_early
             through = [model.get_submodule(path) for path in dict.fromkeys(map(_parent, producer.linears))]
-            setattr(parent, name, fused_norm(module, linears, through, eps=eps, rounds_early=rounds_early))
+            setattr(parent, name, fused_norm(module, linears, through, producer.norm))
         elif why is None:
             setattr(parent, name, fused_mlp(module))
         rows[producer.fqn] = ProducerRow(fqn=producer.fqn, linears=producer.linears, refusal=why)

@@ -2,8 +2,10 @@
 
 g = dy * weight; dx = g * rstd - x * rstd^3 * mean(g * x); dweight = sum over rows of dy * x * rstd; all in FP32.
 dy, x [M, K] bf16 or fp32, row-major, any leading strides; weight [K] and rstd [M] fp32 -> dx [M, K] in the dtype of x,
-dweight [K] fp32. A program takes every so many-th row whole, so that nothing is read twice, and keeps its share of
-dweight in registers; the shares are added up behind it, in the same order every time.
+dweight [K] fp32. Where x is the residual stream, its own gradient dtotal is added to dx, rounded as two operations of
+torch would round, and the sum can be written a second time in the dtype of the branch that had been added.
+A program takes every so many-th row whole, so that nothing is read twice, and keeps its share of dweight in registers;
+the shares are added up behind it, in the same order every time.
 Source: arXiv:1910.07467. torch's own kernel reads FP32 copies of both, twice: bytes in kernels/README.md.
 """
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from fp8train.kernels.gemm_tile import multiprocessors
 from fp8train.kernels.launch import Rest, launch
-from fp8train.kernels.tile_launch import check_matrix
+from fp8train.kernels.tile_launch import check_matrix, check_vector
 
 WIDEST = 8192  # columns that the registers of a program hold
 
@@ -25,9 +27,11 @@ WIDEST = 8192  # columns that the registers of a program hold
 def _rmsnorm_backward_kernel(
     dy_ptr, x_ptr,  # [M, K] bf16 or fp32
     weight_ptr, rstd_ptr,  # [K] fp32, [M] fp32
+    dtotal_ptr,  # [M, K] in the dtype of x, or None
     dx_ptr,  # [M, K] in the dtype of x
+    dbranch_ptr,  # [M, K] bf16 or fp32, or None
     shares_ptr,  # [programs, K] fp32
-    M, K, stride_dym, stride_xm, stride_dxm,
+    M, K, stride_dym, stride_xm, stride_dtm, stride_dxm, stride_dbm,
     COLS: tl.constexpr,
 ):  # fmt: skip
     # in fours, whatever the dtype: a thread that read 8 of BF16 and 4 of FP32 would pass them on through shared memory
@@ -42,8 +46,13 @@ def _rmsnorm_backward_kernel(
         rstd = tl.load(rstd_ptr + row)
         g = dy * weight
         slope = tl.sum(g * x) * (rstd * rstd * rstd) / K
-        dx = g * rstd - slope * x
-        tl.store(dx_ptr + row * stride_dxm + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dx = tl.fma(-slope, x, g * rstd).to(dx_ptr.dtype.element_ty)
+        if dtotal_ptr is not None:
+            dtotal = tl.load(dtotal_ptr + row * stride_dtm + cols, mask=inside, other=0.0)
+            dx = (dx.to(tl.float32) + dtotal.to(tl.float32)).to(dx.dtype)
+        tl.store(dx_ptr + row * stride_dxm + cols, dx, mask=inside)
+        if dbranch_ptr is not None:
+            tl.store(dbranch_ptr + row * stride_dbm + cols, dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
         share += dy * (x * rstd)
     tl.store(shares_ptr + tl.cast(tl.program_id(0), tl.int64) * K + cols, share, mask=inside)
 
@@ -58,9 +67,9 @@ def _tile(K: int) -> tuple[dict[str, int], dict[str, int], int]:
 
 
 def _compile_cases() -> list[tuple]:
-    """What tests compile: dtypes of dy and x, the widest rows, and rows that begin anywhere."""
+    """What tests compile: dtypes of dy and x, the widest rows, rows that begin anywhere, sums with dtotal."""
     pointers = dict.fromkeys(("weight_ptr", "rstd_ptr", "shares_ptr"), "*fp32")
-    sizes = dict.fromkeys(("M", "K", "stride_dym", "stride_xm", "stride_dxm"), "i32")
+    sizes = dict.fromkeys(("M", "K", "stride_dym", "stride_xm", "stride_dtm", "stride_dxm", "stride_dbm"), "i32")
     cases = []
     for dy, x, columns in (
         ("bf16", "fp32", 4096), ("bf16", "bf16", 4096), ("fp32", "fp32", 4096), ("bf16", "fp32", WIDEST),
@@ -69,7 +78,9 @@ def _compile_cases() -> list[tuple]:
         constants, options, _ = _tile(columns)
         title = f"rmsnorm_backward {dy} {x} {columns}"
         cases.append((title, _rmsnorm_backward_kernel, signature, constants, options))
-    title, kernel, signature, constants, options = cases[0]
+        summed = signature | {"dtotal_ptr": f"*{x}"} | ({"dbranch_ptr": f"*{dy}"} if dy != x else {})
+        cases.append((f"{title} sum", _rmsnorm_backward_kernel, summed, constants, options))
+    title, kernel, signature, constants, options = cases[1]
     cases.append((f"{title} ragged", kernel, signature, constants, options | {"odd": tuple(sizes)}))
     for one in ("M", "K"):  # a size of 1 is a constant of the kernel
         rest = {name: kind for name, kind in signature.items() if name != one}
@@ -81,48 +92,68 @@ def _compile_cases() -> list[tuple]:
 COMPILE_CASES = _compile_cases()
 
 
-def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of weight.
+def rmsnorm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    dtotal: Tensor | None = None,
+    branch_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x and of weight, and of what x is the sum of.
 
     Args:
         dy: [M, K] bf16 or fp32, row-major with any leading stride, on a GPU; any M >= 0, 0 <= K <= WIDEST.
         x: [M, K] bf16 or fp32, likewise.
         weight: [K] fp32.
-        rstd: [M] fp32, as rmsnorm_quantize.rmsnorm returns it.
+        rstd: [M] fp32, of rmsnorm_rstd.
+        dtotal: [M, K] in the dtype of x, row-major with any leading stride: added to dx. None: 0.
+        branch_dtype: bf16 or fp32, to have dx in this dtype too.
 
     Returns:
-        (dx [M, K] in the dtype of x, contiguous; dweight [K] fp32).
+        (dx [M, K] in the dtype of x, contiguous; dweight [K] fp32; dx in branch_dtype, or None).
 
     Raises:
         ValueError: a shape, a stride or a dtype does not fit.
     """
-    _check(dy, x, weight, rstd)
+    _check(dy, x, weight, rstd, dtotal, branch_dtype)
     M, K = x.shape
     dx = torch.empty((M, K), dtype=x.dtype, device=x.device)
+    dbranch = None if branch_dtype is None else torch.empty_like(dx, dtype=branch_dtype)
     if dx.numel() == 0:
-        return dx, torch.zeros_like(weight)
+        return dx, torch.zeros_like(weight), dbranch
     constants, options, resident = _tile(K)
     programs = min(M, resident * multiprocessors(x.device))
     shares = torch.empty((programs, K), dtype=torch.float32, device=x.device)
 
     def rest() -> Rest:
-        return (programs,), (M, K, dy.stride(0), x.stride(0), dx.stride(0)), constants, options
+        strides = [0 if tensor is None else tensor.stride(0) for tensor in (dy, x, dtotal, dx, dbranch)]
+        return (programs,), (M, K, *strides), constants, options
 
-    launch(_rmsnorm_backward_kernel, (), (dy, x, weight, rstd, dx, shares), rest)
-    return dx, shares.sum(0)
+    launch(_rmsnorm_backward_kernel, (), (dy, x, weight, rstd, dtotal, dx, dbranch, shares), rest)
+    return dx, shares.sum(0), dbranch
 
 
-def _check(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> None:
+def _check(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None, branch_dtype: torch.dtype | None
+) -> None:
     name = "rmsnorm_backward"
     check_matrix(name, "x", x)
-    check_matrix(name, "dy", dy)
     M, K = x.shape
-    if dy.shape != x.shape:
-        raise ValueError(f"{name}: dy is {list(dy.shape)}; needs {[M, K]}, the shape of x. Reshape one of them.")
+    for label, tensor in (("dy", dy), ("dtotal", dtotal)):
+        if tensor is None:
+            continue
+        check_matrix(name, label, tensor)
+        if tensor.shape != x.shape:
+            got = f"{list(tensor.shape)}; needs {[M, K]}, the shape of x"
+            raise ValueError(f"{name}: {label} is {got}. Reshape one of them.")
+    if dtotal is not None and dtotal.dtype is not x.dtype:
+        raise ValueError(f"{name}: dtotal is {dtotal.dtype}; needs {x.dtype}, the dtype of x. Cast it.")
+    if branch_dtype not in (None, torch.bfloat16, torch.float32):
+        wanted = "torch.bfloat16, torch.float32 or None"
+        raise ValueError(f"{name}: branch_dtype is {branch_dtype}; needs {wanted}. Cast the result.")
     if K > WIDEST:
         raise ValueError(f"{name}: x is {[M, K]}; needs at most {WIDEST} columns. Use backends.producers.")
-    for label, vector, size in (("weight", weight, K), ("rstd", rstd, M)):
-        if vector.shape != (size,) or vector.dtype is not torch.float32 or not vector.is_contiguous():
-            got = f"{list(vector.shape)} {vector.dtype}, strides {vector.stride()}"
-            remedy = "Pass what rmsnorm took and gave"
-            raise ValueError(f"{name}: {label} is {got}; needs [{size}] torch.float32, contiguous. {remedy}.")
+    check_vector(name, "weight", weight, K, "Pass what rmsnorm took and gave")
+    check_vector(name, "rstd", rstd, M, "Pass what rmsnorm took and gave")

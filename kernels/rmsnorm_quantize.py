@@ -1,11 +1,9 @@
-"""RMSNorm and its quantisation: y = x / sqrt(mean(x^2) + eps) * weight, as a row copy and a transposed column copy.
+"""The product of RMSNorm and its quantisation: y = x * rstd * weight, as a row copy and a transposed column copy.
 
-x [M, K] bf16/fp32, row-major, any leading stride; weight [K] fp32 -> the four outputs of quantize.quantize_dual for y,
-bit for bit, without y ever being written, and rstd [M] fp32 = 1 / sqrt(mean(x^2) + eps), which backward needs beside x.
-y = (x * rstd) * weight in FP32, rounded to out_dtype: given rstd, the very products of torch's rms_norm. rstd itself
-differs by the order of a sum: `rmsnorm` is the same without the quantiser, and the definition of y and rstd.
-Two kernels: rows to rstd, then one program per tile of 128x128, which reads x again: column blocks need 128 whole rows,
-which fit no SM.
+x [M, K] bf16/fp32, row-major, any leading stride; weight [K] fp32; rstd [M] fp32, from rmsnorm_rstd -> the four outputs
+of quantize.quantize_dual for y, bit for bit, without y ever being written. y = (x * rstd) * weight in FP32, rounded to
+out_dtype: given rstd, the very products of torch's rms_norm; `rmsnorm` is the same without the quantiser, and the
+definition of y. rstd comes from a kernel before this one, since column blocks need 128 whole rows, which fit no SM.
 How a tile is scaled and stored is in tile.py.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; RMSNorm: arXiv:1910.07467. Measured: kernels/README.md.
 """
@@ -25,6 +23,7 @@ from fp8train.kernels.tile_launch import (
     are_whole,
     check_format,
     check_matrix,
+    check_vector,
     empty_copies,
     leading_strides,
     max_bits,
@@ -32,28 +31,8 @@ from fp8train.kernels.tile_launch import (
     tiling,
 )
 
-RSTD_ROWS, RSTD_COLS = 4, 1024  # tile of the first kernel: 32 numbers a thread with 4 warps
-RSTD_WARPS = 4
 KEEP = True  # normalise once
 MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
-
-
-@triton.jit
-def _rstd_kernel(
-    x_ptr,  # [M, K] bf16 or fp32
-    rstd_ptr,  # [M] fp32
-    M, K, stride_xm, eps,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
-    squares = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, K, COLS):
-        inside = (rows < M)[:, None] & (cols < K - start)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + start + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        squares = tl.fma(x, x, squares)
-    mean = tl.div_rn(tl.sum(squares, axis=1), tl.cast(K, tl.float32))
-    tl.store(rstd_ptr + rows, tl.div_rn(1.0, tl.sqrt_rn(mean + eps)), mask=rows < M)
 
 
 @triton.jit
@@ -96,7 +75,7 @@ def _rmsnorm_quantize_kernel(
 
 
 def _compile_cases() -> list[tuple]:
-    """What tests compile: both dtypes of x and kinds of scale, the row copy alone, y itself, and rstd."""
+    """What tests compile: both dtypes of x and kinds of scale, the row copy alone, and y itself."""
     pointers = {"row_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "col_ptr": "*fp8e4nv", "col_scale_ptr": "*fp32"}
     kernel = _rmsnorm_quantize_kernel
     sizes = [name for name in kernel.arg_names if name.startswith("stride_")] + ["zero"]
@@ -109,13 +88,6 @@ def _compile_cases() -> list[tuple]:
             title = f"rmsnorm_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
             more, options = tiling(True, True, KEEP, NUM_WARPS, True, MAX_REGISTERS if pow2 else None)
             cases.append((title, kernel, {"x_ptr": f"*{dtype}"} | vectors | pointers, constants | more, options))
-        rstd = {"x_ptr": f"*{dtype}", "rstd_ptr": "*fp32", "M": "i32", "K": "i32", "stride_xm": "i32", "eps": "fp32"}
-        tile = {"ROWS": RSTD_ROWS, "COLS": RSTD_COLS}
-        options = {"num_warps": RSTD_WARPS, "odd": ("eps",)}
-        cases.append((f"rmsnorm rstd {dtype}", _rstd_kernel, rstd, tile, options))
-        if dtype == "bf16":  # a size of 1 is a constant of the kernel
-            one = {name: kind for name, kind in rstd.items() if name != "K"}
-            cases.append(("rmsnorm rstd bf16 one column", _rstd_kernel, one, tile | {"K": 1}, options))
     title, _, signature, constants, _ = cases[0]
     more, options = tiling(True, False, KEEP, NUM_WARPS, True)
     constants = constants | more
@@ -133,8 +105,8 @@ COMPILE_CASES = _compile_cases()
 def rmsnorm_quantize(
     x: Tensor,
     weight: Tensor,
+    rstd: Tensor,
     *,
-    eps: float,
     fp8_dtype: torch.dtype,
     fp8_max: float,
     pow2: bool,
@@ -142,13 +114,13 @@ def rmsnorm_quantize(
     col_pow2: bool | None = None,
     columns: bool = True,
     block: int = BLOCK,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Row copy and column copy of the normalised x: quantize.quantize_dual(rmsnorm(x)), bit for bit; and rstd.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Row copy and column copy of the normalised x: quantize.quantize_dual(rmsnorm(x)), bit for bit.
 
     Args:
         x: [M, K] bf16 or fp32, row-major with any leading stride, on a GPU; any M, K >= 0.
         weight: [K] fp32.
-        eps: added to the mean square.
+        rstd: [M] fp32, of rmsnorm_rstd.
         fp8_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
         fp8_max: largest finite number of that format.
         pow2: round the scales up to powers of two.
@@ -158,38 +130,28 @@ def rmsnorm_quantize(
         block: 128.
 
     Returns:
-        (qdata, scale_inv, qdata of y.T, scale_inv of y.T, rstd [M] fp32), laid out as by quantize_dual.
+        (qdata, scale_inv, qdata of y.T, scale_inv of y.T), laid out as by quantize_dual.
 
     Raises:
-        ValueError: x, weight, a dtype or the block do not fit.
+        ValueError: x, weight, rstd, a dtype or the block do not fit.
     """
-    _check("rmsnorm_quantize", x, weight, out_dtype, fp8_dtype, block)
-    copies, rstd = empty_copies(x, fp8_dtype, columns), _rstd(x, eps)
+    _check("rmsnorm_quantize", x, weight, rstd, out_dtype, fp8_dtype, block)
+    copies = empty_copies(x, fp8_dtype, columns)
     kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
     _launch(x, rstd, weight, out_dtype, None, *copies, kinds)
-    return *copies, rstd
+    return copies
 
 
-def rmsnorm(x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """(y [M, K] in out_dtype, rstd [M] fp32), with the numbers that rmsnorm_quantize quantises.
+def rmsnorm(x: Tensor, weight: Tensor, rstd: Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """y [M, K] in out_dtype, the numbers that rmsnorm_quantize quantises.
 
     Raises:
-        ValueError: x, weight or out_dtype do not fit.
+        ValueError: x, weight, rstd or out_dtype do not fit.
     """
-    _check("rmsnorm", x, weight, out_dtype, torch.float8_e4m3fn, BLOCK)
-    y, rstd = torch.empty(x.shape, dtype=out_dtype, device=x.device), _rstd(x, eps)
+    _check("rmsnorm", x, weight, rstd, out_dtype, torch.float8_e4m3fn, BLOCK)
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     _launch(x, rstd, weight, out_dtype, y, None, None, None, None, (0, True, True))
-    return y, rstd
-
-
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    M, K = x.shape
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
-    if M and K:
-        _rstd_kernel[(triton.cdiv(M, RSTD_ROWS),)](
-            x, rstd, M, K, x.stride(0), eps, ROWS=RSTD_ROWS, COLS=RSTD_COLS, num_warps=RSTD_WARPS
-        )
-    return rstd if K else rstd.fill_(float("nan"))  # the mean of no numbers
+    return y
 
 
 def _launch(
@@ -213,13 +175,13 @@ def _launch(
     launch(_rmsnorm_quantize_kernel, (out_dtype, kinds), (x, rstd, weight, out, row, row_scale, col, col_scale), rest)
 
 
-def _check(name: str, x: Tensor, weight: Tensor, out_dtype: torch.dtype, fp8_dtype: torch.dtype, block: int) -> None:
-    """Raise ValueError unless x is row-major, weight fits it, and dtypes and block are ones that the kernel serves."""
+def _check(
+    name: str, x: Tensor, weight: Tensor, rstd: Tensor, out_dtype: torch.dtype, fp8_dtype: torch.dtype, block: int
+) -> None:
+    """Raise ValueError unless x is row-major, weight and rstd fit it, and dtypes and block are ones that it serves."""
     check_matrix(name, "x", x)
-    if weight.shape != x.shape[1:] or weight.dtype is not torch.float32 or not weight.is_contiguous():
-        got = f"{list(weight.shape)} {weight.dtype}, strides {weight.stride()}"
-        wanted = f"[{x.shape[1]}] torch.float32, contiguous"
-        raise ValueError(f"{name}: weight is {got}; needs {wanted}. Pass the norm's own, .float().contiguous().")
+    check_vector(name, "weight", weight, x.shape[1], "Pass the norm's own, .float().contiguous()")
+    check_vector(name, "rstd", rstd, x.shape[0], "Pass what rmsnorm_rstd gave")
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name}: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32. Cast the result.")
     check_format(name, fp8_dtype, block)

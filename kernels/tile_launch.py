@@ -92,6 +92,13 @@ def check_matrix(name: str, label: str, x: Tensor, sizes: str = "[M, K]") -> Non
         raise ValueError(f"{name}: {label} is {list(x.shape)}; needs dimensions below 2^31 - 4096. Split it.")
 
 
+def check_vector(name: str, label: str, vector: Tensor, size: int, remedy: str) -> None:
+    """Raise ValueError unless it is [size] fp32, contiguous."""
+    if vector.shape != (size,) or vector.dtype is not torch.float32 or not vector.is_contiguous():
+        got = f"{list(vector.shape)} {vector.dtype}, strides {vector.stride()}"
+        raise ValueError(f"{name}: {label} is {got}; needs [{size}] torch.float32, contiguous. {remedy}.")
+
+
 def check_format(name: str, fp8_dtype: torch.dtype, block: int) -> None:
     """Raise ValueError unless format and block are ones that the kernels serve."""
     if fp8_dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from fp8train.backends.admission_checks import GRADIENTS, KERNEL_GEMMS, QUANTISERS, ROTATIONS
+from fp8train.backends.admission_checks import KERNEL_GEMMS, QUANTISERS, ROTATIONS, STREAM
 from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder, write_whole
@@ -107,7 +107,7 @@ def _used(index: int) -> list[Kernel]:
     """What the backend uses on such a GPU."""
     table, capability = importlib.import_module("fp8train.kernels.gemm_table"), torch.cuda.get_device_capability(index)
     entries = dict.fromkeys([*table.listed(capability), *_plain(capability)])
-    return [*entries, *QUANTISERS, *GRADIENTS, *ROTATIONS]
+    return [*entries, *QUANTISERS, *STREAM, *ROTATIONS]
 
 
 def _plain(capability: tuple[int, int]) -> list[Kernel]:

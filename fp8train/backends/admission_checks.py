@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fp8train.backends.device_gemm import fp32_product, sum_of_blocks
-from fp8train.backends.producer_checks import PRODUCERS, check_producer
-from fp8train.backends.producers import rotated
+from fp8train.backends.producer_checks import EPS, PRODUCERS, check_producer, norm_input, rstd_is_off
+from fp8train.backends.producers import rotated, row_rstd
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import finish, quantize
@@ -40,11 +40,12 @@ QUANTISERS = (
     ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "bf16"), ("swiglu_quantize", "bf16"),
     ("swiglu_backward_quantize", "bf16"),
 )  # fmt: skip
-GRADIENTS = (("rmsnorm_backward", "fp32"),)  # likewise; dtype of the residual stream
+STREAM = (("rmsnorm_rstd", "fp32"), ("rmsnorm_backward", "fp32"))  # likewise; dtype of the residual stream
 ROTATIONS = (("rope", "bf16"),)  # likewise; dtype of what is rotated
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MATRICES = ((256, 384), (300, 200))  # whole blocks in rows that start at 16 bytes; neither
-NORMS = (*MATRICES, (300, 2048), (2048, 4096), (65, 4095), (300, 8192))  # and each tile of rmsnorm_backward
+SUMS = (*MATRICES, (300, 2048))  # and several rounds of rmsnorm_rstd
+NORMS = (*SUMS, (2048, 4096), (65, 4095), (300, 8192))  # and each tile of rmsnorm_backward
 # B, heads, T, head_dim: heads and angles that begin at 16 bytes, and such that do not
 HEADS = ((2, 32, 128, 128), (1, 8, 129, 128), (2, 16, 33, 64), (3, 5, 77, 80), (1, 3, 50, 6), (1, 1, 3, 2052))
 
@@ -54,14 +55,14 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
 
     Args:
         operation: a file of kernels/.
-        entry: of its launch entries, or a variant as in QUANTISERS, GRADIENTS and ROTATIONS.
+        entry: of its launch entries, or a variant as in QUANTISERS, STREAM and ROTATIONS.
         device: where to run it.
     """
     if operation in KERNEL_GEMMS:
         shapes = (*SHAPES, UNALIGNED) if entry.startswith("pointer") else SHAPES
         return check_product(operation, entry, device, shapes) or check_crowd(operation, entry, device)
-    if operation in dict(GRADIENTS):
-        return check_norm_gradients(entry, device)
+    if operation in dict(STREAM):
+        return (check_sums if operation == "rmsnorm_rstd" else check_norm_gradients)(entry, device)
     if operation in dict(ROTATIONS):
         return check_rotation(entry, device)
     return check_codes(operation, entry, device)
@@ -189,6 +190,28 @@ def check_codes(
     return None
 
 
+def check_sums(variant: str, device: torch.device, matrices: Sequence[tuple[int, int]] = SUMS) -> str | None:
+    """Where the residual stream's sum is not torch's, or rstd not that of its rows; or None.
+
+    Args:
+        variant: dtype of x.
+        device: where to compute.
+        matrices: rows and columns of x, at most 2048.
+    """
+    module = importlib.import_module("fp8train.kernels.rmsnorm_rstd")
+    for number, shape in enumerate(matrices):
+        x = norm_input(shape, DTYPES[variant], device)
+        for dtype in DTYPES.values():
+            branch = torch.randn(*shape, generator=torch.Generator().manual_seed(number)).to(device, dtype)
+            total, made = module.add_rstd(x, branch, eps=EPS)
+            what = f"for {list(shape)}, branch {dtype}"
+            if not _same_bits(total, (x + branch).to(x.dtype)):
+                return f"its sum differs from torch's {what}"
+            if rstd_is_off(made, total) or rstd_is_off(module.rstd(x, eps=EPS), x):
+                return f"its rstd differs from the formula {what}"
+    return None
+
+
 def check_norm_gradients(variant: str, device: torch.device, matrices: Sequence[tuple[int, int]] = NORMS) -> str | None:
     """Where gradients of RMSNorm are not the formula's in FP64, or None.
 
@@ -201,18 +224,25 @@ def check_norm_gradients(variant: str, device: torch.device, matrices: Sequence[
     for number, (rows, cols) in enumerate(matrices):
         for dtype in DTYPES.values():
             generator = torch.Generator().manual_seed(number)
-            dy, x = (torch.randn(rows, cols, generator=generator) for _ in range(2))
-            dy, x = dy.to(device, dtype), x.to(device, DTYPES[variant])
+            dy, x, dtotal = (torch.randn(rows, cols, generator=generator) for _ in range(3))
+            dy, x, dtotal = dy.to(device, dtype), x.to(device, DTYPES[variant]), dtotal.to(device, DTYPES[variant])
             weight = torch.linspace(0.5, 1.5, cols, device=device)
-            rstd = (x.double().square().mean(1) + 1e-5).rsqrt().float()
+            rstd = (x.double().square().mean(1) + EPS).rsqrt().float()
             wide = dy.double() * weight, x.double(), rstd.double()[:, None]
             dx = wide[0] * wide[2] - wide[1] * wide[2] ** 3 * (wide[0] * wide[1]).mean(1, keepdim=True)
-            wanted = dx, (dy.double() * wide[1] * wide[2]).sum(0)
-            for name, made, exact in zip(("dx", "dweight"), run(dy, x, weight, rstd), wanted, strict=True):
+            dweight = (dy.double() * wide[1] * wide[2]).sum(0)
+            alone, summed = run(dy, x, weight, rstd), run(dy, x, weight, rstd, dtotal=dtotal, branch_dtype=dtype)
+            total = dx + dtotal.double()
+            for name, made, exact, rounded in (
+                ("dx", alone[0], dx, dx.abs()), ("dweight", alone[1], dweight, dweight.abs()),
+                ("sum with dtotal", summed[0], total, dx.abs() + total.abs()), ("dweight", summed[1], dweight, 0.0),
+            ):  # fmt: skip
                 # a BF16 number is off by half a place; FP32 sums of 4096 numbers by a few 2^-24 of their size
-                limit = exact.abs() * (2.0**-8 if made.dtype is torch.bfloat16 else 0) + 1e-5 * exact.abs().max()
+                limit = rounded * (2.0**-8 if made.dtype is torch.bfloat16 else 0) + 1e-5 * exact.abs().max()
                 if not bool(((made.double() - exact).abs() <= limit).all()):
                     return f"its {name} differs from the formula for {[rows, cols]}, dy {dtype}"
+            if not torch.equal(summed[2], summed[0].to(dtype)):
+                return f"its sum rounded to the branch's dtype is another for {[rows, cols]}, dy {dtype}"
     return None
 
 
@@ -283,8 +313,9 @@ def _copies(
     if operation == "rmsnorm_quantize":
         made, weight = [], torch.linspace(0.5, 1.5, x.shape[1], device=x.device)
         for out_dtype in dict.fromkeys((x.dtype, torch.bfloat16)):
-            more = {"eps": 1e-5, "out_dtype": out_dtype}
-            y, copies = module.rmsnorm(x, weight, **more)[0], module.rmsnorm_quantize(x, weight, **more, **options)
+            inputs = x, weight, row_rstd(x, EPS)
+            y = module.rmsnorm(*inputs, out_dtype=out_dtype)
+            copies = module.rmsnorm_quantize(*inputs, out_dtype=out_dtype, **options)
             made += both(copies, y, f" of y in {_name(out_dtype)}")
         return made
     if operation == "swiglu_quantize":

@@ -17,9 +17,13 @@ from fp8train.quant.reference import check_quantize_input
 
 _QUANTIZE = "str row, str? col, str backend"
 _SCHEMAS = {
-    "rms_norm": "(Tensor x, Tensor weight, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, str backend) -> (Tensor, Tensor)",
-    "rmsnorm_quantize": f"(Tensor x, Tensor weight, float eps, ScalarType dtype, {_QUANTIZE}) -> Tensor[]",
+    "rstd": "(Tensor x, float eps, str backend) -> Tensor",
+    "add_rstd": "(Tensor x, Tensor branch, float eps, str backend) -> (Tensor, Tensor)",
+    "rms_norm": "(Tensor x, Tensor weight, Tensor rstd, ScalarType dtype, str backend) -> Tensor",
+    "rms_norm_backward": (
+        "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dtotal, ScalarType? branch, str backend) -> Tensor[]"
+    ),
+    "rmsnorm_quantize": f"(Tensor x, Tensor weight, Tensor rstd, ScalarType dtype, {_QUANTIZE}) -> Tensor[]",
     "rope": "(Tensor x, Tensor cos, Tensor sin, ScalarType dtype, bool inverse, str backend) -> Tensor",
     "swiglu": "(Tensor gate, Tensor up, str backend) -> Tensor",
     "swiglu_backward": "(Tensor dh, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
@@ -28,25 +32,36 @@ _SCHEMAS = {
 }
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    """(y [M, K], rstd [M]), with the numbers that rmsnorm_quantize quantises."""
-    y, rstd = get_backend(backend).rms_norm(x, weight, eps, dtype)
-    return y.contiguous(), rstd
+def rstd(x: Tensor, eps: float, backend: str) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of each row of x [M, K], [M] fp32."""
+    return get_backend(backend).rstd(x, eps)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """(dx [M, K], dweight [K]) of rms_norm."""
-    dx, dweight = get_backend(backend).rms_norm_backward(dy, x, weight, rstd)
-    return dx.contiguous(), dweight
+def add_rstd(x: Tensor, branch: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    """(x + branch [M, K] in x's dtype, its rstd [M] fp32)."""
+    total, made = get_backend(backend).add_rstd(x, branch, eps)
+    return total.contiguous(), made
+
+
+def rms_norm(x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """y [M, K], the numbers that rmsnorm_quantize quantises."""
+    return get_backend(backend).rms_norm(x, weight, rstd, dtype).contiguous()
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None, branch: torch.dtype | None, backend: str
+) -> list[Tensor]:
+    """dx [M, K] and dweight [K] of rms_norm, dtotal added to dx; and dx in the dtype `branch`, if one is given."""
+    dx, dweight, dbranch = get_backend(backend).rms_norm_backward(dy, x, weight, rstd, dtotal, branch)
+    return [dx.contiguous(), dweight] + ([] if dbranch is None else [dbranch.contiguous()])
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: str, col: str | None, backend: str
+    x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, row: str, col: str | None, backend: str
 ) -> list[Tensor]:
-    """Copies of rms_norm's y; and rstd [M], fp32."""
+    """Copies of rms_norm's y."""
     check_quantize_input(x)
-    copies, rstd = get_backend(backend).rmsnorm_quantize(x, weight, eps, dtype, *_specs(row, col))
-    return [*_tensors(copies), rstd]
+    return _tensors(get_backend(backend).rmsnorm_quantize(x, weight, rstd, dtype, *_specs(row, col)))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool, backend: str) -> Tensor:
@@ -94,18 +109,29 @@ def _fake_copies(x: Tensor, row: str, col: str | None, backend: str) -> list[Ten
     return [*quantize(x, row, False, backend), *([] if col is None else quantize(x, col, True, backend))]
 
 
-def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
+def _fake_rstd(x: Tensor, eps: float, backend: str) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _fake_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _fake_add_rstd(x: Tensor, branch: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _fake_rms_norm(x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _fake_rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None, branch: torch.dtype | None, backend: str
+) -> list[Tensor]:
+    made = [x.new_empty(x.shape), weight.new_empty(weight.shape)]
+    return made + ([] if branch is None else [x.new_empty(x.shape, dtype=branch)])
 
 
 def _fake_rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: str, col: str | None, backend: str
+    x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, row: str, col: str | None, backend: str
 ) -> list[Tensor]:
-    return [*_fake_copies(x, row, col, backend), x.new_empty(x.shape[:1], dtype=torch.float32)]
+    return _fake_copies(x, row, col, backend)
 
 
 def _fake_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool, backend: str) -> Tensor:
@@ -131,6 +157,8 @@ def _fake_swiglu_backward_quantize(
 
 
 for _implementation, _fake in (
+    (rstd, _fake_rstd),
+    (add_rstd, _fake_add_rstd),
     (rms_norm, _fake_rms_norm),
     (rms_norm_backward, _fake_rms_norm_backward),
     (rmsnorm_quantize, _fake_rmsnorm_quantize),

@@ -63,11 +63,22 @@ class Backend(Protocol):
     def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
         """Whether the `*_quantize` below are one kernel each, which never writes what it quantises."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(y [M, K] in dtype, rstd [M] fp32): y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps), in FP32."""
+    def rstd(self, x: Tensor, eps: float) -> Tensor:
+        """1 / sqrt(mean(x^2) + eps) of each row, [M] fp32: producers.row_rstd, up to the order of sums."""
 
-    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-        """(dx [M, K] in x's dtype, dweight [K]) of rms_norm: producers.norm_gradients, up to the order of sums."""
+    def add_rstd(self, x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(total [M, K] = x + branch in x's dtype, rstd of total), from one read of both."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
+        """y [M, K] = x * rstd * weight in FP32, rounded to dtype."""
+
+    def rms_norm_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None, branch: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dx [M, K] in x's dtype, dweight [K], dx in `branch`, if any) of rms_norm, with rstd that of x.
+
+        producers.norm_gradients, up to the order of sums; dtotal [M, K] in x's dtype is added to dx.
+        """
 
     def has_rope(self) -> bool:
         """Whether `rope` is one kernel."""
@@ -82,9 +93,9 @@ class Backend(Protocol):
         """dgate = dh * up * silu'(gate), dup = dh * silu(gate); they, dh * up and silu(gate) are rounded like gate."""
 
     def rmsnorm_quantize(
-        self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
-    ) -> tuple[Copies, Tensor]:
-        """Copies of rms_norm's y, bit for bit, and rstd."""
+        self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
+    ) -> Copies:
+        """Copies of rms_norm's y, bit for bit."""
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """Copies of swiglu's h, bit for bit."""

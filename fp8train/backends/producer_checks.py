@@ -6,7 +6,6 @@ The tests of these kernels keep the same tolerances, which are derived here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from fp8train.backends.producers import Producers
 
 PRODUCERS = ("rmsnorm_quantize", "swiglu_quantize", "swiglu_backward_quantize")
 DEFINITION = Producers()
+EPS = 1e-5
 # Rows of up to 2048 numbers: a sum of 2 rounds a lane and 10 levels of pairs, all positive: 12 of 2^-24, halved by the
 # root as are those of the mean and eps; root and inverse.
 RSTD_ERROR = 10 * 2.0**-24
@@ -43,6 +43,18 @@ def swiglu_error(wanted: Tensor, dh: Tensor, up: Tensor) -> Tensor:
     return 16 * 2.0**-24 * (wanted.abs() + (dh * up).abs().clamp_min(up.abs()))
 
 
+def norm_input(shape: tuple[int, int], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """Rows of magnitudes from 1e-3 to 1e3, so that rstd and eps matter."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, shape[0])[:, None]
+    return x.to(device, dtype)
+
+
+def rstd_is_off(made: Tensor, x: Tensor) -> bool:
+    """Whether some rstd of x, of at most 2048 columns, is not within the roundings of its sum."""
+    exact = (x.double().square().mean(1) + EPS).rsqrt()
+    return not bool(((made.double() - exact).abs() <= RSTD_ERROR * exact).all())
+
+
 def check_producer(operation: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """What a fused kernel computes otherwise than the definition, its quantiser left out; or None.
 
@@ -54,9 +66,13 @@ def check_producer(operation: str, shape: tuple[int, int], dtype: torch.dtype, d
     """
     module = importlib.import_module(f"fp8train.kernels.{operation}")
     if operation == "rmsnorm_quantize":
-        x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, shape[0])[:, None]
-        parts = (_norm_differs(module.rmsnorm, x.to(device, dtype), made) for made in (dtype, torch.bfloat16))
-        return next(filter(None, parts), None)
+        x = norm_input(shape, dtype, device)
+        weight, rstd = torch.linspace(0.5, 1.5, shape[1], device=device), DEFINITION.rstd(x, EPS)
+        for out_dtype in dict.fromkeys((dtype, torch.bfloat16)):
+            y = module.rmsnorm(x, weight, rstd, out_dtype=out_dtype)
+            if not torch.equal(y, DEFINITION.rms_norm(x, weight, rstd, out_dtype)):
+                return "y"
+        return None
     dh, gate, up = swiglu_inputs(shape, dtype, device)
     if operation == "swiglu_quantize":
         pairs = {"h": (module.swiglu(gate, up), DEFINITION.swiglu(gate, up))}
@@ -64,18 +80,6 @@ def check_producer(operation: str, shape: tuple[int, int], dtype: torch.dtype, d
         gradients = module.swiglu_backward(dh, gate, up), DEFINITION.swiglu_backward(dh, gate, up)
         pairs = dict(zip(("dgate", "dup"), zip(*gradients, strict=True), strict=True))
     return next((name for name, pair in pairs.items() if not _same_but_for_a_place(*pair, dh, up)), None)
-
-
-def _norm_differs(
-    rmsnorm: Callable[..., tuple[Tensor, Tensor]], x: Tensor, out_dtype: torch.dtype, eps: float = 1e-5
-) -> str | None:
-    """Whether rstd is off, or y another product than rstd's; its name, or None."""
-    weight = torch.linspace(0.5, 1.5, x.shape[1], device=x.device)
-    y, rstd = rmsnorm(x, weight, eps=eps, out_dtype=out_dtype)
-    exact = (x.double().square().mean(1) + eps).rsqrt()
-    if not bool(((rstd.double() - exact).abs() <= RSTD_ERROR * exact).all()):
-        return "rstd"
-    return None if torch.equal(y, (x.float() * rstd[:, None] * weight).to(out_dtype)) else "y"
 
 
 def _same_but_for_a_place(mine: Tensor, theirs: Tensor, dh: Tensor, up: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What stands between GEMMs: RMSNorm, SwiGLU and SwiGLU's backward, with the quantiser behind them; rotary embedding.
+"""What stands between GEMMs: the residual stream's sum, RMSNorm, SwiGLU, with the quantiser behind them; RoPE.
 
 The arithmetic of the plain modules, bit for bit on the CPU: products in FP32, silu(gate) and the gradients rounded to
 the dtype of gate. Every backend inherits it; one whose kernels quantise what they compute says so with `fuses`.
@@ -32,19 +32,30 @@ class Producers:
         """See Backend; most quantisers do not count."""
         return None
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rstd(self, x: Tensor, eps: float) -> Tensor:
         """See Backend."""
-        wide = x.float()
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (wide * rstd * weight).to(dtype), rstd.squeeze(-1)
+        return row_rstd(x, eps)
 
-    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    def add_rstd(self, x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        total = (x + branch).to(x.dtype)
+        return total, row_rstd(total, eps)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
+        """See Backend."""
+        return (x.float() * rstd[:, None] * weight).to(dtype)
+
+    def rms_norm_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None, branch: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See Backend; on CUDA by torch's own kernel of the same formula."""
         if dy.device.type != "cuda":
-            return norm_gradients(dy, x, weight, rstd)
-        wide = (dy.float(), x.float(), list(weight.shape), rstd.unsqueeze(-1), weight)
-        dx, dweight = torch.ops.aten._fused_rms_norm_backward(*wide, [True, True])
-        return dx.to(x.dtype), dweight
+            dx, dweight = norm_gradients(dy, x, weight, rstd)
+        else:
+            wide = (dy.float(), x.float(), list(weight.shape), rstd.unsqueeze(-1), weight)
+            dx, dweight = torch.ops.aten._fused_rms_norm_backward(*wide, [True, True])
+        dx = dx.to(x.dtype) if dtotal is None else dx.to(x.dtype) + dtotal
+        return dx, dweight, None if branch is None else dx.to(branch)
 
     def has_rope(self) -> bool:
         """See Backend."""
@@ -63,11 +74,16 @@ class Producers:
         return torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)
 
     def rmsnorm_quantize(
-        self: Backend, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
-    ) -> tuple[Copies, Tensor]:
+        self: Backend,
+        x: Tensor,
+        weight: Tensor,
+        rstd: Tensor,
+        dtype: torch.dtype,
+        row: QuantSpec,
+        col: QuantSpec | None,
+    ) -> Copies:
         """See Backend."""
-        y, rstd = self.rms_norm(x, weight, eps, dtype)
-        return _copies(self, y, row, col), rstd
+        return _copies(self, self.rms_norm(x, weight, rstd, dtype), row, col)
 
     def swiglu_quantize(self: Backend, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """See Backend."""
@@ -85,6 +101,11 @@ def _copies(backend: Backend, x: Tensor, row: QuantSpec, col: QuantSpec | None) 
     return (backend.quantize(x, row, False), None) if col is None else backend.quantize_dual(x, row, col)
 
 
+def row_rstd(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of each row in FP32, with the roundings of F.rms_norm on the CPU: [..., K] -> [...]."""
+    return torch.rsqrt(x.float().square().mean(-1) + eps)
+
+
 def norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of RMSNorm in FP32, with the roundings of autograd through F.rms_norm on the CPU.
 
@@ -93,7 +114,7 @@ def norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple
     Args:
         dy, x: [M, K] bf16 or fp32.
         weight: [K] fp32.
-        rstd: [M] fp32, as rms_norm returned it.
+        rstd: [M] fp32, as row_rstd gives it.
 
     Returns:
         (dx [M, K] in x's dtype, dweight [K] fp32).

@@ -119,18 +119,33 @@ class TritonBackend(Producers):
         """See Backend."""
         return row.block == ROW and (col is None or (col.block == ROW and col.format is row.format))
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rstd(self, x: Tensor, eps: float) -> Tensor:
+        """See Backend."""
+        if not self._admitted("rmsnorm_rstd", _dtype_name(x), x.device):
+            return super().rstd(x, eps)
+        return kernel("rmsnorm_rstd").rstd(rows_dense(x), eps=eps)
+
+    def add_rstd(self, x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        if not self._admitted("rmsnorm_rstd", _dtype_name(x), x.device):
+            return super().add_rstd(x, branch, eps)
+        return kernel("rmsnorm_rstd").add_rstd(rows_dense(x), rows_dense(branch), eps=eps)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
         """See Backend."""
         if not self._admitted("rmsnorm_quantize", _dtype_name(x), x.device):
-            return super().rms_norm(x, weight, eps, dtype)
-        return kernel("rmsnorm_quantize").rmsnorm(rows_dense(x), weight, eps=eps, out_dtype=dtype)
+            return super().rms_norm(x, weight, rstd, dtype)
+        return kernel("rmsnorm_quantize").rmsnorm(rows_dense(x), weight, rstd, out_dtype=dtype)
 
-    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    def rms_norm_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None, branch: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See Backend."""
         module = kernel("rmsnorm_backward")
         if x.shape[1] > module.WIDEST or not self._admitted("rmsnorm_backward", _dtype_name(x), x.device):
-            return super().rms_norm_backward(dy, x, weight, rstd)
-        return module.rmsnorm_backward(rows_dense(dy), rows_dense(x), weight, rstd)
+            return super().rms_norm_backward(dy, x, weight, rstd, dtotal, branch)
+        more = {"dtotal": None if dtotal is None else rows_dense(dtotal), "branch_dtype": branch}
+        return module.rmsnorm_backward(rows_dense(dy), rows_dense(x), weight, rstd, **more)
 
     def has_rope(self) -> bool:
         """See Backend."""
@@ -156,14 +171,13 @@ class TritonBackend(Producers):
         return run(rows_dense(dh), rows_dense(gate), rows_dense(up))
 
     def rmsnorm_quantize(
-        self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
-    ) -> tuple[Copies, Tensor]:
+        self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
+    ) -> Copies:
         """See Backend."""
         if not self._makes("rmsnorm_quantize", x, row, col):
-            return super().rmsnorm_quantize(x, weight, eps, dtype, row, col)
+            return super().rmsnorm_quantize(x, weight, rstd, dtype, row, col)
         run = kernel("rmsnorm_quantize").rmsnorm_quantize
-        *copies, rstd = run(rows_dense(x), weight, eps=eps, out_dtype=dtype, **_formats(row, col))
-        return _copies(copies, row, col), rstd
+        return _copies(run(rows_dense(x), weight, rstd, out_dtype=dtype, **_formats(row, col)), row, col)
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """See Backend."""

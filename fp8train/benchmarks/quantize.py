@@ -32,10 +32,11 @@ BASELINE = "copy"
 # is a result transposed?
 CASES = {
     "row": (False,), "column": (True,), "both": (False, True), "weight": (False, True), "rmsnorm": (False, True),
-    "swiglu": (False, True), "swiglu_backward": (False, True, False, True),
+    "add_rmsnorm": (False, True), "swiglu": (False, True), "swiglu_backward": (False, True, False, True),
 }  # fmt: skip
 SHAPES = ((8192, 4096), (8192, 7168), (32768, 4096), (16384, 14336))
-INPUTS = {"swiglu": 2, "swiglu_backward": 3}
+INPUTS = {"add_rmsnorm": 2, "swiglu": 2, "swiglu_backward": 3}
+STREAM = ("weight", "rmsnorm", "add_rmsnorm")  # cases whose first input is in FP32
 EPS = 1e-5
 CHECKED_ROWS = 512  # of each result are compared with the definition, which is slow
 
@@ -43,10 +44,11 @@ CHECKED_ROWS = 512  # of each result are compared with the definition, which is 
 @dataclass(kw_only=True, slots=True)
 class QuantizeArguments(BenchArguments):
     """Quantisers: row copy, transposed column copy, both from one read, a weight's codes with their transpose, and what
-    makes the input or the gradient that it rounds: RMSNorm of an FP32 stream, SwiGLU, SwiGLU's backward.
+    makes the input or the gradient that it rounds: RMSNorm of an FP32 stream whose rstd is known; the same behind the sum
+    that the stream is, which is two kernels; SwiGLU, SwiGLU's backward.
 
     backend: auto takes the first of triton and cpu that runs here
-    cases: of row, column, both, weight, rmsnorm, swiglu, swiglu_backward
+    cases: of row, column, both, weight, rmsnorm, add_rmsnorm, swiglu, swiglu_backward
     shapes: [rows, columns]; null: activations of 4096 to 14336 channels
     """
 
@@ -98,15 +100,17 @@ def _compare(
     case: str, rows: int, cols: int, backend: Backend, arguments: QuantizeArguments, device: torch.device
 ) -> tuple[BenchResult, dict[str, float]]:
     """One case on one shape: its timing beside a copy of its first input, and the bytes that each must move."""
-    dtype = torch.float32 if case in ("weight", "rmsnorm") else torch.bfloat16
+    dtype = torch.float32 if case in STREAM else torch.bfloat16
     generator = torch.Generator(device=device).manual_seed(0)
-    inputs = [torch.randn(rows, cols, generator=generator, device=device).to(dtype) for _ in range(INPUTS.get(case, 1))]
+    inputs = [torch.randn(rows, cols, generator=generator, device=device) for _ in range(INPUTS.get(case, 1))]
+    inputs = [inputs[0].to(dtype), *(x.bfloat16() for x in inputs[1:])]
     target = torch.empty_like(inputs[0])
     spec = BLOCKWISE.fprop.right if case == "weight" else BLOCKWISE.fprop.left
     assert spec is not None
     call, sources = _quantiser(case, backend, inputs, spec)
     made = call()
     written = sum(q.qdata.nbytes + 4 * q.scale_inv.numel() for q in made)
+    written += 2 * target.nbytes if case == "add_rmsnorm" else 0  # the sum, which the second kernel reads
     traffic = {BASELINE: 2.0 * target.nbytes, case: float(sum(x.nbytes for x in inputs) + written)}
     calls = {BASELINE: lambda: target.copy_(inputs[0]), case: call}
     timings = interleaved(calls, arguments, device, kernels_only=True)
@@ -133,10 +137,16 @@ def _quantiser(
     if case == "both":
         return lambda: backend.quantize_dual(x, spec, spec), lambda: [x]
     if case == "rmsnorm":
+        weight, rstd = torch.linspace(0.5, 1.5, x.shape[1], device=x.device), backend.rstd(x, EPS)
+        return (
+            lambda: _made(backend.rmsnorm_quantize(x, weight, rstd, bf16, spec, spec)),
+            lambda: [backend.rms_norm(x, weight, rstd, bf16)],
+        )
+    if case == "add_rmsnorm":
         weight = torch.linspace(0.5, 1.5, x.shape[1], device=x.device)
         return (
-            lambda: _made(backend.rmsnorm_quantize(x, weight, EPS, bf16, spec, spec)[0]),
-            lambda: [backend.rms_norm(x, weight, EPS, bf16)[0]],
+            lambda: _made(backend.rmsnorm_quantize(*_summed(backend, inputs, weight), bf16, spec, spec)),
+            lambda: [backend.rms_norm(*_summed(backend, inputs, weight), bf16)],
         )
     if case == "swiglu":
         gate, up = inputs
@@ -148,6 +158,11 @@ def _quantiser(
             lambda: backend.swiglu_backward(dh, gate, up),
         )
     return lambda: (backend.quantize(x, spec, case == "column"),), lambda: [x]
+
+
+def _summed(backend: Backend, inputs: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total, rstd = backend.add_rstd(inputs[0], inputs[1], EPS)
+    return total, weight, rstd
 
 
 def _made(copies: Copies) -> list[QTensor]:

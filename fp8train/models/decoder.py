@@ -13,7 +13,7 @@ from fp8train.errors import ConfigError
 from fp8train.models.attention import Attention, document_mask, rope_tables
 from fp8train.models.config import ModelConfig
 from fp8train.models.loss import LOGITS_PER_CHUNK, cross_entropy_sum
-from fp8train.models.norm import RMSNorm
+from fp8train.models.norm import AddRMSNorm, RMSNorm
 from fp8train.models.recompute import CHOICES, run_layer
 
 
@@ -37,15 +37,16 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.activations = config.activations_dtype
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
+        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
         self.self_attn = Attention(config, device)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
         self.mlp = MLP(config, device)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """One layer; shapes as in Attention.forward."""
-        x = (x + self.self_attn(self.input_layernorm(x, self.activations), cos, sin, mask)).to(x.dtype)
-        return (x + self.mlp(self.post_attention_layernorm(x, self.activations))).to(x.dtype)
+        x, normed = self.input_layernorm(x, None, self.activations)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, cos, sin, mask), self.activations)
+        return (x + self.mlp(normed)).to(x.dtype)
 
 
 class Decoder(nn.Module):

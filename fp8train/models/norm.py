@@ -1,4 +1,4 @@
-"""Root-mean-square norm in FP32."""
+"""Root-mean-square norm in FP32, and the residual stream's sum before it."""
 
 from __future__ import annotations
 
@@ -31,3 +31,27 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class AddRMSNorm(RMSNorm):
+    """The residual stream after a branch was added to it, and its norm for the next branch.
+
+    One module, because one kernel can do both: forward, x + branch is summed and squared in one read; in backward the
+    norm's gradient meets the stream's own in one write.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add and normalise the last dimension.
+
+        Args:
+            x: [..., size], bf16 or fp32.
+            branch: [..., size]; None: there is nothing to add.
+            dtype: dtype of the norm; None is x's own.
+
+        Returns:
+            (total = x + branch in the dtype of x, RMSNorm of total in dtype).
+        """
+        total = x if branch is None else (x + branch).to(x.dtype)
+        return total, RMSNorm.forward(self, total, dtype)  # self may be a fused module that falls back to this

@@ -26,10 +26,12 @@ class NormLayout:
     Args:
         eps: attribute that holds what is added to the mean square.
         rounds_early: it rounds to the dtype of its input before it multiplies by the weight.
+        adds: it takes a branch to add to its input, and gives the sum too.
     """
 
     eps: str
     rounds_early: bool
+    adds: bool = False
 
 
 def _transformers(part: str) -> list[str]:
@@ -39,6 +41,7 @@ def _transformers(part: str) -> list[str]:
 
 NORMS = {
     "fp8train.models.norm.RMSNorm": NormLayout("eps", rounds_early=False),
+    "fp8train.models.norm.AddRMSNorm": NormLayout("eps", rounds_early=False, adds=True),
     **dict.fromkeys(_transformers("RMSNorm"), NormLayout("variance_epsilon", rounds_early=True)),
 }
 MLPS = ("fp8train.models.decoder.MLP", *_transformers("MLP"))

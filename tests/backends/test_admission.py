@@ -19,9 +19,9 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.backends import admission, check_process, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
-    GRADIENTS,
     QUANTISERS,
     ROTATIONS,
+    STREAM,
 )
 from fp8train.backends.producers import Producers, rotated  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
@@ -275,10 +275,12 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
     x, gate, up = (matrix(140, 270, seed=seed).bfloat16() for seed in range(3))
     weight, plain = torch.linspace(0.5, 1.5, 270), Producers()
     h, dgate, dup = plain.swiglu(gate, up), *plain.swiglu_backward(x, gate, up)
-    norm, rstd = plain.rms_norm(x, weight, 1e-5, torch.bfloat16)
+    rstd = plain.rstd(x, 1e-5)
+    norm, total = plain.rms_norm(x, weight, rstd, torch.bfloat16), plain.add_rstd(gate, up, 1e-5)
+    gradients = plain.rms_norm_backward(up, x.float(), weight, rstd, gate.float(), torch.bfloat16)
 
     def everything(backend: TritonBackend) -> list[QTensor]:
-        norm, _ = backend.rmsnorm_quantize(x, weight, 1e-5, torch.bfloat16, row, row)
+        norm = backend.rmsnorm_quantize(x, weight, rstd, torch.bfloat16, row, row)
         dgate, dup = backend.swiglu_backward_quantize(x, gate, up, row, row)
         made = [*backend.quantize_dual(x, row, row), *backend.quantize_square(x.float(), square), *norm]
         return [*made, *backend.swiglu_quantize(gate, up, row, row), *dgate, *dup]
@@ -303,9 +305,10 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
         for q, right, by_kernel in zip(everything(backend), wanted, by_kernels, strict=True):
             assert same_codes(q, right)
             assert (q.qdata.stride(), q.scale_inv.stride()) == (by_kernel.qdata.stride(), by_kernel.scale_inv.stride())
-        made = (*backend.rms_norm(x, weight, 1e-5, torch.bfloat16), backend.swiglu(gate, up))
-        made += backend.swiglu_backward(x, gate, up)
-        assert all(map(torch.equal, made, (norm, rstd, h, dgate, dup)))
+        made = (backend.rms_norm(x, weight, rstd, torch.bfloat16), backend.rstd(x, 1e-5), backend.swiglu(gate, up))
+        made += (*backend.swiglu_backward(x, gate, up), *backend.add_rstd(gate, up, 1e-5))
+        made += backend.rms_norm_backward(up, x.float(), weight, rstd, gate.float(), torch.bfloat16)
+        assert all(map(torch.equal, made, (norm, rstd, h, dgate, dup, *total, *gradients)))
         assert (backend.counters(x, row) is None) is (not admitted) and backend.counters(x.float(), square) is None
         assert len(asked) == len(set(asked)), "each is asked once"
         assert "swiglu_quantize bf16: it loses bytes" in backend.note
@@ -375,7 +378,7 @@ def test_all_that_the_backend_uses_is_checked_together(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     used = admission._used(0)
-    assert {*QUANTISERS, *GRADIENTS, *ROTATIONS} <= set(used) and len(used) == len(set(used))
+    assert {*QUANTISERS, *STREAM, *ROTATIONS} <= set(used) and len(used) == len(set(used))
     for operation in ("gemm", "gemm_wgrad"):
         entries = {entry for name, entry in used if name == operation}
         table = kernel("gemm_table").table_rates(operation, capability)

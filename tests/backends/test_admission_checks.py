@@ -14,12 +14,14 @@ from fp8train.backends.admission_checks import (  # noqa: E402
     HEADS,
     MATRICES,
     QUANTISERS,
+    SUMS,
     check,
     check_codes,
     check_crowd,
     check_norm_gradients,
     check_product,
     check_rotation,
+    check_sums,
 )
 from fp8train.backends.triton import kernel  # noqa: E402
 from tests.hardware import devices  # noqa: E402
@@ -141,18 +143,62 @@ def test_gradients_of_the_norm_pass_their_own_check(variant: str, device: str) -
     assert check_norm_gradients(variant, torch.device(device), sizes) is None
 
 
+@pytest.mark.parametrize("summed", [False, True], ids=["alone", "summed"])
 @pytest.mark.parametrize("spoilt", [0, 1], ids=["dx", "dweight"])
-def test_a_wrong_gradient_of_the_norm_is_refused(spoilt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_of_the_norm_is_refused(spoilt: int, summed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module = kernel("rmsnorm_backward")
     run = module.rmsnorm_backward
 
-    def spoil(*args: Any) -> Any:
-        made = run(*args)
-        made[spoilt].view(-1)[70] *= 1.01
+    def spoil(*args: Any, **more: Any) -> Any:
+        made = run(*args, **more)
+        if bool(more) is summed:
+            made[spoilt].view(-1)[70] *= 1.01
         return made
 
     monkeypatch.setattr(module, "rmsnorm_backward", spoil)
-    assert "differs from the formula for [77, 131], dy" in str(check_norm_gradients("fp32", CPU, ((77, 131),)))
+    name = "dweight" if spoilt else "sum with dtotal" if summed else "dx"
+    reason = str(check_norm_gradients("fp32", CPU, ((77, 131),)))
+    assert f"its {name} differs from the formula for [77, 131], dy" in reason
+
+
+def test_a_wrong_gradient_of_the_branch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernel("rmsnorm_backward")
+    run = module.rmsnorm_backward
+
+    def spoil(*args: Any, **more: Any) -> Any:
+        dx, dweight, dbranch = run(*args, **more)
+        return dx, dweight, None if dbranch is None else dbranch.roll(1)
+
+    monkeypatch.setattr(module, "rmsnorm_backward", spoil)
+    assert "rounded to the branch's dtype is another" in str(check_norm_gradients("fp32", CPU, ((77, 131),)))
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp32"])
+@pytest.mark.parametrize("device", devices())
+def test_sums_of_the_stream_pass_their_own_check(variant: str, device: str) -> None:
+    sizes = SUMS if device == "cuda" else ((77, 131),)
+    assert check_sums(variant, torch.device(device), sizes) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "spoilt", "says"),
+    [("add_rstd", 0, "its sum differs"), ("add_rstd", 1, "its rstd differs"), ("rstd", None, "its rstd differs")],
+    ids=["sum", "rstd of the sum", "rstd"],
+)
+def test_a_wrong_sum_of_the_stream_is_refused(
+    function: str, spoilt: int | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kernel("rmsnorm_rstd")
+    run = getattr(module, function)
+
+    def spoil(*args: Any, **more: Any) -> Any:
+        made = run(*args, **more)
+        x = made if spoilt is None else made[spoilt]
+        x.view(-1)[70] *= 1 + 2.0**-8
+        return made
+
+    monkeypatch.setattr(module, function, spoil)
+    assert f"{says} from" in str(check_sums("fp32", CPU, ((77, 131),)))
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp32"])

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8train.backends import fused_ops, get_backend
-from fp8train.backends.producers import norm_gradients
+from fp8train.backends.producer_checks import EPS, rstd_is_off
+from fp8train.backends.producers import norm_gradients, row_rstd
 from fp8train.quant import reference
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -23,7 +24,6 @@ from tests.quant.specs import same_codes
 
 OPS = torch.ops.fp8train
 X, X_FP32, TENSOR = "e4m3 1x128 pow2", "e4m3 1x128 fp32", "e4m3 tensor fp32"
-EPS = 1e-5
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 TRITON = pytest.param("triton", marks=needs_triton)
 ON_CPU = ["cpu"] if DEVICE == "cpu" else []
@@ -47,10 +47,13 @@ def calls(backend: str, rows: int = 35, dtype: torch.dtype = torch.bfloat16) -> 
     weight = torch.linspace(0.5, 2.0, 140, device=DEVICE)
     rstd = torch.linspace(0.5, 2.0, rows, device=DEVICE)
     heads = x.view(rows, 2, 5, 14).transpose(0, 2), *numbers(2, 7 * rows, torch.float32).view(2, rows, 7)
-    norm = (x, weight, EPS, torch.bfloat16)
+    norm = (x, weight, rstd, torch.bfloat16)
     return {
+        "rstd": (OPS.rstd.default, (x, EPS, backend)),
+        "add_rstd": (OPS.add_rstd.default, (x, up.float(), EPS, backend)),
         "rms_norm": (OPS.rms_norm.default, (*norm, backend)),
-        "rms_norm_backward": (OPS.rms_norm_backward.default, (dy, x, weight, rstd, backend)),
+        "rms_norm_backward": (OPS.rms_norm_backward.default, (dy, x, weight, rstd, None, None, backend)),
+        "rms_norm_backward-sum": (OPS.rms_norm_backward.default, (dy, x, weight, rstd, up, torch.float32, backend)),
         "rmsnorm_quantize": (OPS.rmsnorm_quantize.default, (*norm, X, X, backend)),
         "rmsnorm_quantize-row": (OPS.rmsnorm_quantize.default, (*norm, X, None, backend)),
         "rope": (OPS.rope.default, (*heads, torch.bfloat16, False, backend)),
@@ -73,11 +76,11 @@ def test_every_operator_is_called_here() -> None:
 
 def test_results_are_contiguous_as_fakes_promise_whatever_the_inputs() -> None:
     for name, (op, arguments) in calls("reference").items():
-        if name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward"):
+        if name in ("rstd", "add_rstd", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward"):
             turned = [x.t().contiguous().t() if isinstance(x, Tensor) and x.dim() == 2 else x for x in arguments]
             made = op(*turned)
             assert not turned[0].is_contiguous()
-            assert all(tensor.is_contiguous() for tensor in (made if isinstance(made, tuple) else (made,))), name
+            assert all(tensor.is_contiguous() for tensor in ((made,) if isinstance(made, Tensor) else made)), name
 
 
 @every_op
@@ -118,10 +121,11 @@ def test_copies_are_those_of_what_the_backend_computes(
     backend: str, row: str, col: str | None, dtype: torch.dtype
 ) -> None:
     x, weight = numbers(dtype=dtype), torch.linspace(0.5, 2.0, 140, device=DEVICE)
+    rstd = OPS.rstd(x, EPS, backend)
     for out_dtype in (torch.bfloat16, torch.float32):
-        *copies, rstd = OPS.rmsnorm_quantize(x, weight, EPS, out_dtype, row, col, backend)
-        y, apart = OPS.rms_norm(x, weight, EPS, out_dtype, backend)
-        assert y.dtype is out_dtype and torch.equal(rstd, apart) and len(copies) == (2 if col is None else 4)
+        copies = OPS.rmsnorm_quantize(x, weight, rstd, out_dtype, row, col, backend)
+        y = OPS.rms_norm(x, weight, rstd, out_dtype, backend)
+        assert y.dtype is out_dtype and len(copies) == (2 if col is None else 4)
         assert_copies(copies, y, row, col)
     gate, up, dh = (numbers(dtype=dtype, seed=seed) for seed in (1, 2, 3))
     copies = OPS.swiglu_quantize(gate, up, row, col, backend)
@@ -139,7 +143,8 @@ def test_norm_has_the_bits_of_torch_forward_and_backward(dtype: torch.dtype, out
     weight = torch.linspace(0.5, 2.0, 140).requires_grad_()
     theirs = F.rms_norm(x.float(), weight.shape, weight, EPS).to(out_dtype)
     theirs.backward(dy)
-    y, rstd = get_backend("reference").rms_norm(x.detach(), weight.detach(), EPS, out_dtype)
+    rstd = row_rstd(x.detach(), EPS)
+    y = get_backend("reference").rms_norm(x.detach(), weight.detach(), rstd, out_dtype)
     dx, dweight = norm_gradients(dy, x.detach(), weight.detach(), rstd)
     assert torch.equal(y, theirs)
     assert torch.equal(dx, x.grad) and torch.equal(dweight, weight.grad)
@@ -199,7 +204,7 @@ def test_kernels_are_run_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: Any) -> Any:
         raise AssertionError("the product was computed apart")
 
-    for method in ("rms_norm", "swiglu", "swiglu_backward", "quantize", "quantize_dual"):
+    for method in ("rstd", "rms_norm", "swiglu", "swiglu_backward", "quantize", "quantize_dual"):
         monkeypatch.setattr(type(triton), method, refuse)
     run: dict[str, Callable[[], Any]] = {
         name: (lambda name=name: calls("triton")[name][0](*calls("triton")[name][1]))  # type: ignore[misc]
@@ -216,11 +221,36 @@ def test_kernels_are_run_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -
 def test_norm_backward_is_the_formula(backend: str, dtype: torch.dtype) -> None:
     x, dy = numbers(300, 1100, dtype), numbers(300, 1100, seed=1)
     weight = torch.linspace(0.5, 2.0, 1100, device=DEVICE)
-    _, rstd = get_backend("reference").rms_norm(x, weight, EPS, torch.bfloat16)
-    for mine, theirs in zip(
-        OPS.rms_norm_backward(dy, x, weight, rstd, backend), norm_gradients(dy, x, weight, rstd), strict=True
-    ):
+    rstd = row_rstd(x, EPS)
+    alone, wanted = OPS.rms_norm_backward(dy, x, weight, rstd, None, None, backend), norm_gradients(dy, x, weight, rstd)
+    for mine, theirs in zip(alone, wanted, strict=True):
         # sums of 1100 and 300 terms in other orders: at most their number times 2^-24 of the largest, in practice its
         # root; BF16 rounds both, one place apart at most
         places = 2.0**-8 if mine.dtype is torch.bfloat16 else 1e-5
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=places, atol=1e-5 * float(theirs.abs().max()))
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("branch_dtype", [torch.bfloat16, torch.float32], ids=["branch-bf16", "branch-fp32"])
+def test_the_residual_streams_sum_is_torchs(backend: str, dtype: torch.dtype, branch_dtype: torch.dtype) -> None:
+    x, branch = numbers(dtype=dtype), numbers(dtype=branch_dtype, seed=1)
+    total, rstd = OPS.add_rstd(x, branch, EPS, backend)
+    assert total.dtype is dtype and torch.equal(total, (x + branch).to(dtype))
+    assert not rstd_is_off(rstd, total) and not rstd_is_off(OPS.rstd(x, EPS, backend), x)
+    if backend != "triton" and DEVICE == "cpu":
+        assert torch.equal(rstd, row_rstd(total, EPS))
+
+
+@backends
+@dtypes
+def test_the_streams_gradient_is_added_as_torch_would(backend: str, dtype: torch.dtype) -> None:
+    x, dtotal, dy = numbers(dtype=dtype), numbers(dtype=dtype, seed=1), numbers(seed=2)
+    inputs = dy, x, torch.linspace(0.5, 2.0, 140, device=DEVICE), row_rstd(x, EPS)
+    dx, dweight = OPS.rms_norm_backward(*inputs, None, None, backend)
+    summed, again, cast = OPS.rms_norm_backward(*inputs, dtotal, torch.bfloat16, backend)
+    # the same roundings; on a GPU two compiled kernels may differ in the last place of dx
+    atol = 0.0 if DEVICE == "cpu" else 2.0**-8 * float(dx.abs().max()) if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(summed, dx + dtotal, rtol=0.0, atol=atol)
+    assert torch.equal(dweight, again) or DEVICE != "cpu"
+    assert torch.equal(cast, summed.bfloat16())

@@ -20,6 +20,7 @@ from fp8train.kernels import (  # noqa: E402
     quantize_weight,
     rmsnorm_backward,
     rmsnorm_quantize,
+    rmsnorm_rstd,
     rope,
     swiglu_backward_quantize,
     swiglu_quantize,
@@ -203,8 +204,11 @@ def test_a_second_call_of_each_quantiser_is_that_of_its_own_input(kept: dict[Any
         "rows": lambda x, y, z: quantize.quantize_rows(x, **options),
         "dual": lambda x, y, z: quantize.quantize_dual(x, **options),
         "weight": lambda x, y, z: quantize_weight.quantize_weight(x.float(), **options),
-        "norm": lambda x, y, z: rmsnorm_quantize.rmsnorm_quantize(x, weight, eps=1e-5, **options)[:4],
-        "norm backward": lambda x, y, z: rmsnorm_backward.rmsnorm_backward(x, y, weight, z[:, 0].float()),
+        "sum": lambda x, y, z: rmsnorm_rstd.add_rstd(x, y, eps=1e-5),
+        "norm": lambda x, y, z: rmsnorm_quantize.rmsnorm_quantize(x, weight, z[:, 0].float(), **options),
+        "norm backward": lambda x, y, z: rmsnorm_backward.rmsnorm_backward(
+            x, y, weight, z[:, 0].float(), dtotal=z, branch_dtype=torch.float32
+        ),
         "rope": lambda x, y, z: [rope.rope(x.view(2, 1, 35, 544), *y[:70].float().view(2, 35, 272), out_dtype=y.dtype)],
         "swiglu": lambda x, y, z: swiglu_quantize.swiglu_quantize(x, y, **options),
         "backward": lambda x, y, z: sum(swiglu_backward_quantize.swiglu_backward_quantize(x, y, z, **options), ()),

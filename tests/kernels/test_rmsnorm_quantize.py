@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends.producer_checks import RSTD_ERROR  # noqa: E402
+from fp8train.backends.producers import row_rstd  # noqa: E402
 from fp8train.kernels.rmsnorm_quantize import rmsnorm, rmsnorm_quantize  # noqa: E402
 from fp8train.models.norm import RMSNorm  # noqa: E402
 from fp8train.quant.formats import E4M3, E5M2, QuantSpec  # noqa: E402
@@ -32,7 +32,7 @@ def inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def run(x: Tensor, weight: Tensor, variant: str = "pow2", **more: object) -> tuple[Tensor, ...]:
     fmt, row, col = VARIANTS[variant]
     formats = {"fp8_dtype": fmt.dtype, "fp8_max": fmt.max, "pow2": row == "pow2", "col_pow2": col == "pow2"}
-    return rmsnorm_quantize(x, weight, eps=EPS, **formats, **more)  # type: ignore[arg-type, return-value]
+    return rmsnorm_quantize(x, weight, row_rstd(x, EPS), **formats, **more)  # type: ignore[arg-type, return-value]
 
 
 def products(x: Tensor, rstd: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,49 +51,42 @@ def assert_copies_of(copies: tuple[Tensor, ...], y: Tensor, variant: str = "pow2
 @dtypes
 def test_copies_are_those_of_the_unfused_path(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = inputs(shape, dtype)
-    copies = run(x, weight)
-    y, rstd = rmsnorm(x, weight, eps=EPS)
-    assert torch.equal(copies[4], rstd) and torch.equal(y, products(x, rstd, weight, torch.bfloat16))
-    assert_copies_of(copies, y)
+    y = rmsnorm(x, weight, row_rstd(x, EPS))
+    assert torch.equal(y, products(x, row_rstd(x, EPS), weight, torch.bfloat16))
+    assert_copies_of(run(x, weight), y)
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_formats_and_scales_are_those_asked_for(variant: str) -> None:
     x, weight = inputs((20, 140), torch.bfloat16)
-    assert_copies_of(run(x, weight, variant), rmsnorm(x, weight, eps=EPS)[0], variant)
+    assert_copies_of(run(x, weight, variant), rmsnorm(x, weight, row_rstd(x, EPS)), variant)
 
 
 def test_fp32_activations_are_quantised_from_fp32() -> None:
     x, weight = inputs((20, 140), torch.float32)
-    *copies, rstd = run(x, weight, out_dtype=torch.float32)
-    assert_copies_of(tuple(copies), products(x, rstd, weight, torch.float32))
+    copies = run(x, weight, out_dtype=torch.float32)
+    assert_copies_of(copies, products(x, row_rstd(x, EPS), weight, torch.float32))
 
 
 def test_the_row_copy_can_be_had_alone() -> None:
     x, weight = inputs((20, 140), torch.bfloat16)
-    q, s, qt, st, rstd = run(x, weight, columns=False)
+    q, s, qt, st = run(x, weight, columns=False)
     both = run(x, weight)
-    assert qt is None and st is None and torch.equal(rstd, both[4])
+    assert qt is None and st is None
     assert torch.equal(q.view(torch.uint8), both[0].view(torch.uint8)) and torch.equal(s, both[1])
 
 
 @dtypes
-def test_rstd_is_exact_but_for_the_sum(dtype: torch.dtype) -> None:
-    x, weight = inputs((5, 1100), dtype)
-    _, rstd = rmsnorm(x, weight, eps=EPS)
-    exact = (x.double().square().mean(1) + EPS).rsqrt()
-    assert ((rstd.double() - exact).abs() <= RSTD_ERROR * exact).all()
-
-
-@dtypes
-def test_numbers_are_the_models_norm_but_for_a_last_place(dtype: torch.dtype) -> None:
+def test_numbers_are_the_models_norm(dtype: torch.dtype) -> None:
     x, weight = inputs((140, 240), dtype)
     norm = RMSNorm(240, EPS, device=DEVICE)
     with torch.no_grad():
         norm.weight.copy_(weight)
         theirs = norm(x, torch.bfloat16)
-    mine, _ = rmsnorm(x, weight, eps=EPS)
-    # 12 ulp of FP32 in either rstd fall across the middle of two BF16 numbers for 2 * 24 * 2^-24 / 2^-8 of them
+    mine = rmsnorm(x, weight, row_rstd(x, EPS))
+    if DEVICE == "cpu":
+        assert torch.equal(mine, theirs)
+    # on a GPU 12 ulp of FP32 in either rstd fall across the middle of two BF16 numbers: 2 * 24 * 2^-24 / 2^-8 of them
     assert (mine != theirs).float().mean() <= 8e-4
     torch.testing.assert_close(mine.float(), theirs.float(), rtol=2.0**-7, atol=0.0)
 
@@ -101,9 +94,8 @@ def test_numbers_are_the_models_norm_but_for_a_last_place(dtype: torch.dtype) ->
 def test_leading_strides_are_read() -> None:
     x, weight = inputs((60, 200), torch.bfloat16)
     part = x[1::2, 16:160]
-    y, rstd = rmsnorm(part, weight[16:160], eps=EPS)
-    contiguous, _ = rmsnorm(part.contiguous(), weight[16:160], eps=EPS)
-    assert torch.equal(y, contiguous)
+    y = rmsnorm(part, weight[16:160], row_rstd(part, EPS))
+    assert torch.equal(y, rmsnorm(part.contiguous(), weight[16:160], row_rstd(part, EPS)))
     assert_copies_of(run(part, weight[16:160]), y)
 
 
@@ -111,22 +103,20 @@ def test_leading_strides_are_read() -> None:
 def test_a_row_with_a_non_finite_number_is_nan_and_no_other() -> None:
     x, weight = inputs((6, 300), torch.bfloat16)
     x[2, 290] = float("inf")
-    _, s, _, st, rstd = run(x, weight)
-    assert rstd[2] == 0 and rstd[[0, 1, 3, 4, 5]].isfinite().all()
+    _, s, _, st = run(x, weight)
     assert s.isnan().nonzero().tolist() == [[2, 2]] and st.isnan().nonzero().tolist() == [[290, 0]]
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
     x, weight = inputs((4, 130), torch.float32)
     x[1] = 0.0
-    q, s, _, _, rstd = run(x, weight)
+    q, s, _, _ = run(x, weight)
     assert (q[1].float() == 0).all() and (s[1] == 1).all()
-    assert rstd[1].item() == pytest.approx(EPS**-0.5, rel=2.0**-22)
 
 
-def test_no_columns_give_nothing_and_a_mean_that_is_not_there() -> None:
+def test_no_columns_give_nothing() -> None:
     copies = run(*inputs((3, 0), torch.bfloat16))
-    assert copies[0].shape == (3, 0) and copies[2].shape == (0, 3) and copies[4].isnan().all()
+    assert copies[0].shape == (3, 0) and copies[2].shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +128,7 @@ def test_no_columns_give_nothing_and_a_mean_that_is_not_there() -> None:
         ({"weight": torch.zeros(5)}, r"weight is \[5\] torch.float32, .*; needs \[4\]"),
         ({"weight": torch.zeros(4, dtype=torch.bfloat16)}, "torch.bfloat16, .*; needs"),
         ({"weight": torch.zeros(4, 2)[:, 0]}, r"weight is .* strides \(2,\); needs .* contiguous"),
+        ({"rstd": torch.zeros(3)}, r"rstd is \[3\] torch.float32, .*; needs \[4\]"),
         ({"out_dtype": torch.float16}, "out_dtype is torch.float16"),
         ({"fp8_dtype": torch.int8}, "fp8_dtype is torch.int8"),
         ({"block": 32}, "block is 32"),
@@ -149,13 +140,14 @@ def test_no_columns_give_nothing_and_a_mean_that_is_not_there() -> None:
         "long-weight",
         "bf16-weight",
         "strided-weight",
+        "short-rstd",
         "fp16-out",
         "int8",
         "block",
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
-    arguments = {"x": torch.zeros(4, 4), "weight": torch.ones(4), "eps": EPS, "pow2": True}
+    arguments = {"x": torch.zeros(4, 4), "weight": torch.ones(4), "rstd": torch.ones(4), "pow2": True}
     arguments |= {"fp8_dtype": torch.float8_e4m3fn, "fp8_max": 448.0} | change
     with pytest.raises(ValueError, match=f"rmsnorm_quantize: .*{message}") as refused:
         rmsnorm_quantize(**arguments)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from fp8train.kernels import (  # noqa: E402
     quantize_weight,
     rmsnorm_backward,
     rmsnorm_quantize,
+    rmsnorm_rstd,
     rope,
     swiglu_backward_quantize,
     swiglu_quantize,
@@ -31,8 +32,10 @@ CALLS = {
     "quantize_columns": lambda x: quantize.quantize_columns(x, **FORMAT),
     "quantize_dual": lambda x: quantize.quantize_dual(x, **FORMAT),
     "quantize_weight": lambda x: quantize_weight.quantize_weight(x, **FORMAT),
-    "rmsnorm": lambda x: rmsnorm_quantize.rmsnorm(x, x[0].float(), eps=1e-5),
-    "rmsnorm_quantize": lambda x: rmsnorm_quantize.rmsnorm_quantize(x, x[0].float(), eps=1e-5, **FORMAT),
+    "rstd": lambda x: rmsnorm_rstd.rstd(x, eps=1e-5),
+    "add_rstd": lambda x: rmsnorm_rstd.add_rstd(x, x, eps=1e-5),
+    "rmsnorm": lambda x: rmsnorm_quantize.rmsnorm(x, x[0].float(), x[:, 0].float()),
+    "rmsnorm_quantize": lambda x: rmsnorm_quantize.rmsnorm_quantize(x, x[0].float(), x[:, 0].float(), **FORMAT),
     "rmsnorm_backward": lambda x: rmsnorm_backward.rmsnorm_backward(x, x, x[0].float(), x[:, 0].float()),
     "rope": lambda x: rope.rope(x[None, None], x, x, out_dtype=x.dtype),
     "swiglu": lambda x: swiglu_quantize.swiglu(x, x),
@@ -84,6 +87,6 @@ def test_every_tile_of_the_largest_product_ends_where_32_bits_count(module: Any)
 
 
 def test_loops_over_the_largest_matrix_step_no_further_than_32_bits_count() -> None:
-    assert SIZE_LIMIT - 1 + rmsnorm_quantize.RSTD_COLS < 2**31
+    assert SIZE_LIMIT - 1 + rmsnorm_rstd.COLS < 2**31
     programs = rmsnorm_backward._tile(1)[2] * 256  # of a GPU with more multiprocessors than any has
     assert SIZE_LIMIT - 1 + programs < 2**31

@@ -86,6 +86,10 @@ def test_packed_documents_give_the_losses_of_each_alone():
     assert packed.item() != pytest.approx(model(ids, targets).item(), rel=1e-4)
 
 
+def dtype_of(out):
+    return tuple(map(dtype_of, out)) if isinstance(out, tuple) else out.dtype
+
+
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activations", ["float32", "bfloat16", "auto"])
 def test_linears_norms_and_stream_compute_in_their_dtypes(activations, residual):
@@ -93,13 +97,14 @@ def test_linears_norms_and_stream_compute_in_their_dtypes(activations, residual)
     seen: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(
-            lambda _m, args, out, name=name: seen.__setitem__(name, (args[0].dtype, out.dtype))
+            lambda _m, args, out, name=name: seen.__setitem__(name, (args[0].dtype, dtype_of(out)))
         )
     model(tokens(1, 8), tokens(1, 8)).backward()
     inner = torch.float32 if activations == "float32" else torch.bfloat16
     stream = getattr(torch, residual)
     assert seen["layers.0"][1] == seen["layers.1"][0] == stream
-    assert seen["layers.1.input_layernorm"] == (stream, inner)
+    assert seen["layers.1.input_layernorm"] == seen["layers.1.post_attention_layernorm"] == (stream, (stream, inner))
+    assert seen["norm"] == (stream, inner)
     for name in ("self_attn.q_proj", "self_attn.o_proj", "self_attn.k_norm", "mlp.down_proj"):
         assert seen[f"layers.1.{name}"] == (inner, inner), name
     assert seen["lm_head"] == (inner, inner)

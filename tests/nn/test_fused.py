@@ -16,7 +16,10 @@ from fp8train.backends.coverage import COUNTS
 from fp8train.models import ModelConfig
 from fp8train.models.decoder import MLP
 from fp8train.models.norm import RMSNorm
-from fp8train.nn.fused import FusedMLP, FusedRMSNorm, fused_mlp, fused_norm, mlp_refusal, plain_module, refusal
+from fp8train.nn.fused import plain_module, refusal
+from fp8train.nn.fused_layouts import NORMS, full_name
+from fp8train.nn.fused_mlp import FusedMLP, fused_mlp, mlp_refusal
+from fp8train.nn.fused_norm import FusedRMSNorm, fused_norm
 from fp8train.nn.inputs import InputCache, QuantizedInput
 from fp8train.nn.linear import Float8Linear, InplaceGrad
 from fp8train.nn.remedies import InputRemedy
@@ -58,7 +61,7 @@ class Part(nn.Module):
 
     def fuse(self) -> Part:
         readers = self.linears()[:2]
-        self.norm = fused_norm(self.norm, readers, (), eps=1e-5, rounds_early=False)  # type: ignore[assignment]
+        self.norm = fused_norm(self.norm, readers, (), NORMS[full_name(self.norm)])  # type: ignore[assignment]
         self.mlp = fused_mlp(self.mlp)  # type: ignore[assignment]
         return self
 

@@ -17,8 +17,9 @@ from fp8train.convert import convert_model
 from fp8train.explain import explanation
 from fp8train.metrics import read_metrics
 from fp8train.models import Decoder, ModelConfig, build_model, initialize
-from fp8train.models.norm import RMSNorm
-from fp8train.nn.fused import FusedMLP, FusedRMSNorm
+from fp8train.models.norm import AddRMSNorm
+from fp8train.nn.fused_mlp import FusedMLP
+from fp8train.nn.fused_norm import FusedRMSNorm
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import converted_linears, evaluation_precision
 from fp8train.quant.formats import BF16, BLOCKWISE
@@ -210,7 +211,7 @@ def test_a_second_conversion_starts_from_plain_modules() -> None:
     model, _ = decoder("always")
     wanted = train(copy.deepcopy(model), 1)
     convert_model(model, "blockwise", backend="cpu", fused="never")
-    assert fused_modules(model) == [] and type(model.layers[0].input_layernorm) is RMSNorm
+    assert fused_modules(model) == [] and type(model.layers[0].input_layernorm) is AddRMSNorm
     convert_model(model, "bf16", backend="cpu", fused="always")
     assert fused_modules(model) == []
     for _ in (1, 2):
@@ -254,7 +255,7 @@ def test_what_does_not_permit_stays_plain(change: Callable[[Decoder], None], fqn
     assert why in str(row.refusal) and fqn not in fused_modules(model)
 
 
-class Norm(RMSNorm):
+class Norm(AddRMSNorm):
     """Computes something else, for all we know."""
 
 

@@ -16,7 +16,7 @@ from fp8train.backends.triton import TritonBackend  # noqa: E402
 from fp8train.convert import convert_model  # noqa: E402
 from fp8train.models import Decoder, ModelConfig, build_model, initialize  # noqa: E402
 from fp8train.models.attention import Rope, apply_rope  # noqa: E402
-from fp8train.nn.fused import FusedRope, fused_rope  # noqa: E402
+from fp8train.nn.fused_rope import FusedRope, fused_rope  # noqa: E402
 from tests.kernels.products import DEVICE  # noqa: E402
 
 recipes = pytest.mark.parametrize("recipe", ["bf16", "blockwise"])
