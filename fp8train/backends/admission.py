@@ -62,7 +62,12 @@ class Admission:
 
 
 def verdicts(
-    index: int, wanted: Iterable[Kernel] = (), settled: Collection[Kernel] = (), *, alone: bool = False
+    index: int,
+    wanted: Iterable[Kernel] = (),
+    settled: Collection[Kernel] = (),
+    *,
+    alone: bool = False,
+    again: bool = False,
 ) -> dict[Kernel, str | None]:
     """Why each kernel is refused on a GPU, or None; from the cache, or checked now and, where decided, put there.
 
@@ -71,11 +76,12 @@ def verdicts(
         wanted: kernels to answer for besides those of the launch table and the quantisers.
         settled: kernels that this process has an answer for, also where that is not kept.
         alone: only for these, and for what the cache has.
+        again: forget what the cache has against kernels.
     """
     path = cache_folder() / f"kernels_{fingerprint(index)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine check once
-        known = _kept(path)
+        known = {name: reason for name, reason in _kept(path).items() if reason is None or not again}
         found: dict[Kernel, str | None] = {_kernel(name): reason for name, reason in known.items()}
         asked = dict.fromkeys([*wanted, *([] if alone else _used(index))])
         missing = [kernel for kernel in asked if kernel not in found and kernel not in settled]
@@ -147,12 +153,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("entry", nargs="?")
     parser.add_argument("--device", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="launch entries too that the table does not have")
+    parser.add_argument("--again", action="store_true", help="check anew what was refused before")
     arguments = parser.parse_args(argv)
     if arguments.entry is not None:
         return check_here((arguments.operation, arguments.entry), arguments.device)
     if says_no_gpu():
         return NO_GPU
-    found = verdicts(arguments.device, _entries(arguments.device) if arguments.all else ())
+    wanted = _entries(arguments.device) if arguments.all else ()
+    found = verdicts(arguments.device, wanted, again=arguments.again)
     own = importlib.import_module("fp8train.backends.launch_rates").measured(arguments.device)
     sys.stdout.write("" if own is None else f"launch table: measured on this machine, {own.date}\n")
     for (operation, entry), reason in sorted(found.items()):

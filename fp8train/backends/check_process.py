@@ -41,7 +41,8 @@ def check_in_child(kernel: Kernel, index: int) -> tuple[str | None, bool]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return f"its check did not end in {SECONDS} seconds", True
+        remedy = "if the machine was busy, `python -m fp8train.backends --again` repeats it"
+        return f"its check did not end in {SECONDS} seconds; {remedy}", True
     except OSError as error:
         return f"{UNCHECKED}: no process could be started: {error}", False
     lines = (done.stdout if done.returncode == WRONG else done.stderr).strip().splitlines()

@@ -44,8 +44,8 @@ CHECKED_ROWS = 512  # of each result are compared with the definition, which is 
 @dataclass(kw_only=True, slots=True)
 class QuantizeArguments(BenchArguments):
     """Quantisers: row copy, transposed column copy, both from one read, a weight's codes with their transpose, and what
-    makes the input or the gradient that it rounds: RMSNorm of an FP32 stream whose rstd is known; the same behind the sum
-    that the stream is, which is two kernels; SwiGLU, SwiGLU's backward.
+    makes the input or the gradient that it rounds: RMSNorm of an FP32 stream whose rstd is known; the same behind the
+    sum that the stream is, which is two kernels; SwiGLU, SwiGLU's backward.
 
     backend: auto takes the first of triton and cpu that runs here
     cases: of row, column, both, weight, rmsnorm, add_rmsnorm, swiglu, swiglu_backward

@@ -175,6 +175,8 @@ def test_a_refusal_is_kept_logged_and_reported(
     ]
     monkeypatch.setattr(subprocess, "run", child(0, "correct"))
     assert not Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
+    assert admission.verdicts(0, again=True) == {("gemm", "ws_128x128_s4"): None}
+    assert Admission().admits("gemm", "ws_128x128_s4", torch.device("cuda", 0))
 
 
 def test_a_check_that_does_not_end_refuses_the_entry(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +186,8 @@ def test_a_check_that_does_not_end_refuses_the_entry(machine: Path, monkeypatch:
     monkeypatch.setattr(subprocess, "run", hang)
     verdicts = Admission()
     assert not verdicts.admits("gemm_wgrad", "tma_128x128_s4", torch.device("cuda", 0))
-    assert all("did not end in 180 seconds" in reason for reason in verdicts.refused) and len(verdicts.refused) == 2
+    assert len(verdicts.refused) == 2
+    assert all("did not end in 180 seconds" in reason and "--again" in reason for reason in verdicts.refused)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +347,12 @@ def test_the_command_checks_entries_too_that_no_table_has(
     checked = {line.removesuffix(": correct") for line in capsys.readouterr().out.splitlines()}
     every = {f"{operation} {entry}" for operation in ("gemm", "gemm_wgrad") for entry in kernel(operation).CONFIGS}
     assert checked == (every if capability == (9, 0) else {"gemm ws_128x128_s4"})
+    path = machine / "kernels_of-this-machine.json"
+    path.write_text(json.dumps({"gemm a": "it hung", "gemm ws_128x128_s4": "it hung"}))
+    for arguments, status, said in (([], check_process.WRONG, "it hung"), (["--again"], 0, "correct")):
+        assert admission.main(arguments) == status
+        assert f"gemm ws_128x128_s4: {said}" in capsys.readouterr().out.splitlines()
+    assert json.loads(path.read_text()) == {"gemm ws_128x128_s4": None}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
