@@ -148,11 +148,11 @@ def test_compiled_layers_give_the_gradients_of_eager_ones(outcomes):
     assert not outcome["holds_codes"] and not outcome["master_is_alive"]
 
 
-def test_dynamo_may_compile_every_layer(folder, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+def test_dynamo_may_compile_every_layer(folder):
     config = tiny_config(folder, "parallel=fsdp", "compile=true", "model.num_layers=10")
-    assemble(config, World().device, world_size=2)
-    assert torch._dynamo.config.recompile_limit >= 10 + 8
+    with torch._dynamo.config.patch(recompile_limit=8):  # not monkeypatch: it deletes the name when it is done
+        assemble(config, World().device, world_size=2)
+        assert torch._dynamo.config.recompile_limit >= 10 + 8
 
 
 def test_a_recipe_that_treats_inputs_is_refused(folder, tmp_path):
