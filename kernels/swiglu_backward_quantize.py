@@ -6,8 +6,8 @@ dh, gate, up [M, K] bf16/fp32, row-major, any leading strides -> for both gradie
 quantize.quantize_dual, bit for bit, without the gradients ever being written. silu(gate), dh * up and both gradients
 are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the division are the device's fast
 ones (swiglu_quantize.sigmoid), hence not torch's bits: `swiglu_backward` is this without the quantiser: the definition.
-One program: a tile of 128x128 of one gradient; how it is scaled and stored is in tile.py. One that makes both holds
-twice as much (8192 x 14336, H200: 463 us with 16 warps, 377 us with 8 and 152 bytes of spills, 421 us so).
+One program: a tile of 128x128 of both gradients where they are BF16, tiles are whole and all scales powers of two
+(tile_pairs.py); else of one of them (tile.py), since fp32 numbers of both do not fit the registers.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; SwiGLU: arXiv:2002.05202. Measured: kernels/README.md.
 """
 
@@ -34,10 +34,19 @@ from fp8train.kernels.tile_launch import (
     tiles,
     tiling,
 )
+from fp8train.kernels.tile_pairs import halves, load_words, paired, store_two_tiles, times
 
-KEEP = True  # calculate the gradients of whole tiles once
+KEEP = True  # calculate a gradient of whole tiles once
 RAGGED_WARPS = 16  # of a tile that may not be whole: with 8 all of them spill, with 16 those kept with FP32 scales
-MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
+MAX_REGISTERS = 128  # of programs that make both gradients: two of 8 warps on an SM
+
+
+@triton.jit
+def _silu(gate):
+    """silu(gate) and its derivative, fp32."""
+    s = sigmoid(gate)
+    silu = gate * s
+    return silu, tl.fma(-silu, s, silu) + s
 
 
 @triton.jit
@@ -49,10 +58,8 @@ def _gradients(
     gate = load_strip(gate_ptr, stride_gm, i, m, k, M, K, STRIPS)
     up = load_strip(up_ptr, stride_um, i, m, k, M, K, STRIPS)
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    s = sigmoid(gate)
-    silu = gate * s
-    dsilu = (dh * up).to(dtype).to(tl.float32)
-    dgate = dsilu * (tl.fma(-silu, s, silu) + s)
+    silu, dsilu = _silu(gate)
+    dgate = (dh * up).to(dtype).to(tl.float32) * dsilu
     dup = dh * silu.to(dtype).to(tl.float32)
     return dgate.to(dtype).to(tl.float32), dup.to(dtype).to(tl.float32)
 
@@ -72,6 +79,25 @@ def _dup(
 
 
 @triton.jit
+def _load_words(dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um, i, m, k, STRIPS: tl.constexpr):
+    return (
+        load_words(dh_ptr, stride_dm, i, m, k, STRIPS),
+        load_words(gate_ptr, stride_gm, i, m, k, STRIPS),
+        load_words(up_ptr, stride_um, i, m, k, STRIPS),
+    )
+
+
+@triton.jit
+def _gradient_words(dh, gate, up):
+    """Words of dgate and of dup from those of the inputs."""
+    even, odd = halves(gate)
+    silu, dsilu = _silu(even)
+    odd_silu, odd_dsilu = _silu(odd)
+    even, odd = halves(times(dh, up))
+    return paired(even * dsilu, odd * odd_dsilu), times(dh, paired(silu, odd_silu))
+
+
+@triton.jit
 def _swiglu_backward_quantize_kernel(
     dh_ptr, gate_ptr, up_ptr,  # [M, K] bf16 or fp32
     out_ptr,  # [2, M, K], the gradients themselves, if not QUANTIZE
@@ -81,21 +107,30 @@ def _swiglu_backward_quantize_kernel(
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
     STRIPS: tl.constexpr, KEEP: tl.constexpr,
     WHOLE: tl.constexpr,  # are_whole: every tile lies inside
+    PAIRS: tl.constexpr,  # a program makes a tile of both gradients
 ):  # fmt: skip
     tiles_m, tiles_k = (M - 1) // 128 + 1, (K - 1) // 128 + 1  # M + 127 could overflow
-    tile = tl.program_id(0) // 2 if QUANTIZE else tl.program_id(0)
+    tile = tl.program_id(0) // 2 if QUANTIZE and not PAIRS else tl.program_id(0)
     m, k = (tile // tiles_k).to(tl.int64) * 128, (tile % tiles_k).to(tl.int64) * 128
     inputs = dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um
     rows, cols = tl.cast(M, tl.int64), tl.cast(K, tl.int64)
+    row_gap, row_scale_gap = rows * stride_row, tl.cast(tiles_k, tl.int64) * stride_row_scale
+    col_gap, col_scale_gap = cols * stride_col, tl.cast(tiles_m, tl.int64) * stride_col_scale
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
-    if QUANTIZE:
+    if PAIRS:
+        store_two_tiles(
+            _load_words, inputs, _gradient_words, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            stride_row, stride_row_scale, stride_col, stride_col_scale,
+            row_gap, row_scale_gap, col_gap, col_scale_gap, MAX_BITS, STRIPS,
+        )  # fmt: skip
+    elif QUANTIZE:
         half = (tl.program_id(0) % 2).to(tl.int64)
-        row_ptr += half * rows * stride_row
-        row_scale_ptr += half * tiles_k * stride_row_scale
+        row_ptr += half * row_gap
+        row_scale_ptr += half * row_scale_gap
         if COL:
-            col_ptr += half * cols * stride_col
-            col_scale_ptr += half * tiles_m * stride_col_scale
+            col_ptr += half * col_gap
+            col_scale_ptr += half * col_scale_gap
         if half == 0:
             store_tile(
                 _dgate, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
@@ -115,9 +150,12 @@ def _swiglu_backward_quantize_kernel(
             store_strip(dup, out_ptr + rows * stride_om, stride_om, i, m, k, M, K, 4)
 
 
-def _tiling(bf16: bool, columns: bool, whole: bool, pow2: bool) -> tuple[dict[str, object], dict[str, object]]:
-    limit = MAX_REGISTERS if bf16 and columns and whole and pow2 else None
-    return tiling(bf16, columns, KEEP and whole, NUM_WARPS if whole else RAGGED_WARPS, whole, limit)
+def _tiling(bf16: bool, columns: bool, whole: bool, words: bool) -> tuple[dict[str, object], dict[str, object]]:
+    """words: all scales are powers of two, and inputs begin where 16 bytes do."""
+    pairs = bf16 and columns and whole and words
+    warps, limit = NUM_WARPS if whole else RAGGED_WARPS, MAX_REGISTERS if pairs else None
+    constants, options = tiling(bf16, columns, KEEP and whole, warps, whole, limit)
+    return constants | {"PAIRS": pairs}, options
 
 
 def _compile_cases() -> list[tuple]:
@@ -136,6 +174,9 @@ def _compile_cases() -> list[tuple]:
             cases.append((title, kernel, inputs | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
     more, free = _tiling(True, True, False, True)
+    separate, options = _tiling(True, True, True, False)
+    pointers_odd = {"odd": ("dh_ptr", "gate_ptr", "up_ptr")}
+    cases.append((f"{title} between words", kernel, signature, constants | separate, options | pointers_odd))
     odd = {"odd": ("M", "K", *sizes[:3])}
     for scale, row, col in (("pow2", True, True), ("fp32", False, False), ("mixed", False, True)):
         kinds = {"ROW_POW2": row, "COL_POW2": col}
@@ -229,11 +270,13 @@ def _launch(
     def rest() -> Rest:
         (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
         inputs = dh.stride(0), gate.stride(0), up.stride(0)
-        tile, options = _tiling(bf16, col is not None, are_whole(M, K, *inputs), kinds[1] and kinds[2])
+        words = kinds[1] and kinds[2] and all(x.data_ptr() % 16 == 0 for x in (dh, gate, up))
+        tile, options = _tiling(bf16, col is not None, are_whole(M, K, *inputs), words)
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
-        return tiles(M, K, 1 if row is None else 2), (M, K, *inputs, *strides, 0), constants | tile, options
+        parts = 1 if row is None or tile["PAIRS"] else 2
+        return tiles(M, K, parts), (M, K, *inputs, *strides, 0), constants | tile, options
 
     launch(_swiglu_backward_quantize_kernel, kinds, (dh, gate, up, out, row, row_scale, col, col_scale), rest)
 

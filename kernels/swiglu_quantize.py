@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
-from fp8train.kernels.tile import load_strip, store_plain, store_tile
+from fp8train.kernels.tile import INTERPRETED, load_strip, store_plain, store_tile
 from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
@@ -31,7 +31,6 @@ from fp8train.kernels.tile_launch import (
     tiling,
 )
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter knows no assembly
 LOG2_E = tl.constexpr(1.4426950408889634)
 KEEP = True  # calculate h once
 MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter knows no assembly
 INF_BITS = tl.constexpr(0x7F800000)
 ONE_BITS = tl.constexpr(0x3F800000)
 MIN_NORMAL = tl.constexpr(2.0**-126)

@@ -14,7 +14,7 @@ from fp8train.backends.producer_checks import BF16_DIFFERENT, BF16_ERROR, swiglu
 from fp8train.kernels.quantize import quantize_dual  # noqa: E402
 from fp8train.kernels.swiglu_backward_quantize import swiglu_backward, swiglu_backward_quantize  # noqa: E402
 from fp8train.kernels.swiglu_quantize import swiglu, swiglu_quantize  # noqa: E402
-from fp8train.quant.formats import E4M3, E5M2, QuantSpec  # noqa: E402
+from fp8train.quant.formats import E4M3, E5M2, Format, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
 from fp8train.quant.reference import quantize  # noqa: E402
 from tests.kernels.products import DEVICE, has_remedy  # noqa: E402
@@ -82,6 +82,22 @@ def test_copies_of_the_gradients_are_those_of_the_unfused_path(shape: tuple[int,
         assert_copies_of(copies, gradient, "pow2")
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_gradients_of_whole_tiles_keep_their_codes_from_subnormal_numbers_to_inf(fmt: Format) -> None:
+    dh, gate, up = inputs((128, 256), torch.bfloat16)
+    magnitudes = torch.linspace(-140, 90, 128).round().exp2().to(DEVICE)
+    dh = torch.cat((dh[:, :128].float() * magnitudes[:, None], dh[:, 128:].float() * magnitudes), dim=1).bfloat16()
+    dh[7], dh[:, 3:5] = 0.0, -0.0
+    dh[100, 20], dh[100, 200] = float("inf"), -float("inf")
+    up[40, 9], up[41, 209] = float("nan"), float("inf")  # of dgate alone
+    halves = swiglu_backward_quantize(dh, gate, up, fp8_dtype=fmt.dtype, fp8_max=fmt.max, pow2=True)
+    for (q, s, qt, st), gradient in zip(halves, swiglu_backward(dh, gate, up), strict=True):
+        spec = QuantSpec(fmt, (1, 128), "pow2")
+        assert same_codes(QTensor(q, s, spec), quantize(gradient, spec))
+        assert same_codes(QTensor(qt, st, spec), quantize(gradient, spec, transpose=True))  # type: ignore[arg-type]
+
+
 def test_the_unfused_path_is_two_kernels() -> None:
     _, gate, up = inputs((40, 20), torch.bfloat16)
     apart = quantize_dual(swiglu(gate, up), **options("fp32"))  # type: ignore[arg-type]
@@ -110,17 +126,21 @@ def test_halves_of_one_matrix_are_read_where_they_are() -> None:
     assert torch.equal(dgate, swiglu_backward(dh, gate, up)[0]) and torch.equal(dup, swiglu_backward(dh, gate, up)[1])
 
 
-def with_leading_stride(x: Tensor, stride: int) -> Tensor:
-    """The same matrix in the middle of one of `stride` columns of NaN."""
-    part = torch.full((x.shape[0], stride), float("nan"), dtype=x.dtype, device=x.device)[:, 16 : 16 + x.shape[1]]
+def with_leading_stride(x: Tensor, stride: int, first: int) -> Tensor:
+    """The same matrix from column `first` on of one of `stride` columns of NaN."""
+    part = torch.full((x.shape[0], stride), float("nan"), dtype=x.dtype, device=x.device)[:, first : first + x.shape[1]]
     return part.copy_(x)
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(256, 128), (131, 50)], ids=["whole-tiles", "ragged"])
-def test_every_input_is_read_by_its_own_leading_stride(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [((256, 128), 16), ((131, 50), 16), ((128, 128), 13)],
+    ids=["whole-tiles", "ragged", "between-words"],
+)
+def test_every_input_is_read_by_its_own_leading_stride(shape: tuple[int, int], first: int, dtype: torch.dtype) -> None:
     alone = inputs(shape, dtype)
-    dh, gate, up = (with_leading_stride(x, 16 * width) for x, width in zip(alone, (9, 11, 10), strict=True))
+    dh, gate, up = (with_leading_stride(x, 16 * width, first) for x, width in zip(alone, (9, 11, 10), strict=True))
     h, gradients = swiglu(*alone[1:]), swiglu_backward(*alone)
     assert torch.equal(swiglu(gate, up), h)
     assert_copies_of(swiglu_quantize(gate, up, **options("pow2")), h, "pow2")  # type: ignore[arg-type]
