@@ -38,7 +38,7 @@ from fp8train.kernels.tile_pairs import halves, load_words, paired, store_two_ti
 
 KEEP = True  # calculate a gradient of whole tiles once
 RAGGED_WARPS = 16  # of a tile that may not be whole: with 8 all of them spill, with 16 those kept with FP32 scales
-MAX_REGISTERS = 128  # of programs that make both gradients: two of 8 warps on an SM
+MAX_REGISTERS = 128  # of whole BF16 tiles with pow2 scales: two programs of 8 warps on an SM
 
 
 @triton.jit
@@ -150,12 +150,14 @@ def _swiglu_backward_quantize_kernel(
             store_strip(dup, out_ptr + rows * stride_om, stride_om, i, m, k, M, K, 4)
 
 
-def _tiling(bf16: bool, columns: bool, whole: bool, words: bool) -> tuple[dict[str, object], dict[str, object]]:
+def _tiling(
+    bf16: bool, columns: bool, whole: bool, words: bool, apart: bool = False
+) -> tuple[dict[str, object], dict[str, object]]:
     """words: all scales are powers of two, and inputs begin where 16 bytes do."""
-    pairs = bf16 and columns and whole and words
-    warps, limit = NUM_WARPS if whole else RAGGED_WARPS, MAX_REGISTERS if pairs else None
+    fits = bf16 and columns and whole and words
+    warps, limit = NUM_WARPS if whole else RAGGED_WARPS, MAX_REGISTERS if fits else None
     constants, options = tiling(bf16, columns, KEEP and whole, warps, whole, limit)
-    return constants | {"PAIRS": pairs}, options
+    return constants | {"PAIRS": fits and not apart}, options
 
 
 def _compile_cases() -> list[tuple]:
@@ -176,6 +178,8 @@ def _compile_cases() -> list[tuple]:
     more, free = _tiling(True, True, False, True)
     separate, options = _tiling(True, True, True, False)
     pointers_odd = {"odd": ("dh_ptr", "gate_ptr", "up_ptr")}
+    alone, limited = _tiling(True, True, True, True, apart=True)
+    cases.append((f"{title} apart", kernel, signature, constants | alone, limited))
     cases.append((f"{title} between words", kernel, signature, constants | separate, options | pointers_odd))
     odd = {"odd": ("M", "K", *sizes[:3])}
     for scale, row, col in (("pow2", True, True), ("fp32", False, False), ("mixed", False, True)):
@@ -209,6 +213,7 @@ def swiglu_backward_quantize(
     pow2: bool,
     col_pow2: bool | None = None,
     columns: bool = True,
+    apart: bool = False,
     block: int = BLOCK,
 ) -> tuple[Copies, Copies]:
     """Row and column copies of dgate and of dup: quantize.quantize_dual of swiglu_backward's results, bit for bit.
@@ -220,6 +225,7 @@ def swiglu_backward_quantize(
         pow2: round the scales up to powers of two.
         col_pow2: kind of scale of the column copies; None is that of the row copies.
         columns: write the column copies; without them the last two outputs of each are None.
+        apart: each gradient by programs of its own, also where one could make both.
         block: 128.
 
     Returns:
@@ -234,7 +240,7 @@ def swiglu_backward_quantize(
     col = empty_codes(gate, 2 * K, M, fp8_dtype, BLOCK) if columns else None
     col_scale = empty_scales(gate, K, 2 * BLOCK * -(-M // BLOCK)) if columns else None
     kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    _launch(dh, gate, up, None, row, row_scale, col, col_scale, kinds)
+    _launch(dh, gate, up, None, row, row_scale, col, col_scale, kinds, apart)
     halves = [
         (
             row[half * M : (half + 1) * M],
@@ -255,14 +261,14 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     """
     _check("swiglu_backward", dh, gate, up, torch.float8_e4m3fn, BLOCK)
     gradients = torch.empty(2, *gate.shape, dtype=gate.dtype, device=gate.device)
-    _launch(dh, gate, up, gradients[0], None, None, None, None, (0, True, True))
+    _launch(dh, gate, up, gradients[0], None, None, None, None, (0, True, True), apart=True)
     return gradients[0], gradients[1]
 
 
 def _launch(
     dh: Tensor, gate: Tensor, up: Tensor, out: Tensor | None,
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    kinds: tuple[int, bool, bool],
+    kinds: tuple[int, bool, bool], apart: bool,
 ) -> None:  # fmt: skip
     if gate.numel() == 0:
         return
@@ -271,14 +277,15 @@ def _launch(
         (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
         inputs = dh.stride(0), gate.stride(0), up.stride(0)
         words = kinds[1] and kinds[2] and all(x.data_ptr() % 16 == 0 for x in (dh, gate, up))
-        tile, options = _tiling(bf16, col is not None, are_whole(M, K, *inputs), words)
+        tile, options = _tiling(bf16, col is not None, are_whole(M, K, *inputs), words, apart)
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
         parts = 1 if row is None or tile["PAIRS"] else 2
         return tiles(M, K, parts), (M, K, *inputs, *strides, 0), constants | tile, options
 
-    launch(_swiglu_backward_quantize_kernel, kinds, (dh, gate, up, out, row, row_scale, col, col_scale), rest)
+    tensors = dh, gate, up, out, row, row_scale, col, col_scale
+    launch(_swiglu_backward_quantize_kernel, (*kinds, apart), tensors, rest)
 
 
 def _check(name: str, dh: Tensor, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:

@@ -33,12 +33,13 @@ FP32_CALC_DIFF = 1e-7  # mean over rows
 ROW_CALC_DIFF = 1e-6  # of any row
 BF16_CALC_DIFF = 5e-6  # of any row; rounding to BF16 is 1.3e-6
 SIGNED_BIAS = 1e-3  # of a sum of positive products; without promotion it grows with K
+APART = "bf16_apart"  # SwiGLU's backward with each gradient by programs of its own, where one could make both
 # (operation, variant) of the quantisers that every model may use; each has a plain way that takes its place where it is
 # refused. The fused ones are compiled for seconds, so each dtype is a variant, and fp32 is checked when it is wanted.
 QUANTISERS = (
     ("quantize", "rows"), ("quantize", "columns"), ("quantize", "dual"), ("quantize_weight", "one_read"),
     ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "bf16"), ("swiglu_quantize", "bf16"),
-    ("swiglu_backward_quantize", "bf16"),
+    ("swiglu_backward_quantize", "bf16"), ("swiglu_backward_quantize", APART),
 )  # fmt: skip
 STREAM = (("rmsnorm_rstd", "fp32"), ("rmsnorm_backward", "fp32"))  # likewise; dtype of the residual stream
 ROTATIONS = (("rope", "bf16"),)  # likewise; dtype of what is rotated
@@ -178,7 +179,8 @@ def check_codes(
         matrices: their rows and columns.
     """
     for number, (rows, cols) in enumerate(matrices):
-        for dtype in [DTYPES[variant]] if variant in DTYPES else DTYPES.values():
+        name = "bf16" if variant == APART else variant
+        for dtype in [DTYPES[name]] if name in DTYPES else DTYPES.values():
             what = f"{[rows, cols]} {_name(dtype)}"
             if operation in PRODUCERS and (part := check_producer(operation, (rows, cols), dtype, device)):
                 return f"its {part} differs from the definition for {what}"
@@ -320,7 +322,8 @@ def _copies(
         return made
     if operation == "swiglu_quantize":
         return both(module.swiglu_quantize(gate, up, **options), module.swiglu(gate, up))
-    sources, halves = module.swiglu_backward(x, gate, up), module.swiglu_backward_quantize(x, gate, up, **options)
+    halves = module.swiglu_backward_quantize(x, gate, up, apart=variant == APART, **options)
+    sources = module.swiglu_backward(x, gate, up)
     return [
         copy
         for half, source, of in zip(halves, sources, (" of dgate", " of dup"), strict=True)

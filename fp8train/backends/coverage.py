@@ -42,6 +42,12 @@ class CoverageCounter:
             count.other_calls += 1
             count.other_rows += rows
 
+    def put(self, site: int, gemm: str, count: GemmCount) -> None:
+        """Go on counting from a count."""
+        if site == NOT_COUNTED:
+            return
+        self._counts[site, gemm] = count
+
     def reset(self) -> None:
         """Forget all counts; reasons stay."""
         self._counts.clear()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm, launch_rates
 from fp8train.backends.admission import Admission
-from fp8train.backends.admission_checks import DTYPES
+from fp8train.backends.admission_checks import APART, DTYPES
 from fp8train.backends.interface import Copies
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
 from fp8train.backends.producers import Producers, rows_dense
@@ -165,7 +165,7 @@ class TritonBackend(Producers):
 
     def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
-        if not self._admitted("swiglu_backward_quantize", _dtype_name(gate), gate.device):
+        if self._swiglu_backward_variant(gate) is None:
             return super().swiglu_backward(dh, gate, up)
         run = kernel("swiglu_backward_quantize").swiglu_backward
         return run(rows_dense(dh), rows_dense(gate), rows_dense(up))
@@ -190,10 +190,12 @@ class TritonBackend(Producers):
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Copies]:
         """See Backend."""
-        if not self._makes("swiglu_backward_quantize", gate, row, col):
+        variant = self._swiglu_backward_variant(gate) if self.fuses(row, col) else None
+        if variant is None:
             return super().swiglu_backward_quantize(dh, gate, up, row, col)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
-        dgate, dup = run(rows_dense(dh), rows_dense(gate), rows_dense(up), **_formats(row, col))
+        more = _formats(row, col) | {"apart": variant == APART}
+        dgate, dup = run(rows_dense(dh), rows_dense(gate), rows_dense(up), **more)
         return _copies(dgate, row, col), _copies(dup, row, col)
 
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
@@ -285,6 +287,12 @@ class TritonBackend(Producers):
     def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> bool:
         """Whether a fused kernel serves the formats and passed its check for the dtype of x."""
         return self.fuses(row, col) and self._admitted(operation, _dtype_name(x), x.device)
+
+    def _swiglu_backward_variant(self, gate: Tensor) -> str | None:
+        """The variant of its kernel that passed its check; of BF16 one that makes each gradient apart stands by."""
+        name, operation = _dtype_name(gate), "swiglu_backward_quantize"
+        variants = (name, APART) if name == "bf16" else (name,)
+        return next((variant for variant in variants if self._admitted(operation, variant, gate.device)), None)
 
     def _renew_note(self, device: torch.device) -> None:
         """Say whose launch table is used, which kernels are not, and whose products are torch's."""

@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.backends import admission, check_process, get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
+    APART,
     QUANTISERS,
     ROTATIONS,
     STREAM,
@@ -315,6 +316,24 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
         assert (backend.counters(x, row) is None) is (not admitted) and backend.counters(x.float(), square) is None
         assert len(asked) == len(set(asked)), "each is asked once"
         assert "swiglu_quantize bf16: it loses bytes" in backend.note
+
+
+def test_a_kernel_that_makes_both_gradients_gives_way_to_one_for_each(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = on_a_gpu(monkeypatch, {"bf16": "it loses bytes", APART: None})
+    module, launched = kernel("swiglu_backward_quantize"), []
+    run = module.swiglu_backward_quantize
+    monkeypatch.setattr(
+        module, "swiglu_backward_quantize", lambda *x, **more: (launched.append(more), run(*x, **more))[1]
+    )
+    backend, row = TritonBackend(), QuantSpec.parse("e4m3 1x128")
+    dh, gate, up = (matrix(128, 256, seed=seed).bfloat16() for seed in range(3))
+    copies = backend.swiglu_backward_quantize(dh, gate, up, row, row)
+    for pair, gradient in zip(copies, backend.swiglu_backward(dh, gate, up), strict=True):
+        for q, turned in zip(pair, (False, True), strict=True):
+            assert same_codes(q, reference.quantize(gradient, row, transpose=turned))
+    assert asked == ["bf16", APART] and [more["apart"] for more in launched] == [True]
 
 
 @pytest.mark.parametrize("operation", ["gemm", "gemm_wgrad"])
