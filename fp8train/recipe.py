@@ -149,6 +149,7 @@ class Recipe:
         positions = layer_positions(linears)
         for rule in self.rules:
             self._check_matches(rule, positions)
+            self._check_decides(rule, positions)
         kept = keep_high_precision or {}
         return {fqn: self._decide(fqn, positions[fqn], kept.get(fqn)) for fqn in linears}
 
@@ -182,6 +183,21 @@ class Recipe:
             f"Closest module paths: {near}. Correct the rule, delete it, or add 'optional: true'."
         )
 
+    def _check_decides(self, rule: Rule, positions: Mapping[str, Position | None]) -> None:
+        """Refuse a rule all of whose linears earlier rules take, some of them with another precision."""
+        covered = [fqn for fqn, place in positions.items() if rule.covers(fqn, place)]
+        if rule.optional or rule.selector == "*" or not covered:
+            return
+        first = [next(other for other in self.rules if other.covers(fqn, positions[fqn])) for fqn in covered]
+        contrary = next((pair for pair in zip(covered, first, strict=True) if pair[1].use != rule.use), None)
+        if rule in first or contrary is None:
+            return
+        raise RecipeError(
+            f"{self.source}: {rule} says {rule.use} and decides no linear: earlier rules cover all that it matches, "
+            f"and {contrary[1]} says {contrary[1].use} of {contrary[0]!r}. The first rule that matches decides: move "
+            "it up, delete it, or add 'optional: true'."
+        )
+
 
 def layer_positions(paths: Iterable[str]) -> dict[str, Position | None]:
     """Place of each module in its stack of layers: (index, number of layers), or None outside any.
@@ -199,15 +215,19 @@ def layer_positions(paths: Iterable[str]) -> dict[str, Position | None]:
 
 
 def nearest_paths(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
-    """The module paths most like a pattern; of those that differ only in their indices, the first."""
-    distinct = {re.sub(r"\d+", "0", path): path for path in reversed(list(paths))}
+    """The module paths most like a pattern; of those that differ only in their indices, the first that is."""
     literal = re.sub(r"[*?\\^$()\[\]|+]", "", pattern.removeprefix("re:"))
 
     def likeness(path: str) -> float:
         names = [path, *path.split(".")]
         return max(difflib.SequenceMatcher(None, literal, name).ratio() for name in names)
 
-    return sorted(distinct.values(), key=lambda path: (-likeness(path), path))[:count]
+    best: dict[str, tuple[float, str]] = {}
+    for path in paths:
+        kind, like = re.sub(r"\d+", "0", path), likeness(path)
+        if kind not in best or like > best[kind][0]:
+            best[kind] = like, path
+    return [path for _, path in sorted(best.values(), key=lambda pair: (-pair[0], pair[1]))[:count]]
 
 
 def available_recipes() -> list[str]:

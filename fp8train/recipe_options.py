@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,9 +158,18 @@ def options_document(
 
 def _number(value: object, where: str, *, above: float, below: float | None = None) -> float:
     limit = "" if below is None else f" and below {below:g}"
+    hint = f": YAML 1.1 takes it for text, {float(str(value)):.1e} for a number" if _is_numeric_text(value) else ""
     if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < (below or float("inf")):
-        raise RecipeError(f"{where} is {value!r}; needs a number above {above:g}{limit}. Correct it.")
+        raise RecipeError(f"{where} is {value!r}; needs a number above {above:g}{limit}. Correct it{hint}.")
     return float(value)
+
+
+def _is_numeric_text(value: object) -> bool:
+    """Such as "1e30", which has no point."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _count(value: object, where: str) -> int:

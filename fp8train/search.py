@@ -11,10 +11,12 @@ import dataclasses
 import fnmatch
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fp8train.arguments import describe
 from fp8train.backends.coverage import GEMMS
@@ -240,8 +242,16 @@ def matching(patterns: Sequence[str], candidates: Sequence[str]) -> list[str]:
 
 
 def end_layers(candidates: Sequence[str], linears: Sequence[str], first: int, last: int) -> list[str]:
-    """Candidates in the first and last layers of their stack."""
+    """Candidates in the first and last layers of their stack.
+
+    Raises:
+        ConfigError: there are not so many layers.
+    """
     positions = layer_positions(linears)
+    depth = max((place[1] for place in positions.values() if place is not None), default=0)
+    for name, number in (("first", first), ("last", last)):
+        if number > depth:
+            raise ConfigError(f"search: {name} is {number}; the model has {depth} layers. Lower it.")
     places = {fqn: place for fqn in candidates if (place := positions[fqn]) is not None}
     return [fqn for fqn, (index, count) in places.items() if index < first or index >= count - last]
 
@@ -274,6 +284,7 @@ def cost_table(report: ConversionReport, choice: Choice, scores: Mapping[str, fl
     total = sum(len(GEMMS) * row.out_features * row.in_features for row in report.rows)
     head = ["to BF16", "why", metric, "FLOPs %", "time % <=", "weight copies", "saved input a token"]
     lines, sums = [head], [0.0, 0.0, 0.0]
+    inputs = saved_inputs(report, {*choice.manual, *choice.searched, *choice.ends})
     named = {*choice.manual, *choice.searched}
     ends = [fqn for fqn in choice.ends if fqn not in named]
     for why, paths in (("manual", choice.manual), ("rank", choice.searched), ("first/last", ends)):
@@ -286,11 +297,34 @@ def cost_table(report: ConversionReport, choice: Choice, scores: Mapping[str, fl
             # FP8 tensor cores have twice the peak of BF16 ones, so a linear takes at most half its BF16 time longer
             costs = [share, share / 2, copies]
             sums = [a + b for a, b in zip(sums, costs, strict=True)]
-            cells = [f"{share:.2f}", f"{share / 2:.2f}", _bytes(copies), f"+{bytes_text(row.in_features)}"]
+            cells = [f"{share:.2f}", f"{share / 2:.2f}", _bytes(copies), _bytes(inputs[fqn])]
             cause = f"with {choice.led[fqn]}" if fqn in choice.led else why
             lines.append([fqn, cause, f"{scores[fqn]:.3g}", *cells])
-    lines.append(["in all", "", "", f"{sums[0]:.2f}", f"{sums[1]:.2f}", _bytes(sums[2]), ""])
+    total_inputs = sum(inputs.values())
+    lines.append(["in all", "", "", f"{sums[0]:.2f}", f"{sums[1]:.2f}", _bytes(sums[2]), _bytes(total_inputs)])
     return align(lines, right=head[2:]) + "\n(time: of the linears in BF16, where FP8 runs at twice its speed)\n"
+
+
+def saved_inputs(report: ConversionReport, kept: Collection[str]) -> dict[str, int]:
+    """Bytes a token that backward keeps more of the inputs of these linears in BF16; what one saves, may be below 0.
+
+    Linears that read one input keep it once in each of the precisions that they read it in; the first of them that
+    moves answers for all.
+    """
+    rows = {row.fqn: row for row in report.rows}
+
+    def held(group: Sequence[str], moved: bool) -> int:
+        numbers = [BF16 if moved and fqn in kept else rows[fqn].numbers or BF16 for fqn in group]
+        copies = {precision.wgrad.right or precision.high for precision in numbers}
+        sizes = [copy.itemsize if isinstance(copy, torch.dtype) else 1 for copy in copies]
+        return sum(sizes) * rows[group[0]].in_features
+
+    more = dict.fromkeys(kept, 0)
+    for group in input_groups(rows):
+        first = next((fqn for fqn in group if fqn in kept), None)
+        if first is not None:
+            more[first] = held(group, True) - held(group, False)
+    return more
 
 
 def gap_words(searched: float, base: float, name: str, tokens: int) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from fp8train.errors import RecipeError
 from fp8train.quant.formats import BF16, BLOCKWISE, FP32, QuantSpec
-from fp8train.recipe import available_recipes, layer_positions, load_recipe
+from fp8train.recipe import available_recipes, layer_positions, load_recipe, nearest_paths
 from tests.recipe_documents import FP8, REST, document
 
 NUM_LAYERS = 4
@@ -267,6 +267,41 @@ def test_rule_that_matches_nothing_is_an_error_unless_optional(optional: bool) -
         RecipeError, match="rule 1 '[*]q_prj' matches none .*Closest module paths: model.layers.0.self_attn.q_proj"
     ):
         resolve(*rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ([{"match": "*layers.*", "use": "fp8"}, {"match": "*down_proj", "use": "bf16"}], "rule 2 '[*]down_proj'"),
+        ([{"match": "*", "use": "bf16"}, {"match": "*layers.*", "use": "fp8"}], "rule 2 '[*]layers.[*]'"),
+        (
+            [{"match": "*q_proj", "use": "fp8"}, {"match": "*o_proj", "use": "bf16"}, {"match": "re:.*[qo]_proj",
+             "use": "bf16"}],
+            "rule 3 .* says bf16 and decides no linear: .* rule 1 '[*]q_proj' says fp8 of 'model.layers.0.self_attn.q_",
+        ),
+    ],
+    ids=["layers before a linear", "all before layers", "in parts"],
+)  # fmt: skip
+def test_rule_that_earlier_ones_contradict_is_an_error_unless_optional(rules: list[dict], says: str) -> None:
+    with pytest.raises(RecipeError, match=f"{says}.*The first rule that matches decides: move it up"):
+        resolve(*rules, REST)
+    resolve(*rules[:-1], rules[-1] | {"optional": True}, REST)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [{"match": "*q_proj", "use": "bf16"}, {"match": "*layers.0.self_attn.q_proj", "use": "bf16"}],
+        [{"match": "*layers.0.*", "use": "bf16"}, {"match": "*q_proj", "use": "fp8"}],
+    ],
+    ids=["nothing else", "in part"],
+)
+def test_rule_that_says_the_same_or_decides_some_linears_may_stand_behind(rules: list[dict]) -> None:
+    resolve(*rules, REST)
+
+
+def test_nearest_path_is_the_one_with_the_indices_that_were_meant() -> None:
+    assert nearest_paths("model.layers.1.mlp.dwn_proj", LINEARS)[0] == "model.layers.1.mlp.down_proj"
 
 
 def test_layers_rule_without_layers_is_an_error() -> None:

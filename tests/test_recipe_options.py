@@ -70,6 +70,7 @@ def test_spelling_and_values_without_effect_are_not_part_of_the_hash():
         ({"alarm": {"on": []}}, "needs a list of nonfinite and spike"),
         ({"alarm": {"do": "stop"}}, "do is 'stop'; needs demote"),
         ({"alarm": {"spike_nats": 0}}, "spike_nats is 0; needs a number above 0"),
+        ({"alarm": {"spike_nats": "1e30"}}, "Correct it: YAML 1.1 takes it for text, 1.0e+30 for a number."),
         ({"alarm": {"window": 2.5}}, "window is 2.5; needs a whole number"),
         ({"alarm": {"at_mots": 2}}, "nearest: at_most"),
         ({"swiglu": {}}, "asks for nothing"),

@@ -25,6 +25,7 @@ from fp8train.search import (
     gap_words,
     main,
     matching,
+    saved_inputs,
     searched_recipe,
 )
 from fp8train.sensitivity import main as sensitivity
@@ -212,11 +213,36 @@ class TestCosts:
     def test_linear_is_counted_once_however_it_was_chosen(self, named: dict[str, tuple[str, ...]]):
         rows, total = self.rows(planted_model("bf16"), Choice(searched=(), **named))
         assert [row[0] for row in rows] == [DOWN[0]] and rows[0][1] == next(iter(named)).replace("ends", "first/last")
-        assert total[1:] == rows[0][3:6]
+        assert total[1:] == rows[0][3:7]
 
     def test_linear_with_two_names_is_one_row_and_a_share_of_the_whole(self):
         rows, total = self.rows(Twice(), Choice(searched=("layers.0.up_proj", "layers.0.down_proj")))
         assert [row[3] for row in rows] == ["50.00", "50.00"] and total[1] == "100.00"
+
+    @pytest.mark.parametrize(
+        ("moved", "more"),
+        [
+            (("q_proj", "k_proj", "v_proj"), [128, 0, 0]),  # 1 byte a channel becomes 2
+            (("k_proj",), [256]),  # the other two still read it in FP8
+            (("o_proj",), [128]),
+        ],
+        ids=["all that read it", "one of three", "alone"],
+    )
+    def test_an_input_counts_once_however_many_linears_read_it(self, moved: tuple[str, ...], more: list[int]):
+        report = convert_model(planted_model("bf16"), "blockwise", backend="cpu_torch")
+        names = [f"layers.1.self_attn.{name}" for name in moved]
+        assert [saved_inputs(report, names)[name] for name in names] == more
+
+    def test_an_input_that_backward_keeps_in_bf16_already_costs_nothing_more(self):
+        model = planted_model("bf16")
+        report = convert_model(model, "wgrad_bf16", backend="cpu_torch")
+        assert set(saved_inputs(report, [row.fqn for row in report.rows]).values()) == {0}
+
+    @pytest.mark.parametrize("end", ["first", "last"])
+    def test_more_layers_than_there_are_is_an_error(self, end: str):
+        wanted = {"first": 0, "last": 0} | {end: LAYERS + 1}
+        with pytest.raises(ConfigError, match=f"search: {end} is {LAYERS + 1}; the model has {LAYERS} layers"):
+            end_layers(NAMES, NAMES, **wanted)
 
 
 class TestWords:

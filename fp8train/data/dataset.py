@@ -119,11 +119,12 @@ class PackedDataset:
     def describe(self) -> str:
         """One line: documents, tokens, windows, split."""
         documents = len(self.corpus.lengths)
-        held = documents - len(self._train)
+        held, windows = documents - len(self._train), self._eval.windows(self.seq_len)
+        read = f"evaluation reads {min(self._eval_windows, windows):,} of {windows:,} windows"
         return (
             f"{self.corpus.name}: {documents:,} documents, {self.corpus.tokens:,} tokens ({self.tokenizer.name}); "
             f"{self.samples_per_epoch:,} training windows of {self.seq_len} per epoch; "
-            f"held out: {held:,} documents, {self._eval.tokens:,} tokens"
+            f"held out: {held:,} documents, {self._eval.tokens:,} tokens; {read if windows else 'no evaluation'}"
         )
 
     def _plan(self, epoch: int) -> tuple[PackedDocuments, np.ndarray]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from fp8train.errors import ConfigError
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
 ACTIVATIONS = ("auto", "bfloat16", "float32")
 RESIDUALS = ("float32", "bfloat16")
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -94,7 +96,7 @@ class ModelConfig:
     @property
     def has_shape(self) -> bool:
         """False while no size is given: a default config, or one whose shape is still to be read from init_from."""
-        return any((self.vocab_size, self.hidden_size, self.intermediate_size, self.num_layers, self.num_heads))
+        return any(getattr(self, name) for name in SIZES)
 
     @property
     def activations_dtype(self) -> torch.dtype:
@@ -132,16 +134,13 @@ class ModelConfig:
         _check_choice("residual", self.residual, RESIDUALS)
         if not self.has_shape:
             return
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "max_seq_len",
-            "vocab_multiple",
-        ):
+        for name in (*SIZES, "num_kv_heads", "max_seq_len", "vocab_multiple"):
+            if getattr(self, name) < 1 and self.init_from is not None:
+                given = next(size for size in SIZES if getattr(self, size))
+                raise ConfigError(
+                    f"model.{given} is given beside model.init_from; needs all sizes or, so that the folder's "
+                    f"config.json says them, none. Leave model.{given} out."
+                )
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"model.{name} is {getattr(self, name)}; needs at least 1. Choose a preset (model=quickstart) or "
@@ -164,8 +163,8 @@ class ModelConfig:
                 "64 and 128 are usual."
             )
         for name in ("rope_theta", "rms_norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; needs a number above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; needs a finite number above 0.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

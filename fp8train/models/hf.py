@@ -253,7 +253,10 @@ def _write_tensors(
         for name in shard:
             rows = config.vocab_size if name in VOCABULARY else state[name].shape[0]
             tensors[hf_name(name)] = state[name].detach()[:rows].to(device="cpu", dtype=dtype).contiguous()
+        (directory / file).touch()
+        permissions = (directory / file).stat().st_mode  # those of any new file; safetensors makes it its owner's alone
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(permissions)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         _write_json(

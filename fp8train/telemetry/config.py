@@ -21,4 +21,5 @@ class TelemetryConfig:
     def __post_init__(self) -> None:
         for name, value in (("every", self.every), ("rows", self.rows)):
             if value is not None and value < 1:
-                raise ConfigError(f"telemetry.{name}: got {value}; needs at least 1.")
+                off = ", or null for none" if name == "every" else ""
+                raise ConfigError(f"telemetry.{name}: got {value}; needs at least 1{off}.")

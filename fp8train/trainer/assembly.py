@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from fp8train.backends.coverage import COUNTS, GEMMS
+from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
 from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport
 from fp8train.convert import convert_model
@@ -173,6 +174,21 @@ class CoverageLog:
         """The content of coverage.json; call it between `pause` and `resume`."""
         assert self._total is not None, "pause() first"
         return self._total
+
+    def counts(self) -> dict[str, dict[str, list[int]]]:
+        """What was counted so far, for a checkpoint: {module path: {GEMM: the counts in the order of COUNTED}}."""
+        self.pause()
+        self.resume()
+        rows = self.total()["linears"]
+        return {row["fqn"]: {gemm: [row["gemms"][gemm][key] for key in COUNTED] for gemm in GEMMS} for row in rows}
+
+    def go_on(self, counts: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """Count on from what `counts` gave; steps since then were undone, or another process made those before."""
+        self._total = None
+        COUNTS.reset()
+        for row in self._report.rows:
+            for gemm, numbers in counts.get(row.fqn, {}).items():
+                COUNTS.put(row.site, gemm, GemmCount(**dict(zip(COUNTED, numbers, strict=True))))
 
 
 def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:

@@ -158,6 +158,7 @@ class Trainer:
         assert found is not None, "training under an alarm begins with a checkpoint"
         self.console.warn(f"step {self.progress.step}: {request.reason}; rolled back to step {found.step}")
         self._take_back(found, keep=request.watcher)
+        self.coverage.go_on(self.progress.coverage)
         self.stream = StreamHash(self.progress.stream_sum if self.world.main else 0)
         self.evals = [row for row in self.evals if row["step"] <= found.step]
         self._open_metrics()
@@ -167,6 +168,7 @@ class Trainer:
         config, progress, recipe = self.config, self.progress, self.assembly.recipe
         progress.stream_sum = self.stream.total(self.world)
         progress.watchers = {watcher.name: watcher.state() for watcher in self.watchers}
+        progress.coverage = self.coverage.counts()
         states = self.world.all_gather_object(random_state())
         content = gathered_content(self.model, self.optimizer, keep=self.world.main)
 
@@ -199,6 +201,7 @@ class Trainer:
         config, world = self.config, self.world
         found = self._restore()
         self.coverage = CoverageLog(self.assembly.report)
+        self.coverage.go_on(self.progress.coverage if config.resume == "auto" else {})  # else of another run
         self.speed = Speed(config.log.skip_steps)
         self.stream = StreamHash(self.progress.stream_sum if world.main else 0)
         self.profile = ProfileWindow(config.profile.steps, self.run_dir, world)
@@ -347,7 +350,9 @@ class Trainer:
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))
-        ended = f"finished {result.steps} steps in {result.train_seconds:.1f} s of training: {self.run_dir}"
+        demoted = len(self.progress.watchers.get("alarm", {}).get("demoted", ()))
+        note = f", {demoted} linears demoted to BF16 by the recipe's alarm" if demoted else ""
+        ended = f"finished {result.steps} steps in {result.train_seconds:.1f} s of training{note}: {self.run_dir}"
         if stopped_by is not None:
             ended = (
                 f"stopped by {stopped_by} after step {result.steps} of {self.config.steps}; saved {saved}. "

@@ -18,6 +18,7 @@ class Progress:
     stream_sum: StreamHash of all steps, over all ranks
     init_hash: of the weights before the first step
     watchers: state of each watcher, by its name
+    coverage: what CoverageLog.counts() gave, of the rank that wrote it
     """
 
     step: int = 0
@@ -28,3 +29,4 @@ class Progress:
     stream_sum: int = 0
     init_hash: str = ""
     watchers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    coverage: dict[str, dict[str, list[int]]] = field(default_factory=dict)

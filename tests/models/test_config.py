@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import yaml
@@ -67,6 +68,8 @@ def test_padded_vocabulary_is_the_next_multiple():
         ({"attention": "fp8"}, "attention is 'fp8'; needs one of auto, bfloat16, float32"),
         ({"residual": "auto"}, "residual is 'auto'; needs one of float32, bfloat16"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        ({"rope_theta": math.inf}, "rope_theta is inf; needs a finite number above 0"),
+        ({"vocab_size": 0, "init_from": "folder"}, "model.hidden_size is given beside model.init_from; .* Leave"),
         ({"rope_scaling": {"factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0, "original_max_seq_len": 1}},
          "needs factor >= 1 and 0 < low < high"),
     ],

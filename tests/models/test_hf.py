@@ -118,6 +118,17 @@ def test_export_of_what_was_loaded_is_bit_equal(family, dtype, tmp_path):
     assert dataclasses.replace(found, name="") == dataclasses.replace(wanted, name="")
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path):
+    model = read_model(write_reference("llama", tmp_path / "in"))
+    before = os.umask(0o027)
+    try:
+        save_hf(model.state_dict(), model.config, tmp_path / "out", "float32")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640} and "model.safetensors" in modes
+
+
 def test_shards_are_read_and_written(tmp_path):
     source = write_reference("qwen3", tmp_path / "in", max_shard_size="100KB")
     assert len(list(source.glob("*.safetensors"))) > 1

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from fp8train.telemetry.observer import named_linears
 from fp8train.telemetry.table import Sample
 from fp8train.trainer.alarm_watcher import AlarmWatcher, first_nonfinite
 from fp8train.trainer.assembly import assemble
+from fp8train.trainer.console import Console
 from fp8train.trainer.precision_control import PrecisionControl
 from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.step import StepResult
@@ -99,18 +102,23 @@ class TestAlarm:
     def test_demotes_the_worst_goes_back_and_logs_the_event(self, tmp_path: Path, blow_up: Any):
         seen = blow_up(5)
         recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
-        result = tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.every=3")
+        stream = io.StringIO()
+        console = Console(6, print_every=1, stream=stream)
+        result = tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.every=3", console=console)
         assert seen == [1, 2, 3, 4, 5, 4, 5, 6]
         events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
         assert [event["step"] for event in events] == [5]
         demoted = events[0]["demoted"]
         assert demoted and events[0]["worst"]["fqn"] in demoted
         rows = {row["fqn"]: row["gemms"]["fprop"] for row in result.coverage["linears"]}
-        # 3 steps and the 2 that were undone in FP8, 3 in BF16
+        # 3 steps in FP8, 3 in BF16; the 2 that were undone do not count
         assert rows[demoted[0]] | {"exception": None} == {
-            "planned": "fp8", "fp8_calls": 5, "other_calls": 3, "fp8_rows": 5 * 512, "other_rows": 3 * 512,
+            "planned": "fp8", "fp8_calls": 3, "other_calls": 3, "fp8_rows": 3 * 512, "other_rows": 3 * 512,
             "exception": None,
         }  # fmt: skip
+        assert rows["lm_head"]["other_calls"] == 6
+        ending = rf"finished 6 steps in \S+ s of training, {len(demoted)} linears demoted to BF16"
+        assert re.search(ending, stream.getvalue())
         assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [
             *range(1, 7)
         ]
