@@ -45,6 +45,7 @@ from fp8train.trainer.run_folder import (
     finished_result,
     on_main,
     saved_evals,
+    set_aside,
     write_result,
     write_run_files,
 )
@@ -210,9 +211,17 @@ class Trainer:
             "data_hash": self.batcher.dataset.fingerprint,
             "recipe_hash": self.assembly.recipe.hash,
         }
+        self._keep_record(found)
         on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts, found))
         self._open_metrics()
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
+
+    def _keep_record(self, found: Checkpoint | None) -> None:
+        """Keep what an earlier attempt wrote where training begins with the first step again."""
+        kept = on_main(self.world, lambda: set_aside(self.run_dir)) if self.progress.step == 0 else None
+        if kept is not None:
+            begun = f"no checkpoint in {self.run_dir}: starts at step 0; " if found is None else ""
+            self.console.warn(f"{begun}the earlier metrics.jsonl is kept as {kept}")
 
     def _open_metrics(self) -> None:
         """Open the sinks on rank 0, without the rows after this step; an error is every rank's."""

@@ -28,6 +28,10 @@ from fp8train.units import bytes_text
 T = TypeVar("T")
 
 RESULT_FILE = "result.json"
+# what an attempt at a run leaves without a checkpoint
+RECORD = (
+    METRICS_FILE, "events.jsonl", "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -195,6 +199,35 @@ def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoi
         write_file(path / f"recipe.until_step_{found.step}.yaml", found.state.recipe_text)
 
 
+def set_aside(path: Path) -> str | None:
+    """Rename what a run wrote that is begun anew: metrics.jsonl to metrics-1.jsonl, its config.yaml to config-1.yaml.
+
+    Returns:
+        str: the new name of metrics.jsonl, with the first number that is free; None where it has no rows to keep.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    metrics = path / METRICS_FILE
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return None
+    number = 1
+    while any(_numbered(path / name, number).exists() for name in RECORD):
+        number += 1
+    try:
+        for file in (path / name for name in RECORD):
+            if file.exists():
+                file.rename(_numbered(file, number))
+    except OSError as error:
+        raise _not_written(metrics, error) from error
+    return _numbered(metrics, number).name
+
+
+def _numbered(file: Path, number: int) -> Path:
+    """metrics.jsonl -> metrics-1.jsonl"""
+    return file.with_stem(f"{file.stem}-{number}")
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace a file as a whole; a reader sees the old text or the new.
 
@@ -209,9 +242,13 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
             fresh.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
-        ) from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
+    )
 
 
 def check_space(path: Path, needed_bytes: int) -> None:
