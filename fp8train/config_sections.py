@@ -31,19 +31,23 @@ class ParallelConfig:
 class CheckpointConfig:
     """When checkpoints are written and which are kept; one is always written at the end and at a signal.
 
-    every: steps between checkpoints; null: only at the end
+    every: steps between checkpoints; null: none by the number of steps
+    minutes: time after the last one, or after the start, at which one is written as well; null: none by the clock
     keep_last: newest checkpoints that are kept
     keep_every: checkpoints at multiples of this step are kept for good; null: none
     allow_recipe_change: resume under a recipe whose hash differs from the checkpoint's
     """
 
     every: int | None = None
+    minutes: float | None = 30.0
     keep_last: int = 2
     keep_every: int | None = None
     allow_recipe_change: bool = False
 
     def __post_init__(self) -> None:
         need_at_least("checkpoint.every", self.every, 1)
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"checkpoint.minutes: got {self.minutes}; needs more than 0, or null.")
         need_at_least("checkpoint.keep_last", self.keep_last, 1)
         need_at_least("checkpoint.keep_every", self.keep_every, 1)
 

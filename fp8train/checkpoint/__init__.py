@@ -1,9 +1,10 @@
 """Checkpoints: written whole or not at all, checked when read, resumed bit for bit."""
 
-from fp8train.checkpoint.content import gathered_content
+from fp8train.checkpoint.content import Content, gathered_content
 from fp8train.checkpoint.store import (
     Checkpoint,
     TrainingState,
+    checkpoint_path,
     find_resume,
     open_checkpoint,
     save_checkpoint,
@@ -12,7 +13,9 @@ from fp8train.checkpoint.store import (
 
 __all__ = [
     "Checkpoint",
+    "Content",
     "TrainingState",
+    "checkpoint_path",
     "find_resume",
     "gathered_content",
     "open_checkpoint",

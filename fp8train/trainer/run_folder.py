@@ -21,6 +21,7 @@ from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
+from fp8train.trainer.alarm_watcher import EVENTS_FILE
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
 from fp8train.units import bytes_text
@@ -30,7 +31,7 @@ T = TypeVar("T")
 RESULT_FILE = "result.json"
 # what an attempt at a run leaves without a checkpoint
 RECORD = (
-    METRICS_FILE, "events.jsonl", "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
+    METRICS_FILE, EVENTS_FILE, "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
 )  # fmt: skip
 
 
