@@ -8,6 +8,8 @@ from fp8train.checkpoint.store import (
     find_resume,
     open_checkpoint,
     save_checkpoint,
+    saved_steps,
+    superfluous,
     write_checkpoint,
 )
 
@@ -20,5 +22,7 @@ __all__ = [
     "gathered_content",
     "open_checkpoint",
     "save_checkpoint",
+    "saved_steps",
+    "superfluous",
     "write_checkpoint",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.checkpoint import Checkpoint, find_resume, gathered_content
+from fp8train.checkpoint import Checkpoint, find_resume, gathered_content, saved_steps
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
@@ -50,7 +50,7 @@ from fp8train.trainer.run_folder import (
 )
 from fp8train.trainer.run_lock import claimed
 from fp8train.trainer.same_run import changes_since, check_same_run
-from fp8train.trainer.saving import SaveClock, return_point, write_progress
+from fp8train.trainer.saving import SaveClock, checkpoints_to_come, return_point, write_progress
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
 from fp8train.trainer.watcher import Watcher
@@ -124,7 +124,6 @@ class Trainer:
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
         self.replica: nn.Module = spread(self.model, config, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
-        on_main(world, lambda: check_space(self.run_dir, checkpoint_bytes(self.optimizer)))
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(introduction(config, world, self.assembly.report, self.batcher))
 
@@ -184,6 +183,7 @@ class Trainer:
         """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
         config, world = self.config, self.world
         found = self._restore()
+        on_main(world, self._check_space)
         self.coverage = CoverageLog(self.assembly.report)
         self.speed = Speed(config.log.skip_steps)
         self.stream = StreamHash(self.progress.stream_sum if world.main else 0)
@@ -200,6 +200,12 @@ class Trainer:
         on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts, found))
         self._open_metrics()
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
+
+    def _check_space(self) -> None:
+        """Refuse a disk without room for the checkpoints to come."""
+        alarm = self.assembly.recipe.alarm is not None
+        number = checkpoints_to_come(self.config, self.progress, saved_steps(self.run_dir), alarm=alarm)
+        check_space(self.run_dir, checkpoint_bytes(self.optimizer), number)
 
     def _keep_record(self, found: Checkpoint | None) -> None:
         """Keep what an earlier attempt wrote where training begins with the first step again."""

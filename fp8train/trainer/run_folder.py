@@ -252,16 +252,25 @@ def _not_written(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def check_space(path: Path, needed_bytes: int) -> None:
-    """Refuse to train where not even one checkpoint can be written; a run overnight must not find out in the morning.
+def check_space(path: Path, each_bytes: int, number: int) -> None:
+    """Refuse to train where the checkpoints have no room; a run overnight must not find out in the morning.
+
+    Args:
+        each_bytes: of one checkpoint.
+        number: that will lie on the disk at once, less those that are there.
 
     Raises:
         CheckpointError: the disk has less than that left.
     """
     folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise CheckpointError(
-            f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed_bytes)} for one "
-            "checkpoint. Make room, or give a run_dir on another disk."
-        )
+    free, needed = shutil.disk_usage(folder).free, number * each_bytes
+    if free >= needed:
+        return
+    what, fewer = "one checkpoint", ""
+    if number > 1:
+        what = f"{number} more checkpoints of {bytes_text(each_bytes)}, those that are kept and the one being written"
+        fewer = "keep fewer (checkpoint.keep_last, checkpoint.keep_every), "
+    raise CheckpointError(
+        f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed)} for {what}. Make room, "
+        f"{fewer}or give a run_dir on another disk."
+    )

@@ -14,6 +14,7 @@ from fp8train.checkpoint import (
     checkpoint_path,
     find_resume,
     open_checkpoint,
+    superfluous,
     write_checkpoint,
 )
 from fp8train.config import RunConfig, config_to_dict
@@ -82,6 +83,31 @@ def write_progress(
         keep_every=config.checkpoint.keep_every,
         keep_step=None if recipe.alarm is None else progress.return_step,
     )
+
+
+def checkpoints_to_come(config: RunConfig, progress: Progress, there: Sequence[int], *, alarm: bool) -> int:
+    """By how many the checkpoints on the disk will outnumber those that are there, at the most.
+
+    That is when the last one is being written, beside those that are kept; the clock is taken to ask for those before.
+
+    Args:
+        progress: where the run begins.
+        there: steps of the checkpoints in the folder, in the order in which they were written.
+        alarm: the recipe has one.
+    """
+    settings, step = config.checkpoint, progress.step
+    first = [step] if alarm and step not in there else []
+    every = settings.every or config.steps
+    by_steps = range(step - step % every + every, config.steps, every)
+    by_clock = range(max(step + 1, config.steps - settings.keep_last), config.steps if settings.minutes else 0)
+    coming = [*first, *sorted({*by_steps, *by_clock})]
+    written = set(coming)
+    saved = [step for step in there if step not in written] + coming
+    removed = superfluous(saved, settings.keep_last, settings.keep_every)
+    beside = (
+        1 if alarm and by_clock else 0
+    )  # what the alarm goes back to, where the clock has asked for keep_last since
+    return max(1, len(saved) - len(removed) + beside + 1 - len(there))
 
 
 def return_point(run_dir: Path, step: int | None) -> tuple[Checkpoint, bool]:

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from fp8train.checkpoint import checkpoint_path, open_checkpoint
+from fp8train.checkpoint import checkpoint_path, open_checkpoint, saved_steps, write_checkpoint
 from fp8train.config import load_config
+from fp8train.distributed import World
 from fp8train.errors import ConfigError
 from fp8train.metrics import read_metrics
+from fp8train.trainer import Trainer
 from fp8train.trainer.console import Console
-from fp8train.trainer.saving import SaveClock
-from tests.tiny_run import tiny_train
+from fp8train.trainer.progress import Progress
+from fp8train.trainer.saving import SaveClock, checkpoints_to_come
+from tests.tiny_run import tiny_config, tiny_train
 
 AT_ONCE = "checkpoint.minutes=1e-9"
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "eval_seconds")
-
-
-def saved_steps(run_dir: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -89,3 +88,48 @@ def test_clock_starts_again_with_a_checkpoint_by_steps(tmp_path: Path, monkeypat
     monkeypatch.setattr(SaveClock, "restart", lambda clock: restarts.append(clock))
     tiny_train(tmp_path, "checkpoint.every=2")
     assert len(restarts) == 3 and open_checkpoint(tmp_path / "run").step == 6
+
+
+class TestRoom:
+    @pytest.mark.parametrize(
+        ("options", "number"),
+        [
+            pytest.param(("checkpoint.minutes=null",), 1, id="the last"),
+            pytest.param((), 3, id="two by the clock and the last"),
+            pytest.param(("steps=2",), 2, id="no more than steps"),
+            pytest.param(("checkpoint.every=5", "checkpoint.minutes=null"), 2, id="one by steps and the last"),
+            pytest.param(("checkpoint.every=2", "checkpoint.minutes=null"), 3, id="all"),
+            pytest.param(("checkpoint.every=1", "checkpoint.keep_last=1"), 2, id="the one before"),
+            pytest.param(("checkpoint.every=1", "checkpoint.keep_every=2", "checkpoint.keep_last=1"), 4, id="for good"),
+        ],
+    )
+    def test_is_what_the_disk_holds_when_it_holds_most(
+        self, options: tuple[str, ...], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Against a run whose clock is always due, with a look at the disk while each checkpoint is written."""
+        config = tiny_config(tmp_path, *options)
+        assert checkpoints_to_come(config, Progress(), [], alarm=False) == number
+        held = []
+
+        def looked(run_dir, *args, **kwargs):
+            held.append(len(saved_steps(run_dir)) + 1)
+            return write_checkpoint(run_dir, *args, **kwargs)
+
+        monkeypatch.setattr("fp8train.trainer.saving.write_checkpoint", looked)
+        if config.checkpoint.minutes is not None:
+            config.checkpoint.minutes = 1e-9
+        Trainer(config, World(), Console(enabled=False)).run()
+        assert max(held) == number
+
+    @pytest.mark.parametrize(
+        ("there", "step", "number"), [([2], 2, 2), ([2, 3], 3, 1), ([1, 2, 3], 3, 1), ([5], 5, 1)], ids=str
+    )
+    def test_is_less_by_what_is_there(self, there: list[int], step: int, number: int, tmp_path: Path):
+        config = tiny_config(tmp_path)
+        assert checkpoints_to_come(config, Progress(step=step), there, alarm=False) == number
+
+    @pytest.mark.parametrize(
+        ("options", "number"), [((), 4), (("checkpoint.every=2",), 4), (("checkpoint.minutes=null",), 2)], ids=str
+    )
+    def test_has_place_for_what_an_alarm_goes_back_to(self, options: tuple[str, ...], number: int, tmp_path: Path):
+        assert checkpoints_to_come(tiny_config(tmp_path, *options), Progress(), [], alarm=True) == number
