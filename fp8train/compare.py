@@ -24,7 +24,8 @@ from fp8train.arguments import flattened, parse_arguments
 from fp8train.comparison.arms import ArmRun, ComparisonProgress, check_run_dir, plan_arms
 from fp8train.comparison.crossing import cross_evaluate
 from fp8train.comparison.parallel import Job, train_in_processes
-from fp8train.config import CompareConfig, RunConfig, config_to_dict, load_config
+from fp8train.config import RunConfig, config_to_dict, load_config
+from fp8train.config_sections import CompareConfig
 from fp8train.distributed import World, init, rank_exit_code
 from fp8train.errors import ConfigError
 from fp8train.metrics import METRICS_FILE, Metrics

@@ -19,7 +19,7 @@ LAYERS = (
     {"conversion_report", "convert", "functional"},
     {"telemetry"},
     {"models", "data", "optim", "distributed"},
-    {"config"},
+    {"config_sections", "config"},
     {"metrics", "checkpoint"},
     {"trainer"},
     {"comparison"},

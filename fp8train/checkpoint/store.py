@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,7 @@ def write_checkpoint(
     *,
     keep_last: int | None = None,
     keep_every: int | None = None,
+    keep_step: int | None = None,
 ) -> Path:
     """Write checkpoints/step_%08d of a run folder, then remove checkpoints that need not be kept. On one rank only.
 
@@ -204,6 +205,7 @@ def write_checkpoint(
         content: as gathered_content gave it on this rank.
         keep_last: number of the newest checkpoints to keep, this one included; None keeps all.
         keep_every: checkpoints at multiples of this step are kept besides.
+        keep_step: that of this step is kept besides.
 
     Returns:
         Path: the folder.
@@ -212,7 +214,7 @@ def write_checkpoint(
         CheckpointError: disk full or folder not writable; nothing half-written is left and earlier checkpoints stay.
     """
     folder = Path(run_dir) / FOLDER
-    target = folder / f"step_{step:08d}"
+    target = checkpoint_path(run_dir, step)
     sequence = 1 + max((marker.sequence for marker in _survey(folder)[0].values()), default=0)
     with new_folder(target, step, sequence) as writer:
         writer.write_tensors(MODEL_FILE, content.weights, {"format": "pt", "tied": json.dumps(content.tied)})
@@ -221,14 +223,33 @@ def write_checkpoint(
         writer.write_json(STATE_FILE, asdict(state))
     try:
         clear_temporary(folder)
-        for path in _superfluous(_survey(folder)[0], keep_last, keep_every):
-            remove_folder(path)
+        for old in superfluous(saved_steps(run_dir), keep_last, keep_every, keep_step):
+            remove_folder(checkpoint_path(run_dir, old))
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {error.filename}: cannot be removed: {error.strerror}; needs a writable run_dir. "
             f"{target} is whole."
         ) from error
     return target
+
+
+def checkpoint_path(run_dir: str | Path, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
+    return Path(run_dir) / FOLDER / f"step_{step:08d}"
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """Steps of the checkpoints of a run folder, in the order in which they were written."""
+    markers = _survey(Path(run_dir) / FOLDER)[0].values()
+    return [marker.step for marker in sorted(markers, key=lambda marker: marker.sequence)]
+
+
+def superfluous(
+    saved: Sequence[int], keep_last: int | None, keep_every: int | None = None, keep_step: int | None = None
+) -> list[int]:
+    """Those of the saved steps, in the order in which they were written, that write_checkpoint does not keep."""
+    old = [] if keep_last is None else saved[:-keep_last]
+    return [step for step in old if step != keep_step and (not keep_every or step % keep_every)]
 
 
 def open_checkpoint(path: str | Path, *, check_content: bool = True) -> Checkpoint:
@@ -324,10 +345,3 @@ def _survey(folder: Path) -> tuple[dict[Path, Marker], dict[Path, str]]:
             except CheckpointError as error:
                 problems[path] = str(error)
     return markers, problems
-
-
-def _superfluous(markers: Mapping[Path, Marker], keep_last: int | None, keep_every: int | None) -> Iterable[Path]:
-    if keep_last is None:
-        return []
-    order = sorted(markers, key=lambda path: markers[path].sequence)
-    return [path for path in order[:-keep_last] if not keep_every or markers[path].step % keep_every]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.checkpoint import Checkpoint, TrainingState, find_resume, gathered_content, write_checkpoint
+from fp8train.checkpoint import Checkpoint, find_resume, gathered_content, saved_steps
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
@@ -45,11 +44,13 @@ from fp8train.trainer.run_folder import (
     finished_result,
     on_main,
     saved_evals,
+    set_aside,
     write_result,
     write_run_files,
 )
 from fp8train.trainer.run_lock import claimed
 from fp8train.trainer.same_run import changes_since, check_same_run
+from fp8train.trainer.saving import SaveClock, checkpoints_to_come, return_point, write_progress
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
 from fp8train.trainer.watcher import Watcher
@@ -123,7 +124,6 @@ class Trainer:
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
         self.replica: nn.Module = spread(self.model, config, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
-        on_main(world, lambda: check_space(self.run_dir, checkpoint_bytes(self.optimizer)))
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(introduction(config, world, self.assembly.report, self.batcher))
 
@@ -153,53 +153,39 @@ class Trainer:
         return self.batcher.skip_to(found.step)
 
     def _roll_back(self, request: RollBack) -> None:
-        """Go on from the run's newest checkpoint, as if the steps since had not been."""
-        found = on_main(self.world, lambda: find_resume(self.run_dir, "auto"))
-        assert found is not None, "training under an alarm begins with a checkpoint"
+        """Go on from the checkpoint that an alarm goes back to, as if the steps since had not been."""
+        found, newest = on_main(self.world, lambda: return_point(self.run_dir, self.progress.return_step))
         self.console.warn(f"step {self.progress.step}: {request.reason}; rolled back to step {found.step}")
         self._take_back(found, keep=request.watcher)
         self.coverage.go_on(self.progress.coverage)
         self.stream = StreamHash(self.progress.stream_sum if self.world.main else 0)
         self.evals = [row for row in self.evals if row["step"] <= found.step]
         self._open_metrics()
+        if not newest:
+            self._save()  # or a resume would take a newer one, of the steps that are undone
 
-    def _save(self) -> Path:
-        """Write a checkpoint of this step, unless there is one."""
-        config, progress, recipe = self.config, self.progress, self.assembly.recipe
+    def _save(self, *, by_clock: bool = False) -> Path:
+        """Write a checkpoint of this step; an alarm does not go back to one that the clock asked for."""
+        progress = self.progress
+        progress.return_step = progress.return_step if by_clock else progress.step
         progress.stream_sum = self.stream.total(self.world)
         progress.watchers = {watcher.name: watcher.state() for watcher in self.watchers}
         progress.coverage = self.coverage.counts()
         states = self.world.all_gather_object(random_state())
         content = gathered_content(self.model, self.optimizer, keep=self.world.main)
-
-        def write() -> Path:
-            state = TrainingState(
-                config=config_to_dict(config),
-                recipe_document=recipe.document,
-                recipe_text=recipe.text,
-                recipe_hash=recipe.hash,
-                progress=dataclasses.asdict(progress),
-                data_position={
-                    "fingerprint": self.batcher.dataset.fingerprint,
-                    "sample": progress.step * config.global_batch_samples,
-                },
-                random_states=states,
-            )
-            return write_checkpoint(
-                self.run_dir,
-                progress.step,
-                content,
-                state,
-                keep_last=config.checkpoint.keep_last,
-                keep_every=config.checkpoint.keep_every,
-            )
-
-        return on_main(self.world, write)
+        recipe, fingerprint = self.assembly.recipe, self.batcher.dataset.fingerprint
+        saved = on_main(
+            self.world,
+            lambda: write_progress(self.run_dir, self.config, recipe, progress, fingerprint, content, states),
+        )
+        self.clock.restart()
+        return saved
 
     def _open(self) -> None:
         """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
         config, world = self.config, self.world
         found = self._restore()
+        on_main(world, self._check_space)
         self.coverage = CoverageLog(self.assembly.report)
         self.coverage.go_on(self.progress.coverage if config.resume == "auto" else {})  # else of another run
         self.speed = Speed(config.log.skip_steps)
@@ -213,9 +199,23 @@ class Trainer:
             "data_hash": self.batcher.dataset.fingerprint,
             "recipe_hash": self.assembly.recipe.hash,
         }
+        self._keep_record(found)
         on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts, found))
         self._open_metrics()
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
+
+    def _check_space(self) -> None:
+        """Refuse a disk without room for the checkpoints to come."""
+        alarm = self.assembly.recipe.alarm is not None
+        number = checkpoints_to_come(self.config, self.progress, saved_steps(self.run_dir), alarm=alarm)
+        check_space(self.run_dir, checkpoint_bytes(self.optimizer), number)
+
+    def _keep_record(self, found: Checkpoint | None) -> None:
+        """Keep what an earlier attempt wrote where training begins with the first step again."""
+        kept = on_main(self.world, lambda: set_aside(self.run_dir)) if self.progress.step == 0 else None
+        if kept is not None:
+            begun = f"no checkpoint in {self.run_dir}: starts at step 0; " if found is None else ""
+            self.console.warn(f"{begun}the earlier metrics.jsonl is kept as {kept}")
 
     def _open_metrics(self) -> None:
         """Open the sinks on rank 0, without the rows after this step; an error is every rank's."""
@@ -244,6 +244,7 @@ class Trainer:
     def _train(self, stop: StopRequest) -> str | None:
         """Steps until the last, or until some rank is asked to stop; returns why it stopped early."""
         config = self.config
+        self.clock = SaveClock(config.checkpoint.minutes)
         if self.assembly.recipe.alarm is not None and (self.progress.step == 0 or config.resume != "auto"):
             self._save()  # an alarm before the next one goes back here
         while (progress := self.progress).step < config.steps:
@@ -260,8 +261,9 @@ class Trainer:
                 self._evaluate()
             if result.stop and progress.step < config.steps:
                 return next(reason for reason in self.world.all_gather_object(stop.reason) if reason is not None)
-            if _due(progress.step, config.checkpoint.every) and progress.step < config.steps:
-                self._save()
+            by_steps = _due(progress.step, config.checkpoint.every)
+            if (by_steps or result.save) and progress.step < config.steps:
+                self._save(by_clock=not by_steps)
         return None
 
     def _step(self, stop: bool) -> StepResult:
@@ -276,7 +278,8 @@ class Trainer:
         for watcher in self.watchers:
             watcher.before_step(progress.step + 1, batches)
         clip = config.optim.clip_grad_norm
-        result = train_step(self.replica, self.optimizer, batches, self.world, clip=clip, stop=stop)
+        save = self.clock.due
+        result = train_step(self.replica, self.optimizer, batches, self.world, clip=clip, stop=stop, save=save)
         seconds = time.perf_counter() - begin
         progress.step += 1
         progress.train_seconds += seconds

@@ -17,6 +17,7 @@ class Progress:
     loss: of the last step; null where it was not finite
     stream_sum: StreamHash of all steps, over all ranks
     init_hash: of the weights before the first step
+    return_step: of the checkpoint that an alarm goes back to, the newest not written by the clock; null: not known
     watchers: state of each watcher, by its name
     coverage: what CoverageLog.counts() gave, of the rank that wrote it
     """
@@ -28,5 +29,6 @@ class Progress:
     loss: float | None = None
     stream_sum: int = 0
     init_hash: str = ""
+    return_step: int | None = None
     watchers: dict[str, dict[str, Any]] = field(default_factory=dict)
     coverage: dict[str, dict[str, list[int]]] = field(default_factory=dict)

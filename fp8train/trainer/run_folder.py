@@ -21,6 +21,7 @@ from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
+from fp8train.trainer.alarm_watcher import EVENTS_FILE
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
 from fp8train.units import bytes_text
@@ -28,6 +29,10 @@ from fp8train.units import bytes_text
 T = TypeVar("T")
 
 RESULT_FILE = "result.json"
+# what an attempt at a run leaves without a checkpoint
+RECORD = (
+    METRICS_FILE, EVENTS_FILE, "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -195,6 +200,35 @@ def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoi
         write_file(path / f"recipe.until_step_{found.step}.yaml", found.state.recipe_text)
 
 
+def set_aside(path: Path) -> str | None:
+    """Rename what a run wrote that is begun anew: metrics.jsonl to metrics-1.jsonl, its config.yaml to config-1.yaml.
+
+    Returns:
+        str: the new name of metrics.jsonl, with the first number that is free; None where it has no rows to keep.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    metrics = path / METRICS_FILE
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return None
+    number = 1
+    while any(_numbered(path / name, number).exists() for name in RECORD):
+        number += 1
+    try:
+        for file in (path / name for name in RECORD):
+            if file.exists():
+                file.rename(_numbered(file, number))
+    except OSError as error:
+        raise _not_written(metrics, error) from error
+    return _numbered(metrics, number).name
+
+
+def _numbered(file: Path, number: int) -> Path:
+    """metrics.jsonl -> metrics-1.jsonl"""
+    return file.with_stem(f"{file.stem}-{number}")
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace a file as a whole; a reader sees the old text or the new.
 
@@ -209,21 +243,34 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
             fresh.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
-        ) from error
+        raise _not_written(path, error) from error
 
 
-def check_space(path: Path, needed_bytes: int) -> None:
-    """Refuse to train where not even one checkpoint can be written; a run overnight must not find out in the morning.
+def _not_written(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
+    )
+
+
+def check_space(path: Path, each_bytes: int, number: int) -> None:
+    """Refuse to train where the checkpoints have no room; a run overnight must not find out in the morning.
+
+    Args:
+        each_bytes: of one checkpoint.
+        number: that will lie on the disk at once, less those that are there.
 
     Raises:
         CheckpointError: the disk has less than that left.
     """
     folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise CheckpointError(
-            f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed_bytes)} for one "
-            "checkpoint. Make room, or give a run_dir on another disk."
-        )
+    free, needed = shutil.disk_usage(folder).free, number * each_bytes
+    if free >= needed:
+        return
+    what, fewer = "one checkpoint", ""
+    if number > 1:
+        what = f"{number} more checkpoints of {bytes_text(each_bytes)}, those that are kept and the one being written"
+        fewer = "keep fewer (checkpoint.keep_last, checkpoint.keep_every), "
+    raise CheckpointError(
+        f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed)} for {what}. Make room, "
+        f"{fewer}or give a run_dir on another disk."
+    )

@@ -24,6 +24,7 @@ class StepResult:
     valid_tokens: targets that entered the loss, over all ranks
     updated: false where loss or norm was not finite: weights and moments are as before
     stop: some rank asked to stop after this step
+    save: some rank asked for a checkpoint of it
     """
 
     loss: float
@@ -31,6 +32,7 @@ class StepResult:
     valid_tokens: int
     updated: bool
     stop: bool
+    save: bool = False
 
 
 def train_step(
@@ -41,6 +43,7 @@ def train_step(
     *,
     clip: float | None,
     stop: bool = False,
+    save: bool = False,
 ) -> StepResult:
     """Accumulate gradients over micro-batches and update once.
 
@@ -53,6 +56,7 @@ def train_step(
         micro_batches: of this rank; every rank has the same number.
         clip: largest global norm; None leaves gradients as they are.
         stop: this rank asks to stop.
+        save: this rank asks for a checkpoint.
 
     Returns:
         StepResult: on a non-finite loss or norm nothing is updated, on any rank.
@@ -71,15 +75,23 @@ def train_step(
             (loss * factor).backward()
         loss_sum += loss.detach()
     norm = clip_grad_norm(model.parameters(), clip)
-    # One collective decides for all: a NaN of any rank survives the sum, a request to stop counts at least 1.
-    agreed = torch.stack([loss_sum, (~norm.isfinite()).to(loss_sum), torch.full_like(loss_sum, float(stop))])
-    total_loss, bad_norms, stops = world.all_reduce_sum(agreed).tolist()
+    # One collective decides for all: a NaN of any rank survives the sum, a request counts at least 1.
+    requests = [torch.full_like(loss_sum, float(request)) for request in (stop, save)]
+    agreed = torch.stack([loss_sum, (~norm.isfinite()).to(loss_sum), *requests])
+    total_loss, bad_norms, stops, saves = world.all_reduce_sum(agreed).tolist()
     mean_loss = total_loss / max(valid_tokens, 1)
     updated = math.isfinite(mean_loss) and bad_norms == 0
     if updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss=mean_loss, grad_norm=float(norm), valid_tokens=valid_tokens, updated=updated, stop=stops > 0)
+    return StepResult(
+        loss=mean_loss,
+        grad_norm=float(norm),
+        valid_tokens=valid_tokens,
+        updated=updated,
+        stop=stops > 0,
+        save=saves > 0,
+    )
 
 
 def inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -122,6 +122,9 @@ def main(argv: Sequence[str]) -> None:
         for steps in (3, 6):
             Trainer(tiny_config(folder, *SHAPE, *RUN, "parallel=fsdp", f"steps={steps}", run="stopped"), world).run()
         for strategy in ("ddp", "fsdp"):
+            config = tiny_config(folder, *SHAPE, *RUN, f"parallel={strategy}", "steps=4", run=f"clock_{strategy}")
+            config.checkpoint.every, config.checkpoint.minutes = None, 1e-9 if world.rank == 1 else None
+            Trainer(config, world).run()
             overrides = ("optim.clip_grad_norm=0.1", "steps=1", f"parallel={strategy}")
             Trainer(tiny_config(folder, *SHAPE, *RUN, *overrides, run=f"clipped_{strategy}"), world).run()
         if world.main:

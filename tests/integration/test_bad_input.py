@@ -153,22 +153,34 @@ class TestDiskThatFillsUp:
         assert exit_code(train.main, arguments) == 0
         assert json.loads((tmp_path / "run" / "result.json").read_text())["finished"]
 
-    @pytest.mark.parametrize(("recipe", "each"), [("blockwise", 12), ("deepseek_v3", 8)], ids=str)
-    def test_before_a_run_begins_for_want_of_a_checkpoints_space(
+    @pytest.mark.parametrize(
+        ("recipe", "each", "options", "number", "message"),
+        [
+            ("blockwise", 12, ("checkpoint.minutes=null",), 1, "needs .* for one checkpoint. Make room, or give"),
+            ("deepseek_v3", 8, ("checkpoint.minutes=null",), 1, "needs .* for one checkpoint. Make room, or give"),
+            ("blockwise", 12, (), 3, "needs .* for 3 more checkpoints of .*keep fewer .checkpoint.keep_last"),
+            ("blockwise", 12, ("checkpoint.every=1", "checkpoint.keep_last=4"), 5, "for 5 more checkpoints"),
+        ],
+        ids=["one", "one with BF16 moments", "by default", "more are kept"],
+    )
+    def test_before_a_run_begins_for_want_of_space(
         self,
         recipe: str,
         each: int,
+        options: tuple[str, ...],
+        number: int,
+        message: str,
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A parameter takes 4 bytes and its two moments 8 in FP32, 4 in BF16."""
         tiny_train(tmp_path, run="size")
-        size = each * json.loads((tmp_path / "size" / "result.json").read_text())["parameters"]
-        usage, arguments = shutil.disk_usage(tmp_path), tiny_arguments(tmp_path, f"recipe={recipe}")
+        size = number * each * json.loads((tmp_path / "size" / "result.json").read_text())["parameters"]
+        usage, arguments = shutil.disk_usage(tmp_path), tiny_arguments(tmp_path, f"recipe={recipe}", *options)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size - 1))
         assert exit_code(train.main, arguments) == 2
-        assert_one_line(capsys, "run_dir: the disk of .* free; needs .* for one checkpoint")
+        assert_one_line(capsys, f"run_dir: the disk of .* free; .*{message}")
         assert not (tmp_path / "run").exists()
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size))
         assert exit_code(train.main, arguments) == 0

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fp8train.checkpoint import open_checkpoint
 from fp8train.metrics import read_metrics
+from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_train
 
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "eval_seconds")
@@ -49,14 +52,38 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe: str, tmp_path:
     assert resumed.evals[0]["step"] == 2 and len(resumed.evals) == len(whole.evals) == 3
 
 
-def test_run_that_died_before_its_first_checkpoint_starts_over(tmp_path: Path):
+def died_early(whole: Path, died: Path) -> None:
+    """A copy of a finished run as it was before its first checkpoint."""
+    shutil.copytree(whole, died, dirs_exist_ok=True)
+    shutil.rmtree(died / "checkpoints")
+    (died / "result.json").unlink()
+
+
+def test_run_that_died_before_its_first_checkpoint_starts_over_says_so_and_keeps_its_record(tmp_path: Path):
     options = ("steps=4",)
     tiny_train(tmp_path, *options, run="whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "died")
-    shutil.rmtree(tmp_path / "died" / "checkpoints")
-    (tmp_path / "died" / "result.json").unlink()
-    tiny_train(tmp_path, *options, run="died")
-    assert_same(tmp_path / "whole", tmp_path / "died")
+    record = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for number in (1, 2):
+        died_early(tmp_path / "whole", tmp_path / "died")
+        lines = io.StringIO()
+        tiny_train(tmp_path, *options, "log.every=2", run="died", console=Console(stream=lines))
+        name = f"metrics-{number}.jsonl"
+        said = f"no checkpoint in {tmp_path / 'died'}: starts at step 0; the earlier metrics.jsonl is kept as {name}"
+        assert lines.getvalue().count(f"warning: {said}\n") == 1
+        assert (tmp_path / "died" / name).read_bytes() == record
+        config = yaml.safe_load((tmp_path / "died" / f"config-{number}.yaml").read_text())
+        assert config["log"]["every"] == 1
+    tiny_train(tmp_path, *options, run="other")
+    died_early(tmp_path / "other", tmp_path / "again")
+    tiny_train(tmp_path, *options, run="again")
+    assert_same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_run_that_goes_on_from_a_checkpoint_sets_nothing_aside(tmp_path: Path):
+    lines = io.StringIO()
+    tiny_train(tmp_path, "steps=2")
+    tiny_train(tmp_path, "steps=4", console=Console(stream=lines))
+    assert not list((tmp_path / "run").glob("*-1.*")) and "is kept as" not in lines.getvalue()
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path):

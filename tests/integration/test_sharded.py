@@ -94,6 +94,16 @@ def test_training_writes_the_checkpoint_of_replicated_ranks(folder, moments):
             assert replicated.read_bytes() == sharded.read_bytes(), (step, name)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_clock_of_one_rank_saves_on_all_of_them(folder, strategy):
+    """checkpoint.minutes were over on rank 1 only, after each step; the last two checkpoints are kept."""
+    saved = folder / f"clock_{strategy}" / "checkpoints"
+    assert sorted(path.name for path in saved.iterdir()) == ["step_00000003", "step_00000004"]
+    for name in FILES:
+        expected = folder / strategy / "checkpoints" / "step_00000003" / name
+        assert (saved / "step_00000003" / name).read_bytes() == expected.read_bytes()
+
+
 def test_losses_evaluations_and_telemetry_are_the_same(folder):
     replicated, sharded = (read_metrics(folder / strategy / "metrics.jsonl") for strategy in ("ddp", "fsdp"))
     assert len(replicated) == len(sharded) == 6 + 3

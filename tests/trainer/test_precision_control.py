@@ -98,6 +98,19 @@ class TestSchedule:
             tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, schedule=[{'at': 0.6, 'use': 'bf16'}])}", "steps=3")
 
 
+class DyingAfterRollBack(Console):
+    """An end in the first step after an alarm."""
+
+    def __init__(self) -> None:
+        super().__init__(enabled=False)
+        self._last = 0
+
+    def step(self, row: Any, eta_seconds: float | None) -> None:
+        if row["step"] < self._last:
+            raise SystemExit
+        self._last = row["step"]
+
+
 class TestAlarm:
     def test_demotes_the_worst_goes_back_and_logs_the_event(self, tmp_path: Path, blow_up: Any):
         seen = blow_up(5)
@@ -127,6 +140,30 @@ class TestAlarm:
         seen = blow_up(2)
         tiny_train(tmp_path, f"recipe={recipe_with(tmp_path, alarm={'on': ['nonfinite']})}", "steps=3")
         assert seen == [1, 2, 1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("every", "steps"), [("3", [1, 2, 3, 4, 5, 4, 5, 6]), ("null", [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6])], ids=str
+    )
+    def test_what_the_clock_writes_does_not_change_where_it_goes_back_to(
+        self, every: str, steps: list[int], tmp_path: Path, blow_up: Any
+    ):
+        """Else the undone steps, and with them every later loss, would depend on how fast they ran."""
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        for run, minutes in (("with", "1e-9"), ("without", "null")):
+            seen = blow_up(5)
+            options = (f"checkpoint.every={every}", f"checkpoint.minutes={minutes}", "checkpoint.keep_last=1")
+            tiny_train(tmp_path, f"recipe={recipe}", *options, run=run)
+            assert seen == steps
+        assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+    def test_end_after_going_back_resumes_from_there_not_from_the_undone_steps(self, tmp_path: Path, blow_up: Any):
+        blow_up(5)
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        with pytest.raises(SystemExit):
+            tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.minutes=1e-9", console=DyingAfterRollBack())
+        assert open_checkpoint(tmp_path / "run").step == 0
+        tiny_train(tmp_path, f"recipe={recipe}")
+        assert len(losses(tmp_path / "run")) == 6
 
     def test_alarm_at_the_audited_step_is_no_gemm_that_did_not_run(self, tmp_path: Path, blow_up: Any):
         seen = blow_up(1)

@@ -1,0 +1,167 @@
+"""Sections of a run configuration: ranks, checkpoints, evaluation, logs, profile, black box, comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fp8train.errors import ConfigError, nearest
+from fp8train.spikes import SIGMAS, WINDOW
+
+WANDB_MODES = ("off", "offline", "online")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How a run is spread over processes.
+
+    strategy: ddp (each rank holds all parameters, gradients and moments) or fsdp (its rows of each, torch's FSDP2)
+    timeout_seconds: how long a rank waits for the others, at start and in every collective
+    """
+
+    strategy: str = "ddp"
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        need_one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
+        need_at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept; one is always written at the end and at a signal.
+
+    every: steps between checkpoints; null: none by the number of steps
+    minutes: time after the last one, or after the start, at which one is written as well; null: none by the clock
+    keep_last: newest checkpoints that are kept
+    keep_every: checkpoints at multiples of this step are kept for good; null: none
+    allow_recipe_change: resume under a recipe whose hash differs from the checkpoint's
+    """
+
+    every: int | None = None
+    minutes: float | None = 30.0
+    keep_last: int = 2
+    keep_every: int | None = None
+    allow_recipe_change: bool = False
+
+    def __post_init__(self) -> None:
+        need_at_least("checkpoint.every", self.every, 1)
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"checkpoint.minutes: got {self.minutes}; needs more than 0, or null.")
+        need_at_least("checkpoint.keep_last", self.keep_last, 1)
+        need_at_least("checkpoint.keep_every", self.keep_every, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation on fixed held-out windows, at the end and every so many steps.
+
+    every: steps between evaluations; null: only at the end
+    bf16: evaluate in BF16 too, whatever the recipe
+    """
+
+    every: int | None = None
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        need_at_least("eval.every", self.every, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """What is written where; metrics.jsonl is always written.
+
+    every: steps between rows of metrics.jsonl and the other sinks
+    print_every: steps between console lines (a terminal shows a progress bar in between)
+    skip_steps: first steps of a process left out of throughput averages
+    wandb: off, offline or online
+    wandb_project: project that the run appears under
+    tensorboard: write event files to run_dir/tensorboard
+    """
+
+    every: int = 1
+    print_every: int = 10
+    skip_steps: int = 5
+    wandb: str = "off"
+    wandb_project: str = "fp8train"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.wandb == "False":  # YAML 1.1 reads a bare `off` as false
+            self.wandb = "off"
+        need_one_of("log.wandb", self.wandb, WANDB_MODES)
+        need_at_least("log.every", self.every, 1)
+        need_at_least("log.print_every", self.print_every, 1)
+        need_at_least("log.skip_steps", self.skip_steps, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """Trace of a few steps by torch.profiler, one file a rank in run_dir/profile.
+
+    steps: first and last step of the window, such as [10,12]; null: no profile
+    """
+
+    steps: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
+            raise ConfigError(f"profile.steps: got {self.steps}; needs [FIRST,LAST] with 1 <= FIRST <= LAST.")
+
+
+@dataclass(kw_only=True, slots=True)
+class BlackBoxConfig:
+    """What is written to run_dir/blackbox when a step is not finite or its loss leaps, for `fp8train replay`.
+
+    keep: dumps of a run at most; 0: none
+    window: steps whose losses say what is usual, and steps of silence after a dump
+    spike_sigmas: a loss so many robust deviations (and 10 %) above the median of the last five is a spike
+    weights_gib: weights of a step that was not finite are kept up to this size
+    """
+
+    keep: int = 4
+    window: int = WINDOW
+    spike_sigmas: float = SIGMAS
+    weights_gib: float = 64.0
+
+    def __post_init__(self) -> None:
+        need_at_least("blackbox.keep", self.keep, 0)
+        need_at_least("blackbox.window", self.window, 20)
+        need_at_least("blackbox.spike_sigmas", self.spike_sigmas, 1)
+        need_at_least("blackbox.weights_gib", self.weights_gib, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """What `fp8train compare` trains side by side.
+
+    arms: recipes, the baseline first; null: bf16, with several seeds placebo, and the run's recipe
+    seeds: runs of each arm, with seeds seed, seed+1, and so on
+    parallel: runs at a time, each in a process of its own with its share of the threads
+    margin_percent: largest gap of the mean held-out loss that counts as equal
+    skip_damaged: leave damaged lines of metrics out of the comparison, in place of refusing the file
+    """
+
+    arms: list[str] | None = None
+    seeds: int = 1
+    parallel: int = 1
+    margin_percent: float = 0.25
+    skip_damaged: bool = False
+
+    def __post_init__(self) -> None:
+        need_at_least("compare.seeds", self.seeds, 1)
+        need_at_least("compare.parallel", self.parallel, 1)
+        if not self.margin_percent > 0:
+            raise ConfigError(f"compare.margin_percent: got {self.margin_percent}; needs more than 0.")
+
+
+def need_one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not among the choices; the nearest are named."""
+    if value not in choices:
+        raise ConfigError(f"{key}: got {value!r}; {nearest(value, choices)}.")
+
+
+def need_at_least(key: str, value: float | None, least: float) -> None:
+    """Refuse a number below `least`; None passes."""
+    if value is not None and not value >= least:
+        raise ConfigError(f"{key}: got {value}; needs at least {least}.")
