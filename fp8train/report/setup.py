@@ -57,7 +57,7 @@ def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
             parts.append(
                 page.paragraph(f"{label}: these GEMMs were planned in FP8 and also ran outside it: {names}.", "alert")
             )
-        words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of {flops_text(total)} ran in FP8"
+        words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of a run's {flops_text(total)} ran in FP8"
         chart = bar_chart(
             [_share_bar(share, slot) for share in shares],
             name=f"coverage-{slot}",
