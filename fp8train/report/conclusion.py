@@ -15,6 +15,9 @@ ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot
 HELD_OUT, TRAINING = "held-out loss", "smoothed training loss"
 MOST_SPREAD = 2.0  # 90th over 10th percentile of an arm's speed: beyond, the machine was doing something else as well
 STEADY_SPREAD = 1.2  # below, two arms whose speeds overlap are equally fast; above, that is not known
+# Steps timed after warm-up: from here on a step lies beyond each of the 10th and 90th percentiles, 1 + 1 / 0.1. With
+# fewer the spread is read off the two ends alone, of one step there is none.
+LEAST_TIMED = 11
 NOT_COMPARABLE = "not comparable"
 # What two runs must share for the ratio of their speeds to be about precision: key of environment.json -> words for it.
 SPEED_FACTS = {
@@ -31,17 +34,19 @@ SPEED_FACTS = {
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
 
-def gap_test(pairs: Pairs, margin: float) -> dict[str, Any]:
+def gap_test(pairs: Pairs, margin: float, doubt: str | None) -> dict[str, Any]:
     """The two one-sided tests on the relative gaps of all seeds.
 
     Args:
         pairs: the arm against the baseline.
         margin: in percent of the baseline's loss.
+        doubt: why no gap means anything against that margin (learning.py); None where one does.
 
     Returns:
-        status and reason; quantity: which loss; count, mean, sd, low, high, confidence: of the gaps in percent;
-        margin; p_equivalent, p_worse; seeds_needed: in all, if the measured gap is the true one, and
-        seeds_needed_if_equal: if there is none (None: one seed, or more than MAX_SEEDS).
+        status and reason: those of the test, or "undecided" and the doubt; quantity: which loss; count, mean, sd, low,
+        high, confidence: of the gaps in percent; margin; p_equivalent, p_worse; seeds_needed: in all, if the measured
+        gap is the true one, and seeds_needed_if_equal: if there is none (None: one seed, more than MAX_SEEDS, or
+        undecided, where more seeds would not help).
     """
     evaluated = all(pair["heldout_gap"]["step"] is not None for pair in pairs)
     quantity = HELD_OUT if evaluated else TRAINING
@@ -53,19 +58,23 @@ def gap_test(pairs: Pairs, margin: float) -> dict[str, Any]:
     result: dict[str, Any] = {"quantity": quantity, "margin": margin, "gaps": gaps}
     planned: dict[str, int | None] = {"seeds_needed": None, "seeds_needed_if_equal": None}
     if not known:
-        missing = dict.fromkeys(("mean", "sd", "low", "high", "p_equivalent", "p_worse"))
+        missing: dict[str, str | None] = dict.fromkeys(("mean", "sd", "low", "high", "p_equivalent", "p_worse"))
         several = len(gaps) > 1
-        status, reason = ("inconclusive" if several else "indicative"), "a loss is not finite at the end of every seed"
-        return {**result, "status": status, "reason": reason, "count": 0, "confidence": 0.9, **missing, **planned}
+        missing |= {"status": "inconclusive" if several else "indicative"}
+        reason = "a loss is not finite at the end of every seed"
+        return {**result, "reason": reason, "count": 0, "confidence": 0.9, **missing, **planned}
     found = equivalence(known, margin)
-    status = found.status
+    status: str = found.status
     if len(known) < len(gaps):  # a seed that diverged is no gap of zero: nothing definite is said
         status = "inconclusive" if len(gaps) > 1 else "indicative"
-    if found.interval.sd is not None:
+    undecided = doubt is not None and len(known) == len(gaps)  # that a seed diverged says more
+    if found.interval.sd is not None and not undecided:  # more seeds decide nothing there
         planned["seeds_needed"] = seeds_needed(found.interval.mean, found.interval.sd, margin)
         planned["seeds_needed_if_equal"] = seeds_needed(0.0, found.interval.sd, margin)
     result |= {"status": status, **dataclasses.asdict(found.interval), **planned}
     result |= {"p_equivalent": found.p_equivalent, "p_worse": found.p_worse}
+    if undecided:
+        return result | {"status": "undecided", "reason": doubt}
     return result | {"reason": _reason(result, len(gaps) - len(known))}
 
 
@@ -97,6 +106,12 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     known = [found for found in ranges if found is not None]
     if len(known) < 2:
         return None  # there is no ratio either
+    timed = [min(run["timed_steps"] for run in arm["runs"]) for arm in arms]
+    if min(timed) < LEAST_TIMED:
+        steps = f"{min(timed)} logged step{'s' * (min(timed) != 1)}"
+        return (
+            f"{arms[timed.index(min(timed))]['label']} was timed over {steps} after warm-up, fewer than {LEAST_TIMED}"
+        )
     spreads = [high / low for low, high in known]
     widest = spreads.index(max(spreads))
     times = f"{spreads[widest]:,.0f}x" if spreads[widest] >= 10 else ratio_text(spreads[widest])

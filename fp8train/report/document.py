@@ -67,7 +67,7 @@ def _header(verdict: Mapping[str, Any], arms: Arms) -> str:
     ]
     eyebrow = "".join(f"<span>{typeset(fact)}</span>" for fact in facts if fact and not fact.startswith("- "))
     status = f'<span class="status">{html.escape(_sentence_case(verdict["status"]))}</span>'
-    reason = page.paragraph(f"{_sentence_case(verdict['reason'])}.", "lead")
+    reason = page.paragraph(f"{_sentence_case(verdict['reason'])}. {verdict['learning']['scope']}", "lead")
     damaged = [line for runs in arms.values() for run in runs.values() for line in run.damaged]
     if damaged:
         noun = "line" if len(damaged) == 1 else "lines"

@@ -42,12 +42,15 @@ def _interval_figure(verdict: Mapping[str, Any]) -> str:
         x_label=f"gap of the {first['quantity']}, %",
         margin=verdict["margin_percent"],
     )
+    reading = (
+        "An arm whose bar lies inside the grey margin is equivalent, one whose bar lies outside is not; a bar over an "
+        "edge is open."
+    )
+    if verdict["learning"]["doubt"] is not None:
+        reading = f"Where the bars lie decides nothing here: {typeset(verdict['learning']['in_short'])}."
     caption = (
         "<strong>Gap across seeds.</strong> Circles: one seed each, the arm against the baseline of the same weights "
-        "and "
-        f"tokens. Diamond and bar: their mean and its {100 * first['confidence']:.0f}\u202f% interval. An arm whose "
-        "bar "
-        "lies inside the grey margin is equivalent, one whose bar lies outside is not; a bar over an edge is open."
+        f"and tokens. Diamond and bar: their mean and its {100 * first['confidence']:.0f}\u202f% interval. {reading}"
     )
     return page.figure(chart, caption)
 

@@ -22,10 +22,11 @@ from fp8train.report.arm_rows import (
 from fp8train.report.charts import Curve, line_chart, nice_range
 from fp8train.report.page import Column, typeset
 from fp8train.report.run_record import Arms, Table
-from fp8train.report.trajectory import ema, paired
+from fp8train.report.trajectory import SMOOTHING, ema, paired
 from fp8train.units import count_text, loss_text, percent_text, signed_text
 
 TABLE_ROWS = 12
+LAG = f"about {SMOOTHING / (1 - SMOOTHING):.0f} logged steps"  # mean age of what an EMA averages, once it has begun
 
 Smooth = Mapping[str, Mapping[int, np.ndarray]]  # arm -> seed -> smoothed training loss [rows]
 
@@ -80,7 +81,8 @@ def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     if seeds > 1:
         behind = f"It is the mean of {seeds} seeds; shaded: from the lowest to the highest of them."
     circles = f"Circles: held-out loss in the arm's own precision{', mean of the seeds' * (seeds > 1)}."
-    text = f"Bold: training loss, smoothed (EMA 0.9). {behind} {circles}{cut}"
+    circles += f" They lie below the bold line while the loss falls fast, since that line lags by {LAG}."
+    text = f"Bold: training loss, smoothed (EMA {SMOOTHING:g}). {behind} {circles}{cut}"
     return page.figure(chart, f"<strong>Training and held-out loss.</strong> {text}")
 
 
@@ -189,26 +191,38 @@ def _error_table(verdict: Mapping[str, Any]) -> str:
 
 
 def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
-    """About a dozen steps of the first seed: smoothed training loss of every arm and its difference."""
-    seed, baseline = verdict["seeds"][0], verdict["baseline"]
-    tables = {arm: runs[seed].train for arm, runs in arms.items()}
-    common = functools.reduce(np.intersect1d, (table.steps for table in tables.values()))
-    picked = common[np.linspace(0, len(common) - 1, min(TABLE_ROWS, len(common))).round().astype(int)]
-    columns = [Column(heading="Step", number=True), Column(heading="Tokens", number=True)]
-    for arm in arms:
+    """About a dozen steps of the curves of both figures: smoothed training loss of every arm and its difference from
+    the baseline, means over the seeds.
+    """
+    baseline = verdict["baseline"]
+    tokens = over_seeds([(run.train.steps, run.train.columns["tokens_seen"]) for run in arms[baseline].values()])
+    columns, curves = [Column(heading="Step", number=True), Column(heading="Tokens", number=True)], []
+    for arm, runs in arms.items():
         label = verdict["arms"][arm]["label"]
         columns += [Column(heading=label, number=True)]
         columns += [Column(heading=f"{label}, difference", number=True)] * (arm != baseline)
+        loss = over_seeds([(run.train.steps, smooth[arm][seed]) for seed, run in runs.items()])
+        pairs = [(arms[baseline][seed].train, run.train) for seed, run in runs.items()]
+        difference = over_seeds([_relative(*pair, "loss", smoothed=True) for pair in pairs])
+        curves.append((arm, loss, difference))
+    common = functools.reduce(np.intersect1d, (steps for _, (steps, _), _ in curves))
+    picked = common[np.linspace(0, len(common) - 1, min(TABLE_ROWS, len(common))).round().astype(int)]
     rows = []
     for step in picked:
-        at = {arm: int(np.searchsorted(table.steps, step)) for arm, table in tables.items()}
-        losses = {arm: float(smooth[arm][seed][row]) for arm, row in at.items()}
-        cells = [count_text(step), count_text(tables[baseline].columns["tokens_seen"][at[baseline]])]
-        for arm, loss in losses.items():
-            difference = percent_text(100 * (loss - losses[baseline]) / losses[baseline], signed=True)
-            cells += [loss_text(loss), *[typeset(difference)] * (arm != baseline)]
+        cells = [count_text(step), count_text(_mean_at(tokens, step))]
+        for arm, loss, difference in curves:
+            text = percent_text(_mean_at(difference, step), signed=True)
+            cells += [loss_text(_mean_at(loss, step)), *[typeset(text)] * (arm != baseline)]
         rows.append(cells)
-    return page.table("Training loss, smoothed (EMA 0.9), nats per token.", columns, rows)
+    seeds = len(verdict["seeds"])
+    mean = f", mean of {seeds} seeds" * (seeds > 1)
+    return page.table(f"Training loss, smoothed (EMA {SMOOTHING:g}), nats per token{mean}.", columns, rows)
+
+
+def _mean_at(curve: tuple[np.ndarray, np.ndarray], step: int) -> float | None:
+    """Mean over the seeds at a step; None where the curve (over_seeds) has none."""
+    found = np.flatnonzero(curve[0] == step)
+    return float(curve[1][:, found[0]].mean()) if len(found) else None
 
 
 def _error_words(verdict: Mapping[str, Any], arm: str) -> str:

@@ -12,6 +12,7 @@ from fp8train.arguments import flattened
 from fp8train.backends.coverage import GEMMS
 from fp8train.report import page
 from fp8train.report.charts import Bars, bar_chart
+from fp8train.report.conclusion import LEAST_TIMED
 from fp8train.report.coverage_summary import (
     GemmShare,
     LinearGroup,
@@ -21,6 +22,7 @@ from fp8train.report.coverage_summary import (
     layer_numbers,
     refused_kernels,
 )
+from fp8train.report.learning import LEAST_FALL, LEAST_STEPS
 from fp8train.report.page import Column, code, typeset
 from fp8train.report.run_record import Arms, first_run
 from fp8train.spikes import LEAST_LEAP, RECENT, SIGMAS, WINDOW
@@ -55,7 +57,7 @@ def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
             parts.append(
                 page.paragraph(f"{label}: these GEMMs were planned in FP8 and also ran outside it: {names}.", "alert")
             )
-        words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of {flops_text(total)} ran in FP8"
+        words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of a run's {flops_text(total)} ran in FP8"
         chart = bar_chart(
             [_share_bar(share, slot) for share in shares],
             name=f"coverage-{slot}",
@@ -188,6 +190,11 @@ def method() -> str:
         "equivalent if "
         "the 90 % interval of the mean gap lies within the margin, inferior or superior if it lies beyond, otherwise "
         "inconclusive. Windows of one run share its trajectory and are no replicates.",
+        "Undecided": "A baseline that learned nothing is matched by any arm, also by one that learned nothing. So "
+        f"its loss must have fallen, from the training loss of its first logged step to the end, by {LEAST_FALL:g} "
+        "margins (with several seeds the lower end of the 90 % interval), so that an arm within the margin has kept at "
+        f"least {1 - 1 / LEAST_FALL:.0%} of that, and in at least {LEAST_STEPS} steps, since Adam's first updates are "
+        "close to the signs of the gradient and hide rounding. Otherwise no test is read, and more seeds do not help.",
         "Placebo": "BF16 whose GEMM operands carry unbiased noise as large as FP8's rounding. Its gap is what such "
         "noise "
         "does by chance; an arm is only worse than chance if its gap stands out from the placebo's.",
@@ -200,7 +207,9 @@ def method() -> str:
         "Spikes": f"Logged steps whose loss is above the median of the last {RECENT} by {SIGMAS:g} robust deviations "
         f"of the last {WINDOW} and by {100 * LEAST_LEAP:g} %; in a row they count once. Where every step is logged and "
         "blackbox is at its defaults, these are the steps that a run's black box takes for spikes.",
-        "Tokens per second": "Median over logged steps after the warm-up (the first 5 %, at least one and at most 20).",
+        "Tokens per second": "Median over logged steps after the warm-up (the first 5 %, at least one and at most 20). "
+        f"A ratio needs {LEAST_TIMED} of them in every run: with fewer, no step lies beyond the 10th and 90th "
+        "percentiles that say how much the steps vary.",
         "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the operations "
         "themselves while training.",
         "Thinned curves": "A curve with more points than pixels keeps the first, lowest, highest and last point of "

@@ -34,7 +34,9 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
     damaged = sum(run["damaged_lines"] for entry in verdict["arms"].values() for run in entry["runs"])
     if damaged:
         blocks.append(f"{damaged} damaged lines of metrics were left out, as asked.")
-    blocks.append(f"{verdict['sentence']}\n{verdict['status'].capitalize()}: {verdict['reason']}.")
+    blocks.append(
+        f"{verdict['sentence']}\n{verdict['status'].capitalize()}: {verdict['reason']}.\n{verdict['learning']['scope']}"
+    )
     return "\n" + "\n\n".join(blocks)
 
 

@@ -22,9 +22,10 @@ from fp8train.report.conclusion import (
     speed_doubt,
     speed_ratios,
 )
+from fp8train.report.learning import learning
 from fp8train.report.run_record import Arms, RunRecord, finite
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
-from fp8train.units import loss_text, percent_text, ratio_text
+from fp8train.units import count_text, loss_text, percent_text, ratio_text
 
 BASELINES = ("bf16", "fp32")
 
@@ -55,6 +56,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "run_dir": str(run.path),
         "steps": int(run.train.steps[-1]),
         "tokens_seen": finite(run.result.get("tokens_seen")) or run.train.last("tokens_seen"),
+        "first_train_loss": next((loss for value in losses if (loss := finite(value)) is not None), None),
         "train_loss": run.train.last("loss"),
         "train_loss_ema": finite(ema(losses)[-1]),
         "eval_loss": run.evals.last("eval_loss"),
@@ -65,6 +67,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "spikes": trajectory.spikes(run.train),
         "damaged_lines": len(run.damaged),
         "skipped_steps": run.result.get("skipped_steps"),
+        "timed_steps": len(speed),
         "tokens_per_second": median,
         "tokens_per_second_p10": low,
         "tokens_per_second_p90": high,
@@ -175,8 +178,9 @@ def make_verdict(
 
     Returns:
         status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
-        arm its label, its noise and `runs` per seed; comparisons: per other arm its `seeds`, their mean, the test, the
-        difference from the placebo and speed ratios (not_quoted: why no text has them); shared: facts of each seed.
+        arm label, noise and `runs` per seed; learning: the baseline's; comparisons: per other arm its `seeds`, their
+        mean, the test, the difference from the placebo and speed ratios (not_quoted: why no text has them); shared:
+        facts of each seed.
 
     Raises:
         ConfigError: the runs of a seed are not comparable (check_comparable).
@@ -188,9 +192,7 @@ def make_verdict(
     placebo = next((arm for arm in others if entries[arm]["noise"]), None)
     verdict: dict[str, Any] = {
         "version": 2,
-        "status": "",
-        "reason": "",
-        "sentence": "",
+        **dict.fromkeys(("status", "reason", "sentence"), ""),
         "primary": next((arm for arm in others if arm != placebo), placebo),
         "baseline": baseline,
         "placebo": placebo,
@@ -199,14 +201,14 @@ def make_verdict(
         "smoothing": SMOOTHING,
         "parallel": parallel,
         "arms": entries,
+        "learning": learning(entries[baseline]["label"], entries[baseline]["runs"], margin_percent),
         "comparisons": {},
         "shared": [{"seed": seed, **facts} for seed, facts in shared.items()],
     }
     for arm in others:
         losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
         pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
-        doubt = speed_doubt(entries[baseline], entries[arm])
-        verdict["comparisons"][arm] = _comparison(pairs, baseline, margin_percent, doubt)
+        verdict["comparisons"][arm] = _comparison(pairs, verdict, speed_doubt(entries[baseline], entries[arm]))
     for arm, comparison in verdict["comparisons"].items():
         aside = verdict["comparisons"].get(placebo) if arm != placebo else None
         found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
@@ -218,15 +220,13 @@ def make_verdict(
     return verdict
 
 
-def _comparison(
-    pairs: Sequence[Mapping[str, Any]], baseline: str, margin_percent: float, doubt: str | None
-) -> dict[str, Any]:
-    """One arm against the baseline, over all seeds; `doubt`: why its speed is not quoted."""
+def _comparison(pairs: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], doubt: str | None) -> dict[str, Any]:
+    """One arm against the baseline of the verdict, over all seeds; `doubt`: why its speed is not quoted."""
     average, speed = mean(pairs), speed_ratios(pairs) | {"not_quoted": doubt}
     for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
         average[key] = speed[name] and speed[name]["mean"]
-    test = gap_test(pairs, margin_percent)
-    return {"against": baseline, "seeds": list(pairs), "mean": average, "test": test, "speed": speed}
+    test = gap_test(pairs, verdict["margin_percent"], verdict["learning"]["doubt"])
+    return {"against": verdict["baseline"], "seeds": list(pairs), "mean": average, "test": test, "speed": speed}
 
 
 def arm_label(arm: str, runs: Mapping[int, RunRecord]) -> str:
@@ -248,9 +248,13 @@ def sentence(verdict: Mapping[str, Any], arm: str) -> str:
     ended = loss is not None and base_loss is not None and (keys[0] == "eval_loss" or new[keys[1]] is not None)
     if test["mean"] is None or not ended:
         return f"{label} cannot be held against {base_label}: a loss is not finite at the end."
-    if test["status"] == "indicative":
+    after, gap = _after(new["steps"]), f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
+    if test["status"] == "undecided":
+        short = verdict["learning"]["in_short"]
+        text = f"{label} against {base_label} is undecided {after}: {short}; the gap is {gap}"
+    elif test["status"] == "indicative":
         losses = f"({loss_text(loss)} against {loss_text(base_loss)} nats per token)"
-        text = f"{label} ended {_above(test['mean'])} {base_label} in {test['quantity']} {losses}"
+        text = f"{label} ended {_above(test['mean'])} {base_label} in {test['quantity']} {losses} {after}"
     else:
         margin = f"{test['margin']:g} %"
         claim = {
@@ -259,8 +263,7 @@ def sentence(verdict: Mapping[str, Any], arm: str) -> str:
             "superior": f"is better than {base_label} by more than {margin}",
             "inconclusive": f"is not yet told from {base_label} at a margin of {margin}",
         }[test["status"]]
-        gap = f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
-        text = f"{label} {claim}: {gap} ({_interval_words(test)} over {test['count']} seeds)"
+        text = f"{label} {claim}: {gap} ({_interval_words(test)} over {test['count']} seeds) {after}"
     return f"{text}{_cost_words(average, comparison['speed']['not_quoted'])}."
 
 
@@ -280,7 +283,8 @@ def _interval_words(test: Mapping[str, Any]) -> str:
 def _reason(verdict: Mapping[str, Any], test: Mapping[str, Any]) -> str:
     """Why the status is what it is, with the placebo's interval beside it."""
     placebo = verdict["comparisons"].get(verdict["placebo"] or "", {}).get("test")
-    if placebo is None or placebo["low"] is None or verdict["primary"] == verdict["placebo"]:
+    beside = placebo is not None and verdict["primary"] != verdict["placebo"] and test["status"] != "undecided"
+    if placebo is None or placebo["low"] is None or not beside:
         return str(test["reason"])
     return f"{test['reason']}; the placebo's interval, which is chance alone, is {interval_text(placebo)}"
 
@@ -292,6 +296,10 @@ def _arm_entry(arm: str, runs: Mapping[int, RunRecord], seeds: Sequence[int]) ->
         "noise": noise,
         "runs": [{"seed": seed, **measures(runs[seed])} for seed in seeds],
     }
+
+
+def _after(steps: float) -> str:
+    return f"after {count_text(steps)} step{'s' * (steps != 1)}"
 
 
 def _above(gap: float) -> str:

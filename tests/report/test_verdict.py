@@ -109,7 +109,8 @@ def test_one_seed_is_indicative_and_never_more(tmp_path: Path, gap: float) -> No
 def test_sentence_says_gap_losses_speed_and_memory(tmp_path: Path) -> None:
     text = verdict_of(pair(tmp_path))["sentence"]
     assert text.startswith(
-        "FP8 blockwise ended 0.44 % above BF16 in held-out loss (2.2600 against 2.2500 nats per token), at 0.7"
+        "FP8 blockwise ended 0.44 % above BF16 in held-out loss (2.2600 against 2.2500 nats per token) after 40 steps, "
+        "at 0.7"
     )
     assert text.endswith("x its tokens per second and 0.75x its peak memory.")
 
