@@ -144,7 +144,8 @@ class Recipe:
             dict[str, Assignment]: one for each linear, in their order.
 
         Raises:
-            RecipeError: a rule that is not optional matches nothing, or a linear has no rule.
+            RecipeError: a rule that is not optional matches nothing, or only what earlier rules take and contradict; or
+                a linear has no rule.
         """
         positions = layer_positions(linears)
         for rule in self.rules:
