@@ -139,7 +139,7 @@ class Trainer:
         check_same_run(config, self.batcher.dataset.fingerprint, found)
         cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
-        for line in changes_since(config, self.assembly.recipe, found):
+        for line in changes_since(config, self.assembly.recipe, found, world.world_size):
             self.console.info(line)
         return found
 
