@@ -21,12 +21,13 @@ from fp8train.backends.selection import PLANNED
 from fp8train.config import load_config
 from fp8train.conversion_report import ConversionReport, ProducerRow, RopeRow, align, index_ranges
 from fp8train.convert import convert_model
-from fp8train.distributed.sharding import gathered_layers, shard_bytes
+from fp8train.distributed.sharding import gathered_layers
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
 from fp8train.trainer.assembly import shards
+from fp8train.trainer.footprint import footprint
 from fp8train.units import bytes_text, percent_text, short_count_text
 
 USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [device=auto|cpu|cuda|sm_90] [ranks=N]
@@ -44,7 +45,6 @@ Prints, for every linear of the model: shape, precision of each GEMM, the rule t
 """
 
 
-MOMENT_BYTES = {"fp32": 4, "bf16": 2}
 DEVICES = ("auto", "cpu", "cuda", PLANNED)
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer in a module path
 
@@ -112,7 +112,7 @@ def explanation(
         report.table(every=every),
         *_remarks(report),
         _totals(report),
-        _rank_holds(report, model, MOMENT_BYTES[moments], ranks),
+        _rank_holds(report, model, moments, ranks),
     ]
     return "\n\n".join(part for part in parts[:-2] if part) + "\n\n" + "\n".join(parts[-2:])
 
@@ -255,20 +255,17 @@ def _totals(report: ConversionReport) -> str:
     )
 
 
-def _rank_holds(report: ConversionReport, model: nn.Module, moment_bytes: int, ranks: int) -> str:
+def _rank_holds(report: ConversionReport, model: nn.Module, moments: str, ranks: int) -> str:
     """What a rank holds between two steps, and what a sharded one gathers besides while it computes."""
-    shapes = [parameter.shape for parameter in model.parameters()]
-    weights, moments = shard_bytes(shapes, ranks, 4), shard_bytes(shapes, ranks, 2 * moment_bytes)
-    parts = f"{bytes_text(weights)} FP32 weights, as much of gradients, {bytes_text(moments)} moments"
     layers, gathered = gathered_layers(model)
     kept = [row for row in report.rows if ranks == 1 or not row.fqn.startswith(f"{layers}.")]
-    copies = sum(row.code_bytes + row.scale_bytes for row in kept)
+    held = footprint(model, moments, ranks, copies=sum(row.code_bytes + row.scale_bytes for row in kept))
+    total, parts = bytes_text(held.total), held.text()
     if ranks == 1:
-        total = bytes_text(2 * weights + moments + copies)
         return f"each rank holds {total} besides activations: {parts}, and these copies"
     return (
-        f"each of {ranks} ranks holds {bytes_text(2 * weights + moments + copies)} besides activations: {parts},\n"
-        f"{bytes_text(copies)} copies that the GEMMs outside of the layers read; while it computes also "
+        f"each of {ranks} ranks holds {total} besides activations: {parts},\n"
+        f"{bytes_text(held.copies)} copies that the GEMMs outside of the layers read; while it computes also "
         f"{bytes_text(gathered)} of whole FP32\n"
         "weights, two layers and what is in none, and in backward as much of gradients"
     )

@@ -33,6 +33,7 @@ from fp8train.trainer.console import Console, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.environment import device_name
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
+from fp8train.trainer.footprint import check_memory
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
 from fp8train.trainer.profiling import ProfileWindow
 from fp8train.trainer.progress import Progress
@@ -119,6 +120,7 @@ class Trainer:
         self.batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
         self.eval_set = EvalSet(self.batcher, world) if config.data.holdout_fraction > 0 else None
         self.memory = PeakMemory(world.device)
+        check_memory(config, world)
         self.assembly: Assembly = assemble(config, world.device, world_size=world.world_size)
         self.model = self.assembly.model
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
@@ -139,7 +141,7 @@ class Trainer:
         check_same_run(config, self.batcher.dataset.fingerprint, found)
         cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
-        for line in changes_since(config, self.assembly.recipe, found):
+        for line in changes_since(config, self.assembly.recipe, found, world.world_size):
             self.console.info(line)
         return found
 

@@ -90,12 +90,21 @@ def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> No
         )
 
 
-def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint) -> list[str]:
-    """One line for each setting that is another from the checkpoint on: `optim.lr: 0.0015 -> 0.01 from step 31`."""
+def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint, ranks: int) -> list[str]:
+    """One line for each setting that is another from the checkpoint on: `optim.lr: 0.0015 -> 0.01 from step 31`.
+
+    Strategy and number of ranks are among them: sums over other ranks are of the same terms in another order.
+    """
     begun = found.state.config
     changes = _with_recipe(
         changed_keys(begun, config), str(begun.get("recipe")), found.recipe_hash, config.recipe, recipe.hash
     )
+    then, now = begun.get("parallel", {}).get("strategy"), config.parallel.strategy
+    if then is not None and then != now:
+        changes["parallel.strategy"] = (then, now)
+    before = len(found.state.random_states)  # of every rank; a checkpoint without them does not say how many
+    if before and before != ranks:
+        changes["ranks"] = (str(before), str(ranks))
     return [f"{key}: {old} -> {new} from step {found.step + 1}" for key, (old, new) in changes.items()]
 
 

@@ -104,8 +104,7 @@ def checkpoints_to_come(config: RunConfig, progress: Progress, there: Sequence[i
     written = set(coming)
     saved = [step for step in there if step not in written] + coming
     removed = superfluous(saved, settings.keep_last, settings.keep_every)
-    # what the alarm goes back to, where the clock has asked for keep_last since
-    beside = 1 if alarm and by_clock else 0
+    beside = 1 if alarm and by_clock else 0  # what the alarm goes back to, when the clock's are the newest
     return max(1, len(saved) - len(removed) + beside + 1 - len(there))
 
 

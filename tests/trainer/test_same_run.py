@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from fp8train.checkpoint.files import MARKER
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.recipe import load_recipe
 from fp8train.trainer.console import Console
@@ -93,6 +96,14 @@ def kept(run_dir: Path) -> dict[str, float]:
     return {path.name: yaml.safe_load(path.read_text())["optim"]["lr"] for path in run_dir.glob("config*.yaml")}
 
 
+def seal(file: Path) -> None:
+    """Make a checkpoint whole again whose file was changed."""
+    marker = file.parent / MARKER
+    content = json.loads(marker.read_text())
+    content["files"][file.name] = {"bytes": file.stat().st_size, "crc32": f"{zlib.crc32(file.read_bytes()):08x}"}
+    marker.write_text(json.dumps(content))
+
+
 def go_on(copied: Path, *overrides: str) -> str:
     """Train on in the copied folder, with the data where it was; gives the console's lines."""
     lines = io.StringIO()
@@ -112,6 +123,18 @@ class TestChangedSettings:
         assert kept(copied / "run") == {
             "config.until_step_6.yaml": 0.003, "config.until_step_9.yaml": 0.01, "config.yaml": 0.02
         }  # fmt: skip
+
+    def test_another_strategy_and_another_number_of_ranks_are_told(self, copied: Path):
+        state = copied / "run" / "checkpoints" / "step_00000006" / "state.json"
+        content = json.loads(state.read_text())
+        content["random_states"] *= 2
+        state.write_text(json.dumps(content))
+        seal(state)
+        output = go_on(copied, "steps=7", "parallel=fsdp")
+        told = [line for line in output.splitlines() if line.endswith(" from step 7")]
+        assert told == [
+            "steps: 6 -> 7 from step 7", "parallel.strategy: ddp -> fsdp from step 7", "ranks: 2 -> 1 from step 7"
+        ]  # fmt: skip
 
     def test_going_back_drops_what_was_kept_of_the_steps_undone(self, copied: Path):
         go_on(copied, "steps=9", "optim.lr=0.01")
