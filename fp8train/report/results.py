@@ -18,8 +18,10 @@ from fp8train.report.arm_rows import (
     run_row,
     runs_of,
     thinned,
+    whole,
 )
 from fp8train.report.charts import Curve, line_chart, nice_range
+from fp8train.report.divergence import count_words, diverged_seeds
 from fp8train.report.page import Column, typeset
 from fp8train.report.run_record import Arms, Table
 from fp8train.report.trajectory import ema, paired
@@ -33,10 +35,15 @@ Smooth = Mapping[str, Mapping[int, np.ndarray]]  # arm -> seed -> smoothed train
 def loss_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Loss curves, their difference, and both in tables."""
     smooth = {arm: {seed: ema(run.train.columns["loss"]) for seed, run in runs.items()} for arm, runs in arms.items()}
-    parts = [_nonfinite_alert(entry) for entry in verdict["arms"].values()]
+    parts = [_diverged_alert(entry) + _nonfinite_alert(entry) for entry in verdict["arms"].values()]
     parts += [_loss_figure(verdict, arms, smooth), _difference_figure(verdict, arms)]
     parts += [_loss_table(verdict), _error_table(verdict)]
     return [*parts, page.details("Loss by step, as a table", _steps_table(verdict, arms, smooth))]
+
+
+def _diverged_alert(entry: Mapping[str, Any]) -> str:
+    text = f"{entry['label']} diverged in {count_words(entry)}."
+    return page.paragraph(text, "alert") if diverged_seeds(entry) else ""
 
 
 def _nonfinite_alert(entry: Mapping[str, Any]) -> str:
@@ -64,21 +71,27 @@ def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     """Training loss of every arm, raw and smoothed, and its held-out losses."""
     curves: list[Curve] = []
     for slot, (arm, runs) in enumerate(arms.items()):
-        for run in runs.values() if len(runs) == 1 else ():
+        left = whole(runs)
+        for run in [run for run in runs.values() if len(runs) == 1 or run.diverged]:
             curves.append(
                 Curve(label="", slot=slot, steps=run.train.steps, values=run.train.columns["loss"], faint=True)
             )
-        tables = [(run.train.steps, smooth[arm][seed]) for seed, run in runs.items()]
+        tables = [(run.train.steps, smooth[arm][seed]) for seed, run in left.items()]
         curves.append(banded(verdict["arms"][arm]["label"], slot, tables, wide=slot == 0))
-        held_out = [(run.evals.steps, run.evals.columns["eval_loss"]) for run in runs.values()]
+        held_out = [(run.evals.steps, run.evals.columns["eval_loss"]) for run in left.values()]
         curves.append(banded("", slot, held_out, markers=True))
     y_range, cut = _loss_range(curves, max(len(run.train) for *_, run in runs_of(arms)))
+    if any(map(diverged_seeds, verdict["arms"].values())):
+        y_range, cut = (
+            _finished_range(arms) or y_range,
+            " Thin: runs that diverged, up to there; they may leave the frame.",
+        )
     title = f"Loss of each arm over the training steps. {verdict['sentence']}"
     chart = line_chart(curves, name="loss", title=title, y_label="loss, nats per token", y_range=y_range, height=380)
     seeds = len(verdict["seeds"])
     behind = f"Behind it: every logged step{thinned(arms)}."
     if seeds > 1:
-        behind = f"It is the mean of {seeds} seeds; shaded: from the lowest to the highest of them."
+        behind = f"It is the mean of {_seeds_words(verdict)}; shaded: from the lowest to the highest of them."
     circles = f"Circles: held-out loss in the arm's own precision{', mean of the seeds' * (seeds > 1)}."
     text = f"Bold: training loss, smoothed (EMA 0.9). {behind} {circles}{cut}"
     return page.figure(chart, f"<strong>Training and held-out loss.</strong> {text}")
@@ -87,20 +100,24 @@ def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
 def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     """Relative loss error of every arm against the baseline, raw and smoothed, with the held-out gaps."""
     baseline, curves = arms[verdict["baseline"]], list[Curve]()
+    framed = list[Curve]()  # what the range is of: of runs that diverged only where there are no others
     for slot, (arm, runs) in enumerate(arms.items()):
         if arm == verdict["baseline"]:
             continue
-        pairs = [(baseline[seed], run) for seed, run in runs.items()]
-        if len(pairs) == 1:
-            steps, base, new = paired(pairs[0][0].train, pairs[0][1].train, "loss")
-            curves.append(Curve(label="", slot=slot, steps=steps, values=100 * (new - base) / base, faint=True))
+        both = [(baseline[seed], run) for seed, run in runs.items()]
+        ended = [pair for pair in both if any(run.diverged for run in pair)]
+        pairs = [pair for pair in both if pair not in ended] or both
+        thin = [_relative(one.train, other.train, "loss", smoothed=False) for one, other in ended or both[:1]]
+        for steps, values in thin if ended or len(both) == 1 else ():
+            curves.append(Curve(label="", slot=slot, steps=steps, values=values, faint=True))
         smooth = [_relative(one.train, other.train, "loss", smoothed=True) for one, other in pairs]
-        curves.append(banded(verdict["arms"][arm]["label"], slot, smooth))
         held_out = [_relative(one.evals, other.evals, "eval_loss", smoothed=False) for one, other in pairs]
-        curves.append(banded("", slot, held_out, markers=True))
+        bold = [banded(verdict["arms"][arm]["label"], slot, smooth), banded("", slot, held_out, markers=True)]
+        framed += [*bold, *curves[-1:] * (len(both) == 1)] if len(ended) < len(both) else []
+        curves += bold
     limit = verdict["margin_percent"]
     margin = f"\u00b1{limit:g}\u202f%"
-    shown = [part for curve in curves for part in (curve.values, *(curve.band or ()))]
+    shown = [part for curve in framed or curves for part in (curve.values, *(curve.band or ()))]
     chart = line_chart(
         curves,
         name="difference",
@@ -128,6 +145,22 @@ def _relative(baseline: Table, other: Table, column: str, *, smoothed: bool) -> 
     steps, base, new = paired(baseline, other, column)
     base, new = (ema(base), ema(new)) if smoothed else (base, new)
     return steps, 100 * (new - base) / base
+
+
+def _seeds_words(verdict: Mapping[str, Any]) -> str:
+    some = any(map(diverged_seeds, verdict["arms"].values()))
+    return f"{len(verdict['seeds'])} seeds" + ", or of those that did not diverge" * some
+
+
+def _finished_range(arms: Arms) -> tuple[float, float] | None:
+    """Range of the losses of runs that did not diverge, which one that did would flatten; None where there is none."""
+    losses = [run.train.columns["loss"] for *_, run in runs_of(arms) if run.diverged is None]
+    finite = [part for values in losses if len(part := values[np.isfinite(values)])]
+    if not finite:
+        return None
+    low, high = min(part.min() for part in finite), max(part.max() for part in finite)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def _loss_range(curves: Sequence[Curve], rows: int) -> tuple[tuple[float, float] | None, str]:
@@ -189,8 +222,11 @@ def _error_table(verdict: Mapping[str, Any]) -> str:
 
 
 def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
-    """About a dozen steps of the first seed: smoothed training loss of every arm and its difference."""
-    seed, baseline = verdict["seeds"][0], verdict["baseline"]
+    """About a dozen steps of the first seed that no arm diverged in, or else of the first: smoothed training loss of
+    every arm and its difference.
+    """
+    seeds, baseline = verdict["seeds"], verdict["baseline"]
+    seed = next((seed for seed in seeds if not any(runs[seed].diverged for runs in arms.values())), seeds[0])
     tables = {arm: runs[seed].train for arm, runs in arms.items()}
     common = functools.reduce(np.intersect1d, (table.steps for table in tables.values()))
     picked = common[np.linspace(0, len(common) - 1, min(TABLE_ROWS, len(common))).round().astype(int)]
