@@ -131,6 +131,8 @@ def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     several = len(verdict["seeds"]) > 1
     behind = "shaded in its colour: from the lowest to the highest seed" if several else "behind it: step by step"
     placebo = " The placebo shows what noise of FP8's size does by chance." if verdict["placebo"] else ""
+    if several and any(map(diverged_seeds, verdict["arms"].values())):
+        behind += "; thin: seeds that diverged, up to there"
     reading = "" if several else ", a scale to read by, not a test"
     caption = (
         "<strong>Difference.</strong> Above zero the arm is worse than the baseline. Bold: both losses smoothed "
