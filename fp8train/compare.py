@@ -6,6 +6,8 @@
     fp8train compare runs=[DIR1,DIR2]                             compares runs that are there, the baseline first
 
 Each run is a folder, run_dir/arms/ARM/seed_N, and resumes by itself; verdict.json and report.html lie in run_dir.
+A run that diverges is part of the verdict, and the others go on; the same command does not train it again: delete its
+folder for that. The exit status is 0 whatever the verdict, but 1 where the baseline diverged in every seed.
 Those of an earlier comparison there, of other arms or seeds, are kept as verdict-ARM.json and report-ARM.html.
 """
 
@@ -27,7 +29,7 @@ from fp8train.comparison.parallel import Job, train_in_processes
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.config_sections import CompareConfig
 from fp8train.distributed import World, init, rank_exit_code
-from fp8train.errors import ConfigError
+from fp8train.errors import ConfigError, DivergedError
 from fp8train.metrics import METRICS_FILE, Metrics
 from fp8train.report import write_report
 from fp8train.report.run_record import RunRecord, read_mapping, read_run
@@ -66,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     """Train and compare, or compare what is there.
 
     Returns:
-        int: 0, also when a signal or the time limit ends it early: the same command goes on from there.
+        int: 0, also when a signal or the time limit ends it early (the same command goes on from there), and whatever
+            the verdict; 1 where the baseline diverged in every seed, so that there is nothing to compare with.
 
     Raises:
         UserError: the configuration cannot be honoured, or the runs cannot be compared.
@@ -93,11 +96,11 @@ def train_and_compare(config: RunConfig, plan: Sequence[ArmRun], world: World, t
     progress = ComparisonProgress(plan, Console(enabled=world.main), config.time_limit_seconds)
     todo = []
     for run in plan:
-        facts = on_main(world, functools.partial(_finished_facts, run))
+        facts = on_main(world, functools.partial(_ended_facts, run))
         if facts is None:
             todo.append(run)
         else:
-            progress.done(run, facts)
+            progress.done(run, facts, earlier=True)
     if todo and config.compare.parallel > 1:
         jobs = [Job(config=run.config, label=run.label) for run in todo]
         processes = min(config.compare.parallel, len(jobs))
@@ -108,7 +111,7 @@ def train_and_compare(config: RunConfig, plan: Sequence[ArmRun], world: World, t
             lambda number, facts: progress.done(todo[number], facts),
         )
     else:
-        finished = all(_train_one(run, train, progress) for run in todo)
+        finished = all(_train_one(run, train, progress, world) for run in todo)
     if not finished:
         progress.stopped()
         return 0
@@ -116,28 +119,45 @@ def train_and_compare(config: RunConfig, plan: Sequence[ArmRun], world: World, t
     for run in plan:
         folders.setdefault(run.arm, {})[run.seed] = Path(str(run.config.run_dir))
     run_dir = Path(str(config.run_dir))
-    crossed = cross_evaluate(run_dir / CROSSED_FILE, folders, world, Console(enabled=world.main).info)
-    on_main(world, lambda: _conclude(run_dir, folders, config.compare, crossed, config))
-    return 0
+    whole = on_main(world, lambda: _without_diverged(folders, config.compare))
+    crossed = cross_evaluate(run_dir / CROSSED_FILE, whole, world, Console(enabled=world.main).info)
+    return on_main(world, lambda: _conclude(run_dir, folders, config.compare, crossed, config))
 
 
-def _train_one(run: ArmRun, train: TrainArm, progress: ComparisonProgress) -> bool:
-    """Whether the run finished."""
+def _train_one(run: ArmRun, train: TrainArm, progress: ComparisonProgress, world: World) -> bool:
+    """Whether the run finished or diverged, so that the next one is due."""
     progress.begin(run)
-    result = train(run.config, run.label)
-    if result.finished:
-        progress.done(run, {"init_hash": result.init_hash, "stream_hash": result.stream_hash})
-        gc.collect()  # the model of this arm must not count as memory of the next
-    return result.finished
+    facts: dict[str, Any] | None
+    try:
+        result = train(run.config, run.label)
+        if not result.finished:
+            return False
+        facts = {"diverged": None, "init_hash": result.init_hash, "stream_hash": result.stream_hash}
+    except DivergedError:
+        facts = on_main(world, functools.partial(_ended_facts, run))
+    assert facts is not None, "the trainer writes the result of a run that diverged"
+    progress.done(run, facts)
+    gc.collect()  # the model of this arm must not count as memory of the next
+    return True
 
 
-def _finished_facts(run: ArmRun) -> dict[str, Any] | None:
-    """result.json of a run that has done all its steps; None where it is to be trained."""
-    file = Path(str(run.config.run_dir)) / RESULT_FILE
-    if not file.is_file():
-        return None
-    facts = read_mapping(file)
-    return facts if facts.get("finished") and facts.get("steps", 0) >= run.config.steps else None
+def _ended_facts(run: ArmRun) -> dict[str, Any] | None:
+    """result.json of a run that has done all its steps, or diverged; None where it is to be trained."""
+    facts = {"diverged": None} | read_mapping(Path(str(run.config.run_dir)) / RESULT_FILE)
+    done = facts.get("finished") and facts.get("steps", 0) >= run.config.steps
+    return facts if done or facts["diverged"] else None
+
+
+def _without_diverged(folders: Mapping[str, Mapping[int, Path]], settings: CompareConfig) -> dict[str, dict[int, Path]]:
+    """The folders of the runs that have a loss at their end."""
+    return {
+        arm: {
+            seed: path
+            for seed, path in runs.items()
+            if read_run(path, skip_damaged=settings.skip_damaged).diverged is None
+        }
+        for arm, runs in folders.items()
+    }
 
 
 def compare_folders(arguments: FolderArguments) -> int:
@@ -161,8 +181,7 @@ def compare_folders(arguments: FolderArguments) -> int:
     run_dir = Path(arguments.run_dir or f"runs/compare-{'-'.join(folders)}")
     check_run_dir(run_dir, "auto")
     settings = CompareConfig(margin_percent=arguments.margin_percent, skip_damaged=arguments.skip_damaged)
-    _conclude(run_dir, folders, settings, {}, None)
-    return 0
+    return _conclude(run_dir, folders, settings, {}, None)
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -212,8 +231,8 @@ def _conclude(
     settings: CompareConfig,
     crossed: Crossed,
     config: RunConfig | None,
-) -> None:
-    """Write verdict.json and report.html, print the summary."""
+) -> int:
+    """Write verdict.json and report.html, print the summary; returns the exit status."""
     arms: dict[str, dict[int, RunRecord]] = {
         arm: {seed: read_run(path, skip_damaged=settings.skip_damaged) for seed, path in sorted(runs.items())}
         for arm, runs in folders.items()
@@ -236,6 +255,8 @@ def _conclude(
         print(f"\nearlier comparison: kept as {kept.resolve()}, since this one is not of all its runs", end="")
     print(f"\nrun folder: {run_dir.resolve()}")
     print(f"report: {report.resolve()}", flush=True)
+    baseline = verdict["arms"][verdict["baseline"]]
+    return int(all(run["diverged"] for run in baseline["runs"]))
 
 
 def keep_earlier(run_dir: Path, verdict: Mapping[str, Any]) -> Path | None:

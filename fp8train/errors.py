@@ -35,6 +35,17 @@ class TrainingError(RuntimeError):
     """Training that started and could not go on. Commands exit with status 1."""
 
 
+class DivergedError(TrainingError):
+    """Training whose loss or gradient norm is not finite any more; the same run would come to it again.
+
+    step: the first of the steps in a row that were not finite. reason: what is not finite, as "loss is nan".
+    """
+
+    def __init__(self, message: str, step: int = 0, reason: str = "") -> None:
+        super().__init__(message)
+        self.step, self.reason = step, reason
+
+
 def nearest(word: str, choices: Sequence[str]) -> str:
     """The choices most like `word`, ready to follow a semicolon: 'nearest: a, b' or 'choices: all of them'."""
     return _near(word, choices) or f"choices: {', '.join(choices)}"

@@ -10,6 +10,7 @@ from fp8train.distributed import init, rank_exit_code
 from fp8train.errors import TrainingError
 from fp8train.trainer import Trainer
 from fp8train.trainer.console import Console
+from fp8train.trainer.divergence import remedy
 from fp8train.trainer.run_folder import RunResult
 
 
@@ -49,8 +50,8 @@ def check_finite(result: RunResult) -> None:
     if result.finished and (loss is None or not math.isfinite(loss)):
         raise TrainingError(
             f"train: the {what} loss of {result.run_dir} is not finite after step {result.steps} "
-            f"({result.skipped_steps} steps skipped); needs a finite one. Lower optim.lr, look at the data, or try "
-            "recipe=bf16, in another run_dir."
+            f"({result.skipped_steps} steps skipped); needs a finite one. {remedy(fp8=result.fp8_flops_share > 0)}, in "
+            "another run_dir."
         )
 
 

@@ -124,6 +124,17 @@ def _metrics(
     return rows
 
 
+def write_diverged_run(folder: Path, *, step: int = 17, reason: str = "loss is nan", **options: Any) -> Path:
+    """Write a run that ended after ten steps, from that one on, whose loss was not finite; options of write_run."""
+    losses = np.append(np.linspace(5.5, 3.0, step - 1), np.full(10, np.nan))
+    diverged = {"step": step, "reason": reason}
+    path = write_run(folder, losses=losses, finished=False, diverged=diverged, **{"stream_hash": "part"} | options)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if "eval_loss" not in row or row["step"] < len(losses)]  # there is none at the end
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return path
+
+
 def make_coverage(recipe: str, *, layers: int = 4, rows: int = 1000) -> dict[str, Any]:
     """Coverage of a small decoder: all FP8 but lm_head, or all BF16 for recipe bf16; the last layer's down_proj has
     its wgrad in BF16.

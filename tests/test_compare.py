@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ from fp8train.comparison.arms import plan_arms
 from fp8train.comparison.crossing import crossed_losses
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
-from fp8train.errors import ConfigError, exit_code
+from fp8train.errors import ConfigError, DivergedError, TrainingError, exit_code
 from fp8train.trainer.run_folder import RunResult
-from tests.run_folders import write_run
+from tests.run_folders import write_diverged_run, write_run
 from tests.tiny_comparison import TINY, configuration
 
 
 class FakeTrainer:
-    """Writes the run folder of a finished run instead of training; stops before run number `stop_at`."""
+    """Writes the run folder of a finished run instead of training; stops before run number `stop_at`; the runs of
+    `diverging` labels diverge at step 17.
+    """
 
-    def __init__(self, *, stop_at: int | None = None, **facts: Any) -> None:
+    def __init__(self, *, stop_at: int | None = None, diverging: Sequence[str] = (), **facts: Any) -> None:
         self.trained: list[str] = []
+        self.diverging = diverging
         self.stop_at = stop_at
         self.facts = facts
 
@@ -37,8 +41,11 @@ class FakeTrainer:
         finished = len(self.trained) != self.stop_at
         if not folder.exists():
             facts = {"init_hash": f"seed {config.seed}"} | (self.facts if config.recipe != "bf16" else {})
-            write_run(folder, recipe=config.recipe, seed=config.seed, **facts)
+            write = write_diverged_run if label in self.diverging else write_run
+            write(folder, recipe=config.recipe, seed=config.seed, **facts)
             (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+        if label in self.diverging:
+            raise DivergedError("train: loss was not finite in 10 steps in a row", 17, "loss is nan")
         content = json.loads((folder / "result.json").read_text()) | {"finished": finished}
         known = {field.name: content.get(field.name) for field in dataclasses.fields(RunResult)}
         return RunResult(**known)
@@ -211,6 +218,72 @@ def test_several_seeds_get_a_placebo_a_test_and_a_table_of_gaps(
     text = capsys.readouterr().out
     assert text.count("held-out loss, nats/token") == 1 and "mean of 3 seeds" in text
     assert re.search(r"FP8 blockwise +\+0.44 % +\+0.44 % +\+0.44 % +\+0.44 % +\+0.44 to \+0.44 % +inferior", text)
+
+
+TWO_ARMS = ("compare.seeds=3", "compare.arms=[bf16,blockwise]")
+
+
+def test_run_that_diverges_is_part_of_the_verdict_and_the_others_are_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = FakeTrainer(diverging=["blockwise seed 1", "blockwise seed 3"])
+    assert compare(configuration(tmp_path, *TWO_ARMS), trainer) == 0
+    assert len(trainer.trained) == 6
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["status"] == "diverged" and (tmp_path / "report.html").exists()
+    text = capsys.readouterr().out
+    assert "blockwise seed 1: diverged at step 17 (loss is nan); the comparison goes on without it" in text
+    assert "FP8 blockwise diverged in 2 of 3 seeds (seed 1 at step 17: loss is nan; seed 3 at step 17" in text
+
+
+def test_run_that_diverged_is_trained_again_only_without_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(configuration(tmp_path, *TWO_ARMS), FakeTrainer(diverging=["blockwise seed 2"]))
+    folder = tmp_path / "arms" / "blockwise" / "seed_2"
+    capsys.readouterr()
+    again = FakeTrainer()
+    assert compare(configuration(tmp_path, *TWO_ARMS), again) == 0 and again.trained == []
+    line = "blockwise seed 2: diverged at step 17 (loss is nan) and would again; not trained. "
+    line += f"To try it again, delete {folder}"
+    assert line in capsys.readouterr().out.splitlines()
+    shutil.rmtree(folder)
+    assert compare(configuration(tmp_path, *TWO_ARMS), again) == 0
+    assert again.trained == ["blockwise seed 2: blockwise/seed_2"]
+    assert json.loads((tmp_path / "verdict.json").read_text())["status"] == "equivalent"
+
+
+def test_baseline_that_diverges_in_every_seed_ends_with_status_1(tmp_path: Path) -> None:
+    trainer = FakeTrainer(diverging=[f"bf16 seed {seed}" for seed in (1, 2, 3)])
+    assert compare(configuration(tmp_path, *TWO_ARMS), trainer) == 1
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert len(trainer.trained) == 6 and verdict["status"] == "inconclusive"
+
+
+def test_training_that_fails_otherwise_ends_the_comparison(tmp_path: Path) -> None:
+    def train(config: RunConfig, label: str) -> RunResult:
+        raise TrainingError("metrics.jsonl: the row of step 2 cannot be written")
+
+    config = configuration(tmp_path)
+    with pytest.raises(TrainingError, match="cannot be written"):
+        train_and_compare(config, plan_arms(config), World(), train)
+    assert not (tmp_path / "verdict.json").exists()
+
+
+@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["in turn", "parallel"])
+def test_real_runs_that_diverge_end_in_a_verdict_and_are_not_trained_again(
+    tmp_path: Path, parallel: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wild = ["steps=30", "optim.lr=1e38", "optim.max_nonfinite_steps=2", f"compare.parallel={parallel}"]
+    arguments = [*tiny_arguments(tmp_path, "out"), *wild]
+    assert main(arguments) == 1
+    verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert [entry["runs"][0]["diverged"]["step"] for entry in verdict["arms"].values()] == [2, 2]
+    assert verdict["status"] == "inconclusive" and "BF16 in 1 of 1 seed" in verdict["sentence"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
+    assert main(arguments) == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")} == before
+    assert capfd.readouterr().out.count("and would again; not trained") == 2
 
 
 def test_margin_of_the_user_decides(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from fp8train.compare import FolderArguments, compare_folders, main
 from fp8train.errors import ConfigError, DataError, UserError, exit_code
-from tests.run_folders import write_run
+from tests.run_folders import write_diverged_run, write_run
 
 
 def test_folders_that_are_there_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,3 +152,22 @@ def test_damaged_lines_are_left_out_only_if_asked(tmp_path: Path, capsys: pytest
     assert verdict["arms"]["blockwise"]["runs"][0]["damaged_lines"] == 1
     assert verdict["comparisons"]["blockwise"]["seeds"][0]["relative_loss_error"]["steps"] == 39
     assert "1 damaged lines of metrics were left out" in capsys.readouterr().out
+
+
+def test_folder_of_a_run_that_diverged_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bf16 = write_run(tmp_path / "a")
+    fp8 = write_diverged_run(tmp_path / "b", recipe="blockwise")
+    assert main([f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "verdict.json").read_text())["status"] == "diverged"
+    assert (
+        "FP8 blockwise diverged in 1 of 1 seed (seed 1 at step 17: loss is nan), BF16 in none."
+        in capsys.readouterr().out
+    )
+    assert main([f"runs=[{fp8},{bf16}]", f"run_dir={tmp_path / 'turned'}"]) == 1
+
+
+def test_folder_of_a_run_that_diverged_from_other_weights_is_refused(tmp_path: Path) -> None:
+    bf16 = write_run(tmp_path / "a")
+    fp8 = write_diverged_run(tmp_path / "b", recipe="blockwise", init_hash="other")
+    with pytest.raises(ConfigError, match="initial weights differs"):
+        main([f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"])

@@ -21,6 +21,7 @@ from fp8train.trainer.console import Console
 from fp8train.trainer.same_run import changed_keys
 
 BASELINE, PLACEBO = "bf16", "placebo"
+STARTS = {"init_hash": "initial weights", "stream_hash": "token stream"}  # key of result.json -> words for it
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -111,7 +112,7 @@ class ComparisonProgress:
         self._console = console
         self._limit = time_limit_seconds
         self._started = time.monotonic()
-        self._first: dict[int, tuple[ArmRun, Mapping[str, Any]]] = {}
+        self._first: dict[tuple[int, str], tuple[ArmRun, str]] = {}
         self._done = 0
 
     def begin(self, run: ArmRun) -> None:
@@ -122,10 +123,25 @@ class ComparisonProgress:
         number = self._plan.index(run) + 1
         self._console.info(f"\n{run.label}: run {number} of {len(self._plan)}, {run.config.run_dir}")
 
-    def done(self, run: ArmRun, facts: Mapping[str, Any]) -> None:
-        """After a run that has finished."""
+    def done(self, run: ArmRun, facts: Mapping[str, Any], *, earlier: bool = False) -> None:
+        """After a run that has finished or diverged.
+
+        Args:
+            facts: of its result.json.
+            earlier: it had before this comparison was begun, or begun again, and is not trained.
+        """
         self._done += 1
-        _check_same_start(run, facts, *self._first.setdefault(run.seed, (run, facts)))
+        for key, words in STARTS.items():
+            if key != "stream_hash" or not facts["diverged"]:  # a run that diverged has seen only part of its tokens
+                _check_same_start(
+                    run, words, str(facts[key]), *self._first.setdefault((run.seed, key), (run, str(facts[key])))
+                )
+        if facts["diverged"]:
+            what = f"{run.label}: diverged at step {facts['diverged']['step']} ({facts['diverged']['reason']})"
+            ended = "; the comparison goes on without it"
+            if earlier:
+                ended = f" and would again; not trained. To try it again, delete {run.config.run_dir}"
+            self._console.info(what + ended)
 
     def stopped(self) -> None:
         """After one that has not."""
@@ -184,12 +200,10 @@ def _check_begun(run: ArmRun) -> None:
         )
 
 
-def _check_same_start(run: ArmRun, facts: Mapping[str, Any], first: ArmRun, first_facts: Mapping[str, Any]) -> None:
-    """Initial weights and token stream must be those of the first arm with this seed."""
-    for key, words in (("init_hash", "initial weights"), ("stream_hash", "token stream")):
-        own, other = str(facts[key]), str(first_facts[key])
-        if own != other:
-            raise ConfigError(
-                f"compare: {words} of {run.config.run_dir} ({own[:12]}) are not those of {first.config.run_dir} "
-                f"({other[:12]}); needs the same for all arms. Delete both folders and start again."
-            )
+def _check_same_start(run: ArmRun, words: str, own: str, first: ArmRun, other: str) -> None:
+    """Initial weights or token stream, as a hash, must be those of the first arm with this seed."""
+    if own != other:
+        raise ConfigError(
+            f"compare: {words} of {run.config.run_dir} ({own[:12]}) are not those of {first.config.run_dir} "
+            f"({other[:12]}); needs the same for all arms. Delete both folders and start again."
+        )

@@ -52,7 +52,7 @@ def cross_evaluate(
 
     Args:
         file: what was evaluated before and is not again; grows.
-        folders: arm -> seed -> run folder, the baseline first.
+        folders: arm -> seed -> run folder, the baseline first; without the runs that diverged.
         info: takes a line before each evaluation.
 
     Returns:
@@ -65,7 +65,8 @@ def cross_evaluate(
     result: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in others}
     for seed, path in folders[baseline].items():
         step, all_bf16 = on_main(world, functools.partial(_state, path))
-        missing = {arm: folders[arm][seed] for arm in others if known.get(f"{arm} seed {seed}", {}).get("step") != step}
+        arms = [arm for arm in others if seed in folders[arm]]
+        missing = {arm: folders[arm][seed] for arm in arms if known.get(f"{arm} seed {seed}", {}).get("step") != step}
         if missing:
             info(f"evaluating the weights of {path} in the arithmetic of {', '.join(missing)}")
             for arm, nats in crossed_losses(path, missing, world).items():
@@ -75,7 +76,7 @@ def cross_evaluate(
             known[f"{arm} seed {seed}"]["arm_weights"] = nats
         if missing:
             on_main(world, lambda: write_file(file, json.dumps(known, indent=1) + "\n"))
-        for arm in others:
+        for arm in arms:
             result[arm][seed] = {key: value for key, value in known[f"{arm} seed {seed}"].items() if key != "step"}
     return result
 

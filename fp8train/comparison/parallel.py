@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -13,19 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from fp8train.config import RunConfig
 from fp8train.distributed import World
-from fp8train.errors import TrainingError, UserError
+from fp8train.errors import DivergedError, TrainingError, UserError
 from fp8train.trainer.console import Console
 from fp8train.trainer.loop import Trainer
+from fp8train.trainer.run_folder import RESULT_FILE
 from fp8train.trainer.stopping import StopRequest
 
 POLL_SECONDS = 0.5
-FACTS = ("finished", "init_hash", "stream_hash")
+SENT_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGXCPU)
+FACTS = ("finished", "diverged", "init_hash", "stream_hash")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +60,13 @@ def train_in_processes(
 
     Args:
         begin: called with a job's number before it is started, to complete its configuration and to announce it.
-        done: called with its number and FACTS of its result when it has finished.
+        done: called with its number and FACTS of its result when it has finished or diverged.
 
     Returns:
-        bool: whether all of them finished.
+        bool: whether all of them did.
 
     Raises:
-        UserError, TrainingError: as a run raised it, after the others were stopped.
+        UserError, TrainingError: as a run raised it (but for one that diverged), after the others were stopped.
     """
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // processes)
@@ -81,7 +85,7 @@ def train_in_processes(
             for worker in [worker for worker in live if worker.outcome in ready]:
                 live.remove(worker)
                 facts = _outcome(worker, stopping)
-                if facts["finished"]:
+                if facts["finished"] or facts["diverged"]:
                     done(worker.number, facts)
                 else:
                     stopping = True
@@ -111,11 +115,21 @@ def _outcome(worker: _Worker, stopping: bool) -> dict[str, Any]:
     if isinstance(value, Exception):
         raise value
     if value is None and not stopping:
-        code = worker.process.exitcode
-        raise TrainingError(
-            f"compare: the process of {worker.job.label} ended with status {code}. Its output says why."
-        )
+        raise TrainingError(f"compare: the process of {worker.job.label} {_ending(worker.process.exitcode)}")
     return value or dict.fromkeys(FACTS)
+
+
+def _ending(code: int | None) -> str:
+    """How a process ended that gave no result, and what to do, from its status: negative is a signal's number."""
+    if code is None or code >= 0:
+        return f"ended with status {code}. Its output says why."
+    name = signal.Signals(-code).name
+    if -code not in SENT_FROM_OUTSIDE:
+        return f"crashed ({name}). Its output, or the system's log, says where."
+    return (
+        f"was ended by {name}, which another process sent, e.g. the system for lack of memory (its log says so). If "
+        "memory is short lower compare.parallel; the same command goes on from what is saved."
+    )
 
 
 @contextlib.contextmanager
@@ -145,6 +159,9 @@ def _work(job: Job, slot: int, threads: int, outcome: Connection, told: Connecti
     try:
         result = Trainer(config, World(device=device), console).run()
         value: dict[str, Any] | Exception = {name: getattr(result, name) for name in FACTS}
+    except DivergedError:
+        content = json.loads((Path(str(config.run_dir)) / RESULT_FILE).read_text(encoding="utf-8"))
+        value = {name: content[name] for name in FACTS}
     except (UserError, TrainingError) as error:
         value = error
     except KeyboardInterrupt:  # the parent got it too, and says so

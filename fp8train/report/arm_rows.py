@@ -20,6 +20,11 @@ def runs_of(arms: Arms) -> Iterable[tuple[int, str, int, RunRecord]]:
             yield slot, arm, index, run
 
 
+def whole(runs: Mapping[int, RunRecord]) -> Mapping[int, RunRecord]:
+    """The runs of an arm that its curves are of: those that did not diverge; all up to there, where none is left."""
+    return {seed: run for seed, run in runs.items() if run.diverged is None} or runs
+
+
 def measured_runs(verdict: Mapping[str, Any]) -> Iterable[tuple[str, int, Mapping[str, Any]]]:
     """(arm, index of the seed, measures) of every run."""
     return ((arm, index, run) for arm, entry in verdict["arms"].items() for index, run in enumerate(entry["runs"]))

@@ -48,7 +48,7 @@ def gap_test(pairs: Pairs, margin: float, doubt: str | None) -> dict[str, Any]:
         gap is the true one, and seeds_needed_if_equal: if there is none (None: one seed, more than MAX_SEEDS, or
         undecided, where more seeds would not help).
     """
-    evaluated = all(pair["heldout_gap"]["step"] is not None for pair in pairs)
+    evaluated = all(pair["heldout_gap"]["step"] is not None for pair in pairs if not pair["diverged"])
     quantity = HELD_OUT if evaluated else TRAINING
     gaps = [
         pair["heldout_gap"]["percent"] if evaluated else pair["relative_loss_error"]["ema_final_percent"]
@@ -79,10 +79,13 @@ def gap_test(pairs: Pairs, margin: float, doubt: str | None) -> dict[str, Any]:
 
 
 def against_placebo(pairs: Pairs, placebo: Pairs, quantity: str) -> dict[str, Any] | None:
-    """The arm's gap less the placebo's, seed by seed, in percent; None where a seed lacks one."""
+    """The arm's gap less the placebo's, in percent, over the seeds that have both; None where a seed that did not
+    diverge lacks one, or none is left.
+    """
     key = ("heldout_gap", "percent") if quantity == HELD_OUT else ("relative_loss_error", "ema_final_percent")
-    both = [(new[key[0]][key[1]], base[key[0]][key[1]]) for new, base in zip(pairs, placebo, strict=True)]
-    if any(new is None or base is None for new, base in both):
+    left = [rows for rows in zip(pairs, placebo, strict=True) if not any(row["diverged"] for row in rows)]
+    both = [(new[key[0]][key[1]], base[key[0]][key[1]]) for new, base in left]
+    if not both or any(new is None or base is None for new, base in both):
         return None
     return dataclasses.asdict(interval([new - base for new, base in both]))
 

@@ -17,9 +17,11 @@ from fp8train.report.arm_rows import (
     run_row,
     runs_of,
     thinned,
+    whole,
 )
 from fp8train.report.charts import Bars, Curve, bar_chart, line_chart
 from fp8train.report.conclusion import NOT_COMPARABLE
+from fp8train.report.divergence import finished
 from fp8train.report.page import Column, typeset
 from fp8train.report.results import banded
 from fp8train.report.run_record import Arms, first_run
@@ -96,11 +98,11 @@ def _time_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     longest = 0.0
     found = []
     for slot, (arm, runs) in enumerate(arms.items()):
-        speeds = [run["tokens_per_second"] for run in verdict["arms"][arm]["runs"]]
+        speeds = [run["tokens_per_second"] for run in finished(verdict["arms"][arm]["runs"])]
         if any(speed is None for speed in speeds):
             return ""
         speed = float(np.exp(np.mean(np.log(speeds))))
-        tables = [(run.train.columns["tokens_seen"], ema(run.train.columns["loss"])) for run in runs.values()]
+        tables = [(run.train.columns["tokens_seen"], ema(run.train.columns["loss"])) for run in whole(runs).values()]
         if not all(np.isfinite(tokens).all() for tokens, _ in tables):
             return ""
         curve = banded(verdict["arms"][arm]["label"], slot, tables, wide=slot == 0)
@@ -150,7 +152,7 @@ def _time_table(verdict: Mapping[str, Any]) -> str:
     names += ["Tokens to last loss", "Time to loss", "95 % interval"]
     rows = []
     for arm, comparison in verdict["comparisons"].items():
-        tokens = [pair["tokens_to_loss"] for pair in comparison["seeds"]]
+        tokens = [pair["tokens_to_loss"] for pair in finished(comparison["seeds"])]
         ratios = [_average([_at(found, share) for found in tokens]) for share in TARGETS]
         ratios.append(_average([found["common"]["ratio"] for found in tokens]))
         found = (None if _doubt(verdict, arm) else comparison["speed"][key] for key in ("raw", "time_to_loss"))

@@ -11,6 +11,7 @@ from typing import Any
 from fp8train.report import page
 from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
 from fp8train.report.costs import memory_section, speed_section
+from fp8train.report.divergence import finished
 from fp8train.report.gaps import gap_section
 from fp8train.report.layers import layers_section
 from fp8train.report.page import code, typeset
@@ -82,7 +83,7 @@ def _tiles(verdict: Mapping[str, Any]) -> str:
     """Key figures of the primary comparison."""
     arm = verdict["primary"]
     comparison = verdict["comparisons"][arm]
-    new, base = (mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
+    new, base = (mean(finished(verdict["arms"][name]["runs"])) for name in (arm, comparison["against"]))
     average, test = comparison["mean"], comparison["test"]
     gap, error = average["heldout_gap"], average["relative_loss_error"]
     share = None if new["fp8_flops_share"] is None else 100 * new["fp8_flops_share"]

@@ -8,6 +8,7 @@ from typing import Any
 from fp8train.report import page
 from fp8train.report.arm_rows import arm_name, measured_runs, pair_of, run_columns, run_row
 from fp8train.report.conclusion import interval_text, more_seeds
+from fp8train.report.divergence import finished
 from fp8train.report.interval_chart import Gaps, interval_chart
 from fp8train.report.page import Column, typeset
 from fp8train.units import NOTHING, count_text, loss_text, percent_text, ratio_text, signed_text
@@ -132,7 +133,7 @@ def _crossed_table(verdict: Mapping[str, Any]) -> str:
     )
     rows = []
     for arm, comparison in verdict["comparisons"].items():
-        table = _mean_of([pair["crossed"] for pair in comparison["seeds"]])
+        table = _mean_of([pair["crossed"] for pair in finished(comparison["seeds"])])
         cells = [loss_text(table[f"{w}_in_{a}"]) for w in ("baseline", "arm") for a in ("baseline", "arm")]
         cells += [signed_text(table["weights_nats"]), signed_text(table["arithmetic_nats"])]
         rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])

@@ -18,8 +18,10 @@ from fp8train.report.arm_rows import (
     run_row,
     runs_of,
     thinned,
+    whole,
 )
 from fp8train.report.charts import Curve, line_chart, nice_range
+from fp8train.report.divergence import count_words, diverged_seeds
 from fp8train.report.page import Column, typeset
 from fp8train.report.run_record import Arms, Table
 from fp8train.report.trajectory import SMOOTHING, ema, paired
@@ -34,10 +36,15 @@ Smooth = Mapping[str, Mapping[int, np.ndarray]]  # arm -> seed -> smoothed train
 def loss_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Loss curves, their difference, and both in tables."""
     smooth = {arm: {seed: ema(run.train.columns["loss"]) for seed, run in runs.items()} for arm, runs in arms.items()}
-    parts = [_nonfinite_alert(entry) for entry in verdict["arms"].values()]
+    parts = [_diverged_alert(entry) + _nonfinite_alert(entry) for entry in verdict["arms"].values()]
     parts += [_loss_figure(verdict, arms, smooth), _difference_figure(verdict, arms)]
     parts += [_loss_table(verdict), _error_table(verdict)]
     return [*parts, page.details("Loss by step, as a table", _steps_table(verdict, arms, smooth))]
+
+
+def _diverged_alert(entry: Mapping[str, Any]) -> str:
+    text = f"{entry['label']} diverged in {count_words(entry)}."
+    return page.paragraph(text, "alert") if diverged_seeds(entry) else ""
 
 
 def _nonfinite_alert(entry: Mapping[str, Any]) -> str:
@@ -65,21 +72,27 @@ def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     """Training loss of every arm, raw and smoothed, and its held-out losses."""
     curves: list[Curve] = []
     for slot, (arm, runs) in enumerate(arms.items()):
-        for run in runs.values() if len(runs) == 1 else ():
+        left = whole(runs)
+        for run in [run for run in runs.values() if len(runs) == 1 or run.diverged]:
             curves.append(
                 Curve(label="", slot=slot, steps=run.train.steps, values=run.train.columns["loss"], faint=True)
             )
-        tables = [(run.train.steps, smooth[arm][seed]) for seed, run in runs.items()]
+        tables = [(run.train.steps, smooth[arm][seed]) for seed, run in left.items()]
         curves.append(banded(verdict["arms"][arm]["label"], slot, tables, wide=slot == 0))
-        held_out = [(run.evals.steps, run.evals.columns["eval_loss"]) for run in runs.values()]
+        held_out = [(run.evals.steps, run.evals.columns["eval_loss"]) for run in left.values()]
         curves.append(banded("", slot, held_out, markers=True))
     y_range, cut = _loss_range(curves, max(len(run.train) for *_, run in runs_of(arms)))
+    if any(map(diverged_seeds, verdict["arms"].values())):
+        y_range, cut = (
+            _finished_range(arms) or y_range,
+            " Thin: runs that diverged, up to there; they may leave the frame.",
+        )
     title = f"Loss of each arm over the training steps. {verdict['sentence']}"
     chart = line_chart(curves, name="loss", title=title, y_label="loss, nats per token", y_range=y_range, height=380)
     seeds = len(verdict["seeds"])
     behind = f"Behind it: every logged step{thinned(arms)}."
     if seeds > 1:
-        behind = f"It is the mean of {seeds} seeds; shaded: from the lowest to the highest of them."
+        behind = f"It is the mean of {_seeds_words(verdict)}; shaded: from the lowest to the highest of them."
     circles = f"Circles: held-out loss in the arm's own precision{', mean of the seeds' * (seeds > 1)}."
     circles += f" They lie below the bold line while the loss falls fast, since that line lags by {LAG}."
     text = f"Bold: training loss, smoothed (EMA {SMOOTHING:g}). {behind} {circles}{cut}"
@@ -89,20 +102,24 @@ def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
 def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     """Relative loss error of every arm against the baseline, raw and smoothed, with the held-out gaps."""
     baseline, curves = arms[verdict["baseline"]], list[Curve]()
+    framed = list[Curve]()  # what the range is of: of runs that diverged only where there are no others
     for slot, (arm, runs) in enumerate(arms.items()):
         if arm == verdict["baseline"]:
             continue
-        pairs = [(baseline[seed], run) for seed, run in runs.items()]
-        if len(pairs) == 1:
-            steps, base, new = paired(pairs[0][0].train, pairs[0][1].train, "loss")
-            curves.append(Curve(label="", slot=slot, steps=steps, values=100 * (new - base) / base, faint=True))
+        both = [(baseline[seed], run) for seed, run in runs.items()]
+        ended = [pair for pair in both if any(run.diverged for run in pair)]
+        pairs = [pair for pair in both if pair not in ended] or both
+        thin = [_relative(one.train, other.train, "loss", smoothed=False) for one, other in ended or both[:1]]
+        for steps, values in thin if ended or len(both) == 1 else ():
+            curves.append(Curve(label="", slot=slot, steps=steps, values=values, faint=True))
         smooth = [_relative(one.train, other.train, "loss", smoothed=True) for one, other in pairs]
-        curves.append(banded(verdict["arms"][arm]["label"], slot, smooth))
         held_out = [_relative(one.evals, other.evals, "eval_loss", smoothed=False) for one, other in pairs]
-        curves.append(banded("", slot, held_out, markers=True))
+        bold = [banded(verdict["arms"][arm]["label"], slot, smooth), banded("", slot, held_out, markers=True)]
+        framed += [*bold, *curves[-1:] * (len(both) == 1)] if len(ended) < len(both) else []
+        curves += bold
     limit = verdict["margin_percent"]
     margin = f"\u00b1{limit:g}\u202f%"
-    shown = [part for curve in curves for part in (curve.values, *(curve.band or ()))]
+    shown = [part for curve in framed or curves for part in (curve.values, *(curve.band or ()))]
     chart = line_chart(
         curves,
         name="difference",
@@ -116,6 +133,8 @@ def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     several = len(verdict["seeds"]) > 1
     behind = "shaded in its colour: from the lowest to the highest seed" if several else "behind it: step by step"
     placebo = " The placebo shows what noise of FP8's size does by chance." if verdict["placebo"] else ""
+    if several and any(map(diverged_seeds, verdict["arms"].values())):
+        behind += "; thin: seeds that diverged, up to there"
     reading = "" if several else ", a scale to read by, not a test"
     caption = (
         "<strong>Difference.</strong> Above zero the arm is worse than the baseline. Bold: both losses smoothed "
@@ -130,6 +149,22 @@ def _relative(baseline: Table, other: Table, column: str, *, smoothed: bool) -> 
     steps, base, new = paired(baseline, other, column)
     base, new = (ema(base), ema(new)) if smoothed else (base, new)
     return steps, 100 * (new - base) / base
+
+
+def _seeds_words(verdict: Mapping[str, Any]) -> str:
+    some = any(map(diverged_seeds, verdict["arms"].values()))
+    return f"{len(verdict['seeds'])} seeds" + ", or of those that did not diverge" * some
+
+
+def _finished_range(arms: Arms) -> tuple[float, float] | None:
+    """Range of the losses of runs that did not diverge, which one that did would flatten; None where there is none."""
+    losses = [run.train.columns["loss"] for *_, run in runs_of(arms) if run.diverged is None]
+    finite = [part for values in losses if len(part := values[np.isfinite(values)])]
+    if not finite:
+        return None
+    low, high = min(part.min() for part in finite), max(part.max() for part in finite)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def _loss_range(curves: Sequence[Curve], rows: int) -> tuple[tuple[float, float] | None, str]:
@@ -195,14 +230,16 @@ def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     the baseline, means over the seeds.
     """
     baseline = verdict["baseline"]
-    tokens = over_seeds([(run.train.steps, run.train.columns["tokens_seen"]) for run in arms[baseline].values()])
+    base = arms[baseline]
+    tokens = over_seeds([(run.train.steps, run.train.columns["tokens_seen"]) for run in whole(base).values()])
     columns, curves = [Column(heading="Step", number=True), Column(heading="Tokens", number=True)], []
     for arm, runs in arms.items():
         label = verdict["arms"][arm]["label"]
         columns += [Column(heading=label, number=True)]
         columns += [Column(heading=f"{label}, difference", number=True)] * (arm != baseline)
-        loss = over_seeds([(run.train.steps, smooth[arm][seed]) for seed, run in runs.items()])
-        pairs = [(arms[baseline][seed].train, run.train) for seed, run in runs.items()]
+        loss = over_seeds([(run.train.steps, smooth[arm][seed]) for seed, run in whole(runs).items()])
+        both = [seed for seed, run in runs.items() if run.diverged is None and base[seed].diverged is None]
+        pairs = [(base[seed].train, runs[seed].train) for seed in both or runs]
         difference = over_seeds([_relative(*pair, "loss", smoothed=True) for pair in pairs])
         curves.append((arm, loss, difference))
     common = functools.reduce(np.intersect1d, (steps for _, (steps, _), _ in curves))
@@ -214,8 +251,7 @@ def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
             text = percent_text(_mean_at(difference, step), signed=True)
             cells += [loss_text(_mean_at(loss, step)), *[typeset(text)] * (arm != baseline)]
         rows.append(cells)
-    seeds = len(verdict["seeds"])
-    mean = f", mean of {seeds} seeds" * (seeds > 1)
+    mean = f", mean of {_seeds_words(verdict)}" * (len(verdict["seeds"]) > 1)
     return page.table(f"Training loss, smoothed (EMA {SMOOTHING:g}), nats per token{mean}.", columns, rows)
 
 

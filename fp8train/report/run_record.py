@@ -40,6 +40,10 @@ class Table:
         """The value of the last row; None where it is absent or not finite."""
         return finite(self.columns[name][-1]) if len(self) else None
 
+    def empty(self) -> Table:
+        """The same columns without a row."""
+        return Table(steps=self.steps[:0], columns={name: values[:0] for name, values in self.columns.items()})
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class RunRecord:
@@ -60,6 +64,18 @@ class RunRecord:
     recipe: str = ""
     telemetry: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     damaged: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def diverged(self) -> dict[str, Any] | None:
+        """{"step", "reason"} of a run that has no loss at its end: training recorded that it ended for that, or the
+        last held-out loss (the last training loss where nothing is held out) is not finite. None for any other.
+        """
+        what, table, column = (
+            ("held-out loss", self.evals, "eval_loss") if len(self.evals) else ("loss", self.train, "loss")
+        )
+        if self.result.get("diverged") is None and table.last(column) is None:
+            return {"step": int(table.steps[-1]), "reason": f"{what} is not finite"}
+        return self.result.get("diverged")
 
     @property
     def noise(self) -> float:

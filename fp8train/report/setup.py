@@ -195,6 +195,11 @@ def method() -> str:
         "margins (with several seeds the lower end of the 90 % interval), so that an arm within the margin has kept at "
         f"least {1 - 1 / LEAST_FALL:.0%} of that, and in at least {LEAST_STEPS} steps, since Adam's first updates are "
         "close to the signs of the gradient and hide rounding. Otherwise no test is read, and more seeds do not help.",
+        "Diverged": "A run without a finite loss at its end, or whose steps were not finite optim.max_nonfinite_steps "
+        "times in a row. It has no gap: numbers are of the seeds that arm and baseline both finished. An arm is "
+        "diverged if it did in a seed in which the baseline did not, and never the other way round; where the "
+        "baseline diverged too the comparison is inconclusive. How many tokens such a run saw, and in which order, is "
+        "known only from its data, seed and tokens a step.",
         "Placebo": "BF16 whose GEMM operands carry unbiased noise as large as FP8's rounding. Its gap is what such "
         "noise "
         "does by chance; an arm is only worse than chance if its gap stands out from the placebo's.",

@@ -7,6 +7,7 @@ from typing import Any
 
 from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
 from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers, refused_kernels
+from fp8train.report.divergence import count_words, diverged_seeds, finished
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.report.verdict import mean
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
@@ -25,12 +26,19 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
         pair = comparison and comparison["mean" if several else "seeds"]
         pair = pair if several or pair is None else pair[0]
         doubt = comparison and comparison["speed"]["not_quoted"]
-        columns.append(_column(mean(verdict["arms"][arm]["runs"]), pair, several, doubt is not None))
+        columns.append(_column(mean(finished(verdict["arms"][arm]["runs"])), pair, several, doubt is not None))
     heading = f"mean of {len(verdict['seeds'])} seeds" if several else ""
+    some = any(map(diverged_seeds, verdict["arms"].values()))
+    heading += ", of those that did not diverge" * (several and some)
     blocks = [_table([heading, *(verdict["arms"][arm]["label"] for arm in arms)], columns)]
     if several:
         blocks.append(_gaps(verdict))
     blocks += [text for arm, runs in arms.items() if (text := _coverage_lines(verdict["arms"][arm]["label"], runs))]
+    for entry in verdict["arms"].values():
+        words = f"in {count_words(entry)}"
+        said = (f"{entry['label']} diverged {words}", f"{entry['label']} {words}")  # of an arm, of the baseline
+        if diverged_seeds(entry) and not any(text in verdict["sentence"] for text in said):
+            blocks.append(f"{said[0]}.")
     damaged = sum(run["damaged_lines"] for entry in verdict["arms"].values() for run in entry["runs"])
     if damaged:
         blocks.append(f"{damaged} damaged lines of metrics were left out, as asked.")
@@ -72,7 +80,10 @@ def _gaps(verdict: Mapping[str, Any]) -> str:
     rows = []
     for arm, comparison in verdict["comparisons"].items():
         test = comparison["test"]
-        gaps = [percent_text(gap, signed=True) for gap in test["gaps"]]
+        gaps = [
+            "diverged" if pair["diverged"] else percent_text(gap, signed=True)
+            for pair, gap in zip(comparison["seeds"], test["gaps"], strict=True)
+        ]
         cells = [*gaps, percent_text(test["mean"], signed=True), interval_text(test), test["status"]]
         rows.append([verdict["arms"][arm]["label"], *cells])
     test = next(iter(verdict["comparisons"].values()))["test"]

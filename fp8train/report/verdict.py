@@ -4,6 +4,7 @@ verdict.json.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from fp8train.report.conclusion import (
     speed_doubt,
     speed_ratios,
 )
+from fp8train.report.divergence import diverged_seeds, diverged_sentence, finished, judged
 from fp8train.report.learning import learning
 from fp8train.report.run_record import Arms, RunRecord, finite
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
@@ -39,6 +41,11 @@ SHARED_FACTS = {
     "eval_hash": "eval set",
     "init_hash": "initial weights",
 }
+OF_ALL_STEPS = ("stream_hash", "tokens_seen")  # of those, what a run that diverged cannot share: it ended early
+# What a run that diverged has none of.
+LOSSES = (
+    "train_loss", "train_loss_ema", "eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16",
+)  # fmt: skip
 
 # arm -> seed -> held-out loss of {"baseline_weights": baseline's weights in the arm's arithmetic, "arm_weights": the
 # arm's weights in the baseline's}
@@ -47,13 +54,14 @@ Crossed = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 def measures(run: RunRecord) -> dict[str, Any]:
     """What one run reached: losses, speed, memory, share of FLOPs in FP8, what it ran on. None where a number is
-    absent or not finite.
+    absent or not finite; no loss is that of a run that diverged.
     """
     speed = steady(run.train, "tokens_per_second")
     low, median, high = np.percentile(speed, (10, 50, 90)).tolist() if len(speed) else (None, None, None)
     losses, environment = run.train.columns["loss"], flattened(run.environment)
-    return {
+    found = {
         "run_dir": str(run.path),
+        "diverged": run.diverged,
         "steps": int(run.train.steps[-1]),
         "tokens_seen": finite(run.result.get("tokens_seen")) or run.train.last("tokens_seen"),
         "first_train_loss": next((loss for value in losses if (loss := finite(value)) is not None), None),
@@ -78,18 +86,26 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "emulates": run.emulates,
         "ran_on": {key: environment.get(key) for key in SPEED_FACTS},
     }
+    return found if run.diverged is None else found | dict.fromkeys(LOSSES)
 
 
 def pair_measures(baseline: RunRecord, other: RunRecord, crossed: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """How one run differs from the baseline run of the same seed.
+    """How one run differs from the baseline run of the same seed. Where one of them diverged there is no gap and no
+    ratio of speeds: up to that step they may look alike.
 
     Args:
         crossed: the held-out losses of each one's weights in the other's arithmetic (Crossed).
     """
     base, new = measures(baseline), measures(other)
-    speed = _ratio(new["tokens_per_second"], base["tokens_per_second"])
+    diverged = bool(base["diverged"] or new["diverged"])
+    if diverged:
+        baseline, other = (
+            dataclasses.replace(run, train=run.train.empty(), evals=run.evals.empty()) for run in (baseline, other)
+        )
+    speed = None if diverged else _ratio(new["tokens_per_second"], base["tokens_per_second"])
     tokens = trajectory.tokens_to_loss(baseline.train, other.train)
     return {
+        "diverged": diverged,
         "relative_loss_error": trajectory.relative_loss_error(baseline.train, other.train),
         "heldout_gap": heldout_gap(baseline.evals, other.evals),
         "heldout_gap_bf16": heldout_gap(baseline.evals, other.evals, "eval_loss_bf16", "bits_per_byte_bf16"),
@@ -136,27 +152,41 @@ def check_comparable(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
         runs: name -> run; the first is what the others are held against.
 
     Returns:
-        The facts that they share, by key of SHARED_FACTS.
+        The facts that they share, by key of SHARED_FACTS; OF_ALL_STEPS as runs that did not diverge share them.
 
     Raises:
         ConfigError: the runs differ in one of SHARED_FACTS, or one does not say.
     """
-    names = list(runs)
+    early = [name for name, run in runs.items() if run.result.get("diverged")]
+    whole = [name for name in runs if name not in early] or list(runs)[:1]
     for key, words in SHARED_FACTS.items():
-        values = {name: run.result.get(key) for name, run in runs.items()}
+        values = {name: runs[name].result.get(key) for name in (whole if key in OF_ALL_STEPS else runs)}
+        first = next(iter(values))
         for name, value in values.items():
             if value is None:
                 raise ConfigError(
                     f"compare: {runs[name].path} does not say its {words} ({key} in result.json); needs a "
                     "finished run. Let the run finish or repeat it."
                 )
-            if value != values[names[0]]:
+            if value != values[first]:
                 raise ConfigError(
-                    f"compare: {words} differs: {names[0]} has {_short(values[names[0]])}, {name} has {_short(value)}; "
+                    f"compare: {words} differs: {first} has {_short(values[first])}, {name} has {_short(value)}; "
                     "needs the same for both, or their loss gap says nothing about precision. Train both from "
                     "one configuration."
                 )
-    return {key: runs[names[0]].result[key] for key in SHARED_FACTS}
+    for name in early:
+        _check_step_size(name, runs[name], whole[0], runs[whole[0]])
+    return {key: runs[whole[0]].result[key] for key in SHARED_FACTS}
+
+
+def _check_step_size(name: str, run: RunRecord, other_name: str, other: RunRecord) -> None:
+    """Tokens a step of a run that diverged must be those of another, since its token count and order cannot be."""
+    own, wanted = (one.train.columns["tokens_seen"][0] / one.train.steps[0] for one in (run, other))
+    if own != wanted:
+        raise ConfigError(
+            f"compare: tokens a step differ: {other_name} has {wanted:,.0f}, {name} has {own:,.0f}; needs the same for "
+            "both, or their loss gap says nothing about precision. Train both from one configuration."
+        )
 
 
 def make_verdict(
@@ -201,14 +231,15 @@ def make_verdict(
         "smoothing": SMOOTHING,
         "parallel": parallel,
         "arms": entries,
-        "learning": learning(entries[baseline]["label"], entries[baseline]["runs"], margin_percent),
+        "learning": learning(entries[baseline]["label"], finished(entries[baseline]["runs"]), margin_percent),
         "comparisons": {},
         "shared": [{"seed": seed, **facts} for seed, facts in shared.items()],
     }
     for arm in others:
         losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
         pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
-        verdict["comparisons"][arm] = _comparison(pairs, verdict, speed_doubt(entries[baseline], entries[arm]))
+        compared = _comparison(pairs, verdict, entries[arm])
+        verdict["comparisons"][arm] = {"against": baseline, **compared}
     for arm, comparison in verdict["comparisons"].items():
         aside = verdict["comparisons"].get(placebo) if arm != placebo else None
         found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
@@ -220,13 +251,18 @@ def make_verdict(
     return verdict
 
 
-def _comparison(pairs: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], doubt: str | None) -> dict[str, Any]:
-    """One arm against the baseline of the verdict, over all seeds; `doubt`: why its speed is not quoted."""
-    average, speed = mean(pairs), speed_ratios(pairs) | {"not_quoted": doubt}
+def _comparison(
+    pairs: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One arm against the baseline of the verdict, over all seeds that both finished."""
+    left, base = finished(pairs), verdict["arms"][verdict["baseline"]]
+    seeds = {pair["seed"] for pair in left}
+    sides = ({**entry, "runs": [run for run in entry["runs"] if run["seed"] in seeds]} for entry in (base, own))
+    average, speed = mean(left), speed_ratios(left) | {"not_quoted": speed_doubt(*sides)}
     for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
         average[key] = speed[name] and speed[name]["mean"]
-    test = gap_test(pairs, verdict["margin_percent"], verdict["learning"]["doubt"])
-    return {"against": verdict["baseline"], "seeds": list(pairs), "mean": average, "test": test, "speed": speed}
+    test = judged(gap_test(pairs, verdict["margin_percent"], verdict["learning"]["doubt"]), base, own)
+    return {"seeds": list(pairs), "mean": average, "test": test, "speed": speed}
 
 
 def arm_label(arm: str, runs: Mapping[int, RunRecord]) -> str:
@@ -242,6 +278,9 @@ def sentence(verdict: Mapping[str, Any], arm: str) -> str:
     comparison = verdict["comparisons"][arm]
     label, base_label = verdict["arms"][arm]["label"], verdict["arms"][comparison["against"]]["label"]
     test, average = comparison["test"], comparison["mean"]
+    entries = [verdict["arms"][name] for name in (comparison["against"], arm)]
+    if any(map(diverged_seeds, entries)):
+        return diverged_sentence(test, *entries)
     new, base = (mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
     keys = ("eval_loss", "train_loss") if test["quantity"] == "held-out loss" else ("train_loss_ema", "train_loss")
     loss, base_loss = new[keys[0]], base[keys[0]]

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TextIO
 
 from fp8train.config import RunConfig
@@ -14,6 +15,7 @@ from fp8train.data import Batcher
 from fp8train.distributed import World
 from fp8train.models import count_parameters
 from fp8train.trainer.assembly import shards
+from fp8train.trainer.progress import Progress
 
 GIB = 2**30
 
@@ -140,3 +142,15 @@ def introduction(config: RunConfig, world: World, report: ConversionReport, batc
             f"run folder {config.run_dir}",
         ]
     )
+
+
+def ending(config: RunConfig, progress: Progress, stopped_by: str | None, saved: Path) -> str:
+    """How a run ended, and where its last checkpoint is."""
+    if stopped_by is not None:
+        return (
+            f"stopped by {stopped_by} after step {progress.step} of {config.steps}; saved {saved}. "
+            "The same command goes on from there."
+        )
+    demoted = len(progress.watchers.get("alarm", {}).get("demoted", ()))
+    note = f", {demoted} linears demoted to BF16 by the recipe's alarm" if demoted else ""
+    return f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{note}: {Path(config.run_dir)}"

@@ -16,7 +16,7 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World
-from fp8train.errors import TrainingError
+from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics, peak_flops
 from fp8train.models import count_parameters, flops_per_token
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
@@ -29,8 +29,9 @@ from fp8train.trainer.assembly import (
     parameter_hash,
     spread,
 )
-from fp8train.trainer.console import Console, introduction
+from fp8train.trainer.console import Console, ending, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
+from fp8train.trainer.divergence import check_diverged
 from fp8train.trainer.environment import device_name
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.footprint import check_memory
@@ -83,7 +84,8 @@ class Trainer:
 
         Raises:
             UserError: the configuration, data, folder or machine does not serve; nothing has been written then.
-            TrainingError: optim.max_nonfinite_steps steps in a row were not finite, or metrics.jsonl cannot be written.
+            DivergedError: optim.max_nonfinite_steps steps in a row were not finite; result.json says so.
+            TrainingError: strict coverage found a GEMM outside FP8, or metrics.jsonl cannot be written.
         """
         started = time.monotonic()
         config, world = self.config, self.world
@@ -105,6 +107,11 @@ class Trainer:
             try:
                 stopped_by = self._train(stop)
                 return self._finish(stopped_by, started)
+            except DivergedError as error:
+                self.coverage.pause()
+                result = self._result(None, started, diverged={"step": error.step, "reason": error.reason})
+                on_main(world, lambda: write_result(result))
+                raise
             finally:
                 self.console.close()
                 if self.metrics is not None:
@@ -290,12 +297,7 @@ class Trainer:
         progress.nonfinite_in_a_row = 0 if result.updated else progress.nonfinite_in_a_row + 1
         self.speed.add(config.global_batch_tokens, seconds)
         self._log(result, lr, seconds, data_seconds)
-        if progress.nonfinite_in_a_row >= config.optim.max_nonfinite_steps:
-            raise TrainingError(
-                f"train: loss or gradient norm was not finite in {progress.nonfinite_in_a_row} steps in a row, up to "
-                f"step {progress.step} (loss {result.loss}, norm {result.grad_norm}); needs finite ones. Lower "
-                "optim.lr, look at the data, or try recipe=bf16."
-            )
+        check_diverged(progress, result, config.optim.max_nonfinite_steps, fp8=not self.assembly.all_bf16)
         return result
 
     def _log(self, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
@@ -355,24 +357,17 @@ class Trainer:
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))
-        demoted = len(self.progress.watchers.get("alarm", {}).get("demoted", ()))
-        note = f", {demoted} linears demoted to BF16 by the recipe's alarm" if demoted else ""
-        ended = f"finished {result.steps} steps in {result.train_seconds:.1f} s of training{note}: {self.run_dir}"
-        if stopped_by is not None:
-            ended = (
-                f"stopped by {stopped_by} after step {result.steps} of {self.config.steps}; saved {saved}. "
-                "The same command goes on from there."
-            )
-        self.console.info(ended)
+        self.console.info(ending(self.config, self.progress, stopped_by, saved))
         return result
 
-    def _result(self, stopped_by: str | None, started: float) -> RunResult:
+    def _result(self, stopped_by: str | None, started: float, diverged: dict[str, Any] | None = None) -> RunResult:
         config, progress, dataset, world = self.config, self.progress, self.batcher.dataset, self.world
         coverage = self.coverage.total()
         return RunResult(
             run_dir=str(self.run_dir),
-            finished=stopped_by is None,
+            finished=stopped_by is None and diverged is None,
             stopped_by=stopped_by,
+            diverged=diverged,
             device=device_name(world.device),
             world_size=world.world_size,
             steps=progress.step,

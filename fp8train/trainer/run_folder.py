@@ -40,8 +40,9 @@ class RunResult:
     """What a run came to; result.json holds it, less evals and coverage, which have files of their own.
 
     run_dir: run folder
-    finished: all steps are done; false after a signal or the time limit
+    finished: all steps are done; false after a signal, the time limit, or where it diverged
     stopped_by: what ended it early, such as "SIGTERM"; null
+    diverged: {"step", "reason"} of a run that ended early since its steps were not finite any more; null
     device: GPU name, or "cpu"
     world_size: ranks
     steps, tokens_seen: of the whole run, resumed parts included
@@ -63,6 +64,7 @@ class RunResult:
     run_dir: str
     finished: bool
     stopped_by: str | None
+    diverged: dict[str, Any] | None = None
     device: str
     world_size: int
     steps: int

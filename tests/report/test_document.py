@@ -191,7 +191,7 @@ def test_steps_without_a_finite_loss_raise_an_alert(tmp_path: Path) -> None:
 
 def test_diverged_arm_still_gets_a_report(tmp_path: Path) -> None:
     outline = Outline(report_of(arms_of(tmp_path, losses=np.full(40, np.nan), eval_loss=np.nan)))
-    assert "cannot be held against" in outline.texts["h1"][0] and len(outline.all("svg")) == 6
+    assert "diverged in 1 of 1 seed" in outline.texts["h1"][0] and len(outline.all("svg")) == 6
 
 
 def test_names_of_the_user_are_escaped(tmp_path: Path) -> None:

@@ -197,13 +197,15 @@ def test_diverged_arm_is_said_and_stays_strict_json(tmp_path: Path) -> None:
     run = verdict["arms"]["blockwise"]["runs"][0]
     assert run["nonfinite_losses"] == STEPS - 3 and run["train_loss"] is None and run["eval_loss"] is None
     assert verdict["comparisons"]["blockwise"]["mean"]["heldout_gap"]["nats"] is None
-    assert verdict["sentence"] == "FP8 blockwise cannot be held against BF16: a loss is not finite at the end."
+    where = "seed 1 at step 40: held-out loss is not finite"
+    assert verdict["sentence"] == f"FP8 blockwise diverged in 1 of 1 seed ({where}), BF16 in none."
 
 
 def test_arm_that_never_had_a_finite_loss_cannot_be_held_against_the_other(tmp_path: Path) -> None:
     arms = pair(tmp_path, losses=np.full(STEPS, np.nan), eval_loss=math.nan)
     verdict = verdict_of(arms)
-    assert verdict["sentence"] == "FP8 blockwise cannot be held against BF16: a loss is not finite at the end."
+    where = "seed 1 at step 40: held-out loss is not finite"
+    assert verdict["sentence"] == f"FP8 blockwise diverged in 1 of 1 seed ({where}), BF16 in none."
 
 
 def test_without_evaluation_the_training_loss_is_compared(tmp_path: Path) -> None:
@@ -295,9 +297,9 @@ def test_seed_that_diverged_leaves_nothing_equivalent(tmp_path: Path) -> None:
         write_run(tmp_path / "diverged", recipe="blockwise", eval_loss=math.nan, init_hash="seed 2")
     )
     verdict = verdict_of(arms)
-    assert verdict["status"] == "inconclusive"
-    assert "the loss of 1 of 3 seeds is not finite at the end" in verdict["reason"]
-    assert verdict["sentence"].startswith("FP8 blockwise cannot be held against BF16")
+    assert verdict["status"] == "diverged"
+    assert verdict["reason"] == "in 1 seed in which BF16, with the same weights and tokens, did not"
+    assert "over the 2 seeds that both finished: 0.00 % held-out loss (90 % interval" in verdict["sentence"]
 
 
 def test_time_to_loss_charges_speed_with_the_tokens_that_the_arm_needs_more(tmp_path: Path) -> None:

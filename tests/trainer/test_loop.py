@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -18,7 +19,7 @@ from fp8train.checkpoint import open_checkpoint
 from fp8train.config import config_from_dict, load_config
 from fp8train.data import Batch
 from fp8train.distributed import World
-from fp8train.errors import CheckpointError, ConfigError, DataError, TrainingError
+from fp8train.errors import CheckpointError, ConfigError, DataError, DivergedError, TrainingError
 from fp8train.metrics import read_metrics
 from fp8train.models import build_model, initialize, save_hf
 from fp8train.recipe import load_recipe
@@ -234,7 +235,23 @@ class TestStopping:
         rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
         assert [row["loss"] for row in rows[-2:]] == [None, None]
         assert all(row["nonfinite"] and row["skipped"] for row in rows[-2:])
-        assert not (tmp_path / "run" / "result.json").exists()
+
+    def test_run_that_diverged_says_where_in_its_result_and_can_be_tried_again(self, tmp_path: Path):
+        wild = ("optim.lr=1e38", "optim.clip_grad_norm=null", "optim.max_nonfinite_steps=2", "steps=30")
+        with pytest.raises(DivergedError, match="try recipe=bf16") as caught:
+            tiny_train(tmp_path, *wild)
+        rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        first = next(row["step"] for row in rows if row.get("skipped"))
+        assert result["diverged"] == {"step": first, "reason": caught.value.reason} and first == rows[-1]["step"] - 1
+        assert (result["finished"], result["steps"], result["stopped_by"]) == (False, rows[-1]["step"], None)
+        assert re.match("(loss|gradient norm) is (nan|inf)", caught.value.reason)
+        assert tiny_train(tmp_path, "steps=4").finished
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["diverged"] is None
+
+    def test_run_in_bf16_that_diverged_is_not_told_to_try_bf16(self, tmp_path: Path):
+        with pytest.raises(DivergedError, match=r"needs finite ones\. Lower optim.lr or look at the data\.$"):
+            tiny_train(tmp_path, "recipe=bf16", "optim.lr=1e38", "optim.max_nonfinite_steps=2", "steps=30")
 
 
 class TestRefusals:

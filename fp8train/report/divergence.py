@@ -1,0 +1,70 @@
+"""Runs of a comparison that diverged: which ones, in words, and what they make of an arm's verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fp8train.report.conclusion import interval_text
+from fp8train.units import percent_text
+
+Rows = Sequence[Mapping[str, Any]]  # measures or pairs of verdict.json, one a seed, each with `seed` and `diverged`
+
+
+def finished(rows: Rows) -> Rows:
+    """Those that statistics are made over: what did not diverge; all of them, without a loss, where nothing is left."""
+    return [row for row in rows if not row["diverged"]] or rows
+
+
+def diverged_seeds(entry: Mapping[str, Any]) -> set[int]:
+    """Seeds in which an arm diverged."""
+    return {run["seed"] for run in entry["runs"] if run["diverged"]}
+
+
+def count_words(entry: Mapping[str, Any]) -> str:
+    """`2 of 3 seeds (seed 1 at step 17: loss is nan; seed 3 at step 20: loss is nan)`; `none`."""
+    runs = [run for run in entry["runs"] if run["diverged"]]
+    if not runs:
+        return "none"
+    each = "; ".join(
+        f"seed {run['seed']} at step {run['diverged']['step']}: {run['diverged']['reason']}" for run in runs
+    )
+    return f"{len(runs)} of {len(entry['runs'])} seed{'s' * (len(entry['runs']) > 1)} ({each})"
+
+
+def judged(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The test of an arm, with the status and reason that its and the baseline's divergence give it; else as it is.
+
+    "diverged" where the arm did in a seed in which the baseline did not, and never the other way round; "inconclusive"
+    where only the baseline did, or both in the same or in different seeds. What is left of the seeds is no fair sample.
+
+    Args:
+        test: of the seeds that both finished.
+        base, own: entries of verdict.json's arms.
+    """
+    base_seeds, own_seeds = diverged_seeds(base), diverged_seeds(own)
+    if not base_seeds | own_seeds:
+        return dict(test)
+    worse = len(own_seeds - base_seeds)
+    if base_seeds < own_seeds:
+        status, where = "diverged", f"in {worse} seed{'s' * (worse > 1)}"
+        reason = f"{where} in which {base['label']}, with the same weights and tokens, did not"
+    else:
+        status = "inconclusive"
+        reason = f"{base['label']} diverged in {len(base_seeds)} of {len(base['runs'])} seeds"
+        reason += (
+            " too" * bool(own_seeds) + ", so that the settings may be the cause, and not the precision: lower optim.lr"
+        )
+    return {**test, "status": status, "reason": reason, "seeds_needed": None, "seeds_needed_if_equal": None}
+
+
+def diverged_sentence(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Which runs of an arm and of its baseline diverged, and the gap over the seeds that are left."""
+    text = f"{own['label']} diverged in {count_words(own)}, {base['label']} in {count_words(base)}"
+    if test["mean"] is None:
+        return f"{text}."
+    left = f"{test['count']} seed{'s' * (test['count'] > 1)} that both finished"
+    gap = f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
+    if test["low"] is not None:
+        gap += f" ({100 * test['confidence']:.0f} % interval {interval_text(test)})"
+    return f"{text}; over the {left}: {gap}."
