@@ -153,4 +153,4 @@ def ending(config: RunConfig, progress: Progress, stopped_by: str | None, saved:
         )
     demoted = len(progress.watchers.get("alarm", {}).get("demoted", ()))
     note = f", {demoted} linears demoted to BF16 by the recipe's alarm" if demoted else ""
-    return f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{note}: {Path(config.run_dir)}"
+    return f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{note}: {saved.parents[1]}"
