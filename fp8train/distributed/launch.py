@@ -35,6 +35,7 @@ def rank_exit_code(main: Main, argv: Sequence[str] | None = None) -> int:
     try:
         return recorded(sys.argv[1:] if argv is None else argv)
     except UserError:
+        time.sleep(YIELD_SECONDS)  # as soon as one rank ends torchrun ends the others, and rank 0 is to say why
         return 2
     except TrainingError:
         return 1
