@@ -261,14 +261,14 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     """
     _check("swiglu_backward", dh, gate, up, torch.float8_e4m3fn, BLOCK)
     gradients = torch.empty(2, *gate.shape, dtype=gate.dtype, device=gate.device)
-    _launch(dh, gate, up, gradients[0], None, None, None, None, (0, True, True), apart=True)
+    _launch(dh, gate, up, gradients[0], None, None, None, None, (0, True, True))
     return gradients[0], gradients[1]
 
 
 def _launch(
     dh: Tensor, gate: Tensor, up: Tensor, out: Tensor | None,
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    kinds: tuple[int, bool, bool], apart: bool,
+    kinds: tuple[int, bool, bool], apart: bool = False,
 ) -> None:  # fmt: skip
     if gate.numel() == 0:
         return

@@ -34,11 +34,9 @@ def rank_exit_code(main: Main, argv: Sequence[str] | None = None) -> int:
         return exit_code(recorded, argv)
     try:
         return recorded(sys.argv[1:] if argv is None else argv)
-    except UserError:
+    except (UserError, TrainingError) as error:
         time.sleep(YIELD_SECONDS)  # as soon as one rank ends torchrun ends the others, and rank 0 is to say why
-        return 2
-    except TrainingError:
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -107,9 +107,7 @@ def test_a_layer_that_is_run_again_in_backward_gives_the_same(branch: torch.dtyp
 @needs_triton
 @dtypes
 def test_kernels_numbers_are_torchs_but_for_a_last_place(dtype: torch.dtype) -> None:
-    tensors = inputs(dtype, torch.bfloat16)
-    plain, fused = step(Stream(False, "triton"), tensors), {}
-    fused = step(Stream(True, "triton"), inputs(dtype, torch.bfloat16))
+    plain, fused = (step(Stream(fuse, "triton"), inputs(dtype, torch.bfloat16)) for fuse in (False, True))
     for name, theirs in plain.items():
         # see test_fused.py: 9e-4 a GEMM, of which three follow each other; BF16 gradients are rounded where the others
         # are, so that 8e-4 of them may differ by 2^-8
