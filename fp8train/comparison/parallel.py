@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -145,8 +142,7 @@ def _ended(live: list[_Worker]) -> Iterator[None]:
 
 
 def _work(job: Job, slot: int, threads: int, outcome: Connection, told: Connection) -> None:
-    """Body of a process."""
-    threading.Thread(target=_stop_when_told, args=(told,), daemon=True).start()
+    """Body of a process: it saves and stops when the parent closes its end of `told`, or dies."""
     torch.set_num_threads(threads)
     device = (
         torch.device("cuda", slot % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
@@ -157,7 +153,7 @@ def _work(job: Job, slot: int, threads: int, outcome: Connection, told: Connecti
     lines = _Lines(sys.stdout)
     console = Console(config.steps, print_every=config.log.print_every, label=job.label, stream=lines)  # type: ignore[arg-type]
     try:
-        result = Trainer(config, World(device=device), console).run()
+        result = Trainer(config, World(device=device), console).run(lambda: "its comparison" if told.poll() else None)
         value: dict[str, Any] | Exception = {name: getattr(result, name) for name in FACTS}
     except DivergedError:
         content = json.loads((Path(str(config.run_dir)) / RESULT_FILE).read_text(encoding="utf-8"))
@@ -168,19 +164,6 @@ def _work(job: Job, slot: int, threads: int, outcome: Connection, told: Connecti
         sys.exit(130)
     with contextlib.suppress(BrokenPipeError):  # the parent is gone; what was trained is saved
         outcome.send(value)
-
-
-def _stop_when_told(told: Connection) -> None:
-    """When the parent closes its end, or dies, save and stop, as at a SIGTERM.
-
-    A scheduler may have signalled the whole process group: then the run knows already, its handler is taken off, and a
-    second signal would end it before it has saved.
-    """
-    with contextlib.suppress(EOFError):
-        told.recv()
-    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not yet training, or already told
-        time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,11 @@ class Trainer:
         self.metrics: Metrics | None = None
         self.evals: list[dict[str, Any]] = []
 
-    def run(self) -> RunResult:
-        """Train to the last step, or until a signal or the time limit; a finished run is only reported.
+    def run(self, asked: Callable[[], str | None] | None = None) -> RunResult:
+        """Train to the last step, or until a signal, the time limit or `asked`; a finished run is only reported.
+
+        Args:
+            asked: who asks to stop after the current step; None while nobody does.
 
         Raises:
             UserError: the configuration, data, folder or machine does not serve; nothing has been written then.
@@ -100,7 +104,7 @@ class Trainer:
             told_when_aborted(self.run_dir, self.console.info),
             claimed(self.run_dir, world),
             deterministic_algorithms(config.deterministic),
-            StopRequest(config.time_limit_seconds, tell=world.main) as stop,
+            StopRequest(config.time_limit_seconds, tell=world.main, asked=asked) as stop,
         ):
             self._build()
             self._open()

@@ -29,10 +29,18 @@ class StopRequest:
         time_limit_seconds: counted from here; None is no limit.
         tell: say on stderr what Ctrl-C does and what it does again; a process that multiprocessing started leaves that
             to its parent, which got the signal too.
+        asked: who asks to stop by other means than a signal; None while nobody does.
     """
 
-    def __init__(self, time_limit_seconds: float | None = None, *, tell: bool = True) -> None:
+    def __init__(
+        self,
+        time_limit_seconds: float | None = None,
+        *,
+        tell: bool = True,
+        asked: Callable[[], str | None] | None = None,
+    ) -> None:
         self._tell = tell and multiprocessing.parent_process() is None
+        self._asked = asked
         self._limit = time_limit_seconds
         self._started = time.monotonic()
         self._signal: str | None = None
@@ -45,7 +53,7 @@ class StopRequest:
             return self._signal
         if self._limit is not None and time.monotonic() - self._started >= self._limit:
             return f"the time limit of {self._limit:g} s"
-        return None
+        return None if self._asked is None else self._asked()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python hands signals to the main thread alone
@@ -58,8 +66,12 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        """Handler of SIGNALS, of the second too: one taken off while a signal waits for it would lose that signal."""
+        if self._signal is not None:
+            self._restore()
+            os.kill(os.getpid(), number)
+            return
         self._signal = signal.Signals(number).name
-        self._restore()
         if number == signal.SIGINT and self._tell:
             with contextlib.suppress(OSError):  # written past sys.stderr, which may be in the middle of a line
                 os.write(STDERR, b"\nCtrl-C: finishing the step and saving; press again to abort\n")

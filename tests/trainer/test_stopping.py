@@ -65,6 +65,35 @@ def test_ignored_interrupt_stays_ignored():
         assert stop.reason is None
 
 
+@pytest.mark.parametrize("without_us", [signal.SIG_IGN, lambda *_: None], ids=["ignored", "handled"])
+def test_two_signals_at_once_stop_by_the_first_and_none_is_lost(without_us, monkeypatch: pytest.MonkeyPatch):
+    lost = list[object]()
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)  # where Python says that a signal had no handler left
+    before = signal.signal(signal.SIGUSR1, without_us)
+    try:
+        with StopRequest(tell=False) as stop:
+            both = (signal.SIGINT, signal.SIGUSR1)
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            for number in both:
+                os.kill(os.getpid(), number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+            assert stop.reason == "SIGINT"
+            assert signal.getsignal(signal.SIGUSR1) is without_us
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not lost
+
+
+def test_whoever_asks_is_the_reason_unless_a_signal_came():
+    who = "nobody"
+    with StopRequest(asked=lambda: None if who == "nobody" else who) as stop:
+        assert stop.reason is None
+        who = "its comparison"
+        assert stop.reason == "its comparison"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+
+
 def test_first_press_saves_every_run_of_a_parallel_comparison(tmp_path: Path):
     arguments = [*TINY, "steps=100000", "compare.parallel=2", f"run_dir={tmp_path / 'out'}"]
     command = [sys.executable, "-m", "fp8train", "compare", *arguments]
