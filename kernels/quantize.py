@@ -5,7 +5,8 @@ NaN or an Inf; qdata = saturate(x * (1 / scale_inv)), bit for bit as fp8train.qu
 
 x [M, K] bf16/fp32, row-major, any leading stride.
 Row copy: qdata [M, K], scale_inv [M, ceil(K/128)], M contiguous. Column copy: qdata [K, M], scale_inv [K, ceil(M/128)],
-K contiguous. One program: a tile of 128x128; how it is scaled and stored is in tile.py.
+K contiguous. One program: a tile of 128x128; how it is scaled and stored is in tile.py, or in tile_words.py where that
+serves.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3. Measured: kernels/README.md.
 """
 
@@ -29,6 +30,7 @@ from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
     are_whole,
+    as_words,
     check_format,
     check_matrix,
     empty_codes,
@@ -37,9 +39,11 @@ from fp8train.kernels.tile_launch import (
     leading_strides,
     max_bits,
     tiles,
-    tiling,
+    word_tiling,
 )
+from fp8train.kernels.tile_words import load_words, store_word_tile
 
+# Where not WORDS:
 MAX_REGISTERS = 82  # of BF16, pow2 scales, whole tiles, no counts: three programs of 8 warps on an SM (Triton 3.6)
 KEEP = False  # read x twice, the second time from L1
 
@@ -77,6 +81,16 @@ def _strip(x_ptr, stride_xm, TWICE: tl.constexpr, AGAIN: tl.constexpr, i, m, k, 
 
 
 @triton.jit
+def _load_words(x_ptr, stride_xm, i, m, k, STRIPS: tl.constexpr):
+    return (load_words(x_ptr, stride_xm, i, m, k, STRIPS),)
+
+
+@triton.jit
+def _as_they_are(words):
+    return words
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr,  # [M, K] bf16 or fp32
     row_ptr, row_scale_ptr,  # [M, K] fp8, [M, ceil(K/128)] fp32
@@ -86,17 +100,24 @@ def _quantize_kernel(
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
     ROW: tl.constexpr, COL: tl.constexpr, STATS: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
     WHOLE: tl.constexpr,  # are_whole: every tile lies inside
+    WORDS: tl.constexpr,  # as_words: the tile is read once and kept
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
-    store_tile(
-        _strip, (x_ptr, stride_xm, COL, False), (x_ptr, stride_xm, COL, True), zero, m, k, M, K,
-        row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
-        stride_row, stride_row_scale, stride_col, stride_col_scale,
-        MAX_BITS, ROW_POW2, COL_POW2, ROW, COL, STRIPS, KEEP,
-    )  # fmt: skip
+    if WORDS:
+        store_word_tile(
+            _load_words, (x_ptr, stride_xm), _as_they_are, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, STRIPS, STRIPS,
+        )  # fmt: skip
+    else:
+        store_tile(
+            _strip, (x_ptr, stride_xm, COL, False), (x_ptr, stride_xm, COL, True), zero, m, k, M, K,
+            row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            stride_row, stride_row_scale, stride_col, stride_col_scale,
+            MAX_BITS, ROW_POW2, COL_POW2, ROW, COL, STRIPS, KEEP,
+        )  # fmt: skip
     if STATS:
         tl.debug_barrier()  # the scales are written
     if STATS and ROW:
@@ -123,16 +144,18 @@ def _compile_cases() -> list[tuple]:
                     (signature if wanted else constants)[f"{copy}_ptr"] = "*fp8e4nv" if wanted else None
                     (signature if wanted else constants)[f"{copy}_scale_ptr"] = "*fp32" if wanted else None
                 title = f"quantize {name} {dtype} {'pow2' if pow2 else 'fp32'}"
-                more, options = tiling(
-                    dtype == "bf16", col, KEEP, NUM_WARPS, True, MAX_REGISTERS if dtype == "bf16" and pow2 else None
+                more, options = word_tiling(
+                    dtype == "bf16", col, KEEP, True, dtype == "bf16" and pow2, row, MAX_REGISTERS
                 )
                 cases.append((title, _quantize_kernel, signature, constants | more, options))
-    _, kernel, signature, constants, options = cases[8]
+    title, kernel, signature, constants, options = cases[8]
+    plain, limited = word_tiling(True, True, KEEP, True, True, False, MAX_REGISTERS)
+    cases.append((f"{title} plain", kernel, signature, constants | plain, limited))
     free = {"num_warps": NUM_WARPS}
     e5m2 = signature | {"row_ptr": "*fp8e5", "col_ptr": "*fp8e5"}
     counting = {key: value for key, value in constants.items() if key != "stats_ptr"} | {"STATS": True}
     cases.append(("quantize dual bf16 pow2 e5m2", kernel, e5m2, constants | {"MAX_BITS": 0x47600000}, options))
-    ragged, counting = constants | {"WHOLE": False}, counting | {"WHOLE": False}
+    ragged, counting = constants | plain | {"WHOLE": False}, counting | plain | {"WHOLE": False}
     cases.append(("quantize dual bf16 pow2 ragged", kernel, signature, ragged, free | {"odd": sizes[:3]}))
     cases.append(("quantize dual bf16 pow2 stats", kernel, signature | {"stats_ptr": "*i64"}, counting, free))
     return cases
@@ -193,6 +216,7 @@ def quantize_dual(
     fp8_max: float,
     pow2: bool,
     col_pow2: bool | None = None,
+    words: bool = True,
     block: int = BLOCK,
     stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,6 +224,7 @@ def quantize_dual(
 
     Args:
         col_pow2: kind of scale of the column copy; None is that of the row copy.
+        words: take two numbers at a time where that serves (as_words), to the same codes.
         stats: [2, 5] int64: row copy, column copy.
 
     Returns:
@@ -211,13 +236,13 @@ def quantize_dual(
     _check("quantize_dual", x, fp8_dtype, block, stats, (2, len(STATISTICS)))
     row, row_scale, col, col_scale = empty_copies(x, fp8_dtype, columns=True)
     kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    _launch(x, row, row_scale, col, col_scale, stats, *kinds)
+    _launch(x, row, row_scale, col, col_scale, stats, *kinds, words)
     return row, row_scale, col, col_scale
 
 
 def _launch(
     x: Tensor, row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    stats: Tensor | None, max_bits: int, pow2: bool, col_pow2: bool,
+    stats: Tensor | None, max_bits: int, pow2: bool, col_pow2: bool, words: bool = False,
 ) -> None:  # fmt: skip
     if x.numel() == 0:
         return
@@ -225,14 +250,14 @@ def _launch(
     def rest() -> Rest:
         (M, K), bf16 = x.shape, x.dtype is torch.bfloat16
         whole = are_whole(M, K, x.stride(0)) and stats is None
-        limit = MAX_REGISTERS if bf16 and whole and pow2 and col_pow2 and x.data_ptr() % 16 == 0 else None
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, whole, limit)
+        fits = as_words(bf16, True, whole, pow2 and col_pow2, x)
+        tile, options = word_tiling(bf16, col is not None, KEEP, whole, fits, words and row is not None, MAX_REGISTERS)
         constants = {"MAX_BITS": max_bits, "ROW_POW2": pow2, "COL_POW2": col_pow2}
         constants |= {"ROW": row is not None, "COL": col is not None, "STATS": stats is not None}
         scalars = M, K, x.stride(0), *leading_strides(row, row_scale, col, col_scale), 0
         return tiles(M, K), scalars, constants | tile, options
 
-    launch(_quantize_kernel, (max_bits, pow2, col_pow2), (x, row, row_scale, col, col_scale, stats), rest)
+    launch(_quantize_kernel, (max_bits, pow2, col_pow2, words), (x, row, row_scale, col, col_scale, stats), rest)
 
 
 def _check(

@@ -4,7 +4,7 @@ x [M, K] bf16/fp32, row-major, any leading stride; weight [K] fp32; rstd [M] fp3
 of quantize.quantize_dual for y, bit for bit, without y ever being written. y = (x * rstd) * weight in FP32, rounded to
 out_dtype: given rstd, the very products of torch's rms_norm; `rmsnorm` is the same without the quantiser, and the
 definition of y. rstd comes from a kernel before this one, since column blocks need 128 whole rows, which fit no SM.
-How a tile is scaled and stored is in tile.py.
+How a tile is scaled and stored is in tile.py, or in tile_words.py where that serves.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; RMSNorm: arXiv:1910.07467. Measured: kernels/README.md.
 """
 
@@ -19,8 +19,8 @@ from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import load_strip, store_plain, store_tile, strip
 from fp8train.kernels.tile_launch import (
     BLOCK,
-    NUM_WARPS,
     are_whole,
+    as_words,
     check_format,
     check_matrix,
     check_vector,
@@ -28,11 +28,13 @@ from fp8train.kernels.tile_launch import (
     leading_strides,
     max_bits,
     tiles,
-    tiling,
+    word_tiling,
 )
+from fp8train.kernels.tile_words import load_halves, paired, store_word_tile
 
 KEEP = True  # normalise once
-MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
+AHEAD = tl.constexpr(2)  # strips of x that are loaded while others are worked on, where WORDS
+MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles, where not WORDS: two programs of 8 warps on an SM
 
 
 @triton.jit
@@ -49,6 +51,19 @@ def _normalize(
 
 
 @triton.jit
+def _load_words(x_ptr, rstd_ptr, even_weight, odd_weight, stride_xm, i, m, k, STRIPS: tl.constexpr):
+    even, odd = load_halves(x_ptr, stride_xm, i, m, k, STRIPS)
+    rstd = tl.load(rstd_ptr + m + STRIPS * tl.arange(0, 128 // STRIPS) + i)
+    return even, odd, rstd[:, None], even_weight[None, :], odd_weight[None, :]
+
+
+@triton.jit
+def _normalized_words(even, odd, rstd, even_weight, odd_weight):
+    """Words of what _normalize gives."""
+    return paired(even * rstd * even_weight, odd * rstd * odd_weight)
+
+
+@triton.jit
 def _rmsnorm_quantize_kernel(
     x_ptr,  # [M, K] bf16 or fp32
     rstd_ptr, weight_ptr,  # [M] fp32, [K] fp32
@@ -59,13 +74,22 @@ def _rmsnorm_quantize_kernel(
     BF16: tl.constexpr, MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr,
     COL: tl.constexpr, QUANTIZE: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
     WHOLE: tl.constexpr,  # are_whole: every tile lies inside
+    WORDS: tl.constexpr,  # as_words
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
     inputs = x_ptr, rstd_ptr, weight_ptr, stride_xm, BF16
-    if QUANTIZE:
+    if WORDS:
+        pairs = 2 * tl.arange(0, 64)[:, None] + tl.arange(0, 2)[None, :]
+        even_weight, odd_weight = tl.split(tl.load(weight_ptr + k + pairs))
+        store_word_tile(
+            _load_words, (x_ptr, rstd_ptr, even_weight, odd_weight, stride_xm), _normalized_words, m, k, M, K,
+            row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, STRIPS, AHEAD,
+        )  # fmt: skip
+    elif QUANTIZE:
         store_tile(
             _normalize, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
             stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
@@ -86,10 +110,13 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"rmsnorm_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = tiling(True, True, KEEP, NUM_WARPS, True, MAX_REGISTERS if pow2 else None)
+            more, options = word_tiling(True, True, KEEP, True, pow2, True, MAX_REGISTERS)
             cases.append((title, kernel, {"x_ptr": f"*{dtype}"} | vectors | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS, True)
+    for case in (cases[0], cases[2]):
+        more, options = word_tiling(True, True, KEEP, True, True, False, MAX_REGISTERS)
+        cases.append((f"{case[0]} plain", kernel, case[2], constants | more, options))
+    more, options = word_tiling(True, False, KEEP, True, True, True, MAX_REGISTERS)
     constants = constants | more
     cases.append((f"{title} row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -113,6 +140,7 @@ def rmsnorm_quantize(
     out_dtype: torch.dtype = torch.bfloat16,
     col_pow2: bool | None = None,
     columns: bool = True,
+    words: bool = True,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Row copy and column copy of the normalised x: quantize.quantize_dual(rmsnorm(x)), bit for bit.
@@ -127,6 +155,7 @@ def rmsnorm_quantize(
         out_dtype: torch.bfloat16 or torch.float32: what y would be rounded to if it were written.
         col_pow2: kind of scale of the column copy; None is that of the row copy.
         columns: write the column copy; without it both of its outputs are None.
+        words: take two numbers at a time where that serves (as_words), to the same codes.
         block: 128.
 
     Returns:
@@ -138,7 +167,7 @@ def rmsnorm_quantize(
     _check("rmsnorm_quantize", x, weight, rstd, out_dtype, fp8_dtype, block)
     copies = empty_copies(x, fp8_dtype, columns)
     kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    _launch(x, rstd, weight, out_dtype, None, *copies, kinds)
+    _launch(x, rstd, weight, out_dtype, None, *copies, kinds, words)
     return copies
 
 
@@ -157,7 +186,7 @@ def rmsnorm(x: Tensor, weight: Tensor, rstd: Tensor, *, out_dtype: torch.dtype =
 def _launch(
     x: Tensor, rstd: Tensor, weight: Tensor, out_dtype: torch.dtype, out: Tensor | None,
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    kinds: tuple[int, bool, bool],
+    kinds: tuple[int, bool, bool], words: bool = False,
 ) -> None:  # fmt: skip
     if x.numel() == 0:
         return
@@ -165,14 +194,15 @@ def _launch(
     def rest() -> Rest:
         (M, K), bf16 = x.shape, out_dtype is torch.bfloat16
         whole = are_whole(M, K, x.stride(0))
-        limit = MAX_REGISTERS if bf16 and whole and kinds[1] and kinds[2] else None
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, whole, limit)
+        fits = as_words(bf16, col is not None, whole, kinds[1] and kinds[2], x)
+        tile, options = word_tiling(bf16, col is not None, KEEP, whole, fits, words, MAX_REGISTERS)
         constants = {"BF16": bf16, "MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
         return tiles(M, K), (M, K, x.stride(0), *strides, 0), constants | tile, options
 
-    launch(_rmsnorm_quantize_kernel, (out_dtype, kinds), (x, rstd, weight, out, row, row_scale, col, col_scale), rest)
+    tensors = x, rstd, weight, out, row, row_scale, col, col_scale
+    launch(_rmsnorm_quantize_kernel, (out_dtype, kinds, words), tensors, rest)
 
 
 def _check(

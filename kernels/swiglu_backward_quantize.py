@@ -7,7 +7,7 @@ quantize.quantize_dual, bit for bit, without the gradients ever being written. s
 are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the division are the device's fast
 ones (swiglu_quantize.sigmoid), hence not torch's bits: `swiglu_backward` is this without the quantiser: the definition.
 One program: a tile of 128x128 of both gradients where they are BF16, tiles are whole and all scales powers of two
-(tile_pairs.py); else of one of them (tile.py), since fp32 numbers of both do not fit the registers.
+(tile_words.py); else of one of them (tile.py), since fp32 numbers of both do not fit the registers.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; SwiGLU: arXiv:2002.05202. Measured: kernels/README.md.
 """
 
@@ -25,6 +25,7 @@ from fp8train.kernels.tile_launch import (
     BLOCK,
     NUM_WARPS,
     are_whole,
+    as_words,
     check_format,
     check_matrix,
     empty_codes,
@@ -34,9 +35,10 @@ from fp8train.kernels.tile_launch import (
     tiles,
     tiling,
 )
-from fp8train.kernels.tile_pairs import halves, load_words, paired, store_two_tiles, times
+from fp8train.kernels.tile_words import halves, load_words, paired, store_two_tiles, times
 
 KEEP = True  # calculate a gradient of whole tiles once
+AHEAD = tl.constexpr(4)  # strips of each input that are loaded while one is worked on
 RAGGED_WARPS = 16  # of a tile that may not be whole: with 8 all of them spill, with 16 those kept with FP32 scales
 MAX_REGISTERS = 128  # of whole BF16 tiles with pow2 scales: two programs of 8 warps on an SM
 
@@ -107,10 +109,10 @@ def _swiglu_backward_quantize_kernel(
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
     STRIPS: tl.constexpr, KEEP: tl.constexpr,
     WHOLE: tl.constexpr,  # are_whole: every tile lies inside
-    PAIRS: tl.constexpr,  # a program makes a tile of both gradients
+    WORDS: tl.constexpr,  # as_words: a program makes a tile of both gradients
 ):  # fmt: skip
     tiles_m, tiles_k = (M - 1) // 128 + 1, (K - 1) // 128 + 1  # M + 127 could overflow
-    tile = tl.program_id(0) // 2 if QUANTIZE and not PAIRS else tl.program_id(0)
+    tile = tl.program_id(0) // 2 if QUANTIZE and not WORDS else tl.program_id(0)
     m, k = (tile // tiles_k).to(tl.int64) * 128, (tile % tiles_k).to(tl.int64) * 128
     inputs = dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um
     rows, cols = tl.cast(M, tl.int64), tl.cast(K, tl.int64)
@@ -118,11 +120,11 @@ def _swiglu_backward_quantize_kernel(
     col_gap, col_scale_gap = cols * stride_col, tl.cast(tiles_m, tl.int64) * stride_col_scale
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
-    if PAIRS:
+    if WORDS:
         store_two_tiles(
             _load_words, inputs, _gradient_words, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
             stride_row, stride_row_scale, stride_col, stride_col_scale,
-            row_gap, row_scale_gap, col_gap, col_scale_gap, MAX_BITS, STRIPS,
+            row_gap, row_scale_gap, col_gap, col_scale_gap, MAX_BITS, STRIPS, AHEAD,
         )  # fmt: skip
     elif QUANTIZE:
         half = (tl.program_id(0) % 2).to(tl.int64)
@@ -151,13 +153,12 @@ def _swiglu_backward_quantize_kernel(
 
 
 def _tiling(
-    bf16: bool, columns: bool, whole: bool, words: bool, apart: bool = False
+    bf16: bool, columns: bool, whole: bool, fits: bool, words: bool
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """words: all scales are powers of two, and inputs begin where 16 bytes do."""
-    fits = bf16 and columns and whole and words
+    """fits: as_words."""
     warps, limit = NUM_WARPS if whole else RAGGED_WARPS, MAX_REGISTERS if fits else None
     constants, options = tiling(bf16, columns, KEEP and whole, warps, whole, limit)
-    return constants | {"PAIRS": fits and not apart}, options
+    return constants | {"WORDS": fits and words}, options
 
 
 def _compile_cases() -> list[tuple]:
@@ -172,14 +173,14 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_backward_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = _tiling(dtype == "bf16", True, True, pow2)
+            more, options = _tiling(dtype == "bf16", True, True, dtype == "bf16" and pow2, True)
             cases.append((title, kernel, inputs | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
-    more, free = _tiling(True, True, False, True)
-    separate, options = _tiling(True, True, True, False)
+    more, free = _tiling(True, True, False, False, True)
+    separate, options = _tiling(True, True, True, False, True)
     pointers_odd = {"odd": ("dh_ptr", "gate_ptr", "up_ptr")}
-    alone, limited = _tiling(True, True, True, True, apart=True)
-    cases.append((f"{title} apart", kernel, signature, constants | alone, limited))
+    plain, limited = _tiling(True, True, True, True, False)
+    cases.append((f"{title} plain", kernel, signature, constants | plain, limited))
     cases.append((f"{title} between words", kernel, signature, constants | separate, options | pointers_odd))
     odd = {"odd": ("M", "K", *sizes[:3])}
     for scale, row, col in (("pow2", True, True), ("fp32", False, False), ("mixed", False, True)):
@@ -188,7 +189,7 @@ def _compile_cases() -> list[tuple]:
         cases.append((name, kernel, signature, constants | more | kinds, free | odd))
     one_row = {name: kind for name, kind in signature.items() if name != "M"}  # a size of 1 is a constant of the kernel
     cases.append((f"{title} one row", kernel, one_row, constants | more | {"M": 1}, free))
-    more, options = _tiling(True, False, True, True)
+    more, options = _tiling(True, False, True, False, True)
     constants = constants | more | {"COL": False}
     cases.append((f"{title} row copies", kernel, signature, constants, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -213,7 +214,7 @@ def swiglu_backward_quantize(
     pow2: bool,
     col_pow2: bool | None = None,
     columns: bool = True,
-    apart: bool = False,
+    words: bool = True,
     block: int = BLOCK,
 ) -> tuple[Copies, Copies]:
     """Row and column copies of dgate and of dup: quantize.quantize_dual of swiglu_backward's results, bit for bit.
@@ -225,7 +226,8 @@ def swiglu_backward_quantize(
         pow2: round the scales up to powers of two.
         col_pow2: kind of scale of the column copies; None is that of the row copies.
         columns: write the column copies; without them the last two outputs of each are None.
-        apart: each gradient by programs of its own, also where one could make both.
+        words: take two numbers at a time, and both gradients in one program, where that serves (as_words), to the
+            same codes.
         block: 128.
 
     Returns:
@@ -240,7 +242,7 @@ def swiglu_backward_quantize(
     col = empty_codes(gate, 2 * K, M, fp8_dtype, BLOCK) if columns else None
     col_scale = empty_scales(gate, K, 2 * BLOCK * -(-M // BLOCK)) if columns else None
     kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    _launch(dh, gate, up, None, row, row_scale, col, col_scale, kinds, apart)
+    _launch(dh, gate, up, None, row, row_scale, col, col_scale, kinds, words)
     halves = [
         (
             row[half * M : (half + 1) * M],
@@ -268,7 +270,7 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 def _launch(
     dh: Tensor, gate: Tensor, up: Tensor, out: Tensor | None,
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    kinds: tuple[int, bool, bool], apart: bool = False,
+    kinds: tuple[int, bool, bool], words: bool = False,
 ) -> None:  # fmt: skip
     if gate.numel() == 0:
         return
@@ -276,16 +278,17 @@ def _launch(
     def rest() -> Rest:
         (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
         inputs = dh.stride(0), gate.stride(0), up.stride(0)
-        words = kinds[1] and kinds[2] and all(x.data_ptr() % 16 == 0 for x in (dh, gate, up))
-        tile, options = _tiling(bf16, col is not None, are_whole(M, K, *inputs), words, apart)
+        whole = are_whole(M, K, *inputs)
+        fits = as_words(bf16, col is not None, whole, kinds[1] and kinds[2], dh, gate, up)
+        tile, options = _tiling(bf16, col is not None, whole, fits, words)
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
-        parts = 1 if row is None or tile["PAIRS"] else 2
+        parts = 1 if row is None or tile["WORDS"] else 2
         return tiles(M, K, parts), (M, K, *inputs, *strides, 0), constants | tile, options
 
     tensors = dh, gate, up, out, row, row_scale, col, col_scale
-    launch(_swiglu_backward_quantize_kernel, (*kinds, apart), tensors, rest)
+    launch(_swiglu_backward_quantize_kernel, (*kinds, words), tensors, rest)
 
 
 def _check(name: str, dh: Tensor, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:

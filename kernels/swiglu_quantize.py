@@ -5,7 +5,7 @@ quantize.quantize_dual for h, bit for bit, without h ever being written. silu(ga
 gate, as torch does in `F.silu(gate) * up`. exp and the division of silu are the device's fast ones (`sigmoid`), so
 that now and then a BF16 h differs from torch's in its last place: `swiglu` is this kernel without the quantiser, and
 the definition of h.
-One program: a tile of 128x128; how it is scaled and stored is in tile.py.
+One program: a tile of 128x128; how it is scaled and stored is in tile.py, or in tile_words.py where that serves.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; SwiGLU: arXiv:2002.05202. Measured: kernels/README.md.
 """
 
@@ -20,20 +20,22 @@ from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import INTERPRETED, load_strip, store_plain, store_tile
 from fp8train.kernels.tile_launch import (
     BLOCK,
-    NUM_WARPS,
     are_whole,
+    as_words,
     check_format,
     check_matrix,
     empty_copies,
     leading_strides,
     max_bits,
     tiles,
-    tiling,
+    word_tiling,
 )
+from fp8train.kernels.tile_words import halves, load_words, paired, store_word_tile, times
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 KEEP = True  # calculate h once
-MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles: two programs of 8 warps on an SM
+AHEAD = tl.constexpr(2)  # strips of each input that are loaded while others are worked on, where WORDS
+MAX_REGISTERS = 128  # of BF16, pow2 scales, whole tiles, where not WORDS: two programs of 8 warps on an SM
 
 
 @triton.jit
@@ -65,6 +67,18 @@ def _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.co
 
 
 @triton.jit
+def _load_words(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, STRIPS: tl.constexpr):
+    return load_words(gate_ptr, stride_gm, i, m, k, STRIPS), load_words(up_ptr, stride_um, i, m, k, STRIPS)
+
+
+@triton.jit
+def _swiglu_words(gate, up):
+    """Words of what _swiglu gives, from those of the inputs."""
+    even, odd = halves(gate)
+    return times(paired(even * sigmoid(even), odd * sigmoid(odd)), up)
+
+
+@triton.jit
 def _swiglu_quantize_kernel(
     gate_ptr, up_ptr,  # [M, K] bf16 or fp32
     out_ptr,  # [M, K], h itself, if not QUANTIZE
@@ -74,13 +88,19 @@ def _swiglu_quantize_kernel(
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
     STRIPS: tl.constexpr, KEEP: tl.constexpr,
     WHOLE: tl.constexpr,  # are_whole: every tile lies inside
+    WORDS: tl.constexpr,  # as_words
 ):  # fmt: skip
     tiles = (K - 1) // 128 + 1  # K + 127 could overflow
     m, k = (tl.program_id(0) // tiles).to(tl.int64) * 128, (tl.program_id(0) % tiles).to(tl.int64) * 128
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
     inputs = gate_ptr, up_ptr, stride_gm, stride_um
-    if QUANTIZE:
+    if WORDS:
+        store_word_tile(
+            _load_words, inputs, _swiglu_words, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, STRIPS, AHEAD,
+        )  # fmt: skip
+    elif QUANTIZE:
         store_tile(
             _swiglu, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
             stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
@@ -100,11 +120,14 @@ def _compile_cases() -> list[tuple]:
         for pow2 in (True, False):
             constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
             title = f"swiglu_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            limit = MAX_REGISTERS if dtype == "bf16" and pow2 else None
-            more, options = tiling(dtype == "bf16", True, KEEP, NUM_WARPS, True, limit)
+            more, options = word_tiling(
+                dtype == "bf16", True, KEEP, True, dtype == "bf16" and pow2, True, MAX_REGISTERS
+            )
             cases.append((title, _swiglu_quantize_kernel, inputs | pointers, constants | more, options))
-    _, kernel, signature, constants, _ = cases[0]
-    more, options = tiling(True, False, KEEP, NUM_WARPS, True)
+    title, kernel, signature, constants, _ = cases[0]
+    more, options = word_tiling(True, True, KEEP, True, True, False, MAX_REGISTERS)
+    cases.append((f"{title} plain", kernel, signature, constants | more, options))
+    more, options = word_tiling(True, False, KEEP, True, True, True, MAX_REGISTERS)
     constants = constants | more
     cases.append(("swiglu_quantize bf16 pow2 row copy", kernel, signature, constants | {"COL": False}, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
@@ -126,6 +149,7 @@ def swiglu_quantize(
     pow2: bool,
     col_pow2: bool | None = None,
     columns: bool = True,
+    words: bool = True,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Row copy and column copy of h = silu(gate) * up: quantize.quantize_dual(swiglu(gate, up)), bit for bit.
@@ -137,6 +161,7 @@ def swiglu_quantize(
         pow2: round the scales up to powers of two.
         col_pow2: kind of scale of the column copy; None is that of the row copy.
         columns: write the column copy; without it the last two outputs are None.
+        words: take two numbers at a time where that serves (as_words), to the same codes.
         block: 128.
 
     Returns:
@@ -147,7 +172,8 @@ def swiglu_quantize(
     """
     _check("swiglu_quantize", gate, up, fp8_dtype, block)
     copies = empty_copies(gate, fp8_dtype, columns)
-    _launch(gate, up, None, *copies, (max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2))
+    kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
+    _launch(gate, up, None, *copies, kinds, words)
     return copies
 
 
@@ -166,7 +192,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _launch(
     gate: Tensor, up: Tensor, out: Tensor | None,
     row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    kinds: tuple[int, bool, bool],
+    kinds: tuple[int, bool, bool], words: bool = False,
 ) -> None:  # fmt: skip
     if gate.numel() == 0:
         return
@@ -174,14 +200,14 @@ def _launch(
     def rest() -> Rest:
         (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
         whole = are_whole(M, K, gate.stride(0), up.stride(0))
-        limit = MAX_REGISTERS if bf16 and whole and kinds[1] and kinds[2] else None
-        tile, options = tiling(bf16, col is not None, KEEP, NUM_WARPS, whole, limit)
+        fits = as_words(bf16, col is not None, whole, kinds[1] and kinds[2], gate, up)
+        tile, options = word_tiling(bf16, col is not None, KEEP, whole, fits, words, MAX_REGISTERS)
         constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
         constants |= {"COL": col is not None, "QUANTIZE": row is not None}
         strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
         return tiles(M, K), (M, K, gate.stride(0), up.stride(0), *strides, 0), constants | tile, options
 
-    launch(_swiglu_quantize_kernel, kinds, (gate, up, out, row, row_scale, col, col_scale), rest)
+    launch(_swiglu_quantize_kernel, (*kinds, words), (gate, up, out, row, row_scale, col, col_scale), rest)
 
 
 def _check(name: str, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:

@@ -12,6 +12,7 @@ from fp8train.kernels.launch import SIZE_LIMIT
 BLOCK = 128
 NUM_WARPS = 8  # of a tile of which a column copy is written; 4 warps hold twice as much a thread
 ROW_WARPS = 8  # of one of which none is
+WORD_REGISTERS = 64  # of a tile made as words (tile_words.py): four programs of NUM_WARPS on an SM
 
 
 def empty_codes(x: Tensor, rows: int, cols: int, dtype: torch.dtype, multiple: int) -> Tensor:
@@ -53,6 +54,27 @@ def tiling(
     limit: dict[str, object] = {"maxnreg": max_registers} if max_registers else {}
     constants = {"STRIPS": 64 // num_warps, "KEEP": keep and packs, "WHOLE": whole}
     return constants, {"num_warps": num_warps} | limit
+
+
+def word_tiling(
+    packs: bool, columns: bool, keep: bool, whole: bool, fits: bool, words: bool, max_registers: int
+) -> tuple[dict[str, object], dict[str, object]]:
+    """As tiling, with WORDS: whether to take the way of tile_words.py, which is wanted (`words`) and serves (`fits`).
+
+    max_registers: of the other way, where both would serve; elsewhere such a limit spills.
+    """
+    words = words and fits and columns
+    limit = WORD_REGISTERS if words else max_registers if fits else None
+    constants, options = tiling(packs, columns, keep, NUM_WARPS, whole, limit)
+    return constants | {"WORDS": words}, options
+
+
+def as_words(bf16: bool, columns: bool, whole: bool, pow2: bool, *inputs: Tensor) -> bool:
+    """Whether tile_words.py serves a launch: both copies of whole BF16 tiles, all scales powers of two.
+
+    inputs: they must begin where 16 bytes do.
+    """
+    return bf16 and columns and whole and pow2 and all(x.data_ptr() % 16 == 0 for x in inputs)
 
 
 def are_whole(M: int, K: int, *strides: int) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from fp8train.backends.admission_checks import KERNEL_GEMMS, QUANTISERS, ROTATIONS, STREAM
+from fp8train.backends.admission_checks import KERNEL_GEMMS, QUANTISERS, ROTATIONS, STANDBY, STREAM
 from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder, write_whole
@@ -128,13 +128,13 @@ def _plain(capability: tuple[int, int]) -> list[Kernel]:
 
 
 def _entries(index: int) -> list[Kernel]:
-    """Every launch entry of the GEMMs, on a Hopper; elsewhere some run and some do not."""
+    """Quantisers that stand by, and every launch entry of the GEMMs on a Hopper: elsewhere some run and some do not."""
     if torch.cuda.get_device_capability(index)[0] != 9:
-        return []
+        return [*STANDBY]
     configs = {
         operation: importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS for operation in KERNEL_GEMMS
     }
-    return [(operation, entry) for operation, entries in configs.items() for entry in entries]
+    return [*STANDBY, *((operation, entry) for operation, entries in configs.items() for entry in entries)]
 
 
 def _log(made: dict[Kernel, tuple[str | None, bool]], device: str) -> None:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("operation", nargs="?")
     parser.add_argument("entry", nargs="?")
     parser.add_argument("--device", type=int, default=0)
-    parser.add_argument("--all", action="store_true", help="launch entries too that the table does not have")
+    parser.add_argument("--all", action="store_true", help="launch entries and quantisers too that others come before")
     parser.add_argument("--again", action="store_true", help="check anew what was refused before")
     arguments = parser.parse_args(argv)
     if arguments.entry is not None:

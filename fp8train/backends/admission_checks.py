@@ -33,14 +33,19 @@ FP32_CALC_DIFF = 1e-7  # mean over rows
 ROW_CALC_DIFF = 1e-6  # of any row
 BF16_CALC_DIFF = 5e-6  # of any row; rounding to BF16 is 1.3e-6
 SIGNED_BIAS = 1e-3  # of a sum of positive products; without promotion it grows with K
-APART = "bf16_apart"  # SwiGLU's backward with each gradient by programs of its own, where one could make both
 # (operation, variant) of the quantisers that every model may use; each has a plain way that takes its place where it is
 # refused. The fused ones are compiled for seconds, so each dtype is a variant, and fp32 is checked when it is wanted.
 QUANTISERS = (
     ("quantize", "rows"), ("quantize", "columns"), ("quantize", "dual"), ("quantize_weight", "one_read"),
     ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "bf16"), ("swiglu_quantize", "bf16"),
-    ("swiglu_backward_quantize", "bf16"), ("swiglu_backward_quantize", APART),
+    ("swiglu_backward_quantize", "bf16"),
 )  # fmt: skip
+# Checked where the variant of that name that takes words of two numbers is refused (kernels/tile_words.py).
+STANDBY = (
+    ("quantize", "dual_plain"), ("rmsnorm_quantize", "bf16_plain"), ("rmsnorm_quantize", "fp32_plain"),
+    ("swiglu_quantize", "bf16_plain"), ("swiglu_backward_quantize", "bf16_plain"),
+)  # fmt: skip
+PLAIN = "_plain"
 STREAM = (("rmsnorm_rstd", "fp32"), ("rmsnorm_backward", "fp32"))  # likewise; dtype of the residual stream
 ROTATIONS = (("rope", "bf16"),)  # likewise; dtype of what is rotated
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,12 +56,17 @@ NORMS = (*SUMS, (2048, 4096), (65, 4095), (300, 8192))  # and each tile of rmsno
 HEADS = ((2, 32, 128, 128), (1, 8, 129, 128), (2, 16, 33, 64), (3, 5, 77, 80), (1, 3, 50, 6), (1, 1, 3, 2052))
 
 
+def variants(operation: str, name: str) -> tuple[str, ...]:
+    """A variant of a quantiser, and the one that stands by."""
+    return (name, name + PLAIN) if (operation, name + PLAIN) in STANDBY else (name,)
+
+
 def check(operation: str, entry: str, device: torch.device) -> str | None:
     """What is wrong with a kernel on a device, or None.
 
     Args:
         operation: a file of kernels/.
-        entry: of its launch entries, or a variant as in QUANTISERS, STREAM and ROTATIONS.
+        entry: of its launch entries, or a variant as in QUANTISERS, STANDBY, STREAM and ROTATIONS.
         device: where to run it.
     """
     if operation in KERNEL_GEMMS:
@@ -174,12 +184,12 @@ def check_codes(
     """Quantise matrices with a kernel; which copy of which, or what it is of, differs from the definition, or None.
 
     Args:
-        operation, variant: as in QUANTISERS.
+        operation, variant: as in QUANTISERS and STANDBY.
         device: where to quantise.
         matrices: their rows and columns.
     """
     for number, (rows, cols) in enumerate(matrices):
-        name = "bf16" if variant == APART else variant
+        name = variant.removesuffix(PLAIN)
         for dtype in [DTYPES[name]] if name in DTYPES else DTYPES.values():
             what = f"{[rows, cols]} {_name(dtype)}"
             if operation in PRODUCERS and (part := check_producer(operation, (rows, cols), dtype, device)):
@@ -298,6 +308,7 @@ def _copies(
     square = operation == "quantize_weight"
     spec = QuantSpec.parse(f"e4m3 {'128x128' if square else '1x128'} {scale}")
     options: dict[str, Any] = {"fp8_dtype": spec.format.dtype, "fp8_max": spec.format.max, "pow2": scale == "pow2"}
+    words, variant = not variant.endswith(PLAIN), variant.removesuffix(PLAIN)
     module = importlib.import_module(f"fp8train.kernels.{operation}")
     x, gate, up = inputs
 
@@ -309,7 +320,7 @@ def _copies(
         run: Callable[..., tuple[Tensor, Tensor]] = getattr(module, f"quantize_{variant}")
         return [(f"copy by {variant}", QTensor(*run(x, **options), spec), x, variant == "columns")]
     if operation == "quantize":
-        return both(module.quantize_dual(x, **options), x)
+        return both(module.quantize_dual(x, words=words, **options), x)
     if square:
         return both(module.quantize_weight(x, two_launches=variant == "two_launches", **options), x)
     if operation == "rmsnorm_quantize":
@@ -317,12 +328,12 @@ def _copies(
         for out_dtype in dict.fromkeys((x.dtype, torch.bfloat16)):
             inputs = x, weight, row_rstd(x, EPS)
             y = module.rmsnorm(*inputs, out_dtype=out_dtype)
-            copies = module.rmsnorm_quantize(*inputs, out_dtype=out_dtype, **options)
+            copies = module.rmsnorm_quantize(*inputs, out_dtype=out_dtype, words=words, **options)
             made += both(copies, y, f" of y in {_name(out_dtype)}")
         return made
     if operation == "swiglu_quantize":
-        return both(module.swiglu_quantize(gate, up, **options), module.swiglu(gate, up))
-    halves = module.swiglu_backward_quantize(x, gate, up, apart=variant == APART, **options)
+        return both(module.swiglu_quantize(gate, up, words=words, **options), module.swiglu(gate, up))
+    halves = module.swiglu_backward_quantize(x, gate, up, words=words, **options)
     sources = module.swiglu_backward(x, gate, up)
     return [
         copy

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm, launch_rates
 from fp8train.backends.admission import Admission
-from fp8train.backends.admission_checks import APART, DTYPES
+from fp8train.backends.admission_checks import DTYPES, PLAIN, variants
 from fp8train.backends.interface import Copies
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
 from fp8train.backends.producers import Producers, rows_dense
@@ -54,10 +54,11 @@ class TritonBackend(Producers):
 
     name = "triton"
 
-    def __init__(self, entry: str = "") -> None:
-        """With an entry of a GEMM's CONFIGS, that one and no other multiplies: to measure it."""
+    def __init__(self, entry: str = "", *, words: bool = True) -> None:
+        """With an entry of a GEMM's CONFIGS, that one and no other multiplies; without words, quantisers take none: to
+        measure them."""
         self.note = self._plain_note = f"own FP8 kernels, GEMMs by {entry} only" if entry else "own FP8 kernels"
-        self._only = (entry,) if entry else ()
+        self._only, self._with_words = (entry,) if entry else (), words
         self._admission = Admission()
         self._entries: dict[Hashable, str | None] = {}
         self._served: dict[Hashable, bool] = {}
@@ -92,10 +93,11 @@ class TritonBackend(Producers):
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
         """See Backend."""
         together = row.block == ROW and col.block == ROW and row.format is col.format
-        if not together or not self._admitted("quantize", "dual", x.device):
+        more = self._words("quantize", "dual", x.device) if together else None
+        if more is None:
             return self.quantize(x, row, False), self.quantize(x, col, True)
         run = kernel("quantize").quantize_dual
-        q, scale, qt, scale_t = run(rows_dense(x), **_format(row), col_pow2=col.scale == "pow2")
+        q, scale, qt, scale_t = run(rows_dense(x), **_format(row), col_pow2=col.scale == "pow2", **more)
         return QTensor(q, scale, row), QTensor(qt, scale_t, col)
 
     def quantize_square(
@@ -133,7 +135,7 @@ class TritonBackend(Producers):
 
     def rms_norm(self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
         """See Backend."""
-        if not self._admitted("rmsnorm_quantize", _dtype_name(x), x.device):
+        if self._words("rmsnorm_quantize", _dtype_name(x), x.device) is None:
             return super().rms_norm(x, weight, rstd, dtype)
         return kernel("rmsnorm_quantize").rmsnorm(rows_dense(x), weight, rstd, out_dtype=dtype)
 
@@ -159,13 +161,13 @@ class TritonBackend(Producers):
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
-        if not self._admitted("swiglu_quantize", _dtype_name(gate), gate.device):
+        if self._words("swiglu_quantize", _dtype_name(gate), gate.device) is None:
             return super().swiglu(gate, up)
         return kernel("swiglu_quantize").swiglu(rows_dense(gate), rows_dense(up))
 
     def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
-        if self._swiglu_backward_variant(gate) is None:
+        if self._words("swiglu_backward_quantize", _dtype_name(gate), gate.device) is None:
             return super().swiglu_backward(dh, gate, up)
         run = kernel("swiglu_backward_quantize").swiglu_backward
         return run(rows_dense(dh), rows_dense(gate), rows_dense(up))
@@ -174,27 +176,28 @@ class TritonBackend(Producers):
         self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, row: QuantSpec, col: QuantSpec | None
     ) -> Copies:
         """See Backend."""
-        if not self._makes("rmsnorm_quantize", x, row, col):
+        more = self._makes("rmsnorm_quantize", x, row, col)
+        if more is None:
             return super().rmsnorm_quantize(x, weight, rstd, dtype, row, col)
         run = kernel("rmsnorm_quantize").rmsnorm_quantize
-        return _copies(run(rows_dense(x), weight, rstd, out_dtype=dtype, **_formats(row, col)), row, col)
+        return _copies(run(rows_dense(x), weight, rstd, out_dtype=dtype, **more), row, col)
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """See Backend."""
-        if not self._makes("swiglu_quantize", gate, row, col):
+        more = self._makes("swiglu_quantize", gate, row, col)
+        if more is None:
             return super().swiglu_quantize(gate, up, row, col)
         run = kernel("swiglu_quantize").swiglu_quantize
-        return _copies(run(rows_dense(gate), rows_dense(up), **_formats(row, col)), row, col)
+        return _copies(run(rows_dense(gate), rows_dense(up), **more), row, col)
 
     def swiglu_backward_quantize(
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
     ) -> tuple[Copies, Copies]:
         """See Backend."""
-        variant = self._swiglu_backward_variant(gate) if self.fuses(row, col) else None
-        if variant is None:
+        more = self._makes("swiglu_backward_quantize", gate, row, col)
+        if more is None:
             return super().swiglu_backward_quantize(dh, gate, up, row, col)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
-        more = _formats(row, col) | {"apart": variant == APART}
         dgate, dup = run(rows_dense(dh), rows_dense(gate), rows_dense(up), **more)
         return _copies(dgate, row, col), _copies(dup, row, col)
 
@@ -284,15 +287,17 @@ class TritonBackend(Producers):
             self._renew_note(device)
         return served
 
-    def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> bool:
-        """Whether a fused kernel serves the formats and passed its check for the dtype of x."""
-        return self.fuses(row, col) and self._admitted(operation, _dtype_name(x), x.device)
+    def _words(self, operation: str, name: str, device: torch.device) -> dict[str, bool] | None:
+        """Whether a kernel may take words of two numbers, as its argument; None if no variant passed its check."""
+        for variant in variants(operation, name)[0 if self._with_words else -1 :]:
+            if self._admitted(operation, variant, device):
+                return {"words": not variant.endswith(PLAIN)}
+        return None
 
-    def _swiglu_backward_variant(self, gate: Tensor) -> str | None:
-        """The variant of its kernel that passed its check; of BF16 one that makes each gradient apart stands by."""
-        name, operation = _dtype_name(gate), "swiglu_backward_quantize"
-        variants = (name, APART) if name == "bf16" else (name,)
-        return next((variant for variant in variants if self._admitted(operation, variant, gate.device)), None)
+    def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> dict[str, Any] | None:
+        """Arguments of a fused kernel that serves the formats and passed its check for the dtype of x, or None."""
+        more = self._words(operation, _dtype_name(x), x.device) if self.fuses(row, col) else None
+        return None if more is None else more | _formats(row, col)
 
     def _renew_note(self, device: torch.device) -> None:
         """Say whose launch table is used, which kernels are not, and whose products are torch's."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fp8train.arguments import parse_arguments
 from fp8train.backends import BACKENDS, get_backend
 from fp8train.backends.interface import Backend, Copies
+from fp8train.backends.triton import TritonBackend
 from fp8train.benchmarks.timing import (
     BenchArguments,
     BenchResult,
@@ -50,11 +51,13 @@ class QuantizeArguments(BenchArguments):
     backend: auto takes the first of triton and cpu that runs here
     cases: of row, column, both, weight, rmsnorm, add_rmsnorm, swiglu, swiglu_backward
     shapes: [rows, columns]; null: activations of 4096 to 14336 channels
+    plain: time the Triton kernels that take words of two numbers without them too, in the same rounds
     """
 
     backend: str = "auto"
     cases: list[str] = field(default_factory=lambda: list(CASES))
     shapes: list[list[int]] | None = None
+    plain: bool = False
 
 
 def run(argv: Sequence[str], world: World) -> int:
@@ -112,7 +115,10 @@ def _compare(
     written = sum(q.qdata.nbytes + 4 * q.scale_inv.numel() for q in made)
     written += 2 * target.nbytes if case == "add_rmsnorm" else 0  # the sum, which the second kernel reads
     traffic = {BASELINE: 2.0 * target.nbytes, case: float(sum(x.nbytes for x in inputs) + written)}
-    calls = {BASELINE: lambda: target.copy_(inputs[0]), case: call}
+    calls: dict[str, Callable[[], object]] = {BASELINE: lambda: target.copy_(inputs[0]), case: call}
+    if arguments.plain and backend.name == "triton":
+        calls[f"{case}, plain"] = _quantiser(case, TritonBackend(words=False), inputs, spec)[0]
+        traffic[f"{case}, plain"] = traffic[case]
     timings = interleaved(calls, arguments, device, kernels_only=True)
     share = traffic[case] / timings[case].median_seconds / (traffic[BASELINE] / timings[BASELINE].median_seconds)
     of = [source for source in sources() for _ in range(2)]

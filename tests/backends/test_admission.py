@@ -21,6 +21,7 @@ from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
     QUANTISERS,
     ROTATIONS,
+    STANDBY,
     STREAM,
 )
 from fp8train.backends.triton import kernel  # noqa: E402

@@ -14,6 +14,7 @@ from fp8train.backends.admission_checks import (  # noqa: E402
     HEADS,
     MATRICES,
     QUANTISERS,
+    STANDBY,
     SUMS,
     check,
     check_codes,
@@ -108,18 +109,18 @@ def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:
     assert "reads by TMA" in str(check_product("gemm", "ws_128x128_s4", CPU, ((5, 5, 33),)))
 
 
-@pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
+@pytest.mark.parametrize(("operation", "variant"), (*QUANTISERS, *STANDBY), ids=lambda text: text)
 @pytest.mark.parametrize("device", devices())
 def test_the_quantisers_pass_their_own_check(operation: str, variant: str, device: str) -> None:
     assert check_codes(operation, variant, torch.device(device), ((256, 384), (77, 131))) is None
 
 
-@pytest.mark.parametrize(("operation", "variant"), QUANTISERS, ids=lambda text: text)
+@pytest.mark.parametrize(("operation", "variant"), (*QUANTISERS, *STANDBY), ids=lambda text: text)
 def test_a_wrong_byte_in_any_copy_is_refused(operation: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an assembler made them: one byte in four of a copy is lost."""
     module = kernel(operation)
-    name = f"quantize_{variant}" if operation == "quantize" else operation
-    run = getattr(module, name)
+    name = f"quantize_{variant.removesuffix('_plain')}" if operation == "quantize" else operation
+    dtype, run = "float32" if variant.startswith("fp32") else "bfloat16", getattr(module, name)
     copies = {"rows": 1, "columns": 1}.get(variant, 4 if operation == "swiglu_backward_quantize" else 2)
     for spoilt in range(copies):
 
@@ -131,7 +132,7 @@ def test_a_wrong_byte_in_any_copy_is_refused(operation: str, variant: str, monke
             return made
 
         monkeypatch.setattr(module, name, spoil)
-        assert "differs from the definition for [128, 256] bfloat16" in str(
+        assert f"differs from the definition for [128, 256] {dtype}" in str(
             check_codes(operation, variant, CPU, ((128, 256),))
         )
 

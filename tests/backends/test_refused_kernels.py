@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends import get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
-from fp8train.backends.admission_checks import APART  # noqa: E402
 from fp8train.backends.producers import Producers, rotated  # noqa: E402
 from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
@@ -109,22 +108,31 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
         assert "swiglu_quantize bf16: it loses bytes" in backend.note
 
 
-def test_a_kernel_that_makes_both_gradients_gives_way_to_one_for_each(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", ["quantize", "rmsnorm_quantize", "swiglu_quantize", "swiglu_backward_quantize"])
+def test_a_kernel_that_takes_words_gives_way_to_the_plain_one(
+    operation: str, machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = on_a_gpu(monkeypatch, {"bf16": "it loses bytes", APART: None})
-    module, launched = kernel("swiglu_backward_quantize"), []
-    run = module.swiglu_backward_quantize
-    monkeypatch.setattr(
-        module, "swiglu_backward_quantize", lambda *x, **more: (launched.append(more), run(*x, **more))[1]
-    )
+    name = "dual" if operation == "quantize" else "bf16"
+    asked = on_a_gpu(monkeypatch, {name: "it loses bytes", f"{name}_plain": None})
+    module, launched, called = kernel(operation), [], "quantize_dual" if operation == "quantize" else operation
+    run = getattr(module, called)
+    monkeypatch.setattr(module, called, lambda *x, **more: (launched.append(more), run(*x, **more))[1])
     backend, row = TritonBackend(), QuantSpec.parse("e4m3 1x128")
-    dh, gate, up = (matrix(128, 256, seed=seed).bfloat16() for seed in range(3))
-    copies = backend.swiglu_backward_quantize(dh, gate, up, row, row)
-    for pair, gradient in zip(copies, backend.swiglu_backward(dh, gate, up), strict=True):
+    x, gate, up = (matrix(128, 256, seed=seed).bfloat16() for seed in range(3))
+    if operation == "quantize":
+        sources, copies = [x], [backend.quantize_dual(x, row, row)]
+    elif operation == "rmsnorm_quantize":
+        norm = torch.linspace(0.5, 1.5, 256), Producers().rstd(x, 1e-5), torch.bfloat16
+        sources, copies = [backend.rms_norm(x, *norm)], [backend.rmsnorm_quantize(x, *norm, row, row)]
+    elif operation == "swiglu_quantize":
+        sources, copies = [backend.swiglu(gate, up)], [backend.swiglu_quantize(gate, up, row, row)]
+    else:
+        sources = list(backend.swiglu_backward(x, gate, up))
+        copies = list(backend.swiglu_backward_quantize(x, gate, up, row, row))
+    for source, pair in zip(sources, copies, strict=True):
         for q, turned in zip(pair, (False, True), strict=True):
-            assert same_codes(q, reference.quantize(gradient, row, transpose=turned))
-    assert asked == ["bf16", APART] and [more["apart"] for more in launched] == [True]
+            assert q is not None and same_codes(q, reference.quantize(source, row, transpose=turned))
+    assert asked == [name, f"{name}_plain"] and [more["words"] for more in launched] == [False]
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["admitted", "refused"])

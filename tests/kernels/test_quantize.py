@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +48,42 @@ def block_magnitudes(rows: int, cols: int, dtype: torch.dtype = torch.float32) -
     x = matrix(rows, cols, dtype=torch.float32)
     exponents = torch.randint(-60, 61, (-(-rows // 128), -(-cols // 128)), generator=torch.Generator().manual_seed(1))
     return (x * 2.0 ** exponents.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :cols]).to(DEVICE, dtype)
+
+
+@formats
+@pytest.mark.parametrize("turned", [False, True], ids=["blocks of one exponent", "blocks of all exponents"])
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "all"])
+def test_words_have_the_codes_of_every_bf16_number(finite: bool, turned: bool, fmt: Format) -> None:
+    x = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16).view(256, 256).view(torch.bfloat16)
+    x = torch.where(x.isfinite() | (not finite), x, 0.0)
+    x, spec = x.t().contiguous() if turned else x, QuantSpec(fmt, (1, 128))
+    assert_as_defined(x, spec)
+    for mine, plain in zip(dual(x, spec), dual(x, spec, words=False), strict=True):
+        assert same_codes(mine, plain) and mine.qdata.stride() == plain.qdata.stride()
+
+
+def test_words_are_taken_where_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[bool] = []
+
+    def note(kernel: object, choices: object, tensors: object, rest: Callable[[], tuple[Any, ...]]) -> None:
+        launched.append(rest()[2]["WORDS"])
+
+    monkeypatch.setattr("fp8train.kernels.quantize.launch", note)
+    x, spec = matrix(256, 272, dtype=torch.bfloat16).to(DEVICE), QuantSpec(E4M3, (1, 128))
+    whole = x[:, :256]
+    dual(whole, spec)
+    assert launched.pop()
+    stats = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
+    for other, kind, more in (
+        (x[:, 8:264], spec, {}), (x[:, 4:260], spec, {"words": False}), (x, spec, {}), (x[:250, :256], spec, {}),
+        (whole.float(), spec, {}), (whole, QuantSpec(E4M3, (1, 128), "fp32"), {}), (whole, spec, {"col_pow2": False}),
+        (whole, spec, {"words": False}), (whole, spec, {"stats": stats}), (x[:, 4:260], spec, {}),
+    ):  # fmt: skip
+        dual(other, kind, **more)
+        assert launched.pop() is (other.data_ptr() == x.data_ptr() + 16 and not more)
+    quantize_rows(whole, **options(spec))  # type: ignore[arg-type]
+    quantize_columns(whole, **options(spec))  # type: ignore[arg-type]
+    assert launched == [False, False]
 
 
 @matrices

@@ -91,12 +91,15 @@ def test_numbers_are_the_models_norm(dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine.float(), theirs.float(), rtol=2.0**-7, atol=0.0)
 
 
-def test_leading_strides_are_read() -> None:
-    x, weight = inputs((60, 200), torch.bfloat16)
-    part = x[1::2, 16:160]
-    y = rmsnorm(part, weight[16:160], row_rstd(part, EPS))
-    assert torch.equal(y, rmsnorm(part.contiguous(), weight[16:160], row_rstd(part, EPS)))
-    assert_copies_of(run(part, weight[16:160]), y)
+@dtypes
+@pytest.mark.parametrize("shape", [(60, 160), (256, 144)], ids=["ragged", "whole-tile"])
+def test_leading_strides_are_read(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = inputs((shape[0], 208), dtype)
+    part, weight = x[1::2, 16 : shape[1]], weight[16 : shape[1]]
+    y = rmsnorm(part, weight, row_rstd(part, EPS))
+    assert torch.equal(y, rmsnorm(part.contiguous(), weight, row_rstd(part, EPS)))
+    assert_copies_of(run(part, weight), y)
+    assert_copies_of(run(part, weight, words=False), y)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter

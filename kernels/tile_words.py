@@ -1,10 +1,10 @@
-"""Two matrices of BF16 numbers made in one pass over what they are made of, each written as both copies.
+"""Tiles of BF16 numbers, one, or the same one of two matrices, made in one pass and written as both copies.
 
 Whole tiles and power-of-two scales only. Scales, codes and strips are those of tile.py, bit for bit, but two neighbours
 of a row stay in one word until they are codes: one instruction takes the maximum of both, or multiplies both by such
-scales, which loses nothing that a code would show. A word of row maxima holds one of each matrix. One pass over the
-strips writes the row copies, since a strip has whole blocks of them, and leaves the words; column copies are made from
-these when it is done.
+scales, which loses nothing that a code would show. A word of row maxima holds one of each of two strips. One pass over
+the strips writes the row copies, since a strip has whole blocks of them, and leaves the words; column copies are made
+from these when it is done.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3. Measured: kernels/README.md.
 """
 
@@ -15,7 +15,6 @@ import triton.language as tl
 
 from fp8train.kernels.tile import INTERPRETED, column_halves, scales, store_strip, store_transposed, unpacked
 
-AHEAD = tl.constexpr(4)  # strips that are loaded while one is worked on
 MAGNITUDES = tl.constexpr(0x7FFF7FFF)  # of words
 
 
@@ -92,6 +91,26 @@ def load_words(x_ptr, stride_xm, i, m, k, STRIPS: tl.constexpr):
 
 
 @triton.jit
+def load_halves(x_ptr, stride_xm, i, m, k, STRIPS: tl.constexpr):
+    """The even and the odd numbers of such a strip, FP32, of x in bf16 or fp32.
+
+    FP32 numbers are loaded by fours, every other four at once, so that a thread has the 8 neighbours that become the
+    words that load_words would give it.
+    """
+    if x_ptr.dtype.element_ty == tl.bfloat16:
+        return halves(load_words(x_ptr, stride_xm, i, m, k, STRIPS))
+    else:
+        R: tl.constexpr = 128 // STRIPS
+        rows, cols = STRIPS * tl.arange(0, R), tl.arange(0, 64)
+        x_ptr += (m + i) * stride_xm + k
+        fours = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + (cols + cols // 4 * 4)[None, :]
+        even, odd = tl.split(tl.reshape(tl.load(fours), [R, 16, 2, 2]))
+        even_4, odd_4 = tl.split(tl.reshape(tl.load(fours + 4), [R, 16, 2, 2]))
+        even = tl.reshape(tl.permute(tl.join(even, even_4), (0, 1, 3, 2)), [R, 64])
+        return even, tl.reshape(tl.permute(tl.join(odd, odd_4), (0, 1, 3, 2)), [R, 64])
+
+
+@triton.jit
 def encode_words(amax, MAX_BITS: tl.constexpr):
     """What `scales` returns as encode_scale of words of magnitudes, as words: the same sums in halves of 16 bits."""
     MAX: tl.constexpr = MAX_BITS // 0x10000
@@ -101,10 +120,12 @@ def encode_words(amax, MAX_BITS: tl.constexpr):
 
 
 @triton.jit
-def store_row_words(x, y, x_ptr, y_ptr, stride, i, m, k, M, K, MAX_BITS: tl.constexpr, STRIPS: tl.constexpr):
-    """Write the codes of the row copies of strip i of both tiles.
+def store_row_words(
+    x, x_ptr, i, y, y_ptr, j, stride, m, k, M, K, MAX_BITS: tl.constexpr, STRIPS: tl.constexpr
+):  # fmt: skip
+    """Write the codes of the row copies of strip i of one tile, x, and strip j of the same or another, y.
 
-    Returns words [128 / STRIPS] of the largest magnitudes of its rows, those of the first tile in the low halves.
+    Returns words [128 / STRIPS] of the largest magnitudes of their rows, those of x in the low halves.
     """
     low = tl.reduce(tl.reshape(x, [x.shape[0], 16, 4]), 2, larger)
     high = tl.reduce(tl.reshape(y, [y.shape[0], 16, 4]), 2, larger)
@@ -112,7 +133,7 @@ def store_row_words(x, y, x_ptr, y_ptr, stride, i, m, k, M, K, MAX_BITS: tl.cons
     encode = encode_words(amax, MAX_BITS)
     x, y = times(x, low_halves(encode, encode)[:, None]), times(y, high_halves(encode, encode)[:, None])
     store_strip(unpacked(x), x_ptr, stride, i, m, k, M, K, STRIPS)
-    store_strip(unpacked(y), y_ptr, stride, i, m, k, M, K, STRIPS)
+    store_strip(unpacked(y), y_ptr, stride, j, m, k, M, K, STRIPS)
     return amax
 
 
@@ -127,7 +148,7 @@ def in_order(x, i: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def scales_in_order(amax, order, MAX_BITS: tl.constexpr):
-    """scale_inv [128, 2] of words [128] of magnitudes, these taken in that order.
+    """scale_inv [N, 2] of words [N] of magnitudes, these taken in that order.
 
     `gather` gives each thread one word. As they were reduced, a thread would scale those of all its rows or columns,
     which 15 other threads do too.
@@ -147,17 +168,17 @@ def largest(words):
 
 
 @triton.jit
-def column_amax(x, y):
-    """Words [64, 2] of the largest magnitudes of neighbouring columns of both tiles.
+def column_amax(amax):
+    """Words [64] or [64, 2] of the largest magnitudes of neighbouring columns of one tile or two, from `largest`.
 
     A thread holds 4 neighbouring words of each: reduced in that order, 16 threads of a warp meet in a bank of shared
     memory.
     """
-    amax = tl.join(largest(x), largest(y))
     rows: tl.constexpr = amax.shape[0]
-    apart = tl.reshape(tl.permute(tl.reshape(amax, [rows, 16, 8]), (0, 2, 1)), [rows, 128])
-    together = tl.permute(tl.reshape(tl.reduce(apart, 0, larger), [8, 16]), (1, 0))
-    return tl.reshape(together, [64, 2]) & MAGNITUDES
+    held: tl.constexpr = amax.numel // (rows * 16)
+    apart = tl.reshape(tl.permute(tl.reshape(amax, [rows, 16, held]), (0, 2, 1)), [rows, 16 * held])
+    together = tl.permute(tl.reshape(tl.reduce(apart, 0, larger), [held, 16]), (1, 0))
+    return tl.reshape(together, amax.shape[1:]) & MAGNITUDES
 
 
 @triton.jit
@@ -180,7 +201,7 @@ def store_two_tiles(
     m, k, M, K,  # the corner of the tiles, int64, and their end: M = m + 128, K = k + 128
     row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row, stride_row_scale, stride_col, stride_col_scale,
     row_gap, row_scale_gap, col_gap, col_scale_gap,  # int64, from the copies of the first matrix to the second's
-    MAX_BITS: tl.constexpr, STRIPS: tl.constexpr,
+    MAX_BITS: tl.constexpr, STRIPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Write both copies of two tiles in the same place of two matrices."""
     loaded, x, y, rows = (), (), (), ()
@@ -191,7 +212,7 @@ def store_two_tiles(
             loaded = loaded + (LOAD(*arguments, i + AHEAD, m, k, STRIPS),)
         first, second = MAKE(*loaded[i])
         amax = store_row_words(
-            first, second, row_ptr, row_ptr + row_gap, stride_row, i, m, k, M, K, MAX_BITS, STRIPS
+            first, row_ptr, i, second, row_ptr + row_gap, i, stride_row, m, k, M, K, MAX_BITS, STRIPS
         )  # fmt: skip
         x, y, rows = x + (first,), y + (second,), rows + (amax,)
     j = tl.arange(0, 128)
@@ -199,10 +220,40 @@ def store_two_tiles(
     row_scale_ptr += k // 128 * stride_row_scale + m
     tl.store(row_scale_ptr + j[:, None] + row_scale_gap * tl.arange(0, 2)[None, :], scale_inv)
 
-    columns, tile, pair = column_amax(x, y), j // 64, j % 64
+    columns, tile, pair = column_amax(tl.join(largest(x), largest(y))), j // 64, j % 64
     scale_inv = scales_in_order(tl.reshape(columns, [128]), 2 * pair + tile, MAX_BITS)
     col_scale_ptr += m // 128 * stride_col_scale + k
     tl.store(col_scale_ptr + (col_scale_gap * tile + 2 * pair)[:, None] + tl.arange(0, 2)[None, :], scale_inv)
     first, second = tl.split(encode_words(columns, MAX_BITS))
     store_column_words(x, first, col_ptr, stride_col, m, k, K)
     store_column_words(y, second, col_ptr + col_gap, stride_col, m, k, K)
+
+
+@triton.jit
+def store_word_tile(
+    LOAD: tl.constexpr, arguments,  # LOAD(*arguments, i, m, k, STRIPS): strip i of what the tile is made of, a tuple
+    MAKE: tl.constexpr,  # MAKE(*those): its words
+    m, k, M, K,  # the corner of the tile, int64, and its end: M = m + 128, K = k + 128
+    row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row, stride_row_scale, stride_col, stride_col_scale,
+    MAX_BITS: tl.constexpr, STRIPS: tl.constexpr,
+    AHEAD: tl.constexpr,  # strips that are loaded while others are worked on, even
+):  # fmt: skip
+    """Write both copies of a tile."""
+    loaded, x, rows = (), (), ()
+    for i in tl.static_range(AHEAD):
+        loaded = loaded + (LOAD(*arguments, i, m, k, STRIPS),)
+    for i in tl.static_range(0, STRIPS, 2):
+        if i + AHEAD < STRIPS:
+            loaded = loaded + (LOAD(*arguments, i + AHEAD, m, k, STRIPS),)
+            loaded = loaded + (LOAD(*arguments, i + AHEAD + 1, m, k, STRIPS),)
+        first, second = MAKE(*loaded[i]), MAKE(*loaded[i + 1])
+        amax = store_row_words(first, row_ptr, i, second, row_ptr, i + 1, stride_row, m, k, M, K, MAX_BITS, STRIPS)
+        x, rows = x + (first, second), rows + (amax,)
+    j = tl.arange(0, 64)
+    two = 2 * j[:, None] + tl.arange(0, 2)[None, :]
+    scale_inv = scales_in_order(tl.reshape(in_order(rows, 0, 1), [64]), j, MAX_BITS)
+    tl.store(row_scale_ptr + k // 128 * stride_row_scale + m + two, scale_inv)
+
+    columns = column_amax(largest(x))
+    tl.store(col_scale_ptr + m // 128 * stride_col_scale + k + two, scales_in_order(columns, j, MAX_BITS))
+    store_column_words(x, encode_words(columns, MAX_BITS), col_ptr, stride_col, m, k, K)
