@@ -128,6 +128,21 @@ def test_quantize_bench_checks_every_result_bitwise(monkeypatch: pytest.MonkeyPa
         assert exit_code(bench.main, [*arguments, f"cases=[{case}]"]) == 1, case
 
 
+def test_quantize_bench_times_triton_with_words_and_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+    from fp8train.backends.triton import TritonBackend, kernel
+
+    launch, module, words = kernel("quantize").launch, kernel("quantize"), list[bool]()
+    monkeypatch.setattr(module, "launch", lambda *args: (words.append(args[-1]()[2]["WORDS"]), launch(*args)))
+    monkeypatch.setattr(quantize, "get_backend", lambda name: TritonBackend())
+    arguments = ["quantize", "shapes=[[128,128]]", "cases=[both]", "rounds=1", "warmup=0", "plain=true"]
+    assert exit_code(bench.main, arguments) == 0
+    said = capsys.readouterr().out
+    assert "\nboth " in said and "\nboth, plain " in said and set(words) == {True, False}
+
+
 def test_host_bench_counts_what_a_converted_linear_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "host.json"
     assert exit_code(bench.main, ["host", "rounds=9", "calls=20", f"out={out}"]) == 0
