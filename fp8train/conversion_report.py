@@ -245,7 +245,8 @@ class ConversionReport:
     def coverage(self) -> dict[str, Any]:
         """What the GEMMs ran in since the counts were last reset, as the ops counted; FLOPs = 2 * rows * N * K.
 
-        refused_kernels: those that failed the check on their first use so far, each with the reason.
+        refused_kernels: those that failed the check on their first use so far, each with the reason. precision, rule
+        and reason of a linear are the recipe's; changed: what schedule or alarm made of it since, or null.
         """
         counts = COUNTS.snapshot()
         fp8_flops = other_flops = 0
@@ -265,7 +266,8 @@ class ConversionReport:
                     "exception": exception(row, gemm, count),
                 }
             keys = {"fqn": row.fqn, "shape": list(row.shape), "precision": row.precision}
-            linears.append({**keys, "rule": row.rule, "reason": row.reason, "gemms": gemms})
+            words = {"rule": row.rule, "reason": row.reason, "changed": COUNTS.changed(row.site)}
+            linears.append({**keys, **words, "gemms": gemms})
         backend = get_backend(self.backend)
         return {
             "backend": self.backend,
@@ -284,7 +286,8 @@ def exception(row: ConversionRow, gemm: str, count: GemmCount) -> str | None:
         whole = row.numbers is None or not row.numbers.any_fp8
         return f"{planned}: {row.reason}" if whole else f"{planned}: precision {row.precision} says so"
     if count.other_rows:
-        return "ran in high precision for some rows: its precision was changed during the run"
+        some = "ran in high precision for some rows: its precision was changed during the run"
+        return COUNTS.changed(row.site) or some
     return None if count.fp8_rows else COUNTS.reason(row.site, gemm) or "no tokens reached it"
 
 

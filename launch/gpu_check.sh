@@ -121,7 +121,7 @@ bench() { # NAME SECONDS ARGUMENTS...: the limit counts from its turn
   step "bench_$name" "$TOTAL_SECONDS" "$python" -m fp8train.bench "$@" lock="$out/turn" limit_seconds="$limit" out="$out/$name.json" &
 }
 benches() {
-  bench quantize 60 quantize rounds=15
+  bench quantize 60 quantize plain=true rounds=15
   bench gemm 90 gemm rounds=9
   bench adding 60 gemm "gemms=[wgrad]" accumulate=true rounds=9 # as from the second micro-batch on
   for size in 4096 8192; do

@@ -29,6 +29,7 @@ class CoverageCounter:
     def __init__(self) -> None:
         self._counts: dict[tuple[int, str], GemmCount] = {}
         self._reasons: dict[tuple[int, str], str] = {}
+        self._changes: dict[int, str] = {}
 
     def add(self, site: int, gemm: str, rows: int, fp8: bool) -> None:
         """Record one execution over `rows` tokens."""
@@ -51,7 +52,7 @@ class CoverageCounter:
         self._counts[site, gemm] = count
 
     def reset(self) -> None:
-        """Forget all counts; reasons stay."""
+        """Forget all counts; reasons and changes stay."""
         self._counts.clear()
 
     def explain(self, site: int, gemm: str, reason: str) -> None:
@@ -61,6 +62,17 @@ class CoverageCounter:
     def reason(self, site: int, gemm: str) -> str | None:
         """What `explain` said of a GEMM."""
         return self._reasons.get((site, gemm))
+
+    def change(self, site: int, what: str | None) -> None:
+        """Say what a run has made of a linear's precision and why, or None while it is that of its rule."""
+        if what is None:
+            self._changes.pop(site, None)
+        else:
+            self._changes[site] = what
+
+    def changed(self, site: int) -> str | None:
+        """What `change` said last."""
+        return self._changes.get(site)
 
     def snapshot(self) -> dict[int, dict[str, GemmCount]]:
         """A copy of the counts: {site: {"fprop": GemmCount, ...}}."""

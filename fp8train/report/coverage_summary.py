@@ -26,7 +26,7 @@ class LinearGroup:
     pattern: module path with `*` for what differs. fqns: the members. shape: N x K, or E x N x K. ran: GEMM -> words
     for what executed.
     fp8: GEMM -> whether it ran in FP8 and nothing else. broken: GEMMs that were to run in FP8 and did not (always).
-    flops: of all members and GEMMs. rule, reason: what decided.
+    flops: of all members and GEMMs. rule, reason: what decided; the reason is schedule's or alarm's where they did.
     """
 
     pattern: str
@@ -67,7 +67,7 @@ def group_linears(coverage: Mapping[str, Any]) -> list[LinearGroup]:
             gemm for gemm, count in counts.items() if count.get("planned") == "fp8" and count.get("other_rows", 0)
         ]
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", linear["fqn"])
-        words = (str(linear.get("rule") or ""), str(linear.get("reason") or ""))
+        words = (str(linear.get("rule") or ""), str(linear.get("changed") or linear.get("reason") or ""))
         key = (pattern, tuple(linear["shape"]), tuple(ran.values()), *words)
         group = groups.get(key)
         if group is None:

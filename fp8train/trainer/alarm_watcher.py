@@ -18,7 +18,7 @@ from fp8train.recipe_options import Alarm
 from fp8train.telemetry.observer import Observer
 from fp8train.telemetry.table import Sample, samples, to_row, worst
 from fp8train.trainer.assembly import Assembly
-from fp8train.trainer.precision_control import PrecisionControl
+from fp8train.trainer.precision_control import PrecisionControl, demotions
 from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.step import StepResult
@@ -89,7 +89,7 @@ class AlarmWatcher(Watcher):
             return {"alarm": f"{cause}; nothing left to demote"}
         group = group_of(sample.fqn, self._control.linears)
         new = [fqn for fqn in group if fqn not in self._control.demoted]
-        self._control.demoted += new
+        self._control.demoted |= dict.fromkeys(new, f"an alarm put it in BF16 after step {step}: {cause}")
         self._demotions += 1
         self._losses = []
         reason = f"{cause}; {', '.join(new)} to BF16 ({sample.operand} of {sample.fqn.rpartition('.')[2]} lost most)"
@@ -98,11 +98,11 @@ class AlarmWatcher(Watcher):
 
     def state(self) -> dict[str, Any]:
         """Demotions, and the losses that the next is compared with."""
-        return {"demoted": self._control.demoted, "demotions": self._demotions, "losses": self._losses}
+        return {"demoted": dict(self._control.demoted), "demotions": self._demotions, "losses": self._losses}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
-        self._control.demoted = list(state.get("demoted", ()))
+        self._control.demoted = demotions(state)
         self._demotions = state.get("demotions", 0)
         self._losses = list(state.get("losses", ()))
 

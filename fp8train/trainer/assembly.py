@@ -206,6 +206,6 @@ def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
             N, K = first["shape"]
             for key in flops:
                 flops[key] += 2 * gemms[gemm][key] * N * K
-        linears.append(first | {"gemms": gemms})
+        linears.append(second | {"gemms": gemms})
     share = flops["fp8_rows"] / max(sum(flops.values()), 1)
     return right | {"fp8_flops_share": share, "linears": linears}

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
+from fp8train.backends.coverage import COUNTS
 from fp8train.checkpoint import Checkpoint
 from fp8train.quant.formats import BF16, LinearPrecision
 from fp8train.recipe import Recipe
@@ -24,13 +29,17 @@ class PrecisionControl:
         self._rules = {fqn: linear.precision for fqn, linear in self.linears.items()}
         self._recipe = recipe
         self._steps = steps
-        self.demoted: list[str] = []
+        self.demoted: dict[str, str] = {}  # module path: when and why
 
     def scheduled(self, step: int) -> str | None:
         """Name of the precision that the schedule has put in place of the rules' at a step (from 1), or None."""
-        # a part holds from the first step with at least at * steps steps behind it
-        begun = [part.use for part in self._recipe.schedule if step - 1 >= part.at * self._steps]
-        return begun[-1] if begun else None
+        begun = self._begun(step)
+        return begun[-1][1] if begun else None
+
+    def _begun(self, step: int) -> list[tuple[int, str]]:
+        """The schedule's precisions up to a step, each with its first step: that with at * steps steps behind it."""
+        parts = [(math.ceil(part.at * self._steps) + 1, part.use) for part in self._recipe.schedule]
+        return [part for part in parts if part[0] <= step]
 
     def precision(self, fqn: str, step: int) -> LinearPrecision:
         """What a linear computes with at a step. A rule's bf16 or fp32 stays, whatever the schedule says."""
@@ -40,10 +49,19 @@ class PrecisionControl:
         scheduled = own if name is None else self._recipe.precisions[name]
         return BF16 if fqn in self.demoted and scheduled.quantized else scheduled
 
+    def change(self, fqn: str, step: int) -> str | None:
+        """What has changed a linear's precision up to a step, in words, or None."""
+        if not self._rules[fqn].quantized:
+            return None
+        parts = [f"{name} from step {first}" for first, name in self._begun(step)]
+        schedule = [f"the schedule: {', '.join(parts)}"] if parts else []
+        return "; ".join([*schedule, *([self.demoted[fqn]] if fqn in self.demoted else [])]) or None
+
     def apply(self, step: int) -> int:
-        """Set every linear to what it has at a step; gives the number that changed."""
+        """Set every linear to what it has at a step, and tell the coverage of it; gives the number that changed."""
         changed = 0
         for fqn, linear in self.linears.items():
+            COUNTS.change(linear.site, self.change(fqn, step))
             wanted = self.precision(fqn, step)
             if linear.precision != wanted:
                 linear.set_precision(wanted)
@@ -58,6 +76,12 @@ def follow_run(model: nn.Module, recipe: Recipe, checkpoint: Checkpoint) -> None
     control.apply(checkpoint.step)
 
 
-def demoted_linears(checkpoint: Checkpoint) -> list[str]:
-    """Module paths of the linears that alarms had put in BF16."""
-    return list(checkpoint.state.progress.get("watchers", {}).get("alarm", {}).get("demoted", ()))
+def demoted_linears(checkpoint: Checkpoint) -> dict[str, str]:
+    """Module paths of the linears that alarms had put in BF16, each with when and why."""
+    return demotions(checkpoint.state.progress.get("watchers", {}).get("alarm", {}))
+
+
+def demotions(state: Mapping[str, Any]) -> dict[str, str]:
+    """Those in the state of an alarm; older checkpoints name the linears alone."""
+    saved = state.get("demoted", {})
+    return dict(saved) if isinstance(saved, Mapping) else dict.fromkeys(saved, "an alarm put it in BF16")

@@ -61,3 +61,11 @@ def test_refused_kernels_are_a_sentence_or_nothing() -> None:
     text = "refused on its machine, so that others took their place: gemm a: it hung; gemm b: it crashed"
     assert refused_kernels({"refused_kernels": ["gemm a: it hung", "gemm b: it crashed"]}) == text
     assert refused_kernels({"refused_kernels": []}) == refused_kernels({}) == ""
+
+
+def test_what_changed_a_linear_during_the_run_stands_for_its_rules_reason() -> None:
+    coverage = make_coverage("blockwise")
+    linear = next(row for row in coverage["linears"] if row["gemms"]["fprop"]["fp8_rows"])
+    linear["changed"] = "an alarm put it in BF16 after step 5: loss or gradient is not finite"
+    (group,) = [group for group in group_linears(coverage) if linear["fqn"] in group.fqns]
+    assert group.fqns == [linear["fqn"]] and group.reason == linear["changed"]

@@ -82,7 +82,10 @@ class TestSchedule:
         tiny_train(tmp_path, run="fp8")
         a, b = losses(tmp_path / "scheduled"), losses(tmp_path / "fp8")
         assert a[:3] == b[:3] and a[3] != b[3]
-        assert scheduled.coverage["linears"][0]["gemms"]["fprop"]["fp8_rows"] == 3 * 512
+        linear = scheduled.coverage["linears"][0]
+        assert linear["gemms"]["fprop"]["fp8_rows"] == 3 * 512
+        assert linear["changed"] == linear["gemms"]["fprop"]["exception"] == "the schedule: bf16 from step 4"
+        assert [row["changed"] for row in scheduled.coverage["linears"] if row["fqn"] == "lm_head"] == [None]
         assert scheduled.evals[-1]["eval_loss"] == scheduled.evals[-1]["eval_loss_bf16"]
 
     def test_resumed_run_is_the_uninterrupted_one(self, tmp_path: Path):
@@ -130,6 +133,10 @@ class TestAlarm:
             "exception": None,
         }  # fmt: skip
         assert rows["lm_head"]["other_calls"] == 6
+        changed = {row["fqn"]: row["changed"] for row in result.coverage["linears"]}
+        words = "an alarm put it in BF16 after step 5: loss or gradient is not finite"
+        assert {fqn for fqn, text in changed.items() if text is not None} == set(demoted)
+        assert changed[demoted[0]] == rows[demoted[0]]["exception"] == words
         ending = rf"finished 6 steps in \S+ s of training, {len(demoted)} linears demoted to BF16"
         assert re.search(ending, stream.getvalue())
         assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [
@@ -218,6 +225,14 @@ class TestCauses:
         rows = [watcher.after_step(step, step_result(loss)) for step, loss in enumerate(losses, start=1)]
         assert "used up" in rows[-1]["alarm"]
 
+    def test_state_names_why_and_one_of_before_that_does_not_is_read(self, tmp_path: Path):
+        watcher = self.build(load_recipe(load_recipe("blockwise").document | {"alarm": {"on": ["spike"]}}), tmp_path)
+        watcher.load_state({"demoted": [DOWN], "demotions": 1})
+        assert watcher._control.precision(DOWN, 1) == BF16
+        assert watcher._control.change(DOWN, 1) == "an alarm put it in BF16"
+        watcher.load_state(watcher.state() | {"demoted": {DOWN: "an alarm put it in BF16 after step 7: it rose"}})
+        assert watcher._control.change(DOWN, 1) == "an alarm put it in BF16 after step 7: it rose"
+
     def test_planted_outlier_is_the_worst_and_its_group_goes_with_it(self, tmp_path: Path):
         recipe = load_recipe(load_recipe("blockwise").document | {"alarm": {"on": ["nonfinite"]}})
         watcher = self.build(recipe, tmp_path)
@@ -226,7 +241,7 @@ class TestCauses:
             linears["layers.0.self_attn.q_proj"].weight[0, 0] = 1e6
         with pytest.raises(RollBack):
             watcher.after_step(1, step_result(float("nan"), updated=False))
-        assert watcher._control.demoted == [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
+        assert list(watcher._control.demoted) == [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
 
     @pytest.mark.parametrize(
         ("nonfinite", "first"),
