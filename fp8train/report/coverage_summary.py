@@ -26,6 +26,7 @@ class LinearGroup:
     pattern: module path with `*` for what differs. fqns: the members. shape: N x K, or E x N x K. ran: GEMM -> words
     for what executed.
     fp8: GEMM -> whether it ran in FP8 and nothing else. broken: GEMMs that were to run in FP8 and did not (always).
+    changed: schedule or alarm gave it another precision during the run; then nothing of it is broken.
     flops: of all members and GEMMs. rule, reason: what decided; the reason is schedule's or alarm's where they did.
     """
 
@@ -35,6 +36,7 @@ class LinearGroup:
     ran: dict[str, str]
     fp8: dict[str, bool]
     broken: list[str]
+    changed: bool
     flops: float
     rule: str
     reason: str
@@ -63,9 +65,10 @@ def group_linears(coverage: Mapping[str, Any]) -> list[LinearGroup]:
     for linear in coverage.get("linears", ()):
         counts = {gemm: linear["gemms"].get(gemm, {}) for gemm in GEMMS}
         ran = {gemm: _ran(count) for gemm, count in counts.items()}
-        broken = [
-            gemm for gemm, count in counts.items() if count.get("planned") == "fp8" and count.get("other_rows", 0)
+        planned = [
+            gemm for gemm, count in counts.items() if count.get("planned") == "fp8" and not linear.get("changed")
         ]
+        broken = [gemm for gemm in planned if counts[gemm].get("other_rows", 0)]
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", linear["fqn"])
         words = (str(linear.get("rule") or ""), str(linear.get("changed") or linear.get("reason") or ""))
         key = (pattern, tuple(linear["shape"]), tuple(ran.values()), *words)
@@ -79,6 +82,7 @@ def group_linears(coverage: Mapping[str, Any]) -> list[LinearGroup]:
                 ran=ran,
                 fp8=fp8,
                 broken=broken,
+                changed=bool(linear.get("changed")),
                 flops=0.0,
                 rule=words[0],
                 reason=words[1],

@@ -57,6 +57,9 @@ def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
             parts.append(
                 page.paragraph(f"{label}: these GEMMs were planned in FP8 and also ran outside it: {names}.", "alert")
             )
+        for reason in dict.fromkeys(group.reason for group in groups if group.changed):
+            names = ", ".join(group.pattern for group in groups if group.changed and group.reason == reason)
+            parts.append(page.paragraph(f"{label}: during the run, {reason}: {names}.", "note"))
         words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of a run's {flops_text(total)} ran in FP8"
         chart = bar_chart(
             [_share_bar(share, slot) for share in shares],

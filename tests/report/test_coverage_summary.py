@@ -68,4 +68,7 @@ def test_what_changed_a_linear_during_the_run_stands_for_its_rules_reason() -> N
     linear = next(row for row in coverage["linears"] if row["gemms"]["fprop"]["fp8_rows"])
     linear["changed"] = "an alarm put it in BF16 after step 5: loss or gradient is not finite"
     (group,) = [group for group in group_linears(coverage) if linear["fqn"] in group.fqns]
-    assert group.fqns == [linear["fqn"]] and group.reason == linear["changed"]
+    assert group.fqns == [linear["fqn"]] and group.reason == linear["changed"] and group.changed
+    linear["gemms"]["fprop"] |= {"fp8_rows": 500, "other_rows": 500}
+    (group,) = [group for group in group_linears(coverage) if linear["fqn"] in group.fqns]
+    assert group.ran["fprop"] == "FP8 50.0 %" and not group.broken and group in exceptions(group_linears(coverage))

@@ -158,6 +158,15 @@ def test_gemm_planned_in_fp8_that_ran_outside_it_raises_an_alert(tmp_path: Path)
     assert "not FP8, planned FP8" in text
 
 
+def test_what_a_schedule_or_an_alarm_changed_is_said_and_raises_no_alert(tmp_path: Path) -> None:
+    coverage = make_coverage("blockwise")
+    coverage["linears"][0]["gemms"]["dgrad"] |= {"fp8_rows": 500, "other_rows": 500}
+    coverage["linears"][0]["changed"] = "the schedule: bf16 from step 4"
+    text = report_of(arms_of(tmp_path, coverage=coverage))
+    assert "during the run, the schedule: bf16 from step 4: layers.0.self_attn.q_proj." in text
+    assert "also ran outside it" not in text and "planned FP8" not in text
+
+
 @pytest.mark.parametrize("recipe", ["blockwise", "bf16"])
 def test_refused_kernels_are_named_with_their_reasons(tmp_path: Path, recipe: str) -> None:
     """Also those of a run without FP8: its rotary embedding is one of our kernels."""
