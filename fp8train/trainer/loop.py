@@ -18,8 +18,8 @@ from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World
 from fp8train.errors import DivergedError
-from fp8train.metrics import Metrics, peak_flops
-from fp8train.models import count_parameters, flops_per_token
+from fp8train.metrics import Metrics
+from fp8train.models import count_parameters
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
 from fp8train.trainer.assembly import (
     Assembly,
@@ -36,7 +36,7 @@ from fp8train.trainer.divergence import check_diverged
 from fp8train.trainer.environment import device_name
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.footprint import check_memory
-from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash
+from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash, step_row
 from fp8train.trainer.profiling import ProfileWindow
 from fp8train.trainer.progress import Progress
 from fp8train.trainer.rollback import RollBack
@@ -307,24 +307,11 @@ class Trainer:
     def _log(self, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
         """Row of a finished step; a step that was skipped always has one."""
         config, progress = self.config, self.progress
-        row: dict[str, Any] = {
-            "step": progress.step,
-            "loss": result.loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "tokens_seen": progress.step * config.global_batch_tokens,
-            "tokens_per_second": config.global_batch_tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": data_seconds,
-            "memory_bytes": self.memory.bytes(),
-        }
+        row = step_row(config, self.world, progress.step, result, lr, seconds)
+        row |= {"data_seconds": data_seconds, "memory_bytes": self.memory.bytes()}
         if not result.updated:
             row |= {"skipped": True, "skipped_steps": progress.skipped_steps}
         request = after_step(self.watchers, progress.step, result, row)
-        peak = peak_flops(device_name(self.world.device))
-        if peak is not None:
-            flops = flops_per_token(config.model, config.seq_len) * row["tokens_per_second"]
-            row["mfu"] = flops / (peak * self.world.world_size)
         self.console.step(row, self.speed.eta_seconds(config.steps - progress.step))
         if _due(progress.step, config.log.every) or not result.updated:
             self._write(row)

@@ -9,11 +9,17 @@ import resource
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fp8train.config import RunConfig
 from fp8train.data import Batch
 from fp8train.distributed import World
+from fp8train.metrics import peak_flops
+from fp8train.models import flops_per_token
+from fp8train.trainer.environment import device_name
+from fp8train.trainer.step import StepResult
 
 MASK = (1 << 63) - 1
 
@@ -106,3 +112,23 @@ def _peak_rss() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step_row(
+    config: RunConfig, world: World, step: int, result: StepResult, lr: float, seconds: float
+) -> dict[str, Any]:
+    """What metrics.jsonl says of a step that took `seconds`; mfu where the device's peak is known."""
+    tokens_per_second = config.global_batch_tokens / seconds
+    row: dict[str, Any] = {
+        "step": step,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens_seen": step * config.global_batch_tokens,
+        "tokens_per_second": tokens_per_second,
+        "step_seconds": seconds,
+    }
+    peak = peak_flops(device_name(world.device))
+    if peak is not None:
+        row["mfu"] = flops_per_token(config.model, config.seq_len) * tokens_per_second / (peak * world.world_size)
+    return row
