@@ -61,7 +61,7 @@ def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunCon
     recipe = load_recipe(config.recipe) if named else None
     world = World()
     dataset = build_dataset(config.data, config.seq_len, config.seed)
-    check_vocabulary(dataset, config.model.vocab_size)
+    check_vocabulary(dataset, config.model.vocab_size, config.model.init_from)
     if isinstance(dataset, PackedDataset) and dataset.samples_per_epoch < arguments.windows:
         raise DataError(
             f"{command}: the calibration text has {dataset.samples_per_epoch} windows of {config.seq_len} tokens; "

@@ -28,7 +28,7 @@ from fp8train.config_sections import (
     need_one_of,
 )
 from fp8train.convert import FUSED
-from fp8train.data import DataConfig
+from fp8train.data import DataConfig, with_model_tokenizer
 from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, resolve_config
 from fp8train.models.recompute import CHOICES as CHECKPOINTING
@@ -176,6 +176,7 @@ def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
     assigned = parse_assignments([argument for argument in arguments if argument not in selected], RunConfig)
     config = structure(RunConfig, merged(values, assigned), who=command)
     config.model = resolve_config(config.model)
+    config.data = with_model_tokenizer(config.data, config.model.init_from)
     if config.run_dir is None:
         config.run_dir = _default_run_dir(config, command)
     config.check()

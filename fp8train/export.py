@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fp8train.arguments import nearest, parse_arguments
-from fp8train.checkpoint import open_checkpoint
+from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.data import covers
 from fp8train.data.build import configured_tokenizer
-from fp8train.data.tokenizers import build_tokenizer
-from fp8train.errors import ConfigError, exit_code
+from fp8train.data.tokenizers import Tokenizer, build_tokenizer
+from fp8train.errors import ConfigError, DataError, exit_code
 from fp8train.models import ModelConfig, count_parameters, save_hf
 from fp8train.nn.remedies import fold_channel_scale
 from fp8train.recipe import Recipe
@@ -51,9 +52,8 @@ def main(argv: Sequence[str]) -> int:
     model = checkpoint.config.model
     tokenizer, separator = None, None
     if arguments.tokenizer != "none":
-        own = arguments.tokenizer
-        trained = configured_tokenizer(checkpoint.config.data) if own is None else build_tokenizer(own)
-        tokenizer, separator = trained.path, trained.separator  # bytes have no files
+        chosen = _tokenizer(checkpoint, arguments.tokenizer)
+        tokenizer, separator = chosen.path, chosen.separator  # bytes have no files
     state, notes = fold_remedies(checkpoint.load_model_state(), checkpoint.recipe)
     for line in notes:
         sys.stderr.write(f"{line}\n")
@@ -63,6 +63,32 @@ def main(argv: Sequence[str]) -> int:
     what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
     sys.stdout.write(f"{arguments.out}: {what}\n{_padding_line(model, parameters)}")
     return 0
+
+
+def _tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
+    """That of the training, or the named one, which must have the same ids.
+
+    Raises:
+        DataError: it is not there, or is another.
+    """
+    if named is None:
+        return configured_tokenizer(checkpoint.config.data)
+    chosen, size = build_tokenizer(named), checkpoint.config.model.vocab_size
+    if chosen.vocab_size > size:
+        raise DataError(
+            f"tokenizer: {chosen.name} has {chosen.vocab_size} ids, the model {size}; needs the tokenizer of the "
+            "training. Leave `tokenizer` out."
+        )
+    try:
+        trained = configured_tokenizer(checkpoint.config.data)
+    except DataError:  # it has gone since
+        return chosen
+    if not covers(chosen, trained):
+        raise DataError(
+            f"tokenizer: {chosen.name} ({chosen.vocab_size} ids) has other ids than {trained.name} "
+            f"({trained.vocab_size}), in which the model was trained; needs that one. Leave `tokenizer` out."
+        )
+    return chosen
 
 
 def _padding_line(model: ModelConfig, parameters: int) -> str:

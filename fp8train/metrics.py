@@ -128,7 +128,7 @@ class TensorBoardSink:
 
     name = "tensorboard"
 
-    def __init__(self, run_dir: Path, purge_step: int | None) -> None:
+    def __init__(self, run_dir: Path, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
@@ -177,7 +177,7 @@ class Metrics:
         truncate_metrics(path, resumed_step)
         self._jsonl = JsonlSink(path)
         if tensorboard:
-            self._open("tensorboard", lambda: TensorBoardSink(run_dir, resumed_step + 1 if resumed_step else None))
+            self._open("tensorboard", lambda: TensorBoardSink(run_dir, resumed_step + 1))
         if wandb != "off":
             if wandb == "online":
                 self._reopen_wandb = lambda: WandbSink(run_dir, wandb_project, "offline", config or {})

@@ -71,6 +71,15 @@ def test_other_text_is_scored_in_the_runs_tokenizer(folder: Path, tmp_path: Path
     assert strange["eval_loss"] > same["eval_loss"] + 0.5
 
 
+def test_text_in_other_ids_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    assert exit_code(command.main, [f"checkpoint={folder / 'run'}", f"data.tokenizer={tmp_path / 'words.json'}"]) == 2
+    assert "(3 ids), the run was trained in bytes (257 ids); needs that one" in capsys.readouterr().err
+    assert command.main([f"checkpoint={folder / 'run'}", "data.tokenizer=bytes"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

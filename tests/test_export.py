@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fp8train import export as command
 from fp8train.data.tokenizers import ByteTokenizer
-from fp8train.errors import CheckpointError, ConfigError
+from fp8train.errors import CheckpointError, ConfigError, DataError
 from fp8train.models import build_model, initialize
 from fp8train.recipe import load_recipe
 from tests.test_generate import MODEL, save_run
@@ -79,6 +79,19 @@ def test_tokenizer_of_the_run_goes_along(tmp_path):
     assert json.loads((tmp_path / "with" / "config.json").read_text())["eos_token_id"] == 2, "</s>, as in training"
     command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'without'}", "tokenizer=none"])
     assert not (tmp_path / "without" / "tokenizer.json").exists()
+
+
+def test_tokenizer_with_other_ids_or_more_of_them_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    save_run(tmp_path / "run")
+    vocabulary = {"[UNK]": 0, "</s>": 1} | {f"w{number}": 2 + number for number in range(1000)}
+    for size, message in ((3, r"\(3 ids\) has other ids than bytes \(257\)"), (1002, "has 1002 ids, the model 2")):
+        part = {word: number for word, number in vocabulary.items() if number < size}
+        file = tmp_path / f"{size}.json"
+        tokenizers.Tokenizer(tokenizers.models.WordLevel(part, unk_token="[UNK]")).save(str(file))
+        with pytest.raises(DataError, match=message):
+            command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'hf'}", f"tokenizer={file}"])
+    assert not (tmp_path / "hf").exists()
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

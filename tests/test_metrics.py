@@ -148,6 +148,20 @@ class TestWandb:
         assert len(fake.ids) == 2 and fake.ids[0] == fake.ids[1]
 
 
+def test_tensorboard_forgets_the_steps_after_the_one_that_training_goes_on_from(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed, steps in ((0, range(1, 6)), (3, range(4, 8)), (0, range(1, 3))):
+        metrics = Metrics(tmp_path, tensorboard=True, resumed_step=resumed, warn=pytest.fail)
+        for step in steps:
+            metrics.write({"step": step, "loss": 1.0})
+        metrics.close()
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == [*range(1, steps[-1] + 1)]
+
+
 def test_tensorboard_writes_event_files(tmp_path: Path):
     pytest.importorskip("tensorboard")
     warnings: list[str] = []

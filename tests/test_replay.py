@@ -17,6 +17,8 @@ from fp8train.data import Batch, Batcher
 from fp8train.distributed import World
 from fp8train.errors import exit_code
 from fp8train.optim import OptimConfig
+from fp8train.quant.formats import BF16
+from fp8train.telemetry.observer import named_linears
 from fp8train.trainer import Trainer, loop
 from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_config
@@ -175,3 +177,29 @@ def test_bad_input_is_one_line_and_status_2(
     assert exit_code(replay.main, [argument.format(folder=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["settings", "alarm"])
+def test_weights_that_other_settings_or_an_alarm_led_to_are_not_made_up(
+    how: str, tmp_path: Path, faulty_product: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What training again from the first weights gives is another run's, and would be called non-reproducible."""
+
+    def plant(trainer: Trainer, number: int) -> None:
+        if number == SPIKE:
+            faulty_product["add"] = 3.0
+        if how == "alarm" and number == 5:  # as an alarm of that step did, without a checkpoint since
+            for fqn, linear in named_linears(trainer.model).items():
+                if fqn.endswith("up_proj"):
+                    linear.set_precision(BF16)
+
+    if how == "settings":
+        run(tmp_path, lambda *_: None, "steps=6", "checkpoint.keep_last=1")
+    run_dir = run(tmp_path, plant, f"steps={SPIKE}", "checkpoint.keep_last=1")
+    assert exit_code(replay.main, [str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    wanted = "steps 1 to 6 were trained with other settings (config.until_step_6.yaml)"
+    if how == "alarm":
+        changed = "layers.0.mlp.up_proj between the first weights of seed 1 and step"
+        wanted = f"an alarm has changed the precision of {changed} {SPIKE}"
+    assert wanted in error and "needs a checkpoint of later" in error

@@ -185,6 +185,7 @@ class Rerun:
             checkpoint.restore(assembly.model, optimizer)
             control.demoted = demoted_linears(checkpoint)
             start, source = checkpoint.step, str(checkpoint.path)
+        self._check_past(source, start, before, control)
         for step in range(start, before):
             control.apply(step + 1)
             set_learning_rate(optimizer, learning_rate(self.config.optim, step, self.config.steps))
@@ -192,6 +193,36 @@ class Rerun:
             train_step(assembly.model, optimizer, self.step_batches(step), self.world, clip=clip)
         weights = {name: p.detach().cpu().clone() for name, p in assembly.model.named_parameters()}
         return f"{source}, {before - start} steps on", weights
+
+    def _check_past(self, source: str, start: int, before: int, control: PrecisionControl) -> None:
+        """Refuse weights that cannot be made again, since the steps were not trained as the black box's own was.
+
+        Raises:
+            CheckpointError: they had other settings, or an alarm has changed precisions since `start`.
+        """
+        wanted = "needs a checkpoint of later: lower checkpoint.every, or keep more of them (checkpoint.keep_last)."
+        for file in sorted(self.path.parents[1].glob("*.until_step_*.yaml")):
+            last = int(file.stem.rpartition("_")[2])
+            if start < last <= before:
+                raise CheckpointError(
+                    f"replay: steps {start + 1} to {last} were trained with other settings ({file.name}) than step "
+                    f"{self.dump.step}, and would be again from {source}; {wanted}"
+                )
+        then = {
+            fqn: precision.name
+            for fqn, linear in control.linears.items()
+            if (precision := control.precision(fqn, self.dump.step)) != linear.precision
+        }
+        moved = sorted(
+            {fqn for fqn, name in self.dump.precisions.items() if then.get(fqn) != name}
+            | (then.keys() - self.dump.precisions.keys())
+        )
+        if moved:
+            names = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
+            raise CheckpointError(
+                f"replay: an alarm has changed the precision of {names} between {source} and step {self.dump.step}, at "
+                f"a step that is not known; {wanted}"
+            )
 
 
 class _Still(torch.optim.Optimizer):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fp8train.backends import get_backend
 from fp8train.backends.interface import Backend
 from fp8train.config import RunConfig
-from fp8train.data import Batch, Batcher, Dataset, build_dataset, check_vocabulary
+from fp8train.data import Batch, Batcher, Dataset, build_dataset, check_model_tokenizer, check_vocabulary
 from fp8train.distributed import World
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import converted_linears
@@ -59,7 +59,8 @@ class Subject:
         self.config = dataclasses.replace(config, seq_len=length, data=data, compile=False)
         self.world = World(device=device)
         self.dataset: Dataset = build_dataset(data, length, config.seed)
-        check_vocabulary(self.dataset, config.model.vocab_size)
+        check_model_tokenizer(self.dataset.tokenizer, config.data, config.model.init_from)
+        check_vocabulary(self.dataset, config.model.vocab_size, config.model.init_from)
         sizes = (n for n in range(1, MOST_SAMPLES + 1) if n * length % BLOCK == 0)
         self.size = next(sizes, 1)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fp8train.data.build import build_dataset
 from fp8train.data.config import MASKED_TARGET, DataConfig, SourceConfig
 from fp8train.data.dataset import Dataset, check_vocabulary
+from fp8train.data.model_tokenizer import check_model_tokenizer, covers, with_model_tokenizer
 from fp8train.data.packing import Sample
 from fp8train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, build_tokenizer
 
@@ -29,7 +30,10 @@ __all__ = [
     "Tokenizer",
     "build_dataset",
     "build_tokenizer",
+    "check_model_tokenizer",
     "check_vocabulary",
+    "covers",
+    "with_model_tokenizer",
 ]
 
 

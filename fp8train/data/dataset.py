@@ -157,21 +157,28 @@ def threshold_for(corpus: Corpus, fraction: float, seq_len: int) -> int:
     return sufficient_threshold(corpus.hashes, corpus.lengths, fraction, needed)
 
 
-def check_vocabulary(dataset: Dataset, vocab_size: int) -> None:
+def check_vocabulary(dataset: Dataset, vocab_size: int, init_from: str | None = None) -> None:
     """Refuse data with token ids that the model has no embedding for.
+
+    Args:
+        vocab_size: rows of the embedding.
+        init_from: Hugging Face folder that they come from.
 
     Raises:
         DataError: the tokenizer, or a stored token, goes beyond vocab_size.
     """
-    if not dataset.streaming and dataset.largest_token() >= vocab_size:
-        largest = dataset.largest_token()
+    largest = -1 if dataset.streaming else dataset.largest_token()
+    wanted = max(dataset.tokenizer.vocab_size, largest + 1)
+    remedy = f"Set model.vocab_size={wanted} or take another tokenizer."
+    if init_from is not None:
+        remedy = f"Take its tokenizer, or give it rows: resize_token_embeddings({wanted}) of transformers, and save it."
+    if largest >= vocab_size:
         raise DataError(
             f"data: token id {largest} is beyond the vocabulary of the model ({vocab_size}); needs ids below it. "
-            f"Set model.vocab_size={max(dataset.tokenizer.vocab_size, largest + 1)} or take another tokenizer."
+            f"{remedy}"
         )
     if dataset.tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"data.tokenizer: {dataset.tokenizer.name} has {dataset.tokenizer.vocab_size} ids; the model has "
-            f"{vocab_size}. "
-            f"Set model.vocab_size={dataset.tokenizer.vocab_size} or take another tokenizer."
+            f"{vocab_size}. {remedy}"
         )

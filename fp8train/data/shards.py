@@ -190,7 +190,8 @@ def open_shards(folders: list[Path], tokenizer: Tokenizer, *, verify: bool = Fal
             raise DataError(
                 f"data.path: {folder} was prepared with another tokenizer ({index['tokenizer']}, "
                 f"{index['vocab_size']} ids) than "
-                f"{tokenizer.name} ({tokenizer.vocab_size} ids). Set data.tokenizer=auto or prepare it again."
+                f"{tokenizer.name} ({tokenizer.vocab_size} ids). Prepare it again with that "
+                "one, or train in its own: data.tokenizer=auto."
             )
         largest = max(largest, index["max_token_id"])
         for meta in index["shards"]:

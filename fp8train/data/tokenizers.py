@@ -96,6 +96,10 @@ class FileTokenizer:
         probe_bytes = int(self._byte_lengths[self._ids(PROBE)].sum()) - self._space_before_text
         self.bytes_exact = probe_bytes == len(PROBE.encode())
 
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without separator or any other special token."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

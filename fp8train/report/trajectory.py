@@ -18,6 +18,7 @@ TARGETS = (0.5, 0.75, 0.9)  # of the baseline's tokens: where tokens-to-loss is 
 SMOOTHED_SPAN = 0.35  # of ln(tokens): half a window of the curve on which tokens-to-loss is read
 SMOOTHED_POINTS, SMOOTHED_ROWS = 400, 4000  # of that curve, and means of rows that it is made from
 LEAST_ROWS = 8
+FLAT = 0.02  # of ln(tokens): so long a stretch without a lower loss moves no ratio by more than 2 %
 
 
 def ema(values: np.ndarray, decay: float = SMOOTHING) -> np.ndarray:
@@ -138,9 +139,12 @@ def tokens_to_loss(baseline: Table, other: Table) -> dict[str, Any]:
     at the lowest loss that both reach, so that a run which ends above the baseline is charged for it as much as one
     that ends below is credited.
 
+    A loss is not read where a curve stands still, or rises and comes back: within the gap of the two it is reached at
+    the beginning as well as at the end of that stretch, if that is longer than FLAT.
+
     Returns:
-        targets: [{share of the baseline's tokens, loss, ratio (None where the other run never got there)}];
-        common: the same at the last common loss; ratio None without a finite curve.
+        targets: [{share of the baseline's tokens, loss, ratio (None where the other run never got there, or at a
+        stretch as above)}]; common: the same at the last common loss; ratio None without a finite curve.
     """
     steps, base, new = paired(baseline, other, "loss")
     tokens = baseline.columns["tokens_seen"][np.isin(baseline.steps, steps, assume_unique=True)]
@@ -150,13 +154,26 @@ def tokens_to_loss(baseline: Table, other: Table) -> dict[str, Any]:
     at, curve, gap = _smoothed(np.log(tokens[keep]), base[keep], (new - base)[keep])
     grid = np.exp(at)
     base_loss, new_loss = np.minimum.accumulate(curve), np.minimum.accumulate(curve + gap)
+
+    def ratio(loss: float) -> float | None:
+        reach = float(np.abs(gap)[np.argmin(np.abs(curve - loss))])
+        stands = any(_stands_still(loss, reach, at, lowest) for lowest in (base_loss, new_loss))
+        return None if stands else _tokens_ratio(loss, grid, base_loss, new_loss)
+
     targets = []
     for share in TARGETS:
         loss = float(np.interp(share * grid[-1], grid, base_loss))
-        targets.append({"share": share, "loss": loss, "ratio": _tokens_ratio(loss, grid, base_loss, new_loss)})
+        targets.append({"share": share, "loss": loss, "ratio": ratio(loss)})
     common = max(float(base_loss[-1]), float(new_loss[-1]))
-    ratio = _tokens_ratio(common, grid, base_loss, new_loss)
-    return {"targets": targets, "common": {"loss": common, "ratio": ratio}}
+    return {"targets": targets, "common": {"loss": common, "ratio": ratio(common)}}
+
+
+def _stands_still(loss: float, reach: float, at: np.ndarray, lowest: np.ndarray) -> bool:
+    """Whether a running minimum over `at` has a stretch longer than FLAT within `reach` of a loss."""
+    ends = np.flatnonzero(np.append(np.diff(lowest) != 0, True))
+    begins = np.append(0, ends[:-1] + 1)
+    flat = at[ends] - at[begins] > FLAT
+    return bool((flat & (np.abs(lowest[begins] - loss) <= reach)).any())
 
 
 def _smoothed(at: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:

@@ -21,10 +21,10 @@ from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.precision_control import PrecisionControl, demotions
 from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.rollback import RollBack
+from fp8train.trainer.run_folder import EVENTS_FILE, write_file
 from fp8train.trainer.step import StepResult
 from fp8train.trainer.watcher import Watcher
 
-EVENTS_FILE = "events.jsonl"
 PROBE_ROWS = 1024
 
 
@@ -67,7 +67,9 @@ class AlarmWatcher(Watcher):
         self._batch: Batch | None = None
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Keep the first micro-batch at hand."""
+        """Keep the first micro-batch at hand; before the first step drop events of steps that a resume undid."""
+        if self._batch is None and self._world.main:
+            _keep_first(self._run_dir / EVENTS_FILE, self._demotions)
         self._batch = batches[0]
 
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
@@ -145,6 +147,13 @@ class AlarmWatcher(Watcher):
         }
         with (self._run_dir / EVENTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event, allow_nan=False) + "\n")
+
+
+def _keep_first(path: Path, count: int) -> None:
+    """Drop all but the first lines of a file, if there is one."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    if len(lines) > count:
+        write_file(path, "".join(lines[:count]))
 
 
 def first_nonfinite(found: Sequence[Sample], order: Sequence[str]) -> Sample | None:

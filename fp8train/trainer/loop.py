@@ -15,7 +15,7 @@ from torch import nn
 from fp8train.checkpoint import Checkpoint, find_resume, gathered_content, saved_steps
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
-from fp8train.data import Batcher, build_dataset, check_vocabulary
+from fp8train.data import Batcher, build_dataset, check_model_tokenizer, check_vocabulary
 from fp8train.distributed import World
 from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics
@@ -52,7 +52,7 @@ from fp8train.trainer.run_folder import (
     write_run_files,
 )
 from fp8train.trainer.run_lock import claimed
-from fp8train.trainer.same_run import changes_since, check_same_run
+from fp8train.trainer.same_run import changes_since, check_same_run, resume_mode
 from fp8train.trainer.saving import SaveClock, checkpoints_to_come, return_point, write_progress
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
@@ -93,8 +93,9 @@ class Trainer:
         """
         started = time.monotonic()
         config, world = self.config, self.world
-        on_main(world, lambda: check_folder(self.run_dir, config.resume))
-        done = on_main(world, lambda: finished_result(self.run_dir, config) if config.resume == "auto" else None)
+        self.resume: str = on_main(world, lambda: resume_mode(self.run_dir, config))
+        on_main(world, lambda: check_folder(self.run_dir, self.resume))
+        done = on_main(world, lambda: finished_result(self.run_dir, config) if self.resume == "auto" else None)
         if done is not None:
             self.console.info(
                 f"{self.run_dir} is finished: {done.steps} steps. Raise steps to go on, or give another run_dir."
@@ -126,7 +127,8 @@ class Trainer:
         config, world = self.config, self.world
         torch.manual_seed(config.seed)
         dataset = build_dataset(config.data, config.seq_len, config.seed)
-        check_vocabulary(dataset, config.model.vocab_size)
+        check_model_tokenizer(dataset.tokenizer, config.data, config.model.init_from)
+        check_vocabulary(dataset, config.model.vocab_size, config.model.init_from)
         size = config.micro_batch(world.world_size)
         self.batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
         self.eval_set = EvalSet(self.batcher, world) if config.data.holdout_fraction > 0 else None
@@ -143,7 +145,7 @@ class Trainer:
     def _restore(self) -> Checkpoint | None:
         """Put everything back as the checkpoint has it that resume names, if there is one, and give it."""
         config, world = self.config, self.world
-        found = on_main(world, lambda: find_resume(self.run_dir, config.resume))
+        found = on_main(world, lambda: find_resume(self.run_dir, self.resume))
         if found is None:
             return None
         for line in found.skipped:
@@ -152,6 +154,8 @@ class Trainer:
         check_same_run(config, self.batcher.dataset.fingerprint, found)
         cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
+        if self.resume == "auto" and config.resume == found.state.config.get("resume") != "auto":
+            self.console.info(f"this run has gone on from {config.resume}; delete the checkpoints since to do so again")
         for line in changes_since(config, self.assembly.recipe, found, world.world_size):
             self.console.info(line)
         return found
@@ -178,7 +182,7 @@ class Trainer:
             self._save()  # or a resume would take a newer one, of the steps that are undone
 
     def _save(self, *, by_clock: bool = False) -> Path:
-        """Write a checkpoint of this step; an alarm does not go back to one that the clock asked for."""
+        """Write a checkpoint of this step; by_clock: the hour asked for it, or a stop, and no alarm goes back to it."""
         progress = self.progress
         progress.return_step = progress.return_step if by_clock else progress.step
         progress.stream_sum = self.stream.total(self.world)
@@ -200,7 +204,8 @@ class Trainer:
         found = self._restore()
         on_main(world, self._check_space)
         self.coverage = CoverageLog(self.assembly.report)
-        self.coverage.go_on(self.progress.coverage if config.resume == "auto" else {})  # else of another run
+        own = found is not None and self.run_dir.resolve() in found.path.resolve().parents  # else of another run
+        self.coverage.go_on(self.progress.coverage if own else {})
         self.speed = Speed(config.log.skip_steps)
         self.stream = StreamHash(self.progress.stream_sum if world.main else 0)
         self.profile = ProfileWindow(config.profile.steps, self.run_dir, world)
@@ -258,7 +263,7 @@ class Trainer:
         """Steps until the last, or until some rank is asked to stop; returns why it stopped early."""
         config = self.config
         self.clock = SaveClock(config.checkpoint.minutes)
-        if self.assembly.recipe.alarm is not None and (self.progress.step == 0 or config.resume != "auto"):
+        if self.assembly.recipe.alarm is not None and (self.progress.step == 0 or self.resume != "auto"):
             self._save()  # an alarm before the next one goes back here
         while (progress := self.progress).step < config.steps:
             self.profile.before(progress.step + 1)
@@ -344,7 +349,8 @@ class Trainer:
             self.console.info(note)
         if stopped_by is None and not (self.evals and self.evals[-1]["step"] == self.progress.step):
             self._evaluate()
-        saved = self._save()
+        due = stopped_by is None or _due(self.progress.step, self.config.checkpoint.every)
+        saved = self._save(by_clock=not due)
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))

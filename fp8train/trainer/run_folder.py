@@ -21,7 +21,6 @@ from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fp8train.metrics import METRICS_FILE, read_metrics
 from fp8train.recipe import Recipe
-from fp8train.trainer.alarm_watcher import EVENTS_FILE
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
 from fp8train.units import bytes_text
@@ -29,6 +28,7 @@ from fp8train.units import bytes_text
 T = TypeVar("T")
 
 RESULT_FILE = "result.json"
+EVENTS_FILE = "events.jsonl"  # what alarms did
 # what an attempt at a run leaves without a checkpoint
 RECORD = (
     METRICS_FILE, EVENTS_FILE, "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
@@ -120,7 +120,7 @@ def check_folder(path: Path, resume: str) -> None:
     if resume != "auto" and (path / METRICS_FILE).exists() and path.resolve() not in Path(resume).resolve().parents:
         raise ConfigError(
             f"resume: {resume} belongs to another run than run_dir={path}, which holds metrics; needs a new run_dir or "
-            "a checkpoint below it. Give another run_dir."
+            "a checkpoint below it. Leave out `resume` to go on with what is there, or give another run_dir."
         )
 
 

@@ -9,14 +9,17 @@ from typing import Any
 import yaml
 
 from fp8train.arguments import flattened
-from fp8train.checkpoint import Checkpoint
+from fp8train.checkpoint import Checkpoint, find_resume
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.recipe import Recipe, load_recipe
 
 # What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
 FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
-RESUME_MAY_DIFFER = ("model.init_from", "model.activations", "data.path", "data.verify", "data.eval_windows")
+# The fingerprint of the data, which must be the same, is also that of the tokenizer.
+RESUME_MAY_DIFFER = (
+    "model.init_from", "model.activations", "data.path", "data.tokenizer", "data.verify", "data.eval_windows",
+)  # fmt: skip
 # What does not reach the numbers: a finished run, or an arm of a comparison, is the same whatever stands here.
 BESIDE_THE_NUMBERS = (
     "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
@@ -35,6 +38,26 @@ def changed_keys(begun: Mapping[str, Any], config: RunConfig) -> dict[str, tuple
         for key, value in flattened(config_to_dict(config)).items()
         if key.partition(".")[0] not in BESIDE_THE_NUMBERS and key in then and then[key] != value
     }
+
+
+def resume_mode(run_dir: Path, config: RunConfig) -> str:
+    """config.resume, or "auto" where it names the folder itself or a checkpoint that the folder's run went on from.
+
+    The same command, given again after a stop, then goes on from the newest checkpoint of its own and not from the one
+    that it names. Checkpoints say what their run was told to resume, so that those of another past do not count.
+    """
+    if config.resume in ("auto", "never"):
+        return config.resume
+    if Path(config.resume).resolve() == run_dir.resolve():
+        return "auto"
+    try:
+        newest = find_resume(run_dir, "auto")
+    except CheckpointError:  # all of them are damaged: the named one serves
+        return config.resume
+    if newest is None or newest.state.config.get("resume") != config.resume:
+        return config.resume
+    other = newest.recipe_hash != load_recipe(config.recipe).hash or changed_keys(newest.state.config, config)
+    return config.resume if other else "auto"
 
 
 def check_finished(config: RunConfig, path: Path) -> None:

@@ -74,7 +74,7 @@ def cut_off_model(folder: Path) -> list[str]:
     save_hf(model.state_dict(), config, folder / "hf", "float32", None)
     weights = folder / "hf" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    return ["model=hf", f"model.init_from={folder / 'hf'}"]
+    return ["model=hf", f"model.init_from={folder / 'hf'}", "data.tokenizer=bytes"]
 
 
 @pytest.mark.parametrize(

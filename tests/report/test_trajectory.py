@@ -71,6 +71,18 @@ def test_equal_runs_need_equal_tokens_and_a_run_without_loss_has_none() -> None:
     assert nothing["common"]["ratio"] is None and nothing["targets"] == []
 
 
+def test_a_loss_is_not_read_where_the_curve_rises_and_comes_back() -> None:
+    """A bump would make of a gap of a ten-thousandth the tokens of the whole way around it."""
+    bump = FALL + 0.6 * np.exp(-(((np.log(STEPS) - np.log(150)) / 0.25) ** 2))
+    assert (np.diff(bump) > 0).any()
+    found = tokens_to_loss(curve(bump), curve(bump * 1.0001))
+    shares = {target["share"]: target["ratio"] for target in found["targets"]}
+    assert shares[0.5] is None, "before the curve is as low again as before the bump"
+    assert shares[0.9] == pytest.approx(1.0, abs=0.01) == found["common"]["ratio"]
+    equal = tokens_to_loss(curve(bump), curve(bump))["targets"]
+    assert [target["ratio"] for target in equal] == [None, pytest.approx(1.0), pytest.approx(1.0)]
+
+
 def test_norm_ratio_is_the_median_after_warm_up() -> None:
     base, other = np.full(ROWS, 2.0), np.full(ROWS, 3.0)
     other[:20] = 100.0

@@ -149,6 +149,7 @@ class TestAssembly:
         model = build_model(config.model)
         initialize(model, seed=99)
         save_hf(model.state_dict(), config.model, tmp_path / "hf", "float32")
+        options += ("data.tokenizer=bytes",)
         result = tiny_train(tmp_path, *options, f"model.init_from={tmp_path / 'hf'}")
         assert result.init_hash == parameter_hash(model)
         bare = [argument for argument in tiny_arguments(tmp_path, *options) if not argument.startswith("model.")]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,33 @@ class TestAlarm:
             tiny_train(tmp_path, f"recipe={recipe}", *options, run=run)
             assert seen == steps
         assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+    def test_what_a_stop_writes_does_not_change_where_it_goes_back_to(self, tmp_path: Path, blow_up: Any):
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        options = (f"recipe={recipe}", "checkpoint.every=3")
+        blow_up(6)
+        tiny_train(tmp_path, *options, run="whole")
+        tiny_train(tmp_path, *options, "steps=6", "time_limit_seconds=1e-6", run="run")
+        for _ in range(4):  # steps 2 to 5
+            assert not tiny_train(tmp_path, *options, "time_limit_seconds=1e-6", run="run").finished
+        seen = blow_up(6)
+        tiny_train(tmp_path, *options, run="run")
+        assert seen == [6, 4, 5, 6]
+        assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+    def test_events_that_a_resume_undid_are_dropped(self, tmp_path: Path, blow_up: Any):
+        recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
+        options = (f"recipe={recipe}", "checkpoint.every=3")
+        for _ in range(2):
+            blow_up(5)
+            with pytest.raises(SystemExit):
+                tiny_train(tmp_path, *options, console=DyingAfterRollBack())
+            # as a kill before the checkpoint behind the roll-back: the demotion is not in what is left
+            for path in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[2:]:
+                shutil.rmtree(path)
+        blow_up(5)
+        tiny_train(tmp_path, *options)
+        assert len((tmp_path / "run" / "events.jsonl").read_text().splitlines()) == 1
 
     def test_end_after_going_back_resumes_from_there_not_from_the_undone_steps(self, tmp_path: Path, blow_up: Any):
         blow_up(5)

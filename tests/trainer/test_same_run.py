@@ -156,3 +156,36 @@ class TestChangedSettings:
         old, new = load_recipe("blockwise").hash, load_recipe("bf16").hash
         assert f"\nrecipe: blockwise ({old[:12]}) -> bf16 ({new[:12]}) from step 7\n" in output
         assert load_recipe(copied / "run" / "recipe.until_step_6.yaml").hash == old
+
+
+class TestResumeByPath:
+    def test_same_command_goes_on_from_its_own_newest_checkpoint(self, copied: Path):
+        source = copied / "run" / "checkpoints" / "step_00000003"
+        command = (f"resume={source}", "eval.every=3", "checkpoint.every=3", "checkpoint.keep_last=9", "steps=12")
+        for run in ("run", "other"):
+            lines = io.StringIO()
+            stopped = tiny_train(copied, *command, "time_limit_seconds=1e-6", run=run)
+            assert (stopped.finished, stopped.steps) == (False, 4)
+            resumed = tiny_train(copied, *command, run=run, console=Console(12, stream=lines))
+            assert resumed.finished and resumed.steps == 12
+            assert "resumed from" in lines.getvalue() and "at step 4;" in lines.getvalue()
+            assert f"this run has gone on from {source}" in lines.getvalue()
+            again = io.StringIO()
+            assert tiny_train(copied, *command, run=run, console=Console(12, stream=again)) == resumed
+            assert "is finished: 12 steps" in again.getvalue()
+
+    def test_checkpoint_of_the_folder_is_gone_back_to_when_it_is_first_named_or_settings_differ(self, copied: Path):
+        source = copied / "run" / "checkpoints" / "step_00000003"
+        for rate in ("1e-3", "2e-3"):
+            lines = io.StringIO()
+            tiny_train(copied, f"resume={source}", f"optim.lr={rate}", console=Console(6, stream=lines))
+            assert "at step 3;" in lines.getvalue() and "has gone on" not in lines.getvalue()
+
+    def test_run_folder_itself_is_auto_and_another_runs_checkpoint_is_refused_with_the_way_out(self, copied: Path):
+        lines = io.StringIO()
+        run = copied / "run"
+        tiny_train(copied, f"resume={run}", "steps=7", "eval.every=3", console=Console(7, stream=lines))
+        assert "at step 6;" in lines.getvalue() and "has gone on" not in lines.getvalue()
+        shutil.copytree(run, copied / "elsewhere")
+        with pytest.raises(ConfigError, match="belongs to another run.*Leave out `resume` to go on"):
+            tiny_train(copied, f"resume={copied / 'elsewhere'}", "steps=8")
