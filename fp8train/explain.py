@@ -110,11 +110,28 @@ def explanation(
         f"{report.backend_reason}",
         _precision_table(list(used)),
         report.table(every=every),
+        _options(recipe),
         *_remarks(report),
         _totals(report),
         _rank_holds(report, model, moments, ranks),
     ]
     return "\n\n".join(part for part in parts[:-2] if part) + "\n\n" + "\n".join(parts[-2:])
+
+
+def _options(recipe: Recipe) -> str:
+    """What the recipe does beside its rules, which the plan above does not show."""
+    lines = [
+        f"schedule: from {part.at:.0%} of the steps on, linears whose rule quantises are in {part.use}"
+        for part in recipe.schedule
+    ]
+    if recipe.swiglu is not None:
+        clamp = [] if recipe.swiglu.clamp is None else [f"clamped to {recipe.swiglu.clamp:g}"]
+        smooth = ["its channels scaled to alike size"] if recipe.swiglu.smooth else []
+        lines.append(f"swiglu: the input of {recipe.swiglu.match} is {' and '.join(clamp + smooth)}")
+    if recipe.alarm is not None:
+        what, most = " or ".join(recipe.alarm.on), recipe.alarm.at_most
+        lines.append(f"alarm: on {what} the worst linear goes to BF16, at most {most} times")
+    return "\n".join(lines)
 
 
 def parse(arguments: Sequence[str]) -> Request:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fp8train.errors import exit_code
 from fp8train.explain import main
+from fp8train.recipe import load_recipe
 from fp8train.units import bytes_text
 
 EIGHT_B = ["model=llama3_8b", "recipe=blockwise"]
@@ -114,6 +116,20 @@ def test_quickstart_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
 def test_moments_of_the_recipe_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "recipe=deepseek_v3")
     assert "AdamW moments bf16" in text and "x requant" in text
+
+
+def test_what_a_recipe_does_beside_its_rules_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    more = {
+        "schedule": [{"at": 0.9, "use": "bf16"}],
+        "swiglu": {"smooth": True, "clamp": 50.0},
+        "alarm": {"on": ["nonfinite", "spike"], "at_most": 3},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(load_recipe("blockwise").document | more))
+    assert exit_code(main, ["model=quickstart", f"recipe={tmp_path / 'recipe.yaml'}"]) == 0
+    text = capsys.readouterr().out
+    assert "schedule: from 90% of the steps on, linears whose rule quantises are in bf16" in text
+    assert "swiglu: the input of *down_proj is clamped to 50 and its channels scaled to alike size" in text
+    assert "alarm: on nonfinite or spike the worst linear goes to BF16, at most 3 times" in text
 
 
 def test_hugging_face_folder(capsys: pytest.CaptureFixture[str], hf_folder: Path) -> None:

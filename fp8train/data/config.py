@@ -76,7 +76,7 @@ class DataConfig(SourceConfig):
     """Training data: a source (or a mix of several), its tokenizer and what is held out.
 
     tokenizer: bytes, a tokenizer.json, or a Hugging Face tokenizer folder; auto is that of the token shards, else
-        bytes.
+        that of model.init_from, else bytes.
     separator: special token that ends every document; null finds the tokenizer's own end-of-text token.
     holdout_fraction: share of the documents, by hash of their text, that is never trained on.
     eval_windows: number of fixed held-out windows that evaluation reads.

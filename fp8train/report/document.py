@@ -93,13 +93,15 @@ def _tiles(verdict: Mapping[str, Any]) -> str:
         speed_tile = (_sentence_case(NOT_COMPARABLE), doubt)
     sizes = f"{bytes_text(new['peak_memory_bytes'])} against {bytes_text(base['peak_memory_bytes'])}"
     largest, final = percent_text(error["ema_max_percent"]), percent_text(error["ema_final_percent"], signed=True)
+    seeds = len(finished(comparison["seeds"]))
+    means = f"; means of {seeds} seeds" if seeds > 1 else ""
     detail = f"{signed_text(gap['nats'])} nats per token"
     if test["low"] is not None:
         detail = f"{100 * test['confidence']:.0f} % interval {interval_text(test)}"
     return page.tiles(
         [
             ("Held-out loss gap", percent_text(gap["percent"], signed=True), detail),
-            ("Largest relative loss error", largest, f"{final} at the end"),
+            ("Largest relative loss error", largest, f"{final} at the end{means}"),
             ("Tokens per second", *speed_tile),
             ("Peak memory", ratio_text(average["peak_memory_ratio"]), sizes),
             ("Ran in FP8", percent_text(share, digits=1), "of the FLOPs of all linears"),

@@ -10,6 +10,7 @@ from torch import nn
 
 from fp8train.backends.coverage import COUNTS
 from fp8train.checkpoint import Checkpoint
+from fp8train.errors import RecipeError
 from fp8train.quant.formats import BF16, LinearPrecision
 from fp8train.recipe import Recipe
 from fp8train.telemetry.observer import named_linears
@@ -22,6 +23,9 @@ class PrecisionControl:
         model: converted; the precisions that it has are those of the rules.
         recipe: its schedule is followed.
         steps: of the whole run.
+
+    Raises:
+        RecipeError: it has a schedule, and no rule that quantises, so that the schedule would change nothing.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
@@ -30,6 +34,11 @@ class PrecisionControl:
         self._recipe = recipe
         self._steps = steps
         self.demoted: dict[str, str] = {}  # module path: when and why
+        if recipe.schedule and not any(precision.quantized for precision in self._rules.values()):
+            raise RecipeError(
+                f"{recipe.name}: schedule changes none of the {len(self._rules)} linears, since a rule's bf16 or fp32 "
+                "stays; needs a rule that quantises. Give FP8 in a rule and bf16 in the schedule's first part."
+            )
 
     def scheduled(self, step: int) -> str | None:
         """Name of the precision that the schedule has put in place of the rules' at a step (from 1), or None."""

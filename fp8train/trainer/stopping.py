@@ -17,13 +17,16 @@ from fp8train.checkpoint import open_checkpoint
 from fp8train.errors import CheckpointError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_SECONDS = 30.0
 STDERR = 2
 
 
 class StopRequest:
     """Context in which SIGNALS only leave a note; a second one acts as it would have without us.
 
-    A SIGINT that is ignored, as in a job that a shell script put into the background, stays ignored.
+    But not SIGTERM or SIGUSR1 within SAME_SECONDS of the first: a scheduler signals every process of a job, and
+    torchrun hands on to its ranks what it got. A SIGINT that is ignored, as in a job that a shell script put into the
+    background, stays ignored.
 
     Args:
         time_limit_seconds: counted from here; None is no limit.
@@ -44,6 +47,7 @@ class StopRequest:
         self._limit = time_limit_seconds
         self._started = time.monotonic()
         self._signal: str | None = None
+        self._noted = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -68,10 +72,11 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         """Handler of SIGNALS, of the second too: one taken off while a signal waits for it would lose that signal."""
         if self._signal is not None:
-            self._restore()
-            os.kill(os.getpid(), number)
+            if number == signal.SIGINT or time.monotonic() - self._noted >= SAME_SECONDS:
+                self._restore()
+                os.kill(os.getpid(), number)
             return
-        self._signal = signal.Signals(number).name
+        self._signal, self._noted = signal.Signals(number).name, time.monotonic()
         if number == signal.SIGINT and self._tell:
             with contextlib.suppress(OSError):  # written past sys.stderr, which may be in the middle of a line
                 os.write(STDERR, b"\nCtrl-C: finishing the step and saving; press again to abort\n")

@@ -14,7 +14,7 @@ import yaml
 
 from fp8train.checkpoint import open_checkpoint
 from fp8train.distributed import World
-from fp8train.errors import CheckpointError
+from fp8train.errors import CheckpointError, RecipeError
 from fp8train.metrics import read_metrics
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
@@ -88,6 +88,13 @@ class TestSchedule:
         assert linear["changed"] == linear["gemms"]["fprop"]["exception"] == "the schedule: bf16 from step 4"
         assert [row["changed"] for row in scheduled.coverage["linears"] if row["fqn"] == "lm_head"] == [None]
         assert scheduled.evals[-1]["eval_loss"] == scheduled.evals[-1]["eval_loss_bf16"]
+
+    def test_schedule_that_changes_no_linear_is_refused(self, tmp_path: Path):
+        rules = [{"match": "*", "use": "bf16"}]
+        recipe = recipe_with(tmp_path, rules=rules, schedule=[{"at": 0.5, "use": "fp8"}])
+        with pytest.raises(RecipeError, match="schedule changes none of the 8 linears.*Give FP8 in a rule"):
+            tiny_train(tmp_path, f"recipe={recipe}")
+        assert not (tmp_path / "run").exists()
 
     def test_resumed_run_is_the_uninterrupted_one(self, tmp_path: Path):
         recipe = recipe_with(tmp_path, schedule=[{"at": 0.5, "use": "bf16"}])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fp8train.checkpoint import open_checkpoint
+from fp8train.trainer import stopping
 from fp8train.trainer.console import Console
 from fp8train.trainer.stopping import StopRequest
 from tests.source_tree import ROOT
@@ -65,23 +66,49 @@ def test_ignored_interrupt_stays_ignored():
         assert stop.reason is None
 
 
-@pytest.mark.parametrize("without_us", [signal.SIG_IGN, lambda *_: None], ids=["ignored", "handled"])
-def test_two_signals_at_once_stop_by_the_first_and_none_is_lost(without_us, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def received() -> Iterator[list[int]]:
+    """SIGTERM and SIGUSR1 that had their own effect."""
+    numbers, found = (signal.SIGTERM, signal.SIGUSR1), list[int]()
+    before = [signal.signal(number, lambda number, _frame: found.append(number)) for number in numbers]
+    yield found
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def send(*numbers: signal.Signals) -> None:
+    """All of them at once: they wait until the last is sent."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
+def test_two_signals_at_once_stop_by_the_first_and_none_is_lost(
+    second: signal.Signals, received: list[int], monkeypatch: pytest.MonkeyPatch
+):
     lost = list[object]()
     monkeypatch.setattr(sys, "unraisablehook", lost.append)  # where Python says that a signal had no handler left
-    before = signal.signal(signal.SIGUSR1, without_us)
-    try:
-        with StopRequest(tell=False) as stop:
-            both = (signal.SIGINT, signal.SIGUSR1)
-            signal.pthread_sigmask(signal.SIG_BLOCK, both)
-            for number in both:
-                os.kill(os.getpid(), number)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
-            assert stop.reason == "SIGINT"
-            assert signal.getsignal(signal.SIGUSR1) is without_us
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with StopRequest(tell=False) as stop:
+        send(signal.SIGINT, second)
+        assert (stop.reason, received) == ("SIGINT", [])
     assert not lost
+
+
+def test_what_a_scheduler_and_torchrun_send_is_one_request_and_later_ones_act(
+    received: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    now = 1000.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert (stop.reason, received) == ("SIGUSR1", [])
+        now += stopping.SAME_SECONDS
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.reason, received) == ("SIGUSR1", [signal.SIGTERM])
 
 
 def test_whoever_asks_is_the_reason_unless_a_signal_came():
