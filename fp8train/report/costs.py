@@ -162,8 +162,8 @@ def _time_table(verdict: Mapping[str, Any]) -> str:
     columns = [Column(heading="Arm"), *(Column(heading=name, number=True) for name in names)]
     caption = (
         "<strong>Time to loss</strong> against the baseline: raw speed divided by how many times the tokens the arm "
-        "needs "
-        "for the same training loss, so that speed bought with loss does not count. Geometric means over the seeds."
+        "needs for the same training loss, so that speed bought with loss does not count. Geometric means over the "
+        "seeds; none where one of them never got there, or its curve stands still there."
     )
     return page.table(caption, columns, rows)
 
