@@ -42,8 +42,8 @@ def read_yaml(path: Path) -> object:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         raise RecipeError(
-            f"{path.name}:{line} {error.problem}; needs YAML with each key once and patterns in quotes ('*lm_head'). "
-            "Correct the line."
+            f"{path.name}:{line} {error.problem}; needs YAML with each key once and patterns in single quotes "
+            "('*lm_head'). Correct the line."
         ) from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise RecipeError(f"{path.name}: {' '.join(str(error).split())}; needs YAML. Save it as text.") from error

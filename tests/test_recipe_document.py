@@ -108,7 +108,7 @@ def test_builtin_precision_cannot_be_redefined(name: str) -> None:
             "version: 1\nprecisions:\n  a: {x: 1, x: 2}\n", "line 3 key 'x' is given twice", id="nested duplicate"
         ),
         pytest.param(
-            "version: 1\nrules:\n - {match: *lm_head, use: bf16}\n", "undefined alias.*in quotes", id="bare star"
+            "version: 1\nrules:\n - {match: *lm_head, use: bf16}\n", "undefined alias.*in single quotes", id="bare star"
         ),
         pytest.param("version: [1\n", "needs YAML", id="no YAML"),
         pytest.param("", "is None; needs a mapping", id="empty"),
