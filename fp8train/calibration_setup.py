@@ -11,7 +11,7 @@ from fp8train.arguments import nearest, parse_arguments
 from fp8train.calibration import METRICS, Calibration
 from fp8train.checkpoint import open_checkpoint
 from fp8train.config import RunConfig, load_config
-from fp8train.data import Batcher, build_dataset, check_vocabulary
+from fp8train.data import Batcher, build_dataset, check_model_tokenizer, check_vocabulary
 from fp8train.data.dataset import PackedDataset
 from fp8train.distributed import World
 from fp8train.errors import ConfigError, DataError
@@ -61,6 +61,7 @@ def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunCon
     recipe = load_recipe(config.recipe) if named else None
     world = World()
     dataset = build_dataset(config.data, config.seq_len, config.seed)
+    check_model_tokenizer(dataset.tokenizer, config.data, config.model.init_from)
     check_vocabulary(dataset, config.model.vocab_size, config.model.init_from)
     if isinstance(dataset, PackedDataset) and dataset.samples_per_epoch < arguments.windows:
         raise DataError(

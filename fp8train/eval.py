@@ -11,11 +11,8 @@ from typing import Any
 from fp8train.arguments import describe, parse_arguments
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig
-from fp8train.data import Batcher, build_dataset, check_vocabulary, covers
-from fp8train.data.build import configured_tokenizer
-from fp8train.data.tokenizers import Tokenizer
+from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, init, rank_exit_code
-from fp8train.errors import DataError
 from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
 from fp8train.trainer.changed_run import evaluation_config
@@ -67,7 +64,6 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
     Raises:
         UserError: data, backend or checkpoint do not serve.
     """
-    _check_tokenizer(configured_tokenizer(config.data), checkpoint)
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     check_vocabulary(dataset, config.model.vocab_size)
     size = config.micro_batch_samples or 8
@@ -83,20 +79,6 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
         **scores,
         "eval_hash": eval_set.hash,
     }
-
-
-def _check_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
-    """Refuse text in ids that mean something else than those of the training, where that tokenizer is still there."""
-    try:
-        trained = configured_tokenizer(checkpoint.config.data)
-    except DataError:
-        return
-    if not covers(tokenizer, trained):
-        raise DataError(
-            f"eval: the text is in the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), the run was trained in "
-            f"{trained.name} ({trained.vocab_size} ids); needs that one. Leave out data.tokenizer, and prepare token "
-            "shards with it."
-        )
 
 
 def table(checkpoint: Checkpoint, row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp8train import eval as command
+from fp8train import sensitivity
 from fp8train.errors import exit_code
 from fp8train.metrics import read_metrics
 from fp8train.trainer.evaluation import Score
@@ -72,11 +73,14 @@ def test_other_text_is_scored_in_the_runs_tokenizer(folder: Path, tmp_path: Path
 
 
 def test_text_in_other_ids_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By eval and by what judges linears on a checkpoint."""
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
     words.save(str(tmp_path / "words.json"))
-    assert exit_code(command.main, [f"checkpoint={folder / 'run'}", f"data.tokenizer={tmp_path / 'words.json'}"]) == 2
-    assert "(3 ids), the run was trained in bytes (257 ids); needs that one" in capsys.readouterr().err
+    arguments = [f"checkpoint={folder / 'run'}", f"data.tokenizer={tmp_path / 'words.json'}"]
+    for main in (command.main, sensitivity.main):
+        assert exit_code(main, arguments) == 2
+        assert "(3 ids), the run was trained in bytes (257 ids); needs that one" in capsys.readouterr().err
     assert command.main([f"checkpoint={folder / 'run'}", "data.tokenizer=bytes"]) == 0
 
 

@@ -11,8 +11,9 @@ from fp8train._layout import folder
 from fp8train.arguments import merged, nearest, parse_assignments, structure
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
+from fp8train.data import DataConfig, covers
 from fp8train.data.build import configured_tokenizer
-from fp8train.errors import ConfigError
+from fp8train.errors import ConfigError, DataError
 
 
 def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: str) -> RunConfig:
@@ -24,6 +25,7 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
 
     Raises:
         ConfigError: unknown key or choice, wrong type, or windows longer than the model takes.
+        DataError: the text would be in another tokenizer than the run's.
     """
     values = config_to_dict(checkpoint.config)
     keys = []
@@ -42,7 +44,23 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
         raise ConfigError(
             f"{command}: data.holdout_fraction is 0; needs some text held out. Set data.holdout_fraction=0.05."
         )
+    _check_tokenizer(checkpoint, config.data, command)
     return config
+
+
+def _check_tokenizer(checkpoint: Checkpoint, data: DataConfig, command: str) -> None:
+    """Refuse text in ids that mean something else than those of the training, where that tokenizer is still there."""
+    try:
+        trained = configured_tokenizer(checkpoint.config.data)
+    except DataError:
+        return
+    tokenizer = configured_tokenizer(data)
+    if not covers(tokenizer, trained):
+        raise DataError(
+            f"{command}: the text is in the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), the run was "
+            f"trained in {trained.name} ({trained.vocab_size} ids); needs that one. Leave out data.tokenizer, and "
+            "prepare token shards with it."
+        )
 
 
 def _data_choice(checkpoint: Checkpoint, choice: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Progress:
     loss: of the last step; null where it was not finite
     stream_sum: StreamHash of all steps, over all ranks
     init_hash: of the weights before the first step
-    return_step: of the checkpoint that an alarm goes back to, the newest not written by the clock; null: not known
+    return_step: of the checkpoint that an alarm goes back to, the newest that neither clock nor stop wrote; null: not
+        known
     watchers: state of each watcher, by its name
     coverage: what CoverageLog.counts() gave, of the rank that wrote it
     """

@@ -111,7 +111,7 @@ def checkpoints_to_come(config: RunConfig, progress: Progress, there: Sequence[i
 def return_point(run_dir: Path, step: int | None) -> tuple[Checkpoint, bool]:
     """(the checkpoint that an alarm goes back to, whether it is the run's newest).
 
-    That is the newest which was not written by the clock, or the undone steps would depend on how fast they ran; the
+    That is the newest which neither clock nor stop wrote, or the undone steps would depend on how fast they ran; the
     newest of all where there is no such one.
 
     Args:
