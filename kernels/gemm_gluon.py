@@ -4,12 +4,13 @@ The operation, its formula and its operands are those of gemm.py (b in blocks of
 gemm_wgrad.py (b in blocks of 1x128: wgrad); these are their entries with MATH_GROUPS, gemm_gluon_launch.py starts them.
 
 One TMA producer warp fills a ring of STAGES slots of shared memory; each of MATH_GROUPS warpgroups multiplies its 64
-rows of a, or its WAVES of 64, by the BLOCK_N rows of b in a slot. full[slot] completes when the bytes of a slot have
-come, empty[slot] when every warpgroup has read it; nobody waits for empty[STAGES], which takes what a warpgroup gives
-back before it has had a slot. Both sides take the slots in turn, also across the tiles of a program (next_slot).
-IN_FLIGHT = 2 starts a second block of K before the first is promoted. AHEAD: the K loop waits for the slot after this
-one, and the producer ends with a slot without bytes, so that there is one; with b in blocks of 1x128 only. The loops
-are in gemm_gluon_sum.py. Structure as in DeepGEMM. Figures, compiled and measured: kernels/README.md.
+rows of a, or its WAVES of 64, by BLOCK_N rows of b in a slot. ABREAST of them have the same rows of a, and each its own
+of b: a tile is that many times as wide and as low, for results of few rows. full[slot] completes when the bytes of a
+slot have come, empty[slot] when every warpgroup has read it; nobody waits for empty[STAGES], which takes what a
+warpgroup gives back before it has had a slot. Both sides take the slots in turn, also across the tiles of a program
+(next_slot). IN_FLIGHT = 2 starts a second block of K before the first is promoted. AHEAD: the K loop waits for the slot
+after this one, and the producer ends with a slot without bytes, so that there is one; with b in blocks of 1x128 only.
+The loops are in gemm_gluon_sum.py. Structure as in DeepGEMM. Figures, compiled and measured: kernels/README.md.
 """
 
 from triton.experimental import gluon
@@ -36,39 +37,43 @@ _UNDERSCORED = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "reinterpre
 @gluon.jit
 def _produce(
     a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m,
-    BOXES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    BOXES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ABREAST: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Fill the slots: every block of K of every tile of this program.
 
-    With AHEAD, row 64 h + 8 p + 2 q + e of b in a slot is row 16 p + 4 q + 2 h + e of its tile; b_desc has a dimension
-    for each of p, q, h and e, and a box for each h.
+    With AHEAD, row 64 h + 8 p + 2 q + e of b in a slot is row 16 p + 4 q + 2 h + e of a warpgroup's; b_desc has a
+    dimension for each of p, q, h and e, and a box for each h.
     """
     a_smem, b_smem, b_scale_smem, full, empty = ring
     BLOCK_M: gl.constexpr = BOXES * BOX_M
     # of a slot; what lies past an edge counts, as zeros
-    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K + (0 if b_scale_desc is None else 4 * BLOCK_N)
+    TILE_N: gl.constexpr = ABREAST * BLOCK_N
+    BYTES: gl.constexpr = (BLOCK_M + TILE_N) * BLOCK_K + (0 if b_scale_desc is None else 4 * TILE_N)
     slot = 0
     phase = 1  # of barriers that have completed nothing, this parity counts as complete: the first round does not wait
-    for index in range(gl.program_id(0), num_blocks(M, BLOCK_M) * num_blocks(N, BLOCK_N), gl.num_programs(0)):
-        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, group_m)
+    for index in range(gl.program_id(0), num_blocks(M, BLOCK_M) * num_blocks(N, TILE_N), gl.num_programs(0)):
+        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, TILE_N, group_m)
         for k in range(0, num_blocks(K, BLOCK_K)):
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(full.index(slot), BYTES)
             for box in gl.static_range(BOXES):
                 row = tile_m * BLOCK_M + box * BOX_M
                 _load_box(a_desc, [row, k * BLOCK_K], full.index(slot), a_smem.index(slot * BOXES + box))
-            if AHEAD:
-                if _UNDERSCORED:
-                    halves = b_smem.index(slot)._reinterpret(b_desc.dtype, [2] + b_desc.block_shape, b_desc.layout)
+            for box in gl.static_range(ABREAST):
+                block_n = tile_n * ABREAST + box
+                to = slot * ABREAST + box
+                if AHEAD:
+                    if _UNDERSCORED:
+                        halves = b_smem.index(to)._reinterpret(b_desc.dtype, [2] + b_desc.block_shape, b_desc.layout)
+                    else:
+                        halves = b_smem.index(to).reinterpret(b_desc.dtype, [2] + b_desc.block_shape, b_desc.layout)
+                    for half in gl.static_range(2):
+                        corner = [block_n * (BLOCK_N // 16), 0, half, 0, k * BLOCK_K]
+                        _load_box(b_desc, corner, full.index(slot), halves.index(half))
                 else:
-                    halves = b_smem.index(slot).reinterpret(b_desc.dtype, [2] + b_desc.block_shape, b_desc.layout)
-                for half in gl.static_range(2):
-                    corner = [tile_n * (BLOCK_N // 16), 0, half, 0, k * BLOCK_K]
-                    _load_box(b_desc, corner, full.index(slot), halves.index(half))
-            else:
-                _load_box(b_desc, [tile_n * BLOCK_N, k * BLOCK_K], full.index(slot), b_smem.index(slot))
-            if b_scale_desc is not None:
-                _load_box(b_scale_desc, [k, tile_n * BLOCK_N], full.index(slot), b_scale_smem.index(slot))
+                    _load_box(b_desc, [block_n * BLOCK_N, k * BLOCK_K], full.index(slot), b_smem.index(to))
+                if b_scale_desc is not None:
+                    _load_box(b_scale_desc, [k, block_n * BLOCK_N], full.index(slot), b_scale_smem.index(to))
             slot, phase = next_slot(slot, phase, STAGES)
     if AHEAD:
         mbarrier.wait(empty.index(slot), phase)
@@ -77,18 +82,18 @@ def _produce(
 
 @gluon.jit
 def _store(
-    acc, c_desc, c_ptr, bias_ptr, c_smem, row, tile_n, M, N, stride_cm,
+    acc, c_desc, c_ptr, bias_ptr, c_smem, row, block_n, M, N, stride_cm,
     BLOCK_N: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Write the 64 rows of a tile from `row` on, or add them.
+    """Write 64 rows from `row` on, of block_n's BLOCK_N columns, or add them; what lies past an edge is nobody's.
 
     The sum is made in L2, to which the numbers are sent and nothing is waited for: read back, added and stored, they
     held up the next tile by a tenth of this one's time (H200, 2026-11-26). L2 rounds as FMA does, but takes numbers
     below 2^-126 for zero (PTX ISA, red.add.f32). Each is added to once in a launch: the order is no question.
     """
     layout: gl.constexpr = quad_layout(BLOCK_N) if AHEAD else sum_layout(BLOCK_N)
-    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))  # of the tile: 32-bit numbers fit the registers
-    first_col, width = gl.cast(tile_n, gl.int64) * BLOCK_N, N - tile_n * BLOCK_N
+    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))  # of the block: 32-bit numbers fit the registers
+    first_col, width = gl.cast(block_n, gl.int64) * BLOCK_N, N - block_n * BLOCK_N
     if BIAS:
         bias = gl.load(bias_ptr + first_col + cols, mask=cols < width, other=0.0).to(gl.float32)
         acc += gl.expand_dims(bias, 0)
@@ -96,7 +101,7 @@ def _store(
         tma.store_wait(0)  # what was stored before has been read out of c_smem
         c_smem.store(acc.to(c_desc.dtype))
         fence_async_shared()
-        _store_box(c_desc, [row, tile_n * BLOCK_N], c_smem)
+        _store_box(c_desc, [row, block_n * BLOCK_N], c_smem)
     else:
         rows = gl.cast(row, gl.int64) + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
         c_ptrs = gl.expand_dims(c_ptr + first_col + rows * stride_cm, 1) + gl.expand_dims(cols, 0)
@@ -142,10 +147,14 @@ def _multiply_waves(
 def _multiply(
     c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m,
     GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr, AHEAD: gl.constexpr,
+    IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    ABREAST: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Rows GROUP * 64 and on of every tile of this program, by one warpgroup."""
-    BLOCK_M: gl.constexpr = MATH_GROUPS * BOX_M
+    """64 rows and BLOCK_N columns of every tile of this program, by one warpgroup: GROUP // ABREAST and GROUP % ABREAST
+    say which.
+    """
+    BLOCK_M: gl.constexpr = MATH_GROUPS // ABREAST * BOX_M
+    TILE_N: gl.constexpr = ABREAST * BLOCK_N
     stride_cm, stride_sam, stride_sak, stride_sbn, stride_sbk = strides
     layout: gl.constexpr = quad_layout(BLOCK_N) if AHEAD else sum_layout(BLOCK_N)
     zero = gl.zeros([BOX_M, BLOCK_N], gl.float32, sum_layout(BLOCK_N))
@@ -156,26 +165,27 @@ def _multiply(
     held, held_2 = STAGES, STAGES  # none: a barrier that nobody waits for
     if AHEAD:
         mbarrier.wait(ring[3].index(slot), phase)
-    for index in range(gl.program_id(0), num_blocks(M, BLOCK_M) * num_blocks(N, BLOCK_N), gl.num_programs(0)):
-        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, group_m)
-        first = gl.cast(tile_m, gl.int64) * BLOCK_M + GROUP * BOX_M
-        rows = first + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
+    for index in range(gl.program_id(0), num_blocks(M, BLOCK_M) * num_blocks(N, TILE_N), gl.num_programs(0)):
+        tile_m, tile_n = tile_at(index, M, N, BLOCK_M, TILE_N, group_m)
+        row, block_n = tile_m * BLOCK_M + GROUP // ABREAST * BOX_M, tile_n * ABREAST + GROUP % ABREAST
+        rows = gl.cast(row, gl.int64) + gl.arange(0, BOX_M, gl.SliceLayout(1, layout))
         a_scale_ptrs = a_scale_ptr + gl.minimum(rows, M - 1) * stride_sam
         b_scale_ptrs = b_scale_ptr
         if B_ROWS != 1:
-            b_scale_ptrs += gl.cast(tile_n, gl.int64) * BLOCK_N // B_ROWS * stride_sbn
+            b_scale_ptrs += gl.cast(block_n, gl.int64) * BLOCK_N // B_ROWS * stride_sbn
         if AHEAD:
             acc, slot, phase, held = sum_ahead(
-                ring, a_scale_ptrs, a_step, blocks, slot, phase, held, zero, GROUP, MATH_GROUPS, BLOCK_N, STAGES
-            )
+                ring, a_scale_ptrs, a_step, blocks, slot, phase, held, zero,
+                GROUP, MATH_GROUPS, BLOCK_N, STAGES, ABREAST,
+            )  # fmt: skip
         else:
             acc, slot, phase, held, held_2 = sum_of_blocks(
                 ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, held, held_2, zero,
-                GROUP, MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS,
+                GROUP, MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, ABREAST,
             )  # fmt: skip
         _store(
-            acc, c_desc, c_ptr, bias_ptr, c_smem.index(GROUP), tile_m * BLOCK_M + GROUP * BOX_M, tile_n, M, N,
-            stride_cm, BLOCK_N, BIAS, ACCUMULATE, AHEAD,
+            acc, c_desc, c_ptr, bias_ptr, c_smem.index(GROUP), row, block_n, M, N, stride_cm,
+            BLOCK_N, BIAS, ACCUMULATE, AHEAD,
         )  # fmt: skip
     if c_desc is not None:
         tma.store_wait(0)
@@ -195,16 +205,16 @@ def _gemm_gluon_kernel(
     group_m,  # rows of tiles that follow each other, a column at a time
     MATH_GROUPS: gl.constexpr, WAVES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
-    AHEAD: gl.constexpr, MATH_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    ABREAST: gl.constexpr, AHEAD: gl.constexpr, MATH_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    BOXES: gl.constexpr = MATH_GROUPS * WAVES
+    BOXES: gl.constexpr = MATH_GROUPS // ABREAST * WAVES
     a_smem = gl.allocate_shared_memory(a_desc.dtype, [STAGES * BOXES, BOX_M, BLOCK_K], a_desc.layout)
-    b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], a_desc.layout)
+    b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES * ABREAST, BLOCK_N, BLOCK_K], a_desc.layout)
     c_smem, b_scale_smem = b_smem, b_smem  # stand-ins where they are not used
     if c_desc is not None:
         c_smem = gl.allocate_shared_memory(c_desc.dtype, [MATH_GROUPS, BOX_M, BLOCK_N], c_desc.layout)
     if b_scale_desc is not None:
-        b_scale_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_N], b_scale_desc.layout)
+        b_scale_smem = gl.allocate_shared_memory(gl.float32, [STAGES * ABREAST, 1, BLOCK_N], b_scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -221,24 +231,24 @@ def _gemm_gluon_kernel(
                 group_m, 0, BLOCK_N, STAGES, BIAS)),
             (_multiply_waves, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides,
                 group_m, 1, BLOCK_N, STAGES, BIAS)),
-            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES, AHEAD)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES, ABREAST, AHEAD)),
         ], [4, 1], [MATH_REGISTERS, PRODUCER_REGISTERS])
     elif MATH_GROUPS == 2:
         gl.warp_specialize([
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 0,
-                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, AHEAD)),
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, ABREAST, AHEAD)),
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 1,
-                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, AHEAD)),
-            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES, AHEAD)),
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, ABREAST, AHEAD)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES, ABREAST, AHEAD)),
         ], [4, 1], [MATH_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 0,
-                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, AHEAD)),
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, ABREAST, AHEAD)),
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 1,
-                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, AHEAD)),
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, ABREAST, AHEAD)),
             (_multiply, (c_desc, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, ring, c_smem, M, N, K, strides, group_m, 2,
-                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, AHEAD)),
-            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES, AHEAD)),
+                MATH_GROUPS, BLOCK_N, STAGES, IN_FLIGHT, B_ROWS, BIAS, ACCUMULATE, ABREAST, AHEAD)),
+            (_produce, (a_desc, b_desc, b_scale_desc, ring, M, N, K, group_m, BOXES, BLOCK_N, STAGES, ABREAST, AHEAD)),
         ], [4, 4, 1], [MATH_REGISTERS, MATH_REGISTERS, PRODUCER_REGISTERS])
     # fmt: on

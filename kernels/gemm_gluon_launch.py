@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fp8train.kernels import gemm_gluon
-from fp8train.kernels.gemm_tile import BLOCK_K, multiprocessors, scale_rows, tma_reads
+from fp8train.kernels.gemm_tile import BLOCK_K, multiprocessors, scale_rows, tile_of, tma_reads
 from fp8train.kernels.launch import first_launch
 
 # Of the 512 registers that a thread of each warpgroup has together: by number of math warpgroups, those of a math
@@ -51,7 +51,8 @@ def launch(
     if out.dtype is torch.bfloat16 and tma_reads(out):
         boxes["c_desc"] = _described(out, gemm_gluon.BOX_M.value, box_n)
         tensors["c_desc"] = 2
-    tiles = -(-M // (entry["MATH_GROUPS"] * entry["WAVES"] * gemm_gluon.BOX_M.value)) * -(-N // box_n)
+    rows, cols = tile_of(entry)
+    tiles = -(-M // rows) * -(-N // cols)
     arguments = {
         "b_scale_desc": None, "c_desc": None, **boxes, "c_ptr": out, "a_scale_ptr": a_scale, "b_scale_ptr": b_scale,
         "bias_ptr": bias, "M": M, "N": N, "K": K, "group_m": entry["GROUP_M"], "stride_cm": out.stride(0),

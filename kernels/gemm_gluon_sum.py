@@ -53,12 +53,19 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _start(ring, slot, phase, zero, GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr):
-    """Wait for the bytes of a slot and start its multiplication."""
+def _multiplied(ring, slot, zero, GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, ABREAST: gl.constexpr):
+    """Start the multiplication of a slot whose bytes have come: of a warpgroup's rows of a by its rows of b."""
     a_smem, b_smem, b_scale_smem, full, empty = ring
-    mbarrier.wait(full.index(slot), phase)
-    a, b = a_smem.index(slot * MATH_GROUPS + GROUP), b_smem.index(slot).permute((1, 0))
-    return warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+    a = a_smem.index(slot * (MATH_GROUPS // ABREAST) + GROUP // ABREAST)
+    b = b_smem.index(slot * ABREAST + GROUP % ABREAST)
+    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start(ring, slot, phase, zero, GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, ABREAST: gl.constexpr):
+    """Wait for the bytes of a slot and start its multiplication."""
+    mbarrier.wait(ring[3].index(slot), phase)
+    return _multiplied(ring, slot, zero, GROUP, MATH_GROUPS, ABREAST)
 
 
 @gluon.jit
@@ -73,7 +80,10 @@ def _scales(a_scale_ptrs, b_scale_ptrs, k, blocks, a_step, b_step, B_ROWS: gl.co
 
 
 @gluon.jit
-def _promoted(acc, partial, scale, ring, slot, BLOCK_N: gl.constexpr, B_ROWS: gl.constexpr):
+def _promoted(
+    acc, partial, scale, ring, slot, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, B_ROWS: gl.constexpr,
+    ABREAST: gl.constexpr,
+):  # fmt: skip
     """acc + partial * RN(a_scale * b_scale), rounded once.
 
     Here the scales of b that came with the slot are read; a slot that brought none, whose multiplication has ended, is
@@ -82,7 +92,7 @@ def _promoted(acc, partial, scale, ring, slot, BLOCK_N: gl.constexpr, B_ROWS: gl
     a_smem, b_smem, b_scale_smem, full, empty = ring
     if B_ROWS == 1:
         columns: gl.constexpr = gl.SliceLayout(0, sum_layout(BLOCK_N))
-        b_scale = b_scale_smem.index(slot).reshape([BLOCK_N]).load(columns)
+        b_scale = b_scale_smem.index(slot * ABREAST + GROUP % ABREAST).reshape([BLOCK_N]).load(columns)
         acc = gl.fma(partial, gl.expand_dims(scale, 1) * gl.expand_dims(b_scale, 0), acc)
     else:
         mbarrier.arrive(empty.index(slot), count=1)
@@ -111,7 +121,7 @@ def _give_back(ring, held, slot, B_ROWS: gl.constexpr):
 def sum_of_blocks(
     ring, a_scale_ptrs, b_scale_ptrs, a_step, b_step, blocks, slot, phase, held, held_2, zero,
     GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr,
+    IN_FLIGHT: gl.constexpr, B_ROWS: gl.constexpr, ABREAST: gl.constexpr,
 ):  # fmt: skip
     """The promoted sum over all blocks of K, with the slot and phase after them, and the slots that are still held.
 
@@ -124,31 +134,31 @@ def sum_of_blocks(
         a_scale_2, b_scale_2 = _scales(a_scale_ptrs, b_scale_ptrs, 1, blocks, a_step, b_step, B_ROWS)
         for k in range(0, blocks - 1, 2):
             scale, scale_2 = a_scale * b_scale, a_scale_2 * b_scale_2
-            partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS)
+            partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS, ABREAST)
             slot_2, phase_2 = next_slot(slot, phase, STAGES)
-            partial_2 = _start(ring, slot_2, phase_2, zero, GROUP, MATH_GROUPS)
+            partial_2 = _start(ring, slot_2, phase_2, zero, GROUP, MATH_GROUPS, ABREAST)
             held, held_2 = _give_back(ring, held, slot, B_ROWS), _give_back(ring, held_2, slot_2, B_ROWS)
             a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptrs, k + 2, blocks, a_step, b_step, B_ROWS)
             a_scale_2, b_scale_2 = _scales(a_scale_ptrs, b_scale_ptrs, k + 3, blocks, a_step, b_step, B_ROWS)
             partial, partial_2 = warpgroup_mma_wait(1, deps=(partial, partial_2))
-            acc = _promoted(acc, partial, scale, ring, slot, BLOCK_N, B_ROWS)
+            acc = _promoted(acc, partial, scale, ring, slot, GROUP, BLOCK_N, B_ROWS, ABREAST)
             partial_2 = warpgroup_mma_wait(0, deps=(partial_2,))
-            acc = _promoted(acc, partial_2, scale_2, ring, slot_2, BLOCK_N, B_ROWS)
+            acc = _promoted(acc, partial_2, scale_2, ring, slot_2, GROUP, BLOCK_N, B_ROWS, ABREAST)
             slot, phase = next_slot(slot_2, phase_2, STAGES)
         if blocks % 2 == 1:  # the second product of a pair may still be promoted: its slot is held on
-            partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS)
+            partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS, ABREAST)
             held = _give_back(ring, held, slot, B_ROWS)
             partial = warpgroup_mma_wait(0, deps=(partial,))
-            acc = _promoted(acc, partial, a_scale * b_scale, ring, slot, BLOCK_N, B_ROWS)
+            acc = _promoted(acc, partial, a_scale * b_scale, ring, slot, GROUP, BLOCK_N, B_ROWS, ABREAST)
             slot, phase = next_slot(slot, phase, STAGES)
     else:
         for k in range(0, blocks):
             scale = a_scale * b_scale
-            partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS)
+            partial = _start(ring, slot, phase, zero, GROUP, MATH_GROUPS, ABREAST)
             held = _give_back(ring, held, slot, B_ROWS)
             a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptrs, k + 1, blocks, a_step, b_step, B_ROWS)
             partial = warpgroup_mma_wait(0, deps=(partial,))
-            acc = _promoted(acc, partial, scale, ring, slot, BLOCK_N, B_ROWS)
+            acc = _promoted(acc, partial, scale, ring, slot, GROUP, BLOCK_N, B_ROWS, ABREAST)
             slot, phase = next_slot(slot, phase, STAGES)
     return acc, slot, phase, held, held_2
 
@@ -191,6 +201,7 @@ def sum_of_waves(
 def sum_ahead(
     ring, a_scale_ptrs, a_step, blocks, slot, phase, held, zero,
     GROUP: gl.constexpr, MATH_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ABREAST: gl.constexpr,
 ):  # fmt: skip
     """As sum_of_blocks where b's scales come with the slot, but the bytes of `slot` have come, and when it ends those
     of the slot after have, too; the result is by the columns of the matrix (in_order).
@@ -201,8 +212,7 @@ def sum_ahead(
     a_scale = gl.load(a_scale_ptrs)
     for k in range(1, blocks + 1):
         scale = a_scale
-        a, b = a_smem.index(slot * MATH_GROUPS + GROUP), b_smem.index(slot).permute((1, 0))
-        partial = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+        partial = _multiplied(ring, slot, zero, GROUP, MATH_GROUPS, ABREAST)
         mbarrier.arrive(empty.index(held), count=1)
         held = slot
         slot, phase = next_slot(slot, phase, STAGES)
@@ -210,6 +220,6 @@ def sum_ahead(
         a_scale_ptrs += gl.where(k < blocks, a_step, a_step * 0)  # past the last block that one's again: nobody uses it
         a_scale = gl.load(a_scale_ptrs)
         partial = warpgroup_mma_wait(0, deps=(partial,))
-        b_scale = b_scale_smem.index(held).reshape([BLOCK_N]).load(columns)
+        b_scale = b_scale_smem.index(held * ABREAST + GROUP % ABREAST).reshape([BLOCK_N]).load(columns)
         acc = gl.fma(in_order(partial, BLOCK_N), gl.expand_dims(scale, 1) * gl.expand_dims(b_scale, 0), acc)
     return acc, slot, phase, held

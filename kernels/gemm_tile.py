@@ -29,17 +29,23 @@ def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M):
 
 
 def by_hand(
-    *, math_groups: int, stages: int, group_m: int, waves: int = 1, in_flight: int = 1, ahead: bool = False
-) -> dict[str, int]:
-    """A launch entry of gemm_gluon.py, whose constants these are; `ahead` is for gemm_wgrad only."""
-    tile = {"MATH_GROUPS": math_groups, "WAVES": waves, "BLOCK_N": 128, "GROUP_M": group_m}
+    *, math_groups: int, stages: int, group_m: int, waves: int = 1, in_flight: int = 1, abreast: int = 1,
+    ahead: bool = False,
+) -> dict[str, int]:  # fmt: skip
+    """A launch entry of gemm_gluon.py, whose constants these are.
+
+    `ahead` is for gemm_wgrad only, `waves` for warpgroups that do not stand abreast.
+    """
+    tile = {"MATH_GROUPS": math_groups, "WAVES": waves, "ABREAST": abreast, "BLOCK_N": 128, "GROUP_M": group_m}
     return tile | {"STAGES": stages, "IN_FLIGHT": in_flight, "AHEAD": ahead}
 
 
 def tile_of(entry: Mapping[str, int]) -> tuple[int, int]:
     """Rows and columns of the tile of a launch entry."""
-    rows = entry["BLOCK_M"] if "BLOCK_M" in entry else 64 * entry["MATH_GROUPS"] * entry["WAVES"]
-    return rows, entry["BLOCK_N"]
+    if "BLOCK_M" in entry:
+        return entry["BLOCK_M"], entry["BLOCK_N"]
+    abreast = entry["ABREAST"]
+    return 64 * entry["MATH_GROUPS"] // abreast * entry["WAVES"], abreast * entry["BLOCK_N"]
 
 
 def tma_reads(x: torch.Tensor) -> bool:

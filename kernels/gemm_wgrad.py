@@ -24,6 +24,8 @@ CONFIGS = {
     "ws_128x128_s4": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4, "WARP_SPECIALIZE": True},
     "gluon_128x128_k2_s6": by_hand(math_groups=2, stages=6, in_flight=2, group_m=8),
     "gluon_192x128_ahead_s5": by_hand(math_groups=3, stages=5, ahead=True, group_m=8),
+    "gluon_64x256_k2_s5": by_hand(math_groups=2, stages=5, in_flight=2, abreast=2, group_m=16),
+    "gluon_64x256_ahead_s5": by_hand(math_groups=2, stages=5, abreast=2, ahead=True, group_m=16),
 }
 PLAIN = ("tma_128x128_s4", "pointer_64x64_s3")  # always correct: the first where TMA can read the strides
 

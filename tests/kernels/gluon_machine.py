@@ -26,9 +26,9 @@ class Stopped(BaseException):
 class Barrier:
     """An mbarrier: a phase completes when `count` arrivals and all announced bytes are there."""
 
-    def __init__(self, part: int) -> None:
+    def __init__(self, part: int, parts: int) -> None:
         self.count = self.missing = self.bytes = self.parity = 0
-        self.part = part
+        self.part, self.parts = part, parts
 
     def change(self, arrivals: int, announced: int) -> None:
         """Arrive, or announce bytes (negative: they have come)."""
@@ -42,9 +42,9 @@ class Barrier:
 
 
 class Shared:
-    """Shared memory; what is taken out of it is a view. `part` says which of the boxes of an allocation."""
+    """Shared memory; what is taken out of it is a view. `part` says which of the boxes of its allocation, its home."""
 
-    def __init__(self, data: Any, home: object, part: int | None = None) -> None:
+    def __init__(self, data: Any, home: Any, part: int | None = None) -> None:
         self.data, self.home, self.part = data, home, part
 
     def index(self, at: int) -> Any:
@@ -126,7 +126,7 @@ class Program:
         self.copies: list[Callable[[], None]] = []  # TMA loads, done in any order
         self.queues: dict[str, list[tuple[tuple[Any, ...], Callable[[], None]]]] = {}  # done in order; what they touch
         self.unfenced: set[Any] = set()
-        self.asked: dict[str, list[int | None]] = {}  # by warpgroup: boxes asked for products that may not be promoted
+        self.asked: dict[str, list[Any]] = {}  # by warpgroup: boxes, of how many, asked for products not yet promoted
         self.here = "main"
 
     def warp_specialize(self, partitions: Sequence[tuple[Any, tuple[Any, ...]]], warps: object, limits: object) -> None:
@@ -214,7 +214,8 @@ class Program:
 
     def arrive(self, barrier: Barrier, count: int) -> None:
         """Arrive; others may run before."""
-        if barrier.part in self.asked.get(self.here, []):
+        slots = barrier.parts - 1  # one more, for nobody's, among those that say a slot is empty
+        if any(part * slots // parts == barrier.part for part, parts in self.asked.get(self.here, [])):
             raise Hazard("a slot is given back while what was asked of it may be on its way")
         self.pause()
         barrier.change(count, 0)
@@ -263,7 +264,7 @@ class Program:
 
     def read(self, source: Shared) -> Tensor:
         """Shared memory into registers, where it need not be before the product that wants it is promoted."""
-        self.asked.setdefault(self.here, []).append(source.part)
+        self.asked.setdefault(self.here, []).append((source.part, source.home.parts))
         return source.data.clone()
 
     def fence(self) -> None:

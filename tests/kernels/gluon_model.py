@@ -23,9 +23,9 @@ from tests.kernels.gluon_machine import Barrier, Box, Pointer, Program, Shared, 
 
 def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
     """Shared memory full of NaN, or barriers."""
-    home = object()
+    home = types.SimpleNamespace(parts=shape[0])
     if dtype is torch.int64:
-        return Shared([Barrier(part) for part in range(shape[0])], home)
+        return Shared([Barrier(part, shape[0]) for part in range(shape[0])], home)
     data = torch.empty(tuple(shape), dtype=dtype)
     raw(data).fill_(0x7F if data.element_size() == 1 else math.nan)
     made = Shared(data, home)

@@ -192,16 +192,17 @@ def ring_faults(ptx: str, constants: dict[str, Any]) -> list[str]:
     global memory only behind a fence and such a barrier. The producer announces the bytes of all boxes of a slot. With
     AHEAD all wait once more, for the first slot and the last, which the producer completes without bytes.
     """
-    groups, boxes = constants["MATH_GROUPS"], constants["MATH_GROUPS"] * constants["WAVES"]
-    rows = constants["BLOCK_N"] + 64 * boxes
+    groups, abreast = constants["MATH_GROUPS"], constants["ABREAST"]
+    boxes = groups // abreast * constants["WAVES"]
+    columns = abreast * constants["BLOCK_N"]
     multiplied = groups * (1 if constants["IN_FLIGHT"] == 1 else constants["IN_FLIGHT"] + 1)  # a pair, and the odd one
     scales = constants["B_ROWS"] == 1  # those of b come with the slot
     ahead = constants["AHEAD"]
     wanted = {
         r"mbarrier\.try_wait": (multiplied + 1) * (2 if ahead else 1),
         r"mbarrier\.arrive\.shared": multiplied + ahead,
-        rf"mbarrier\.arrive\.expect_tx\S+ _, \[\S+\], {128 * rows + 4 * scales * constants['BLOCK_N']};": 1,
-        r"mbarrier::complete_tx": boxes + 1 + scales + (scales and ahead),  # rows of b in quads come in two boxes
+        rf"mbarrier\.arrive\.expect_tx\S+ _, \[\S+\], {128 * (64 * boxes + columns) + 4 * scales * columns};": 1,
+        r"mbarrier::complete_tx": boxes + abreast * (1 + scales + (scales and ahead)),  # quads: two boxes
         r"wgmma\.mma_async": 4 * multiplied,
         rf"setmaxnreg\S+\s+{constants['MATH_REGISTERS']};": groups,
         r"wgmma\.wait_group\.sync\.aligned\s+1;": groups * (constants["IN_FLIGHT"] - 1),

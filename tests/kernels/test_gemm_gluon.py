@@ -78,7 +78,7 @@ FAULTS = {  # what to change in the source of the kernel or in that of its loops
     "the result is overwritten while it is stored": ("tma.store_wait(0)  # what", "pass  # "),
     "no fence stands before the store": ("        fence_async_shared()\n        _store", "        _store"),
     "the last store is not awaited": ("    if c_desc is not None:\n        tma.store_wait(0)\n", ""),
-    "a warpgroup reads the rows of another": ("slot * MATH_GROUPS + GROUP)", "slot * MATH_GROUPS)"),
+    "a warpgroup reads the rows of another": ("+ GROUP // ABREAST)", ")"),
     "the scales of the block before are used": ("k + 1, blocks, a_step", "k, blocks, a_step"),
 }  # fmt: skip
 NEXT_WAIT = "        mbarrier.wait(full.index(slot), phase)\n        a_scale_ptrs"
@@ -92,14 +92,23 @@ AHEAD_FAULTS = {
     "a slot is given back while it is multiplied": (GIVE_BACK, GIVE_BACK.replace("index(held)", "index(slot)")),
     "the scales of the block before are used": ("+= gl.where(k < blocks, a_step", "+= gl.where(1 < k < blocks, a_step"),
     "scales are read past the last block": ("+= gl.where(k < blocks, a_step", "+= gl.where(k <= blocks, a_step"),
-    "a warpgroup reads the rows of another": ("slot * MATH_GROUPS + GROUP), b", "slot * MATH_GROUPS), b"),
+    "a warpgroup reads the rows of another": ("+ GROUP // ABREAST)", ")"),
 }
 QUAD_FAULTS = {
     "columns are taken in the order of the slot": ("permute((0, 2, 3, 1, 4))", "permute((0, 1, 2, 3, 4))"),
-    "tiles start at rows that are no multiple of theirs": ("tile_n * (BLOCK_N // 16)", "tile_n * (BLOCK_N // 32)"),
+    "tiles start at rows that are no multiple of theirs": ("block_n * (BLOCK_N // 16)", "block_n * (BLOCK_N // 32)"),
     "a result takes the place of what it is added to": (
         'gl.atomic_add(c_ptrs, acc, mask=inside, sem="relaxed")', "gl.store(c_ptrs, acc, mask=inside)",
     ),
+}  # fmt: skip
+ABREAST_FAULTS = {
+    "all multiply the same rows of b": ("slot * ABREAST + GROUP % ABREAST)\n", "slot * ABREAST)\n"),
+    "all take the scales of the same rows": ("slot * ABREAST + GROUP % ABREAST).reshape", "slot * ABREAST).reshape"),
+    "all write the same columns": ("tile_n * ABREAST + GROUP % ABREAST", "tile_n * ABREAST"),
+    "rows of a are those of a tile that is not wide": ("MATH_GROUPS // ABREAST * BOX_M", "MATH_GROUPS * BOX_M"),
+    "only one warpgroup's rows of b come": ("for box in gl.static_range(ABREAST):", "for box in gl.static_range(1):"),
+    "tiles start at columns of tiles that are not wide": ("block_n = tile_n * ABREAST + box", "block_n = tile_n + box"),
+    "a slot is free as soon as one warpgroup has read it": ("count=MATH_GROUPS", "count=1"),
 }  # fmt: skip
 
 
@@ -130,6 +139,7 @@ PLANTED = [
     for module, config, faults in (
         (gemm, "gluon_192x128_s4", FAULTS),
         (gemm_wgrad, "gluon_192x128_ahead_s5", AHEAD_FAULTS | QUAD_FAULTS),
+        (gemm_wgrad, "gluon_64x256_k2_s5", ABREAST_FAULTS),
     )
     for fault, change in faults.items()
 ]
@@ -220,7 +230,7 @@ mbarrier::complete_tx mbarrier::complete_tx mbarrier::complete_tx
 
 def test_machine_code_without_a_barrier_that_it_must_have_is_a_fault() -> None:
     constants = {"MATH_GROUPS": 2, "WAVES": 1, "BLOCK_N": 128, "IN_FLIGHT": 1, "B_ROWS": 128, "MATH_REGISTERS": 232}
-    constants |= {"AHEAD": False}
+    constants |= {"ABREAST": 1, "AHEAD": False}
     assert sm90.ring_faults(CODE, constants) == []
     for lost in (
         "bar.sync 0, 128; mbarrier",
