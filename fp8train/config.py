@@ -27,7 +27,7 @@ from fp8train.config_sections import (
     need_at_least,
     need_one_of,
 )
-from fp8train.convert import FUSED
+from fp8train.convert import COPIES, FUSED
 from fp8train.data import DataConfig, with_model_tokenizer
 from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, resolve_config
@@ -49,6 +49,8 @@ class RunConfig:
     backend: what executes FP8: auto (the best that can run here) or a name; fp8train explain says which and why
     fused: norms and MLPs that make the FP8 input of linears themselves: auto (those that the backend has kernels for),
         always (all that the precisions permit) or never; rotary embeddings likewise
+    weight_copies: FP8 codes of a weight that are kept between steps: both (w for fprop, w.T for dgrad) or one, from
+        which backward makes w.T, a layer at a time: one byte a parameter less, the same numbers, more time
     steps: optimizer steps in all
     seed: of initial weights and data order
     run_dir: run folder; null: runs/MODEL-RECIPE-seedN
@@ -66,6 +68,7 @@ class RunConfig:
     recipe: str = "blockwise"
     backend: str = "auto"
     fused: str = "auto"
+    weight_copies: str = "both"
     steps: int = 300
     seed: int = 1
     run_dir: str | None = None
@@ -92,6 +95,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         need_one_of("fused", self.fused, FUSED)
+        need_one_of("weight_copies", self.weight_copies, COPIES)
         need_one_of("activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         for name in ("steps", "seq_len", "global_batch_tokens", "micro_batch_samples"):
             need_at_least(name, getattr(self, name), 1)
@@ -127,6 +131,11 @@ class RunConfig:
                 f"micro_batch_samples: got {self.micro_batch_samples}; needs a divisor of the {per_rank} sequences of "
                 f"a rank ({self.global_batch_tokens} tokens / {self.seq_len} / {world_size} ranks). "
                 f"Divisors: {', '.join(map(str, divisors))}."
+            )
+        if self.weight_copies == "one" and self.parallel.strategy == "fsdp":
+            raise ConfigError(
+                "weight_copies: got one with parallel=fsdp, whose layers keep none; needs both, the default. Leave "
+                "weight_copies out."
             )
         warmup = warmup_steps(self.optim, self.steps)
         if warmup >= self.steps:

@@ -10,6 +10,7 @@ import torch
 
 from fp8train.backends import get_backend
 from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
+from fp8train.nn.weights import COPIES
 from fp8train.quant.formats import LinearPrecision
 from fp8train.units import bytes_text
 
@@ -29,6 +30,7 @@ class ConversionRow:
         rule: the rule that decided, e.g. "3: *layers.*".
         reason: why it has this precision, in words.
         site: its number in the run-time counts; 0 where nothing is counted.
+        copies: of an FP8 weight that are kept between steps: "both", or "one", that of fprop.
         other_names: further module paths of the same module.
     """
 
@@ -40,6 +42,7 @@ class ConversionRow:
     rule: str
     reason: str
     site: int
+    copies: str = COPIES[0]
     other_names: tuple[str, ...] = ()
 
     @property
@@ -92,7 +95,7 @@ class ConversionRow:
 
     @property
     def code_bytes(self) -> int:
-        """Copies of the weight that the GEMMs read: one byte an element in FP8, two in BF16; FP32 reads the master."""
+        """Copies of the weight kept for the GEMMs: one byte an element in FP8, two in BF16; FP32 reads the master."""
         return self._copies()[0]
 
     @property
@@ -107,9 +110,14 @@ class ConversionRow:
         N, K = self.shape
         elements = scales = 0
         high_copy = False
-        for spec, rows, cols in ((self.numbers.fprop.right, N, K), (self.numbers.dgrad.right, K, N)):
+        for turned, spec, rows, cols in (
+            (False, self.numbers.fprop.right, N, K),
+            (True, self.numbers.dgrad.right, K, N),
+        ):
             if spec is None:
-                high_copy = self.numbers.high is not torch.float32
+                high_copy = high_copy or self.numbers.high is not torch.float32
+                continue
+            if turned and self.copies != COPIES[0]:
                 continue
             scale_rows, scale_cols = spec.scale_shape(rows, cols)
             elements += N * K

@@ -25,7 +25,7 @@ from fp8train.nn.fused_rope import fused_rope
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.remedies import InputRemedy
-from fp8train.nn.weights import BUFFERS, install_weight_hooks
+from fp8train.nn.weights import BUFFERS, COPIES, LocalWeight, install_weight_hooks
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
@@ -52,6 +52,7 @@ def convert_model(
     backend: str = "auto",
     device_type: str | None = None,
     fused: str = "auto",
+    weight_copies: str = COPIES[0],
 ) -> ConversionReport:
     """Give every nn.Linear of a model the precision that a recipe names, in place.
 
@@ -60,8 +61,8 @@ def convert_model(
     works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP and
     before hooks are registered on linears. A second conversion changes precisions and replaces no module.
     A model class may declare `keep_high_precision`, a tuple of globs on module paths relative to it; such a linear
-    stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear may have a
-    forward of its own: it is left as it is where its rule says bf16 or fp32, and refused where the rule says otherwise.
+    stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear, which may
+    have a forward of its own, is left as it is where its rule says bf16 or fp32, and refused elsewhere.
 
     Args:
         model: any module that contains nn.Linear modules with FP32 weights.
@@ -70,18 +71,18 @@ def convert_model(
         device_type: where the model will run; None takes the device of its parameters.
         fused: which norms and MLPs make the FP8 inputs of linears themselves (nn/fused.py), and rotary embeddings:
             "auto" those that the backend has kernels for, "always" all that the precisions permit, "never" none.
+        weight_copies: FP8 codes kept between steps: "both", of w and w.T, or "one", from which backward makes w.T.
 
     Returns:
         ConversionReport: one row for each linear.
 
     Raises:
-        ValueError: fused is none of the three.
+        ValueError: fused or weight_copies is none of these.
         RecipeError: the recipe does not fit the model; the message names the rule or the module.
         ConfigError: a linear cannot be replaced without loss; the message says why.
         BackendError: the backend cannot run here, or cannot serve a precision of the recipe.
     """
-    if fused not in FUSED:
-        raise ValueError(f"convert_model: fused is {fused!r}; needs one of {', '.join(FUSED)}.")
+    _check_choices(fused=(fused, FUSED), weight_copies=(weight_copies, COPIES))
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     linears = _find_linears(model)
     shapes = {path: (found.module.out_features, found.module.in_features) for found in linears for path in found.paths}
@@ -92,20 +93,24 @@ def convert_model(
     precisions = [assigned[found.paths[0]].precision for found in swappable]
     selection = select_backend(backend, device_type or _device_type(model), dict.fromkeys(precisions))
     treated = _swiglu_blocks(model, recipe)
-    _swap(swappable, precisions, selection.backend.name)
+    _swap(swappable, precisions, selection.backend.name, weight_copies)
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
     _keep_from_ddp(model)
     return ConversionReport(
-        recipe=recipe.name,
-        recipe_hash=recipe.hash,
-        backend=selection.backend.name,
-        backend_reason=selection.reason,
+        recipe=recipe.name, recipe_hash=recipe.hash,
+        backend=selection.backend.name, backend_reason=selection.reason,
         rows=tuple(_row(found, assigned[found.paths[0]], selection) for found in linears),
         others=tuple(_others(model)),
         producers=tuple(_fuse(model, fused, selection.backend)),
         ropes=tuple(_fuse_ropes(model, fused, selection.backend)),
-    )
+    )  # fmt: skip
+
+
+def _check_choices(**given: tuple[str, Sequence[str]]) -> None:
+    for name, (choice, choices) in given.items():
+        if choice not in choices:
+            raise ValueError(f"convert_model: {name} is {choice!r}; needs one of {', '.join(choices)}.")
 
 
 def _find_linears(model: nn.Module) -> list[_Found]:
@@ -199,7 +204,7 @@ def _device_type(model: nn.Module) -> str:
     return types[0] if types else "meta"
 
 
-def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], backend: str) -> None:
+def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], backend: str, copies: str) -> None:
     """Put a Float8Linear in every slot of every nn.Linear; change the precision of those that are one already."""
     converted = [found.module for found in linears if isinstance(found.module, Float8Linear)]
     inputs = converted[0].inputs if converted else InputCache()
@@ -212,7 +217,8 @@ def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], back
         linear.inputs = inputs
         for parent, name in found.slots if linear is not found.module else ():
             setattr(parent, name, linear)
-        if (linear.precision, linear.backend_name) != (precision, backend):
+        if (linear.precision, linear.backend_name, linear.provider.copies) != (precision, backend, copies):
+            linear.provider = linear.provider if linear.provider.copies == copies else LocalWeight(copies)
             linear.set_precision(precision, backend)
 
 
@@ -366,9 +372,11 @@ def _row(found: _Found, chosen: Assignment, selection: Selection) -> ConversionR
     parent, name = found.slots[0]
     linear = getattr(parent, name)  # what is in the model after the conversion
     numbers: LinearPrecision | None = None
+    copies = COPIES[0]
     reason, backend, site = f"{chosen.reason}; a {type(linear).__name__} is left as it is", "torch", NOT_COUNTED
     if _swappable(linear):
         numbers, reason, backend, site = chosen.precision, chosen.reason, selection.backend.name, linear.site
+        copies = linear.provider.copies
     return ConversionRow(
         fqn=fqn,
         shape=(linear.out_features, linear.in_features),
@@ -378,6 +386,7 @@ def _row(found: _Found, chosen: Assignment, selection: Selection) -> ConversionR
         rule=chosen.rule,
         reason=reason,
         site=site,
+        copies=copies,
         other_names=tuple(other_names),
     )
 

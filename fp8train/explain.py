@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, model = (
         (config.model.name, build_model(config.model, "meta")) if request.hf is None else hf_layout(request.hf)
     )
-    report = convert_model(model, recipe, config.backend, request.device, config.fused)
+    report = convert_model(model, recipe, config.backend, request.device, config.fused, config.weight_copies)
     if request.as_json:
         sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
     else:

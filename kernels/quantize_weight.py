@@ -36,6 +36,7 @@ from fp8train.kernels.tile_launch import (
 )
 
 NUM_WARPS = 8
+Copies = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w, its scales, w.T, its scales
 
 
 @triton.jit
@@ -113,10 +114,11 @@ def quantize_weight(
     fp8_max: float,
     pow2: bool,
     block: int = BLOCK,
-    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    out: Copies | None = None,
     stats: Tensor | None = None,
     two_launches: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    transposed: bool = True,
+) -> Copies:
     """Codes of w and of w.T with one scale per block of 128x128.
 
     Args:
@@ -128,10 +130,11 @@ def quantize_weight(
         out: what an earlier call for the same shape returned, to be overwritten.
         stats: [5] int64, as in quantize.STATISTICS: amax is maximised into it, counts are added; None counts nothing.
         two_launches: write each copy by a kernel of its own, two reads: for a toolchain that miscompiles the pair.
+        transposed: whether the codes of w.T are wanted too.
 
     Returns:
-        (qdata [N, K], scale_inv [ceil(N/128), ceil(K/128)], qdata of w.T [K, N], scale_inv of w.T). The leading strides
-        of the codes are multiples of 16, and of 128 for w.T.
+        (qdata [N, K], scale_inv [ceil(N/128), ceil(K/128)], qdata of w.T [K, N], scale_inv of w.T), the last two None
+        if they are not wanted. The leading strides of the codes are multiples of 16, and of 128 for w.T.
 
     Raises:
         ValueError: w, the format, the block, out or stats do not fit.
@@ -140,28 +143,28 @@ def quantize_weight(
     N, K = w.shape
     blocks_n, blocks_k = -(-N // BLOCK), -(-K // BLOCK)
     if out is None:
-        qdata, qdata_t = empty_codes(w, N, K, fp8_dtype, 16), empty_codes(w, K, N, fp8_dtype, BLOCK)
         scale_inv = torch.empty(blocks_n, blocks_k, dtype=torch.float32, device=w.device)
-        out = qdata, scale_inv, qdata_t, torch.empty_like(scale_inv.t(), memory_format=torch.contiguous_format)
+        out = empty_codes(w, N, K, fp8_dtype, 16), scale_inv, None, None
+        if transposed:
+            scale_inv_t = torch.empty_like(scale_inv.t(), memory_format=torch.contiguous_format)
+            out = *out[:2], empty_codes(w, K, N, fp8_dtype, BLOCK), scale_inv_t
     else:
-        reason = misfit(w, out, fp8_dtype)
+        reason = misfit(w, out, fp8_dtype, transposed)
         if reason is not None:
             raise ValueError(f"quantize_weight: {reason}. Pass what a call for this weight returned.")
     if N == 0 or K == 0:
         return out
-    for copies in ((True, False), (False, True)) if two_launches else ((True, True),):
+    for copies in ((True, False), (False, True))[: 1 + transposed] if two_launches else ((True, transposed),):
         _launch(w, out, stats, (max_bits(fp8_max), pow2, *copies))
     return out
 
 
-def _launch(
-    w: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor], stats: Tensor | None, kinds: tuple[int, bool, bool, bool]
-) -> None:
+def _launch(w: Tensor, out: Copies, stats: Tensor | None, kinds: tuple[int, bool, bool, bool]) -> None:
     """kinds: the format's maximum, pow2, whether the straight copy is written, and the transposed one."""
 
     def rest() -> Rest:
         constants = dict(zip(("MAX_BITS", "POW2", "STRAIGHT", "TRANSPOSED"), kinds, strict=True))
-        scalars = *w.shape, w.stride(0), out[0].stride(0), out[2].stride(0)
+        scalars = *w.shape, w.stride(0), out[0].stride(0), 0 if out[2] is None else out[2].stride(0)
         return tiles(*w.shape), scalars, constants | {"STATS": stats is not None}, {"num_warps": NUM_WARPS}
 
     launch(_quantize_weight_kernel, kinds, (w, *out, stats), rest)
@@ -178,28 +181,32 @@ def _check(w: Tensor, fp8_dtype: torch.dtype, block: int, stats: Tensor | None) 
         raise ValueError(f"{name}: stats is {got}; needs [5] torch.int64, contiguous. {remedy}.")
 
 
-def misfit(w: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor], fp8_dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot write to `out` for w, or None."""
+def misfit(w: Tensor, out: Copies, fp8_dtype: torch.dtype, transposed: bool = True) -> str | None:
+    """Why the kernel cannot write to `out` for w, or None; transposed: whether the codes of w.T are wanted."""
     N, K = w.shape
     blocks = -(-N // BLOCK), -(-K // BLOCK)
-    wanted = ((N, K), fp8_dtype), (blocks, torch.float32), ((K, N), fp8_dtype), (blocks[::-1], torch.float32)
-    got = tuple((tuple(tensor.shape), tensor.dtype) for tensor in out)
+    turned = (((K, N), fp8_dtype), (blocks[::-1], torch.float32)) if transposed else (None, None)
+    wanted = ((N, K), fp8_dtype), (blocks, torch.float32), *turned
+    got = tuple(None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in out)
     if got != wanted:
         return f"out is {got}; needs {wanted}"
-    if any(tensor.device != w.device for tensor in out):
-        return f"out is on {[str(tensor.device) for tensor in out]}; needs {w.device}, as w"
+    there = [tensor for tensor in out if tensor is not None]
+    if any(tensor.device != w.device for tensor in there):
+        return f"out is on {[str(tensor.device) for tensor in there]}; needs {w.device}, as w"
     if min(N, K) == 0:
         return None
     qdata, scale_inv, qdata_t, scale_inv_t = out
-    whole_rows = qdata_t.stride(0) % 4 == 0 and qdata_t.stride(0) >= BLOCK * blocks[0] and qdata_t.data_ptr() % 4 == 0
-    dense = qdata.stride(1) == qdata_t.stride(1) == 1 and scale_inv.is_contiguous() and scale_inv_t.is_contiguous()
-    room = qdata_t.untyped_storage().nbytes() - qdata_t.storage_offset() >= K * qdata_t.stride(0)
-    if not (whole_rows and dense and room):
+    fits = qdata.stride(1) == 1 and scale_inv.is_contiguous()
+    if qdata_t is not None and scale_inv_t is not None:
+        fits = fits and qdata_t.stride(1) == 1 and scale_inv_t.is_contiguous() and qdata_t.data_ptr() % 4 == 0
+        fits = fits and qdata_t.stride(0) % 4 == 0 and qdata_t.stride(0) >= BLOCK * blocks[0]
+        fits = fits and qdata_t.untyped_storage().nbytes() - qdata_t.storage_offset() >= K * qdata_t.stride(0)
+    if not fits:
         return (
-            f"out has strides {[tensor.stride() for tensor in out]}; needs row-major codes, contiguous scales, and for "
-            f"the codes of w.T whole rows of {BLOCK * blocks[0]}"
+            f"out has strides {[tensor.stride() for tensor in there]}; needs row-major codes, contiguous scales, and "
+            f"for the codes of w.T whole rows of {BLOCK * blocks[0]}"
         )
-    storages = [tensor.untyped_storage().data_ptr() for tensor in (w, *out)]
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (w, *there)]
     if len(set(storages)) < len(storages):
         return "out shares memory with w or within itself; needs tensors of their own"
     return None

@@ -128,6 +128,7 @@ benches() {
     bench "linear_$size" 45 linear rows=8192 in_features=$size out_features=$size rounds=15
   done
   bench step_eager 60 step "${layers[@]}" rounds=7
+  bench step_one_copy 60 step "${layers[@]}" weight_copies=one rounds=7
   bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=5
   bench step_large 60 step "${layers[@]}" micro_batch_samples=8 rounds=5 # one of 32,768 tokens: its activations count
   wait

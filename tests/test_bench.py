@@ -132,7 +132,8 @@ def test_quantize_bench_times_triton_with_words_and_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-    from fp8train.backends.triton import TritonBackend, kernel
+    from fp8train.backends.kernel_codes import kernel
+    from fp8train.backends.triton import TritonBackend
 
     launch, module, words = kernel("quantize").launch, kernel("quantize"), list[bool]()
     monkeypatch.setattr(module, "launch", lambda *args: (words.append(args[-1]()[2]["WORDS"]), launch(*args)))

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train import bench  # noqa: E402
 from fp8train.backends import launch_rates  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
-from fp8train.backends.triton import kernel  # noqa: E402
+from fp8train.backends.kernel_codes import kernel  # noqa: E402
 from fp8train.benchmarks import entries  # noqa: E402
 from fp8train.benchmarks.timing import BenchResult, Timing  # noqa: E402
 from fp8train.distributed import World  # noqa: E402

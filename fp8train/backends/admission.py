@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from fp8train.backends.admission_checks import KERNEL_GEMMS, QUANTISERS, ROTATIONS, STANDBY, STREAM
+from fp8train.backends.admission_checks import KERNEL_GEMMS, QUANTISERS, ROTATIONS, STANDBY, STREAM, TRANSPOSES
 from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder, write_whole
@@ -128,13 +128,14 @@ def _plain(capability: tuple[int, int]) -> list[Kernel]:
 
 
 def _entries(index: int) -> list[Kernel]:
-    """Quantisers that stand by, and every launch entry of the GEMMs on a Hopper: elsewhere some run and some do not."""
+    """Kernels that few runs use and, on a Hopper, every launch entry of the GEMMs: elsewhere some do not run."""
+    seldom = [*STANDBY, *TRANSPOSES]
     if torch.cuda.get_device_capability(index)[0] != 9:
-        return [*STANDBY]
+        return seldom
     configs = {
         operation: importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS for operation in KERNEL_GEMMS
     }
-    return [*STANDBY, *((operation, entry) for operation, entries in configs.items() for entry in entries)]
+    return [*seldom, *((operation, entry) for operation, entries in configs.items() for entry in entries)]
 
 
 def _log(made: dict[Kernel, tuple[str | None, bool]], device: str) -> None:

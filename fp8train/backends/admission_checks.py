@@ -48,10 +48,12 @@ STANDBY = (
 PLAIN = "_plain"
 STREAM = (("rmsnorm_rstd", "fp32"), ("rmsnorm_backward", "fp32"))  # likewise; dtype of the residual stream
 ROTATIONS = (("rope", "bf16"),)  # likewise; dtype of what is rotated
+TRANSPOSES = (("transpose_codes", "codes"),)  # for runs with weight_copies=one
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MATRICES = ((256, 384), (300, 200))  # whole blocks in rows that start at 16 bytes; neither
 SUMS = (*MATRICES, (300, 2048))  # and several rounds of rmsnorm_rstd
 NORMS = (*SUMS, (2048, 4096), (65, 4095), (300, 8192))  # and each tile of rmsnorm_backward
+WEIGHTS = (*MATRICES, (1, 129), (2048, 4096))
 # B, heads, T, head_dim: heads and angles that begin at 16 bytes, and such that do not
 HEADS = ((2, 32, 128, 128), (1, 8, 129, 128), (2, 16, 33, 64), (3, 5, 77, 80), (1, 3, 50, 6), (1, 1, 3, 2052))
 
@@ -66,7 +68,7 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
 
     Args:
         operation: a file of kernels/.
-        entry: of its launch entries, or a variant as in QUANTISERS, STANDBY, STREAM and ROTATIONS.
+        entry: of its launch entries, or a variant as in QUANTISERS, STANDBY, STREAM, ROTATIONS and TRANSPOSES.
         device: where to run it.
     """
     if operation in KERNEL_GEMMS:
@@ -76,6 +78,8 @@ def check(operation: str, entry: str, device: torch.device) -> str | None:
         return (check_sums if operation == "rmsnorm_rstd" else check_norm_gradients)(entry, device)
     if operation in dict(ROTATIONS):
         return check_rotation(entry, device)
+    if operation in dict(TRANSPOSES):
+        return check_transposes(device)
     return check_codes(operation, entry, device)
 
 
@@ -255,6 +259,25 @@ def check_norm_gradients(variant: str, device: torch.device, matrices: Sequence[
                     return f"its {name} differs from the formula for {[rows, cols]}, dy {dtype}"
             if not torch.equal(summed[2], summed[0].to(dtype)):
                 return f"its sum rounded to the branch's dtype is another for {[rows, cols]}, dy {dtype}"
+    return None
+
+
+def check_transposes(device: torch.device, matrices: Sequence[tuple[int, int]] = WEIGHTS) -> str | None:
+    """Where the transpose of codes, or of their scales, is not torch's, or None.
+
+    Args:
+        device: where to compute.
+        matrices: rows and columns of the codes, of which every one is a byte as good as another.
+    """
+    run = importlib.import_module("fp8train.kernels.transpose_codes").transpose_codes
+    for number, (rows, cols) in enumerate(matrices):
+        generator = torch.Generator().manual_seed(number)
+        codes = torch.randint(0, 256, (rows, cols + 16), dtype=torch.uint8, generator=generator).to(device)[:, :cols]
+        scale_inv = torch.rand(-(-rows // 128), -(-cols // 128), generator=generator).to(device)
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            turned, scale_inv_t = run(codes.view(dtype), scale_inv)
+            if not (torch.equal(turned.view(torch.uint8), codes.t()) and torch.equal(scale_inv_t, scale_inv.t())):
+                return f"its codes or scales are not those of the transpose for {[rows, cols]} {_name(dtype)}"
     return None
 
 

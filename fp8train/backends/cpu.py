@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp8train.backends import cpu_library
 from fp8train.backends.device_gemm import exact_in_bf16, fp32_product, sum_of_blocks
+from fp8train.backends.interface import Square
 from fp8train.backends.producers import Producers, rows_dense
 from fp8train.quant import reference
 from fp8train.quant.formats import E5M2, LinearPrecision, QuantSpec
@@ -84,17 +85,18 @@ class CpuBackend(Producers):
         self._lib.fp8_quantize_dual(*_matrix(x), e5m2, row_pow2, _kind(col)[1], *outputs, torch.get_num_threads())
         return QTensor(q, scale, row), QTensor(qt, scale_t, col)
 
-    def quantize_square(
-        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
-    ) -> tuple[QTensor, QTensor]:
+    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
         """See Backend."""
         block = spec.block_shape(*x.shape)[0]
         if self._lib is None or spec.block == "tensor" or block > TILE:
             made = self.quantize(x, spec, False)
-            return made, made.transpose()
+            return made, made.transpose() if turned else None
         x = rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(spec, (rows, cols), x.device)
+        if not turned:
+            self._square(x, spec, block, q, scale, None, None)
+            return QTensor(q, scale, spec), None
         qt, scale_t = _empty(spec, (cols, rows), x.device)
         self._square(x, spec, block, q, scale, qt, scale_t)
         return QTensor(q, scale, spec), QTensor(qt, scale_t, spec)

@@ -11,6 +11,7 @@ from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 Copies = tuple[QTensor, QTensor | None]  # row copy and, where it is wanted, column copy
+Square = tuple[QTensor, QTensor | None]  # of a weight, and where it is wanted of its transpose
 
 
 class Backend(Protocol):
@@ -36,12 +37,13 @@ class Backend(Protocol):
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
         """(quantize(x, row), quantize(x, col, transpose=True)) from one read of x where the specifications allow."""
 
-    def quantize_square(
-        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
-    ) -> tuple[QTensor, QTensor]:
-        """(q, q.transpose()) for a transposable spec, from one read of x.
+    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
+        """(q, q.transpose(), or None unless `turned`) for a transposable spec, from one read of x.
 
         out: what an earlier call returned; it may be overwritten and returned, or left alone."""
+
+    def transpose_codes(self, q: QTensor) -> QTensor:
+        """q.transpose(), in the strides that quantize_square gives it."""
 
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
         """What its quantiser counts while it rounds all of x: int64 [5], bits of the finite amax, elements flushed to

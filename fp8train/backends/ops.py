@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fp8train.backends.coverage import COUNTS
+from fp8train.backends.kernel_codes import codes_like
 from fp8train.backends.selection import get_backend, pads_codes
-from fp8train.backends.triton import codes_like
 from fp8train.quant import noise
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -35,6 +35,7 @@ _SCHEMAS = {
     "quantize": "(Tensor x, str spec, bool transpose, str backend) -> (Tensor, Tensor)",
     "quantize_dual": "(Tensor x, str row, str col, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "requantize": "(Tensor q, Tensor scale_inv, str spec, str to, str backend) -> (Tensor, Tensor)",
+    "transpose_codes": "(Tensor q, Tensor scale_inv, str spec, Tensor? after, str backend) -> (Tensor, Tensor)",
     "dequantize": "(Tensor q, Tensor scale_inv, str spec, ScalarType dtype, str backend) -> Tensor",
     "scaled_mm": f"({_OPERANDS}, Tensor? bias, ScalarType out_dtype, {_GEMM}) -> Tensor",
     "scaled_mm_add_": f"(Tensor(a!) out, {_OPERANDS}, {_GEMM}) -> ()",
@@ -65,6 +66,18 @@ def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -
     executor = get_backend(backend)
     x = executor.dequantize(QTensor(q, scale_inv, as_spec(spec)), torch.float32)
     qt = executor.quantize(x, as_spec(to), True)
+    return qt.qdata, qt.scale_inv
+
+
+def transpose_codes(
+    q: Tensor, scale_inv: Tensor, spec: str | QuantSpec, after: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x.T from those of x, whose blocks are the same both ways round.
+
+    after: what exists in backward only, so that a compiler, which may move what it sees to depend on forward alone,
+    leaves them there; not read.
+    """
+    qt = get_backend(backend).transpose_codes(QTensor(q, scale_inv, as_spec(spec)))
     return qt.qdata, qt.scale_inv
 
 
@@ -163,6 +176,12 @@ def _fake_requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: 
     return _fake_quantize(q, to, True, backend)
 
 
+def _fake_transpose_codes(
+    q: Tensor, scale_inv: Tensor, spec: str, after: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _fake_quantize(q, spec, True, backend)
+
+
 def _fake_dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
 
@@ -192,6 +211,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize": (quantize, _fake_quantize),
     "quantize_dual": (quantize_dual, _fake_quantize_dual),
     "requantize": (requantize, _fake_requantize),
+    "transpose_codes": (transpose_codes, _fake_transpose_codes),
     "dequantize": (dequantize, _fake_dequantize),
     "noisy": (noisy, _fake_noisy),
     "scaled_mm": (scaled_mm, _fake_scaled_mm),

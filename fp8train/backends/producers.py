@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fp8train.backends.interface import Backend, Copies
 from fp8train.quant.formats import QuantSpec
+from fp8train.quant.qtensor import QTensor
 
 
 class Producers:
@@ -27,6 +28,10 @@ class Producers:
     def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
         """See Backend."""
         return False
+
+    def transpose_codes(self, q: QTensor) -> QTensor:
+        """See Backend."""
+        return q.transpose()
 
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
         """See Backend; most quantisers do not count."""

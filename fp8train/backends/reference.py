@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp8train.backends.interface import Square
 from fp8train.backends.producers import Producers
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision, QuantSpec
@@ -34,12 +35,10 @@ class ReferenceBackend(Producers):
         """See Backend."""
         return self.quantize(x, row, False), self.quantize(x, col, True)
 
-    def quantize_square(
-        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
-    ) -> tuple[QTensor, QTensor]:
+    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
         """See Backend."""
         q = self.quantize(x, spec, False)
-        return q, q.transpose()
+        return q, q.transpose() if turned else None
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
         """See Backend."""

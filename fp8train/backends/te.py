@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import device_gemm
+from fp8train.backends.interface import Square
+from fp8train.backends.kernel_codes import codes_like
 from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu
-from fp8train.backends.triton import codes_like
 from fp8train.backends.vendor import (
     VendorBackend,
     blocks_first,
@@ -66,14 +67,12 @@ class TransformerEngineBackend(VendorBackend):
         made = _quantized(x, row, rowwise=True, columnwise=True)
         return _rows(made, x, row), _columns(made, x, col)
 
-    def quantize_square(
-        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
-    ) -> tuple[QTensor, QTensor]:
+    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
         """See Backend."""
         if not _serves(x, spec):
-            return super().quantize_square(x, spec, out)
-        made = _quantized(x, spec, rowwise=True, columnwise=True)
-        return _rows(made, x, spec), _columns(made, x, spec)
+            return super().quantize_square(x, spec, out, turned)
+        made = _quantized(x, spec, rowwise=True, columnwise=turned)
+        return _rows(made, x, spec), _columns(made, x, spec) if turned else None
 
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

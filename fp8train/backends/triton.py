@@ -7,12 +7,10 @@ operands. Tensorwise and rowwise GEMMs are cuBLASLt's, and their quantiser is th
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Hashable, Iterable, Sequence
-from types import ModuleType
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -20,8 +18,20 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm, launch_rates
 from fp8train.backends.admission import Admission
-from fp8train.backends.admission_checks import DTYPES, PLAIN, variants
-from fp8train.backends.interface import Copies
+from fp8train.backends.admission_checks import PLAIN, variants
+from fp8train.backends.interface import Copies, Square
+from fp8train.backends.kernel_codes import (
+    ROW,
+    SQUARE,
+    as_copies,
+    as_defined,
+    both_formats,
+    dtype_name,
+    format_of,
+    kernel,
+    padded,
+    tensors_of,
+)
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
 from fp8train.backends.producers import Producers, rows_dense
 from fp8train.errors import BackendError
@@ -30,8 +40,6 @@ from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 OLDEST, BELOW = (3, 6), (3, 10)  # versions of Triton that the kernels are compiled with in the tests
-ROW, SQUARE = (1, 128), (128, 128)
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_SHAPES = 4096  # of operands, for which the choice of an entry is kept; a model has tens
 
 
@@ -80,14 +88,14 @@ class TritonBackend(Producers):
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""
         if spec.block == SQUARE:
-            made, turned = self.quantize_square(x, spec)
-            return turned if transpose else made
+            made, turned = self.quantize_square(x, spec, turned=transpose)
+            return made if turned is None else turned
         if spec.block != ROW:
             return reference.quantize(x, spec, transpose=transpose)
         if not self._admitted("quantize", "columns" if transpose else "rows", x.device):
-            return _as_defined(x, spec, transpose)
+            return as_defined(x, spec, transpose)
         run = kernel("quantize").quantize_columns if transpose else kernel("quantize").quantize_rows
-        qdata, scale_inv = run(rows_dense(x), **_format(spec))
+        qdata, scale_inv = run(rows_dense(x), **format_of(spec))
         return QTensor(qdata, scale_inv, spec)
 
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
@@ -97,25 +105,33 @@ class TritonBackend(Producers):
         if more is None:
             return self.quantize(x, row, False), self.quantize(x, col, True)
         run = kernel("quantize").quantize_dual
-        q, scale, qt, scale_t = run(rows_dense(x), **_format(row), col_pow2=col.scale == "pow2", **more)
+        q, scale, qt, scale_t = run(rows_dense(x), **format_of(row), col_pow2=col.scale == "pow2", **more)
         return QTensor(q, scale, row), QTensor(qt, scale_t, col)
 
-    def quantize_square(
-        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
-    ) -> tuple[QTensor, QTensor]:
+    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
         """See Backend."""
         if spec.block != SQUARE:
             made = self.quantize(x, spec, False)
-            return made, made.transpose()
+            return made, made.transpose() if turned else None
         one_read = self._admitted("quantize_weight", "one_read", x.device)
         if not one_read and not self._admitted("quantize_weight", "two_launches", x.device):
-            return _as_defined(x, spec, False), _as_defined(x, spec, True)
+            return as_defined(x, spec, False), as_defined(x, spec, True) if turned else None
         module, x = kernel("quantize_weight"), rows_dense(x)
-        held = None if out is None else (out[0].qdata, out[0].scale_inv, out[1].qdata, out[1].scale_inv)
-        if held is not None and module.misfit(x, held, spec.format.dtype) is not None:
+        held = None if out is None else tensors_of(out)
+        if held is not None and module.misfit(x, held, spec.format.dtype, turned) is not None:
             held = None
-        q, scale, qt, scale_t = module.quantize_weight(x, out=held, two_launches=not one_read, **_format(spec))
-        return QTensor(q, scale, spec), QTensor(qt, scale_t, spec)
+        run = module.quantize_weight
+        made = run(x, out=held, two_launches=not one_read, transposed=turned, **format_of(spec))
+        return as_copies(made, spec, spec if turned else None)
+
+    def transpose_codes(self, q: QTensor) -> QTensor:
+        """See Backend."""
+        if q.spec.block != SQUARE:
+            return q.transpose()
+        if not self._admitted("transpose_codes", "codes", q.qdata.device):
+            return padded(q.transpose(), transposed=True)
+        qdata, scale_inv = kernel("transpose_codes").transpose_codes(q.qdata, q.scale_inv.contiguous())
+        return QTensor(qdata, scale_inv, q.spec)
 
     def fuses(self, row: QuantSpec, col: QuantSpec | None) -> bool:
         """See Backend."""
@@ -123,19 +139,19 @@ class TritonBackend(Producers):
 
     def rstd(self, x: Tensor, eps: float) -> Tensor:
         """See Backend."""
-        if not self._admitted("rmsnorm_rstd", _dtype_name(x), x.device):
+        if not self._admitted("rmsnorm_rstd", dtype_name(x), x.device):
             return super().rstd(x, eps)
         return kernel("rmsnorm_rstd").rstd(rows_dense(x), eps=eps)
 
     def add_rstd(self, x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See Backend."""
-        if not self._admitted("rmsnorm_rstd", _dtype_name(x), x.device):
+        if not self._admitted("rmsnorm_rstd", dtype_name(x), x.device):
             return super().add_rstd(x, branch, eps)
         return kernel("rmsnorm_rstd").add_rstd(rows_dense(x), rows_dense(branch), eps=eps)
 
     def rms_norm(self, x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
         """See Backend."""
-        if self._words("rmsnorm_quantize", _dtype_name(x), x.device) is None:
+        if self._words("rmsnorm_quantize", dtype_name(x), x.device) is None:
             return super().rms_norm(x, weight, rstd, dtype)
         return kernel("rmsnorm_quantize").rmsnorm(rows_dense(x), weight, rstd, out_dtype=dtype)
 
@@ -144,7 +160,7 @@ class TritonBackend(Producers):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See Backend."""
         module = kernel("rmsnorm_backward")
-        if x.shape[1] > module.WIDEST or not self._admitted("rmsnorm_backward", _dtype_name(x), x.device):
+        if x.shape[1] > module.WIDEST or not self._admitted("rmsnorm_backward", dtype_name(x), x.device):
             return super().rms_norm_backward(dy, x, weight, rstd, dtotal, branch)
         more = {"dtotal": None if dtotal is None else rows_dense(dtotal), "branch_dtype": branch}
         return module.rmsnorm_backward(rows_dense(dy), rows_dense(x), weight, rstd, **more)
@@ -155,19 +171,19 @@ class TritonBackend(Producers):
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
         """See Backend."""
-        if not self._admitted("rope", _dtype_name(x), x.device):
+        if not self._admitted("rope", dtype_name(x), x.device):
             return super().rope(x, cos, sin, dtype, inverse)
         return kernel("rope").rope(rows_dense(x), cos, sin, out_dtype=dtype, inverse=inverse)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """See Backend."""
-        if self._words("swiglu_quantize", _dtype_name(gate), gate.device) is None:
+        if self._words("swiglu_quantize", dtype_name(gate), gate.device) is None:
             return super().swiglu(gate, up)
         return kernel("swiglu_quantize").swiglu(rows_dense(gate), rows_dense(up))
 
     def swiglu_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See Backend."""
-        if self._words("swiglu_backward_quantize", _dtype_name(gate), gate.device) is None:
+        if self._words("swiglu_backward_quantize", dtype_name(gate), gate.device) is None:
             return super().swiglu_backward(dh, gate, up)
         run = kernel("swiglu_backward_quantize").swiglu_backward
         return run(rows_dense(dh), rows_dense(gate), rows_dense(up))
@@ -180,7 +196,7 @@ class TritonBackend(Producers):
         if more is None:
             return super().rmsnorm_quantize(x, weight, rstd, dtype, row, col)
         run = kernel("rmsnorm_quantize").rmsnorm_quantize
-        return _copies(run(rows_dense(x), weight, rstd, out_dtype=dtype, **more), row, col)
+        return as_copies(run(rows_dense(x), weight, rstd, out_dtype=dtype, **more), row, col)
 
     def swiglu_quantize(self, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:
         """See Backend."""
@@ -188,7 +204,7 @@ class TritonBackend(Producers):
         if more is None:
             return super().swiglu_quantize(gate, up, row, col)
         run = kernel("swiglu_quantize").swiglu_quantize
-        return _copies(run(rows_dense(gate), rows_dense(up), **more), row, col)
+        return as_copies(run(rows_dense(gate), rows_dense(up), **more), row, col)
 
     def swiglu_backward_quantize(
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
@@ -199,7 +215,7 @@ class TritonBackend(Producers):
             return super().swiglu_backward_quantize(dh, gate, up, row, col)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
         dgate, dup = run(rows_dense(dh), rows_dense(gate), rows_dense(up), **more)
-        return _copies(dgate, row, col), _copies(dup, row, col)
+        return as_copies(dgate, row, col), as_copies(dup, row, col)
 
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
         """See Backend; counted by the kernels that round in blocks of 1x128 and 128x128."""
@@ -210,7 +226,7 @@ class TritonBackend(Producers):
             return None
         counted = torch.zeros(5, dtype=torch.int64, device=x.device)
         run = kernel("quantize").quantize_rows if spec.block == ROW else kernel("quantize_weight").quantize_weight
-        run(rows_dense(x), **_format(spec), stats=counted)
+        run(rows_dense(x), **format_of(spec), stats=counted)
         return counted
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
@@ -296,8 +312,8 @@ class TritonBackend(Producers):
 
     def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> dict[str, Any] | None:
         """Arguments of a fused kernel that serves the formats and passed its check for the dtype of x, or None."""
-        more = self._words(operation, _dtype_name(x), x.device) if self.fuses(row, col) else None
-        return None if more is None else more | _formats(row, col)
+        more = self._words(operation, dtype_name(x), x.device) if self.fuses(row, col) else None
+        return None if more is None else more | both_formats(row, col)
 
     def _renew_note(self, device: torch.device) -> None:
         """Say whose launch table is used, which kernels are not, and whose products are torch's."""
@@ -328,40 +344,6 @@ class TritonBackend(Producers):
         return chosen
 
 
-@functools.cache
-def kernel(name: str) -> ModuleType:
-    """A file of kernels/, imported on first use: the package works where there is no Triton."""
-    return importlib.import_module(f"fp8train.kernels.{name}")
-
-
-def codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised codes [rows, cols] and scales, in the shapes and strides that the kernels return them in.
-
-    Args:
-        x: of the wanted device; may be a fake tensor, and sizes symbolic.
-        spec: blocks of 1x128 or 128x128.
-        rows, cols: shape of the codes.
-        transposed: whether they are a column copy.
-    """
-    multiple = 128 if transposed else 16
-    codes = x.new_empty((rows, -(-cols // multiple) * multiple), dtype=spec.format.dtype)[:, :cols]
-    blocks = (-(-rows // spec.block[0]), -(-cols // spec.block[1]))  # type: ignore[operator]
-    if spec.block == SQUARE:
-        return codes, x.new_empty(blocks, dtype=torch.float32)
-    padded = kernel("tile_launch").scale_stride(rows)
-    return codes, x.new_empty((blocks[1], padded), dtype=torch.float32).t()[:rows]
-
-
-def _as_defined(x: Tensor, spec: QuantSpec, transposed: bool) -> QTensor:
-    """The definition's codes in the strides of the kernels, for a kernel that was refused."""
-    made = reference.quantize(x, spec, transpose=transposed and spec.block != SQUARE)
-    made = made.transpose() if transposed and spec.block == SQUARE else made
-    rows, cols = made.shape
-    codes, scale_inv = codes_like(x, spec, rows, cols, transposed)
-    codes.view(torch.uint8).copy_(made.qdata.view(torch.uint8))
-    return QTensor(codes, scale_inv.copy_(made.scale_inv), spec)
-
-
 def _candidates(operation: str, device: torch.device, M: int, N: int) -> Iterable[str]:
     """Entries in the order in which they are tried: the launch table's, then the plain ones."""
     return dict.fromkeys((*_table_entries(operation, device, M, N), *kernel(operation).PLAIN))
@@ -377,21 +359,3 @@ def _measured(device: torch.device) -> launch_rates.Measured | None:
     if device.type != "cuda":
         return None
     return launch_rates.measured(device.index if device.index is not None else torch.cuda.current_device())
-
-
-def _format(spec: QuantSpec) -> dict[str, Any]:
-    return {"fp8_dtype": spec.format.dtype, "fp8_max": spec.format.max, "pow2": spec.scale == "pow2"}
-
-
-def _formats(row: QuantSpec, col: QuantSpec | None) -> dict[str, Any]:
-    return {**_format(row), "col_pow2": (row if col is None else col).scale == "pow2", "columns": col is not None}
-
-
-def _copies(tensors: Sequence[Tensor], row: QuantSpec, col: QuantSpec | None) -> Copies:
-    q, scale, qt, scale_t = tensors
-    return QTensor(q, scale, row), None if col is None else QTensor(qt, scale_t, col)
-
-
-def _dtype_name(x: Tensor) -> str:
-    """The variant of a kernel that serves x; of others, whose launcher says what is wrong with x."""
-    return _DTYPE_NAMES.get(x.dtype, "fp32")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8train.backends.dequant_bf16 import DequantBackend
-from fp8train.backends.interface import Backend
+from fp8train.backends.interface import Backend, Square
 from fp8train.backends.machine import BLOCKWISE_PAIRS, not_served
 from fp8train.backends.triton import TritonBackend, triton_refusal
 from fp8train.quant.formats import LinearPrecision, QuantSpec
@@ -46,11 +46,13 @@ class VendorBackend(DequantBackend):
         """See Backend."""
         return self.quantisers.quantize_dual(x, row, col)
 
-    def quantize_square(
-        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
-    ) -> tuple[QTensor, QTensor]:
+    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
         """See Backend."""
-        return self.quantisers.quantize_square(x, spec, out)
+        return self.quantisers.quantize_square(x, spec, out, turned)
+
+    def transpose_codes(self, q: QTensor) -> QTensor:
+        """See Backend."""
+        return self.quantisers.transpose_codes(q)
 
     def has_rope(self) -> bool:
         """See Backend."""

@@ -17,8 +17,9 @@ from fp8train.arguments import parse_arguments
 from fp8train.backends import launch_rates
 from fp8train.backends.admission import Admission
 from fp8train.backends.interface import Backend
+from fp8train.backends.kernel_codes import kernel
 from fp8train.backends.selection import get_backend
-from fp8train.backends.triton import kernel, triton_refusal
+from fp8train.backends.triton import triton_refusal
 from fp8train.benchmarks.gemm import GemmArguments, compare
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, machine_lines, table, write_results
 from fp8train.distributed import World

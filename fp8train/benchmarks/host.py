@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fp8train.arguments import parse_arguments
 from fp8train.backends import selection
 from fp8train.backends.cpu import CpuBackend
+from fp8train.backends.interface import Square
 from fp8train.benchmarks.timing import (
     BenchArguments,
     BenchResult,
@@ -61,11 +62,14 @@ class NoKernels(CpuBackend):
         """See Backend."""
         return self.quantize(x, row, False), self.quantize(x, col, True)
 
-    def quantize_square(
-        self, x: Tensor, spec: QuantSpec, out: tuple[QTensor, QTensor] | None = None
-    ) -> tuple[QTensor, QTensor]:
+    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
         """See Backend."""
-        return self.quantize(x, spec, False), self.quantize(x, spec, True)
+        return self.quantize(x, spec, False), self.quantize(x, spec, True) if turned else None
+
+    def transpose_codes(self, q: QTensor) -> QTensor:
+        """See Backend."""
+        qdata = torch.empty(q.shape[::-1], dtype=q.qdata.dtype)
+        return QTensor(qdata, torch.empty(q.scale_inv.shape[::-1]), q.spec)
 
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

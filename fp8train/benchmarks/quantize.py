@@ -32,8 +32,9 @@ from fp8train.quant.qtensor import QTensor
 BASELINE = "copy"
 # is a result transposed?
 CASES = {
-    "row": (False,), "column": (True,), "both": (False, True), "weight": (False, True), "rmsnorm": (False, True),
-    "add_rmsnorm": (False, True), "swiglu": (False, True), "swiglu_backward": (False, True, False, True),
+    "row": (False,), "column": (True,), "both": (False, True), "weight": (False, True), "transpose": (True,),
+    "rmsnorm": (False, True), "add_rmsnorm": (False, True), "swiglu": (False, True),
+    "swiglu_backward": (False, True, False, True),
 }  # fmt: skip
 SHAPES = ((8192, 4096), (8192, 7168), (32768, 4096), (16384, 14336))
 INPUTS = {"add_rmsnorm": 2, "swiglu": 2, "swiglu_backward": 3}
@@ -45,12 +46,13 @@ CHECKED_ROWS = 512  # of each result are compared with the definition, which is 
 
 @dataclass(kw_only=True, slots=True)
 class QuantizeArguments(BenchArguments):
-    """Quantisers: row copy, transposed column copy, both from one read, a weight's codes with their transpose, and what
-    makes the input or the gradient that it rounds: RMSNorm of an FP32 stream whose rstd is known; the same behind the
-    sum that the stream is, which is two kernels; SwiGLU, SwiGLU's backward.
+    """Quantisers: row copy, transposed column copy, both from one read, a weight's codes with their transpose, and that
+    transpose from the codes (weight_copies=one); and what makes the input or the gradient that it rounds: RMSNorm of an
+    FP32 stream whose rstd is known; the same behind the sum that the stream is, which is two kernels; SwiGLU, SwiGLU's
+    backward.
 
     backend: auto takes the first of triton and cpu that runs here
-    cases: of row, column, both, weight, rmsnorm, add_rmsnorm, swiglu, swiglu_backward
+    cases: of row, column, both, weight, transpose, rmsnorm, add_rmsnorm, swiglu, swiglu_backward
     shapes: [rows, columns]; null: activations of 4096 to 14336 channels
     plain: time the Triton kernels that take words of two numbers without them too, in the same rounds
     """
@@ -109,13 +111,14 @@ def _compare(
     inputs = [torch.randn(rows, cols, generator=generator, device=device) for _ in range(INPUTS.get(case, 1))]
     inputs = [inputs[0].to(dtype), *(x.bfloat16() for x in inputs[1:])]
     target = torch.empty_like(inputs[0])
-    spec = BLOCKWISE.fprop.right if case == "weight" else BLOCKWISE.fprop.left
+    spec = BLOCKWISE.fprop.right if case in ("weight", "transpose") else BLOCKWISE.fprop.left
     assert spec is not None
     call, sources = _quantiser(case, backend, inputs, spec)
     made = call()
     written = sum(q.qdata.nbytes + 4 * q.scale_inv.numel() for q in made)
     written += 2 * target.nbytes if case == "add_rmsnorm" else 0  # the sum, which the second kernel reads
-    traffic = {BASELINE: 2.0 * target.nbytes, case: float(sum(x.nbytes for x in inputs) + written)}
+    read = written if case == "transpose" else sum(x.nbytes for x in inputs)
+    traffic = {BASELINE: 2.0 * target.nbytes, case: float(read + written)}
     calls: dict[str, Callable[[], object]] = {BASELINE: lambda: target.copy_(inputs[0]), case: call}
     if arguments.plain and backend.name == "triton" and case in WITH_WORDS:
         calls[f"{case}, plain"] = _quantiser(case, TritonBackend(words=False), inputs, spec)[0]
@@ -140,7 +143,10 @@ def _quantiser(
     """What is timed, and what the codes are of: for each two of them."""
     x, bf16 = inputs[0], torch.bfloat16
     if case == "weight":
-        return lambda: backend.quantize_square(x, spec), lambda: [x]
+        return lambda: _made(backend.quantize_square(x, spec)), lambda: [x]
+    if case == "transpose":
+        q, _ = backend.quantize_square(x, spec, turned=False)
+        return lambda: (backend.transpose_codes(q),), lambda: [x]
     if case == "both":
         return lambda: backend.quantize_dual(x, spec, spec), lambda: [x]
     if case == "rmsnorm":

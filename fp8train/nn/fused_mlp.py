@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +79,12 @@ def _swiglu(
         x_row, x_col = gate.inputs.get(tensor, needs, gate.plan.backend, gate.plan.site)
     products: list[Tensor] = []
     transposed: list[Tensor | None] = []
-    later: list[LaterOperand | None] = []
+    later: list[Callable[..., Operand] | None] = []
     for linear in (gate, up):
         w, wt = linear.provider.operands(linear)
         products.append(gemm(x_row, w, bias=None, out_dtype=out_dtype, **linear.plan.common["fprop"]))
-        transposed += wt.tensors() if isinstance(wt, Operand) else (None, None)
-        later.append(None if isinstance(wt, Operand) else wt)
+        transposed += wt.tensors()
+        later.append(wt.make if isinstance(wt, LaterOperand) else None)
     copies = OPS.swiglu_quantize(*products, row, col, gate.plan.backend)
     h = _SwiGLU.apply(
         as_matrix(tensor), gate.weight, up.weight, *products, *((None, None) if x_col is None else x_col.tensors()),
@@ -101,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
         col: Tensor | None, col_scale: Tensor | None,
         gate_wt: Tensor | None, gate_wt_scale: Tensor | None, up_wt: Tensor | None, up_wt_scale: Tensor | None,
         plans: tuple[Plan, Plan], sinks: tuple[InplaceGrad | None, InplaceGrad | None],
-        later: list[LaterOperand | None],
+        later: list[Callable[..., Operand] | None],
     ) -> Tensor:  # fmt: skip
         weights = (gate_wt, gate_wt_scale, up_wt, up_wt_scale) if ctx.needs_input_grad[0] else (None, None, None, None)
         ctx.save_for_backward(gate, up, col, col_scale, *weights)
@@ -123,7 +124,7 @@ class _SwiGLU(torch.autograd.Function):
             if need_dx:
                 left = Operand(row, row_scale, precision.dgrad.left)
                 (wt, wt_scale), later = weights[2 * half : 2 * half + 2], ctx.later[half]
-                right = Operand(wt, wt_scale, precision.dgrad.right) if later is None else later()
+                right = Operand(wt, wt_scale, precision.dgrad.right) if later is None else later(wt, wt_scale, row)
                 part = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **plan.common["dgrad"])
                 dx = part if dx is None else dx + part
             if need_dw[half]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fp8train.errors import ConfigError
-from fp8train.nn.operands import LaterOperand, Operand, quantized
-from fp8train.nn.weights import converted_linears
+from fp8train.nn.operands import LaterOperand, Operand
+from fp8train.nn.weights import COPIES, converted_linears, weight_operand
 
 if TYPE_CHECKING:
     from fp8train.nn.linear import Float8Linear
@@ -27,6 +26,8 @@ class GatheredWeight:
             and no operand lives from one to the other; in a compiled layer the compiler may decide to keep w.T.
     """
 
+    copies = COPIES[0]  # where any are kept; see LocalWeight
+
     def __init__(self, keep: bool = False) -> None:
         self._keep = keep
         self._held: tuple[Operand, Operand] | None = None
@@ -38,19 +39,17 @@ class GatheredWeight:
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand | LaterOperand]:
         """w [N, K] for fprop, and w.T [K, N] for dgrad, or what makes it once the weight is whole again."""
         if not self._keep:
-            return _operand(linear, False), partial(_operand, linear, True)
+            return weight_operand(linear, False), LaterOperand(partial(_gathered, linear))
         if self._held is None:
-            w = _operand(linear, False)
+            w = weight_operand(linear, False)
             same = w.spec is None and linear.plan.precision.dgrad.right is None
-            self._held = w, Operand(w.data.t()) if same else _operand(linear, True)
+            self._held = w, Operand(w.data.t()) if same else weight_operand(linear, True)
         return self._held
 
 
-@torch.no_grad()
-def _operand(linear: Float8Linear, transposed: bool) -> Operand:
-    precision, backend = linear.plan.precision, linear.plan.backend
-    spec = precision.dgrad.right if transposed else precision.fprop.right
-    return quantized(linear.weight.detach(), spec, precision.high, transposed, backend, precision.noise)
+def _gathered(linear: Float8Linear, *_: Tensor | None) -> Operand:
+    """w.T from the weight, which is whole again."""
+    return weight_operand(linear, True)
 
 
 def gather_weights(model: nn.Module, layers: nn.Module) -> None:

@@ -83,9 +83,9 @@ class _LinearFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         row, col, w, wt = operands
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-        kept, later = (wt[:2], None) if isinstance(wt, Operand) else ((None, None), wt)
+        later = wt.make if isinstance(wt, LaterOperand) else None
         ctx.save_for_backward(
-            *(col[:2] if need_dw and col is not None else (None, None)), *(kept if need_dx else (None, None))
+            *(col[:2] if need_dw and col is not None else (None, None)), *(wt.tensors() if need_dx else (None, None))
         )
         ctx.call = plan, sink, x.dtype, bias.dtype if bias is not None and need_db else None, later
         y = gemm(row, w, bias=bias, out_dtype=out_dtype, **plan.common["fprop"])
@@ -106,7 +106,9 @@ class _LinearFunction(torch.autograd.Function):
         left, left_t = _quantized_grad(dy.contiguous(), plan, need_dx, need_dw)
         dx = dw = db = None
         if need_dx:
-            right = Operand(wt, wt_scale, plan.precision.dgrad.right) if later is None else later()
+            right = (
+                Operand(wt, wt_scale, plan.precision.dgrad.right) if later is None else later(wt, wt_scale, left.data)
+            )
             dx = gemm(left, right, bias=None, out_dtype=x_dtype, **plan.common["dgrad"])
             dx = dx if len(lead) == 1 else dx.view(*lead, dx.shape[1])
         if need_dw:

@@ -31,8 +31,23 @@ class Operand(NamedTuple):
         return self.data, self.scale_inv
 
 
-LaterOperand = Callable[[], Operand]
-"""Makes an operand in backward, whose weight is not held in between."""
+class LaterOperand(NamedTuple):
+    """An operand that backward makes when it needs it: make(*kept, after).
+
+    make: `after` is a tensor of backward, if any.
+    kept: what autograd saves for it in forward.
+    """
+
+    make: Callable[[Tensor | None, Tensor | None, Tensor | None], Operand]
+    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """What autograd saves."""
+        return self.kept
+
+    def now(self) -> Operand:
+        """The operand, made outside of backward."""
+        return self.make(*self.kept, None)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -70,6 +85,14 @@ def requantized(row: Operand, col: QuantSpec, backend: str) -> Operand:
     """The column operand made from the FP8 row copy: exact with pow2 scales, one more rounding with fp32 ones."""
     data, scale_inv = OPS.requantize(row.data, row.scale_inv, row.spec, col, backend)
     return Operand(data, scale_inv, col)
+
+
+def transposed(
+    data: Tensor | None, scale_inv: Tensor | None, after: Tensor | None, *, spec: QuantSpec, backend: str
+) -> Operand:
+    """The operand x.T [K, N] made from the codes of x [N, K]; see LaterOperand."""
+    data_t, scale_inv_t = OPS.transpose_codes(data, scale_inv, spec, after, backend)
+    return Operand(data_t, scale_inv_t, spec)
 
 
 def gemm(

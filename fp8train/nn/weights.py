@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp8train.backends import get_backend
-from fp8train.nn.operands import Operand, quantized
+from fp8train.nn.operands import LaterOperand, Operand, quantized, transposed
 from fp8train.nn.remedies import channel_scale
 from fp8train.quant.formats import LinearPrecision
 from fp8train.quant.qtensor import QTensor
@@ -26,6 +27,7 @@ from fp8train.quant.qtensor import QTensor
 if TYPE_CHECKING:
     from fp8train.nn.linear import Float8Linear
 
+COPIES = ("both", "one")  # of an FP8 weight that are kept from step to step; see LocalWeight
 BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high", "channel_scale")
 
 
@@ -51,7 +53,16 @@ register_optimizer_step_post_hook(_after_step)
 
 
 class LocalWeight:
-    """Provider of a weight that this process holds whole; nn/gathered.py has the one of a sharded weight."""
+    """Provider of a weight that this process holds whole; nn/gathered.py has the one of a sharded weight.
+
+    Args:
+        copies: "both": FP8 codes of w for fprop and of w.T for dgrad are kept from step to step. "one": those of w are,
+            and backward makes those of w.T, for as long as a layer's dgrad needs them: from those of w where they are
+            the same, else from the master.
+    """
+
+    def __init__(self, copies: str = COPIES[0]) -> None:
+        self.copies = copies
 
     def refresh(self, linear: Float8Linear) -> None:
         """Make the operands anew from linear.weight, into the linear's buffers."""
@@ -61,27 +72,47 @@ class LocalWeight:
             gate, up = linear.remedy.smooth
             made["channel_scale"] = scale = channel_scale(gate.weight, up.weight).to(weight.device)
             weight = weight / scale
-        fprop, dgrad = _quantized_weight(weight, precision, linear)
+        fprop, dgrad = _quantized_weight(weight, precision, linear, self.copies == "both")
         if fprop is not None:
             made["w_qdata"], made["w_scale_inv"] = fprop.qdata, fprop.scale_inv
         if dgrad is not None:
             made["wt_qdata"], made["wt_scale_inv"] = dgrad.qdata, dgrad.scale_inv
-        if (fprop is None or dgrad is None) and _has_high_copy(precision):
+        if None in (precision.fprop.right, precision.dgrad.right) and _has_high_copy(precision):
             made["w_high"] = quantized(weight, None, precision.high, False, linear.backend_name, precision.noise).data
         for name, tensor in made.items():
             _rewrite(linear, name, tensor)
 
-    def operands(self, linear: Float8Linear) -> tuple[Operand, Operand]:
-        """(w [N, K] for fprop, w.T [K, N] for dgrad)."""
+    def operands(self, linear: Float8Linear) -> tuple[Operand, Operand | LaterOperand]:
+        """(w [N, K] for fprop, w.T [K, N] for dgrad, or what makes it)."""
         precision = linear.plan.precision
         fprop, dgrad = precision.fprop.right, precision.dgrad.right
+        wt: Operand | LaterOperand
         held: dict[str, Any] = linear._buffers  # an attribute of a module is looked up in Python, for 1 us or more each
         if fprop is None or dgrad is None:
             high = held["w_high"] if _has_high_copy(precision) else linear.weight.detach()
-        return (
-            Operand(high) if fprop is None else Operand(held["w_qdata"], held["w_scale_inv"], fprop),
-            Operand(high.t()) if dgrad is None else Operand(held["wt_qdata"], held["wt_scale_inv"], dgrad),
-        )
+        w = Operand(high) if fprop is None else Operand(held["w_qdata"], held["w_scale_inv"], fprop)
+        if dgrad is None:
+            wt = Operand(high.t())
+        elif self.copies == "both":
+            wt = Operand(held["wt_qdata"], held["wt_scale_inv"], dgrad)
+        elif fprop == dgrad and fprop.transposable:
+            wt = LaterOperand(partial(transposed, spec=dgrad, backend=linear.plan.backend), w[:2])
+        else:
+            wt = LaterOperand(partial(_from_master, linear), (linear.weight.detach(), None))
+        return w, wt
+
+
+def _from_master(linear: Float8Linear, *_: Tensor | None) -> Operand:
+    """w.T from the master, which autograd has seen to be the one of forward."""
+    return weight_operand(linear, True)
+
+
+@torch.no_grad()
+def weight_operand(linear: Float8Linear, turned: bool) -> Operand:
+    """w [N, K] for fprop, or w.T [K, N] for dgrad, made from the master now."""
+    precision, weight = linear.plan.precision, linear.prepared_weight().detach()
+    spec = precision.dgrad.right if turned else precision.fprop.right
+    return quantized(weight, spec, precision.high, turned, linear.plan.backend, precision.noise)
 
 
 def _has_high_copy(precision: LinearPrecision) -> bool:
@@ -90,21 +121,22 @@ def _has_high_copy(precision: LinearPrecision) -> bool:
 
 
 def _quantized_weight(
-    weight: Tensor, precision: LinearPrecision, linear: Float8Linear
+    weight: Tensor, precision: LinearPrecision, linear: Float8Linear, both: bool
 ) -> tuple[QTensor | None, QTensor | None]:
-    """Codes of w for fprop and of w.T for dgrad; None for an operand that stays in high precision.
+    """Codes of w for fprop and, if `both`, of w.T for dgrad; None for an operand that stays in high precision.
 
-    Both may be the linear's buffers, written anew.
+    They may be the linear's buffers, written anew.
     """
     fprop, dgrad, backend = precision.fprop.right, precision.dgrad.right, get_backend(linear.backend_name)
     if fprop is not None and fprop == dgrad and fprop.transposable:
         w, w_scale, wt, wt_scale = (getattr(linear, name) for name in BUFFERS[:4])
-        whole = all(tensor is not None for tensor in (w, w_scale, wt, wt_scale))
-        held = (QTensor(w, w_scale, fprop), QTensor(wt, wt_scale, fprop)) if whole else None
-        return backend.quantize_square(weight, fprop, held)
+        held = None if w is None else QTensor(w, w_scale, fprop)
+        held_t = None if wt is None else QTensor(wt, wt_scale, fprop)
+        out = None if held is None or both == (held_t is None) else (held, held_t)
+        return backend.quantize_square(weight, fprop, out, both)
     return (
         None if fprop is None else backend.quantize(weight, fprop, False),
-        None if dgrad is None else backend.quantize(weight, dgrad, True),
+        None if dgrad is None or not both else backend.quantize(weight, dgrad, True),
     )
 
 

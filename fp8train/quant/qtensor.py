@@ -56,6 +56,7 @@ class QTensor:
                 f"QTensor.transpose: block is {self.block}; needs 'tensor' or a square block. "
                 "Quantize with transpose=True instead."
             )
-        return QTensor(
-            self.qdata.transpose(-2, -1).contiguous(), self.scale_inv.transpose(-2, -1).contiguous(), self.spec
-        )
+        # not .contiguous(): of a single row it is the same memory, which an operator must not return
+        fmt = torch.contiguous_format
+        qdata = self.qdata.transpose(-2, -1).clone(memory_format=fmt)
+        return QTensor(qdata, self.scale_inv.transpose(-2, -1).clone(memory_format=fmt), self.spec)

@@ -52,7 +52,7 @@ def assemble(
     """Build, fill and convert the model of a run.
 
     Args:
-        config: model, recipe, backend, fused, seed, activation_checkpointing and compile are read.
+        config: model, recipe, backend, fused, weight_copies, seed, activation_checkpointing and compile are read.
         device: where the model is to be; it is laid out there, never anywhere else first.
         recipe: None loads config.recipe.
         world_size: ranks that it will be spread over.
@@ -69,7 +69,8 @@ def assemble(
         load_hf(model, config.model.init_from)
     elif first_weights:
         initialize(model, config.seed)
-    report = convert_model(model, recipe, backend=config.backend, device_type=device.type, fused=config.fused)
+    choices = {"backend": config.backend, "fused": config.fused, "weight_copies": config.weight_copies}
+    report = convert_model(model, recipe, device_type=device.type, **choices)
     model.checkpointing = config.activation_checkpointing
     if config.compile:
         _compile(model, by_layer=shards(config, world_size))

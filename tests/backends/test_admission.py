@@ -23,8 +23,9 @@ from fp8train.backends.admission_checks import (  # noqa: E402
     ROTATIONS,
     STANDBY,
     STREAM,
+    TRANSPOSES,
 )
-from fp8train.backends.triton import kernel  # noqa: E402
+from fp8train.backends.kernel_codes import kernel  # noqa: E402
 from fp8train.backends.user_cache import cache_folder  # noqa: E402
 from tests.source_tree import ROOT  # noqa: E402
 
@@ -241,8 +242,8 @@ def test_the_command_checks_entries_too_that_no_table_has(
     assert admission.main(["--all"]) == 0
     checked = {line.removesuffix(": correct") for line in capsys.readouterr().out.splitlines()}
     every = {f"{operation} {entry}" for operation in ("gemm", "gemm_wgrad") for entry in kernel(operation).CONFIGS}
-    standby = {f"{operation} {variant}" for operation, variant in STANDBY}
-    assert checked == standby | (every if capability == (9, 0) else {"gemm ws_128x128_s4"})
+    seldom = {f"{operation} {variant}" for operation, variant in (*STANDBY, *TRANSPOSES)}
+    assert checked == seldom | (every if capability == (9, 0) else {"gemm ws_128x128_s4"})
     path = machine / "kernels_of-this-machine.json"
     path.write_text(json.dumps({"gemm a": "it hung", "gemm ws_128x128_s4": "it hung"}))
     for arguments, status, said in (([], check_process.WRONG, "it hung"), (["--again"], 0, "correct")):

@@ -24,7 +24,7 @@ from fp8train.backends.admission_checks import (  # noqa: E402
     check_rotation,
     check_sums,
 )
-from fp8train.backends.triton import kernel  # noqa: E402
+from fp8train.backends.kernel_codes import kernel  # noqa: E402
 from tests.hardware import devices  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fp8train.backends import get_backend, select_backend, torchao
 from fp8train.backends.interface import Backend
-from fp8train.backends.triton import BELOW, OLDEST, codes_like
+from fp8train.backends.kernel_codes import codes_like
+from fp8train.backends.triton import BELOW, OLDEST
 from fp8train.backends.vendor import imported
 from fp8train.errors import BackendError
 from fp8train.quant import reference

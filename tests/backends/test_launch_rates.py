@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends import launch_rates, triton  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
-from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
+from fp8train.backends.kernel_codes import kernel  # noqa: E402
+from fp8train.backends.triton import TritonBackend  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
 from tests.kernels.products import quantized  # noqa: E402
 

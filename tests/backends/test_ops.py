@@ -42,6 +42,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "quantize-transposed": (OPS.quantize.default, (matrix(33, 300), X, True, BACKEND)),
         "quantize_dual": (OPS.quantize_dual.default, (matrix(33, 300), X, X, BACKEND)),
         "requantize": (OPS.requantize.default, (*a, X, BACKEND)),
+        "transpose_codes": (OPS.transpose_codes.default, (*b, a[0], BACKEND)),
         "dequantize": (OPS.dequantize.default, (*a, torch.bfloat16, BACKEND)),
         "noisy": (OPS.noisy.default, (matrix(33, 300), 0.0265, torch.bfloat16)),
         "scaled_mm": (OPS.scaled_mm.default, (*a, *b, torch.ones(40), torch.bfloat16, *gemm)),

@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
 from fp8train.backends import get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
+from fp8train.backends.kernel_codes import kernel  # noqa: E402
 from fp8train.backends.producers import Producers, rotated  # noqa: E402
-from fp8train.backends.triton import TritonBackend, kernel  # noqa: E402
+from fp8train.backends.triton import TritonBackend  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import QuantSpec  # noqa: E402
