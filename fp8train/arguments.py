@@ -175,7 +175,10 @@ def _resolve(target: Any, key: str) -> Any:
         owner = _dataclass_of(target)
         if owner is None:
             return None
-        target = typing.get_type_hints(owner).get(name)
+        plain, _, index = name.partition("[")
+        target = typing.get_type_hints(owner).get(plain)
+        if index:  # of a list: the type of its entries
+            target = next(iter(typing.get_args(target)), None)
     return _dataclass_of(target) or target
 
 
@@ -183,7 +186,7 @@ def _type_name(hint: Any) -> str:
     if hint is None or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return "its keys, as KEY.NAME=VALUE"
     if typing.get_origin(hint) in (tuple, list):
-        return "a list, such as [VALUE,VALUE]"
+        return "a list, such as [VALUE,VALUE], with quotes around a value that has a * in it"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 

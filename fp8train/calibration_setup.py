@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from fp8train.arguments import nearest, parse_arguments
@@ -43,6 +45,25 @@ class CalibrationArguments:
             raise ConfigError(f"windows: got {self.windows}; needs at least 1.")
         if self.metric not in METRICS:
             raise ConfigError(f"metric: got {self.metric!r}; {nearest(self.metric, list(METRICS))}.")
+
+
+def check_out(path: Path, command: str) -> None:
+    """Refuse, before anything is measured, a file that is there or that cannot be written.
+
+    Raises:
+        ConfigError: names the file.
+    """
+    if path.exists():
+        raise ConfigError(f"{command}: {path} exists; needs a new file. Give another out=FILE, or delete it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{command}: {path} cannot be written ({error.strerror or error}); needs a folder that can. Give another "
+            "out=FILE."
+        ) from error
 
 
 def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunConfig, Assembly, Calibration]:

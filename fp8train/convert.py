@@ -25,7 +25,7 @@ from fp8train.nn.fused_rope import fused_rope
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.remedies import InputRemedy
-from fp8train.nn.weights import BUFFERS, COPIES, LocalWeight, install_weight_hooks
+from fp8train.nn.weights import BUFFERS, COPIES, LocalWeight, install_weight_hooks, keep_from_fast_paths
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
@@ -96,6 +96,7 @@ def convert_model(
     _swap(swappable, precisions, selection.backend.name, weight_copies)
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
+    keep_from_fast_paths(model)
     _keep_from_ddp(model)
     return ConversionReport(
         recipe=recipe.name, recipe_hash=recipe.hash,

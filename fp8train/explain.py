@@ -112,7 +112,7 @@ def explanation(
         report.table(every=every),
         _options(recipe),
         *_remarks(report),
-        _totals(report),
+        _totals(report, bool(recipe.schedule)),
         _rank_holds(report, model, moments, ranks),
     ]
     return "\n\n".join(part for part in parts[:-2] if part) + "\n\n" + "\n".join(parts[-2:])
@@ -259,14 +259,15 @@ def _swap_lines(rows: Sequence[ProducerRow | RopeRow], swapped: str, kept: str) 
     return lines + [f"  {count}, e.g. {first[why].text()}: {why}" for why, count in plain.items()]
 
 
-def _totals(report: ConversionReport) -> str:
-    """Share of the arithmetic, and bytes of the linears."""
+def _totals(report: ConversionReport, scheduled: bool) -> str:
+    """Share of the arithmetic, and bytes of the linears; scheduled: the recipe changes precisions during a run."""
     master = sum(row.master_bytes for row in report.rows)
     copies = sum(row.code_bytes for row in report.rows)
     scales = sum(row.scale_bytes for row in report.rows)
     share = percent_text(100 * report.planned_fp8_share(), digits=1)
     return (
-        f"planned in FP8: {share} of the linears' FLOPs, if each sees every token\n"
+        f"planned in FP8: {share} of the linears' FLOPs, if each sees every token"
+        f"{', until the schedule changes it' if scheduled else ''}\n"
         f"bytes of linears: {bytes_text(master)} FP32 master, {bytes_text(copies)} copies that the GEMMs read, "
         f"{bytes_text(scales)} scales"
     )

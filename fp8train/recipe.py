@@ -249,6 +249,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, name: str = "custom")
     """
     if isinstance(source, Mapping):
         return _parse(source, name=name, source="recipe")
+    if not isinstance(source, str | Path):
+        raise RecipeError(f"recipe is {source!r}; needs a name, a path or a document. Give one, such as 'blockwise'.")
     path = Path(source)
     if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and path.name == source:
         path = folder("recipes") / f"{source}.yaml"

@@ -21,7 +21,7 @@ import torch
 from fp8train.arguments import describe
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
-from fp8train.calibration_setup import CalibrationArguments, headline, prepare, show_progress
+from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
 from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport, align
 from fp8train.errors import ConfigError, exit_code
@@ -112,8 +112,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     arguments, config, assembly, calibration = prepare(argv, SearchArguments, "search")
     out = Path(arguments.out or DEFAULT_OUT)
-    if out.exists():
-        raise ConfigError(f"search: {out} exists; needs a new file. Give another out=FILE, or delete it.")
+    check_out(out, "search")
     manual = matching(arguments.manual, calibration.candidates)
     ends = end_layers(calibration.candidates, list(calibration.linears), arguments.first, arguments.last)
     needs_gradients = arguments.metric in NEEDS_GRADIENTS
@@ -264,7 +263,16 @@ def searched_recipe(
         {"match": _pattern(fqn, linears), "use": "bf16"} for fqn in (*choice.manual, *choice.searched)
     ]
     rules += [{"layers": f"{end}:{n}", "use": "bf16"} for end in ("first", "last") if (n := getattr(arguments, end))]
-    document = base.document | {"description": description, "rules": [*rules, *base.document["rules"]]}
+    positions = layer_positions(linears)
+    others = [fqn for fqn in linears if fqn not in choice.every]
+    deciding = {next(rule for rule in base.rules if rule.covers(fqn, positions[fqn])).number for fqn in others}
+    # a rule that has nothing left to decide would be refused
+    kept = [
+        written if rule.number in deciding else {**written, "optional": True}
+        for rule, written in zip(base.rules, base.document["rules"], strict=True)
+        if written not in rules
+    ]
+    document = base.document | {"description": description, "rules": [*rules, *kept]}
     keys = ("version", "description", *(key for key in base.document if key not in ("version", "description")))
     return load_recipe({key: document[key] for key in keys})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fp8train.arguments import describe
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import LinearSensitivity, ranked
-from fp8train.calibration_setup import CalibrationArguments, headline, prepare, show_progress
+from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
 from fp8train.config import RunConfig
 from fp8train.conversion_report import align
 from fp8train.errors import exit_code
@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(f"{describe(SensitivityArguments)}\n{describe(RunConfig)}")
         return 0
     arguments, config, assembly, calibration = prepare(argv, SensitivityArguments, "sensitivity")
+    if arguments.out is not None:
+        check_out(Path(arguments.out), "sensitivity")
     rows = calibration.measure(progress=show_progress)
     order = ranked(rows, arguments.metric)
     sys.stdout.write(headline(arguments, config, assembly, calibration) + table(order, arguments.metric))

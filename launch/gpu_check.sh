@@ -90,7 +90,7 @@ operation, prefix = sys.argv[1:]
 print(*(prefix + name for name in kernel(operation).CONFIGS if name.startswith(('ws_', 'gluon_'))), sep=',')" "$@"
 }
 # by itself, since what follows reads its verdicts; a process for each kernel
-step admission 200 "$python" -m fp8train.backends --all
+step admission 240 "$python" -m fp8train.backends --all
 if [[ $PARTS == *" tests "* ]]; then
   share=$((CORES > 8 ? CORES / 4 : 2))
   tests test_quantisers 120 "$share" tests/kernels -k "(quantize or norm) and not compile" &

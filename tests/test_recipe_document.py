@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from fp8train.errors import RecipeError
 from fp8train.recipe import load_recipe
 from tests.recipe_documents import FP8, REST, document
+from tests.source_tree import ROOT
 
 
 def one_line(error: BaseException) -> str:
@@ -169,3 +171,22 @@ def test_random_documents_never_escape_the_checker() -> None:
         except RecipeError:
             refused += 1
     assert refused > 1000
+
+
+def test_documents_in_the_readme_are_accepted_for_this_packages_own_models() -> None:
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.S) if "version:" in block]
+    assert blocks
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    layers = [f"layers.{i}.{part}" for i in range(6) for part in parts]
+    for prefix in ("", "model."):  # and for those of transformers
+        shapes = {f"{prefix}{fqn}": (128, 128) for fqn in layers} | {"lm_head": (128, 128)}
+        for block in blocks:
+            found = load_recipe(yaml.safe_load(block)).resolve(shapes)
+            assert found[f"{prefix}layers.3.self_attn.o_proj"].precision.name == "fp8_fp32_x"
+            assert found["lm_head"].precision.name == "bf16"
+
+
+def test_nothing_is_no_recipe() -> None:
+    with pytest.raises(RecipeError, match="recipe is None; needs a name, a path or a document"):
+        load_recipe(None)  # type: ignore[arg-type]

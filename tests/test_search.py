@@ -160,6 +160,25 @@ def test_written_recipe_converts_the_chosen_linears_and_no_others(tmp_path: Path
         assert high == {prefix + fqn for fqn in (*choice.searched, *choice.manual, *last, "lm_head")}
 
 
+@pytest.mark.parametrize("level", ["o_proj", "all"])
+def test_written_recipe_is_accepted_where_a_rule_has_nothing_left_to_decide(level: str):
+    model = planted_model("bf16")
+    linears = list(named_linears(model))
+    rules = [{"layers": "first:1", "use": "bf16"}, {"match": "*o_proj", "use": "fp8"}]
+    base = load_recipe("blockwise").document
+    base = load_recipe(base | {"rules": [*rules, *base["rules"]]})
+    chosen = [fqn for fqn in linears if level == "all" or fqn.endswith("o_proj")]
+    made = searched_recipe(
+        base, Choice(searched=(), manual=tuple(chosen)), linears, SearchArguments(level="L0", first=1), "a test"
+    )
+    convert_model(model, made)
+    high = {fqn for fqn, linear in named_linears(model).items() if linear.precision == BF16}
+    assert high >= set(chosen) and (level == "all") == (high == set(linears))
+    optional = [rule for rule in made.document["rules"] if rule.get("optional")]
+    assert {"match": "*o_proj", "use": "fp8", "optional": True} in optional
+    assert made.document["rules"].count({"layers": "first:1", "use": "bf16"}) == 1
+
+
 def test_searched_recipe_beats_random_and_first_and_last_layers_on_held_out_text():
     model = planted_model("blockwise")
     calibration = Calibration(model, own_text(model, windows=1, seed=1), CPU)
@@ -307,8 +326,10 @@ class TestCommands:
             (["level=L3", "recipe=bf16"], "none of the 8 linears is quantised"),
             (["level=L3", "windows=9999"], "the calibration text has 836 windows"),
             (["level=L3", "seq_len=64", "data.path=missing.txt"], "missing.txt"),
+            (["level=L3", "out=/proc/nowhere/r.yaml"], "search: /proc/nowhere/r.yaml cannot be written"),
+            (["level=L3", "manual='*o_proj'"], "quotes around a value that has a *"),
         ],
-        ids=["no linears", "short text", "no text"],
+        ids=["no linears", "short text", "no text", "no place", "no quotes"],
     )
     def test_bad_input_is_one_line_and_status_2(
         self, extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -18,12 +18,20 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
-from fp8train.backends.admission_checks import KERNEL_GEMMS, QUANTISERS, ROTATIONS, STANDBY, STREAM, TRANSPOSES
+from fp8train.backends.admission_checks import (
+    KERNEL_GEMMS,
+    OTHER_DTYPES,
+    QUANTISERS,
+    ROTATIONS,
+    STANDBY,
+    STREAM,
+    TRANSPOSES,
+)
 from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder, write_whole
@@ -85,13 +93,22 @@ def verdicts(
         found: dict[Kernel, str | None] = {_kernel(name): reason for name, reason in known.items()}
         asked = dict.fromkeys([*wanted, *([] if alone else _used(index))])
         missing = [kernel for kernel in asked if kernel not in found and kernel not in settled]
+        made: dict[Kernel, tuple[str | None, bool]] = {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            made = dict(zip(missing, pool.map(lambda kernel: check_in_child(kernel, index), missing), strict=True))
-        decided = {" ".join(kernel): reason for kernel, (reason, final) in made.items() if final}
-        if decided:
-            write_whole(path, json.dumps(known | decided, indent=1, sort_keys=True) + "\n")
+            checks = {pool.submit(check_in_child, kernel, index): kernel for kernel in sorted(missing, key=_may_hang)}
+            for check in as_completed(checks):
+                reason, final = made[checks[check]] = check.result()
+                if final:  # kept at once: whoever ends this process has not made the others for nothing
+                    known[" ".join(checks[check])] = reason
+                    write_whole(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    made = {kernel: made[kernel] for kernel in missing}  # in order, however they ended
     _log(made, torch.cuda.get_device_name(index))
     return found | {kernel: reason for kernel, (reason, _) in made.items()}
+
+
+def _may_hang(kernel: Kernel) -> bool:
+    """Key that puts entries with specialised warps first: one that hangs takes the whole of its time."""
+    return not kernel[1].startswith(("ws_", "gluon_"))
 
 
 def _kept(path: Path) -> dict[str, str | None]:
@@ -129,7 +146,7 @@ def _plain(capability: tuple[int, int]) -> list[Kernel]:
 
 def _entries(index: int) -> list[Kernel]:
     """Kernels that few runs use and, on a Hopper, every launch entry of the GEMMs: elsewhere some do not run."""
-    seldom = [*STANDBY, *TRANSPOSES]
+    seldom = [*STANDBY, *TRANSPOSES, *OTHER_DTYPES]
     if torch.cuda.get_device_capability(index)[0] != 9:
         return seldom
     configs = {

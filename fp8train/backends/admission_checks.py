@@ -34,11 +34,12 @@ ROW_CALC_DIFF = 1e-6  # of any row
 BF16_CALC_DIFF = 5e-6  # of any row; rounding to BF16 is 1.3e-6
 SIGNED_BIAS = 1e-3  # of a sum of positive products; without promotion it grows with K
 # (operation, variant) of the quantisers that every model may use; each has a plain way that takes its place where it is
-# refused. The fused ones are compiled for seconds, so each dtype is a variant, and fp32 is checked when it is wanted.
+# refused. The fused ones are compiled for seconds, so each dtype is a variant: here those of a BF16 model, whose norms
+# read an FP32 stream; OTHER_DTYPES are checked when they are wanted.
 QUANTISERS = (
     ("quantize", "rows"), ("quantize", "columns"), ("quantize", "dual"), ("quantize_weight", "one_read"),
-    ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "bf16"), ("swiglu_quantize", "bf16"),
-    ("swiglu_backward_quantize", "bf16"),
+    ("quantize_weight", "two_launches"), ("rmsnorm_quantize", "bf16"), ("rmsnorm_quantize", "fp32"),
+    ("swiglu_quantize", "bf16"), ("swiglu_backward_quantize", "bf16"),
 )  # fmt: skip
 # Checked where the variant of that name that takes words of two numbers is refused (kernels/tile_words.py).
 STANDBY = (
@@ -50,6 +51,9 @@ STREAM = (("rmsnorm_rstd", "fp32"), ("rmsnorm_backward", "fp32"))  # likewise; d
 ROTATIONS = (("rope", "bf16"),)  # likewise; dtype of what is rotated
 TRANSPOSES = (("transpose_codes", "codes"),)  # for runs with weight_copies=one
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_ONE_DTYPE = [kernel for kernel in (*QUANTISERS, *STREAM, *ROTATIONS) if kernel[1] in DTYPES]
+_BOTH_DTYPES = [(operation, name) for operation, _ in _ONE_DTYPE for name in DTYPES]
+OTHER_DTYPES = tuple(kernel for kernel in dict.fromkeys(_BOTH_DTYPES) if kernel not in _ONE_DTYPE)
 MATRICES = ((256, 384), (300, 200))  # whole blocks in rows that start at 16 bytes; neither
 SUMS = (*MATRICES, (300, 2048))  # and several rounds of rmsnorm_rstd
 NORMS = (*SUMS, (2048, 4096), (65, 4095), (300, 8192))  # and each tile of rmsnorm_backward

@@ -16,6 +16,7 @@ from fp8train.data import MASKED_TARGET
 from fp8train.distributed import World
 from fp8train.nn.weights import weights_changed
 from fp8train.trainer.assembly import Assembly, parameter_hash
+from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.evaluation import EvalSet, evaluate
 from fp8train.trainer.measuring import StreamHash
 from fp8train.trainer.step import inputs
@@ -74,6 +75,7 @@ def data_order(subject: Subject) -> Outcome:
     )
 
 
+@deterministic_algorithms(True)
 def resume(subject: Subject) -> Outcome:
     """Two steps, a checkpoint and a third step give the bits of three steps."""
     assembly = subject.fresh()
@@ -103,10 +105,11 @@ def resume(subject: Subject) -> Outcome:
         first=f"straight on: loss {straight_loss:.6f}, weights {straight[:12]}",
         second=f"resumed: {resumed_loss:.6f}, {resumed[:12]}",
         meaning="something is not in the checkpoint (moments, generators, step), FP8 weight codes are not made anew "
-        "after loading, or an operation is not deterministic: set deterministic=true.",
+        "after loading, or an operation has no deterministic algorithm.",
     )
 
 
+@deterministic_algorithms(True)
 def checkpointing(subject: Subject) -> Outcome:
     """Activation checkpointing changes no bit of the gradient and runs no backward GEMM twice."""
     found = {}
@@ -215,6 +218,7 @@ def fp8_matters(subject: Subject) -> Outcome:
     )
 
 
+@deterministic_algorithms(True)  # attention on a GPU sums in any order otherwise
 def loss_scale(subject: Subject) -> Outcome:
     """A loss 2^-16 times as large gives gradients 2^-16 times as large, bit for bit: the codes of dy are the same."""
     assembly = subject.fresh()

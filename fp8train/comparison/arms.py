@@ -161,11 +161,15 @@ def _arm_names(recipes: Sequence[str]) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for source in recipes:
         recipe = load_recipe(source)
-        twin = hashes.get(recipe.hash) or (recipe.name if recipe.name in names else None)
-        if twin is not None:
+        if (twin := hashes.get(recipe.hash)) is not None:
             raise ConfigError(
                 f"compare: recipe {source} is the same as the arm {twin}; needs arms that differ. Give another "
                 "recipe, such as recipe=blockwise."
+            )
+        if recipe.name in names:
+            raise ConfigError(
+                f"compare: recipe {source} has the name of the arm {recipe.name}; needs one of its own. Rename the "
+                "file."
             )
         names[recipe.name], hashes[recipe.hash] = source, recipe.name
     return names

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fp8train.nn.fused import Fused, input_specs, quantized_input, refusal, taking_over, trains, unwritten, watched
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import Float8Linear, InplaceGrad, Plan, weight_grad, wgrad_operand
-from fp8train.nn.operands import OPS, LaterOperand, Operand, as_matrix, gemm
+from fp8train.nn.operands import OPS, LaterOperand, Operand, as_matrix, gemm, refuse_transforms
 from fp8train.quant.formats import QuantSpec
 
 
@@ -37,6 +37,8 @@ class FusedMLP(Fused):
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if mlp_refusal(gate, up, down) is not None:
             return self.fusion.plain.forward(self, x)
+        if not torch.compiler.is_compiling():
+            refuse_transforms()
         if watched((gate, up, down)):
             return down(_Product.apply(gate(x), up(x), gate.plan.backend))
         row, col = input_specs(down.plan.precision, trains((down,)))
@@ -142,6 +144,8 @@ def fused_mlp(mlp: nn.Module) -> FusedMLP:
 
 def mlp_refusal(gate: Float8Linear, up: Float8Linear, down: Float8Linear) -> str | None:
     """Why the product of a SwiGLU cannot be made in FP8, nor the gradients of its factors, or None."""
+    if not all(isinstance(linear, Float8Linear) for linear in (gate, up, down)):
+        return "one of its linears has been wrapped or replaced"
     if why := refusal((gate, up)) or refusal((down,)):
         return why
     if gate.bias is not None or up.bias is not None:

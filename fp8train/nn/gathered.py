@@ -32,6 +32,11 @@ class GatheredWeight:
         self._keep = keep
         self._held: tuple[Operand, Operand] | None = None
 
+    @staticmethod
+    def state(weight: Tensor) -> tuple[int, int]:
+        """What changes with the weight; not its address, which is another each time that it is made whole."""
+        return weight._version, 0
+
     def refresh(self, linear: Float8Linear) -> None:
         """Drop what is kept; operands are made when they are asked for."""
         self._held = None

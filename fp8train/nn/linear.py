@@ -26,6 +26,7 @@ from fp8train.nn.operands import (
     gemm_add_,
     quantized,
     quantized_both,
+    refuse_transforms,
     requantized,
 )
 from fp8train.nn.remedies import InputRemedy
@@ -120,7 +121,6 @@ class _LinearFunction(torch.autograd.Function):
 
 # what Function.apply comes to where there is no transform of torch.func, which it looks for in every argument for 3 us
 _APPLY: Any = super(torch.autograd.Function, _LinearFunction).apply
-_TRANSFORMS = torch._C._are_functorch_transforms_active
 
 
 def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
@@ -177,7 +177,7 @@ class Float8Linear(nn.Linear):
     wt_scale_inv: Tensor
     w_high: Tensor
     channel_scale: Tensor | None
-    _seen: tuple[tuple[Tensor, int], ...]  # the weights that the operands were made from, and their versions
+    _seen: tuple[tuple[Tensor, tuple[int, int]], ...]  # the weights that the operands were made from, in which state
 
     def __init__(
         self,
@@ -283,20 +283,20 @@ class Float8Linear(nn.Linear):
     def refresh_if_stale(self) -> None:
         """As refresh_weight, where the weight was replaced or written in place since."""
         if self.remedy is None and len(self._seen) == 1:  # the usual case, without a list
-            weight, (then, version) = self._parameters.get("weight"), self._seen[0]
-            if weight is then and version == _version(weight):
+            weight, (then, state) = self._parameters.get("weight"), self._seen[0]
+            if weight is then and state == self.provider.state(weight):
                 return
         sources = self._sources()
         if len(sources) != len(self._seen) or any(
-            weight is not then or version != version_then
-            for (weight, version), (then, version_then) in zip(sources, self._seen, strict=True)
+            weight is not then or state != state_then
+            for (weight, state), (then, state_then) in zip(sources, self._seen, strict=True)
         ):
             self.refresh_weight()
 
-    def _sources(self) -> tuple[tuple[Tensor, int], ...]:
-        """The weights that the operands depend on, and their versions."""
+    def _sources(self) -> tuple[tuple[Tensor, tuple[int, int]], ...]:
+        """The weights that the operands depend on, and their states."""
         others = () if self.remedy is None or self.remedy.smooth is None else self.remedy.smooth
-        return tuple((linear.weight, _version(linear.weight)) for linear in (self, *others))
+        return tuple((linear.weight, self.provider.state(linear.weight)) for linear in (self, *others))
 
     def set_remedy(self, remedy: InputRemedy | None) -> None:
         """Treat the input so from now on, before it is rounded; the weight's operands are made anew."""
@@ -338,9 +338,11 @@ class Float8Linear(nn.Linear):
 
         Raises:
             ValueError: the last dimension, the dtype or the ready-made codes of x do not fit; autocast is on in FP16.
+            RuntimeError: a transform of torch.func is active.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling:
+            refuse_transforms()
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
         out_dtype = self.checked_input(tensor)
@@ -361,7 +363,7 @@ class Float8Linear(nn.Linear):
         else:
             row, col = self.inputs.get(x, needs, plan.backend, plan.site)
         w, wt = self.provider.operands(self)
-        apply = _LinearFunction.apply if compiling or _TRANSFORMS() else _APPLY
+        apply = _LinearFunction.apply if compiling else _APPLY
         return apply(tensor, weight, bias, (row, col, w, wt), plan, out_dtype, self.grad_sink)
 
     def checked_input(self, x: Tensor) -> torch.dtype:
@@ -388,11 +390,6 @@ class Float8Linear(nn.Linear):
         gemms = ", ".join(f"{name}: {self.precision.describe(name)}" for name in self.precision.gemms)
         shape = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
         return f"{shape}, precision={self.precision.name} ({gemms}), backend={self.backend_name}"
-
-
-def _version(weight: Tensor) -> int:
-    """The weight's version counter; an inference tensor has none, so edits of one must be announced."""
-    return -1 if weight.is_inference() else weight._version
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:

@@ -50,6 +50,18 @@ class LaterOperand(NamedTuple):
         return self.make(*self.kept, None)
 
 
+_TRANSFORMS = torch._C._are_functorch_transforms_active
+
+
+def refuse_transforms() -> None:
+    """Raise RuntimeError inside torch.func.grad, vmap and their like, which cannot look into the kernels."""
+    if _TRANSFORMS():
+        raise RuntimeError(
+            "Float8Linear: a transform of torch.func (grad, vmap, jvp ...) is active; needs autograd, .backward() or "
+            "torch.autograd.grad. Keep nn.Linear where such transforms are wanted."
+        )
+
+
 def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]; any size may be 0."""
     if x.dim() == 2:

@@ -2,8 +2,8 @@
 
 Codes live in non-persistent buffers of the linear and are rewritten in place, eagerly and outside any compiled graph:
 after an optimizer step, after a state dict is loaded, after `weights_changed`, and, where eager code runs the model,
-after any in-place edit that autograd's version counter sees. A write through `.data`, by torch.distributed (broadcast,
-receive) or by numpy is invisible to that counter: announce it with `weights_changed`.
+after any in-place edit that autograd's version counter sees and any exchange of `.data`. A write through `.data`, by
+torch.distributed (broadcast, receive) or by numpy is invisible to that counter: announce it with `weights_changed`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,15 @@ class LocalWeight:
             made["w_high"] = quantized(weight, None, precision.high, False, linear.backend_name, precision.noise).data
         for name, tensor in made.items():
             _rewrite(linear, name, tensor)
+
+    @staticmethod
+    def state(weight: Tensor) -> tuple[int, int]:
+        """What changes with the weight: its version counter, and its address, since that counts no exchange of `.data`.
+
+        An inference tensor has no counter, so edits of one must be announced.
+        """
+        version = -1 if weight.is_inference() else weight._version
+        return version, weight.data_ptr() if type(weight) is nn.Parameter else 0
 
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand | LaterOperand]:
         """(w [N, K] for fprop, w.T [K, N] for dgrad, or what makes it)."""
@@ -190,6 +199,21 @@ def install_weight_hooks(model: nn.Module) -> None:
     if not getattr(model, "_fp8train_hooks", False):
         model.register_forward_pre_hook(_refresh_stale)
         model._fp8train_hooks = True  # type: ignore[assignment]
+
+
+def keep_from_fast_paths(model: nn.Module) -> None:
+    """Let torch's encoder layers call their linears in evaluation too: without a hook they read the weights alone."""
+    for module in model.modules():
+        holds = any(type(child).__name__ == "Float8Linear" for child in module.children())
+        if isinstance(module, nn.TransformerEncoderLayer) and holds and not module._forward_pre_hooks:
+            module.register_forward_pre_hook(_look_on)
+
+
+def _look_on(module: nn.Module, args: Any) -> None:
+    return None
+
+
+_look_on.reads_values = False  # type: ignore[attr-defined]
 
 
 def _refresh_stale(model: nn.Module, args: Any) -> None:

@@ -80,13 +80,14 @@ class AlarmWatcher(Watcher):
         """
         cause = self._cause(result)
         if cause is None:
-            if math.isfinite(result.loss):
-                self._losses = [*self._losses, result.loss][-self._alarm.window :]
+            self._keep(result.loss)
             return {}
         if self._demotions >= self._alarm.at_most:
+            self._keep(result.loss)
             return {"alarm": f"{cause}; at_most={self._alarm.at_most} demotions are used up"}
         sample = self._worst(step)
         if sample is None:
+            self._keep(result.loss)
             self._warn(f"step {step}: {cause}; no linear is left to demote, training goes on as it is")
             return {"alarm": f"{cause}; nothing left to demote"}
         group = group_of(sample.fqn, self._control.linears)
@@ -97,6 +98,11 @@ class AlarmWatcher(Watcher):
         reason = f"{cause}; {', '.join(new)} to BF16 ({sample.operand} of {sample.fqn.rpartition('.')[2]} lost most)"
         self._log(step, cause, new, sample, result)
         raise RollBack(self.name, reason)
+
+    def _keep(self, loss: float) -> None:
+        """Count the loss of a step that stands among those that the next is compared with."""
+        if math.isfinite(loss):
+            self._losses = [*self._losses, loss][-self._alarm.window :]
 
     def state(self) -> dict[str, Any]:
         """Demotions, and the losses that the next is compared with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,9 @@ class PrecisionControl:
 
     def _begun(self, step: int) -> list[tuple[int, str]]:
         """The schedule's precisions up to a step, each with its first step: that with at * steps steps behind it."""
-        parts = [(math.ceil(part.at * self._steps) + 1, part.use) for part in self._recipe.schedule]
+        # as the document has it: 0.55 of 100 steps are 55, of which the binary number is a little more
+        shares = [(Fraction(repr(part.at)), part.use) for part in self._recipe.schedule]
+        parts = [(math.ceil(share * self._steps) + 1, use) for share, use in shares]
         return [part for part in parts if part[0] <= step]
 
     def precision(self, fqn: str, step: int) -> LinearPrecision:

@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.backends import admission, check_process  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
+    OTHER_DTYPES,
     QUANTISERS,
     ROTATIONS,
     STANDBY,
@@ -104,6 +105,33 @@ def test_all_that_a_machine_uses_is_checked_at_once_and_one_line_says_so(
     assert [record.getMessage() for record in caplog.records] == [
         "kernels: checked on NVIDIA Test GPU and correct: gemm a, gemm_wgrad a, quantize dual"
     ]
+
+
+def test_what_may_hang_is_checked_first_and_verdicts_are_kept_as_they_come(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = [("gemm", "pointer"), ("quantize", "rows"), ("gemm_wgrad", "gluon_a"), ("gemm", "ws_a")]
+    monkeypatch.setattr(admission, "_used", lambda index: used)
+    monkeypatch.setattr(admission, "AT_ONCE", 1)
+    order = []
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        order.append(tuple(command[-4:-2]))
+        if len(order) == 4:  # whoever started all this loses patience
+            raise KeyboardInterrupt
+        return SimpleNamespace(returncode=0, stdout="correct", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        Admission().admits("gemm", "pointer", torch.device("cuda", 0))
+    assert order == [("gemm_wgrad", "gluon_a"), ("gemm", "ws_a"), ("gemm", "pointer"), ("quantize", "rows")]
+    kept = json.loads((machine / "kernels_of-this-machine.json").read_text())
+    assert kept == {"gemm_wgrad gluon_a": None, "gemm ws_a": None, "gemm pointer": None}
+
+
+def test_the_norm_that_a_bf16_model_has_is_checked_ahead() -> None:
+    assert ("rmsnorm_quantize", "fp32") in QUANTISERS  # it reads the residual stream
+    assert {name for _, name in OTHER_DTYPES} == {"bf16", "fp32"} and ("rope", "fp32") in OTHER_DTYPES
 
 
 def test_without_a_home_a_process_makes_each_check_once(
@@ -242,7 +270,7 @@ def test_the_command_checks_entries_too_that_no_table_has(
     assert admission.main(["--all"]) == 0
     checked = {line.removesuffix(": correct") for line in capsys.readouterr().out.splitlines()}
     every = {f"{operation} {entry}" for operation in ("gemm", "gemm_wgrad") for entry in kernel(operation).CONFIGS}
-    seldom = {f"{operation} {variant}" for operation, variant in (*STANDBY, *TRANSPOSES)}
+    seldom = {f"{operation} {variant}" for operation, variant in (*STANDBY, *TRANSPOSES, *OTHER_DTYPES)}
     assert checked == seldom | (every if capability == (9, 0) else {"gemm ws_128x128_s4"})
     path = machine / "kernels_of-this-machine.json"
     path.write_text(json.dumps({"gemm a": "it hung", "gemm ws_128x128_s4": "it hung"}))

@@ -68,6 +68,13 @@ def test_same_recipe_under_another_file_name_is_refused(tmp_path: Path) -> None:
         plan_arms(configuration(tmp_path / "out", f"compare.arms=[bf16,{copied}]", f"recipe={copied}"))
 
 
+def test_another_recipe_under_the_name_of_an_arm_is_refused_as_that(tmp_path: Path) -> None:
+    named = tmp_path / "bf16.yaml"
+    named.write_text("version: 1\nrules:\n  - {match: '*', use: fp32}\n")
+    with pytest.raises(ConfigError, match="has the name of the arm bf16; needs one of its own. Rename the file"):
+        plan_arms(configuration(tmp_path / "out", f"compare.arms=[bf16,{named}]", f"recipe={named}"))
+
+
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="is the folder of a run"):

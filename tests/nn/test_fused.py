@@ -374,3 +374,22 @@ def test_fused_modules_take_over_all_that_the_plain_ones_have_and_give_it_back()
     assert norm.weight is parameters[0] and norm.note == "kept" and mlp.gate_proj is fused.linears()[0]
     norm(inputs()[0])
     assert calls == [1, 1]
+
+
+class Adapter(nn.Module):
+    """A linear and something added to it, as LoRA does."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_an_mlp_whose_linear_was_wrapped_after_conversion_runs_plain(name: str) -> None:
+    x, _ = inputs()
+    plain, fused = Part().mlp, Part().fuse().mlp
+    setattr(fused, name, Adapter(getattr(fused, name)))
+    assert torch.equal(fused(x), plain(x))

@@ -148,8 +148,15 @@ def test_eager_code_skips_the_dispatcher_unless_a_mode_watches(monkeypatch: pyte
 
 def test_transforms_of_torch_func_are_refused() -> None:
     linear, x = made(1, 40, 130, BLOCKWISE), normal(6, 130)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.vmap(lambda factor: linear(x) * factor)(torch.ones(3))
+    for call in (
+        lambda: torch.func.vmap(lambda factor: linear(x) * factor)(torch.ones(3)),
+        lambda: torch.func.grad(lambda x: linear(x).sum())(x),
+        lambda: torch.func.jvp(linear, (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match="a transform of torch.func .* is active; needs autograd"):
+            call()
+    weights = dict(linear.named_parameters())
+    assert torch.equal(torch.func.functional_call(linear, weights, (x,)), linear(x))  # no transform
 
 
 @precisions

@@ -360,3 +360,39 @@ def test_stepped_weight_gives_the_output_of_a_fresh_model(tmp_path: Any) -> None
     fresh.load_state_dict(model.state_dict())
     x: Tensor = normal(6, 130, seed=4)
     assert torch.equal(model(x), fresh(x))
+
+
+def test_a_weight_whose_data_was_exchanged_is_followed() -> None:
+    model = model_of()
+    linear, kept = model[0], model[0].weight.data
+    expected = model(normal(6, 130))
+    linear.weight.data = normal(140, 130, seed=9)  # as averages of weights are put in for an evaluation
+    model(normal(6, 130))
+    assert is_current(linear)
+    linear.weight.data = kept
+    assert torch.equal(model(normal(6, 130)), expected)
+
+
+def test_a_weight_that_has_grown_is_followed() -> None:
+    linear = made(1, 40, 130, BLOCKWISE, bias=False)
+    linear.weight.data = torch.cat([linear.weight.data, normal(17, 130)])
+    linear.out_features = 57
+    assert linear(normal(6, 130)).shape == (6, 57) and is_current(linear)
+
+
+def test_encoder_layers_of_torch_run_their_linears_in_evaluation_too() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = normal(2, 16, 64)
+    with torch.no_grad():
+        plain = model(x)
+    rules = [{"match": "*out_proj", "use": "bf16"}, {"match": "*", "use": "fp8"}]
+    recipe = fp8train.load_recipe("blockwise").document | {"rules": rules}
+    for _ in range(2):  # a second conversion adds no second hook
+        fp8train.convert_model(model, recipe)
+    with torch.no_grad():
+        alone = model(x)
+    assert [len(layer._forward_pre_hooks) for layer in model.layers] == [1, 1]
+    torch.testing.assert_close(alone, model(x), rtol=0, atol=1e-5)  # attention sums in another order there
+    assert float((alone - plain).abs().max()) > 1e-3

@@ -77,6 +77,13 @@ class TestSchedule:
         control.apply(3)
         assert named_linears(model)[DOWN].precision.any_fp8 and not named_linears(model)["lm_head"].precision.any_fp8
 
+    @pytest.mark.parametrize(("at", "steps", "first"), [(0.55, 100, 56), (0.07, 100, 8), (0.81, 300, 244), (0.5, 3, 3)])
+    def test_first_step_is_that_of_the_decimal_number(self, at: float, steps: int, first: int, tmp_path: Path):
+        recipe = load_recipe(recipe_with(tmp_path, schedule=[{"at": at, "use": "bf16"}]))
+        model = assemble(tiny_config(tmp_path), torch.device("cpu")).model
+        control = PrecisionControl(model, recipe, steps)
+        assert [control.scheduled(step) for step in (first - 1, first)] == [None, "bf16"]
+
     def test_head_of_a_scheduled_run_is_that_of_fp8_and_its_tail_is_not(self, tmp_path: Path):
         recipe = recipe_with(tmp_path, schedule=[{"at": 0.5, "use": "bf16"}])
         scheduled = tiny_train(tmp_path, f"recipe={recipe}", run="scheduled")
@@ -251,6 +258,14 @@ class TestCauses:
 
     def test_non_finite_step_is_left_alone_where_only_rises_count(self, watcher: AlarmWatcher):
         assert watcher.after_step(1, step_result(float("nan"), updated=False)) == {}
+
+    def test_losses_count_on_where_nothing_more_can_be_demoted(self, watcher: AlarmWatcher):
+        watcher._demotions, watcher._losses = watcher._alarm.at_most, [3.0] * watcher._alarm.window
+        for step in range(watcher._alarm.window):
+            watcher.after_step(step, step_result(loss=9.0))
+        assert watcher._losses == [9.0] * watcher._alarm.window
+        assert watcher.after_step(99, step_result(loss=9.0)) == {}
+        assert "11 above the mean of 3 steps; at_most" in watcher.after_step(100, step_result(loss=20.0))["alarm"]
 
     def test_at_most_so_many_demotions(self, watcher: AlarmWatcher):
         losses = [3.0, 3.0, 3.0, 9.0]
