@@ -24,6 +24,7 @@ from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import check_quantize_input
 
+_FOLLOWERS: list[Callable[[int], None]] = []
 _NOTHING = contextlib.nullcontext()
 # looked up once, for they are asked in every call
 _AUTOCASTS = torch._C._is_any_autocast_enabled
@@ -132,6 +133,23 @@ def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: st
         get_backend(backend).mm(a, b, None, out, True, torch.float32)
 
 
+def before_fprop(follow: Callable[[int], None]) -> None:
+    """From now on tell `follow` the site of each fprop that an operator is about to compute, in compiled graphs too."""
+    _FOLLOWERS.append(follow)
+
+
+def _following(gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A GEMM as operators run it: the last two of its arguments are site and name."""
+
+    def run(*arguments: Any) -> Tensor:
+        if arguments[-1] == "fprop":
+            for follow in _FOLLOWERS:
+                follow(arguments[-2])
+        return gemm(*arguments)
+
+    return run
+
+
 def as_spec(spec: str | QuantSpec) -> QuantSpec:
     """A specification from its text, as operators pass it, or as it is, as eager calls do."""
     return QuantSpec.parse(spec) if isinstance(spec, str) else spec
@@ -235,7 +253,7 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
     """
     LIBRARY.define(name + schema)
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
+        LIBRARY.impl(name, _following(implementation) if name in ("scaled_mm", "mm") else implementation, key)
     torch.library.register_fake(f"fp8train::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.fp8train, name).default
 

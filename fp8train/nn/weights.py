@@ -1,9 +1,11 @@
 """The weight as GEMM operands: made from the FP32 master once per optimizer step, reused by every micro-batch.
 
 Codes live in non-persistent buffers of the linear and are rewritten in place, eagerly and outside any compiled graph:
-after an optimizer step, after a state dict is loaded, after `weights_changed`, and, where eager code runs the model,
-after any in-place edit that autograd's version counter sees and any exchange of `.data`. A write through `.data`, by
-torch.distributed (broadcast, receive) or by numpy is invisible to that counter: announce it with `weights_changed`.
+after an optimizer step, after a state dict is loaded, after `weights_changed`, and at the next forward after any
+in-place edit that autograd's version counter sees and any exchange of `.data`; in a compiled graph the operator of
+fprop looks for itself, unless CUDA replays a recorded graph, or the input is scaled by other weights (`smooth`). A
+write through `.data`, by torch.distributed (broadcast, receive) or by numpy is invisible to that counter: announce it
+with `weights_changed`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp8train.backends import get_backend
+from fp8train.backends.ops import before_fprop
 from fp8train.nn.operands import LaterOperand, Operand, quantized, transposed
 from fp8train.nn.remedies import channel_scale
 from fp8train.quant.formats import LinearPrecision
@@ -49,7 +52,15 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             linear.refresh_weight()
 
 
+def _follow(site: int) -> None:
+    """As an eager forward does; one with a remedy has scaled its input already, to the codes that are there."""
+    linear = _LIVE.get(site)
+    if linear is not None and linear.remedy is None and isinstance(linear.provider, LocalWeight):
+        linear.refresh_if_stale()
+
+
 register_optimizer_step_post_hook(_after_step)
+before_fprop(_follow)
 
 
 class LocalWeight:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fp8train.config import load_config
+from fp8train.models import Decoder, build_model, initialize
 from fp8train.nn.linear import Float8Linear
 from fp8train.quant import reference
 from fp8train.quant.formats import BF16, BLOCKWISE, FP32, GemmPrecision, LinearPrecision, QuantSpec
@@ -118,3 +120,12 @@ def defined(linear: Float8Linear, x: Tensor, dy: Tensor) -> Pass:
         dw=product(dy.T, x_for_wgrad.T, p.wgrad, p.high, out_dtype=torch.float32),
         db=None if bias is None else dy.float().sum(0),
     )
+
+
+def tiny_model() -> Decoder:
+    """Two layers of width 128."""
+    sizes = ["model.num_layers=2", "model.hidden_size=128", "model.intermediate_size=256", "model.num_heads=2"]
+    config = load_config(["experiment=null", *sizes, "model.num_kv_heads=2"], "test")
+    model = build_model(config.model)
+    initialize(model, 1)
+    return model

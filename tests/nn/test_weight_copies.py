@@ -13,22 +13,12 @@ from fp8train.backends.cpu import CpuBackend
 from fp8train.config import load_config
 from fp8train.errors import ConfigError
 from fp8train.explain import main as explain
-from fp8train.models import Decoder, build_model, initialize
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import LocalWeight, converted_linears, evaluation_precision, weights_changed
 from fp8train.quant.formats import BF16, BLOCKWISE
-from tests.nn.precisions import LINEARS, PRECISIONS, made, normal
+from tests.nn.precisions import LINEARS, PRECISIONS, made, normal, tiny_model
 
 RECIPES = ("blockwise", "tensorwise", "rowwise", "wgrad_bf16", "placebo", "bf16")
-
-
-def tiny_model() -> Decoder:
-    """Two layers of width 128."""
-    sizes = ["model.num_layers=2", "model.hidden_size=128", "model.intermediate_size=256", "model.num_heads=2"]
-    config = load_config(["experiment=null", *sizes, "model.num_kv_heads=2"], "test")
-    model = build_model(config.model)
-    initialize(model, 1)
-    return model
 
 
 def trained(copies: str, recipe: str, fused: str = "auto", checkpointing: str = "none", steps: int = 2) -> list[Tensor]:

@@ -25,7 +25,7 @@ from fp8train.nn.weights import (
 )
 from fp8train.quant import reference
 from fp8train.quant.formats import BF16, BLOCKWISE, FP32, LinearPrecision, QuantSpec
-from tests.nn.precisions import PRECISIONS, made, normal, precisions
+from tests.nn.precisions import PRECISIONS, made, normal, precisions, tiny_model
 
 SQUARE = QuantSpec.parse("e4m3 128x128")
 
@@ -396,3 +396,49 @@ def test_encoder_layers_of_torch_run_their_linears_in_evaluation_too() -> None:
     assert [len(layer._forward_pre_hooks) for layer in model.layers] == [1, 1]
     torch.testing.assert_close(alone, model(x), rtol=0, atol=1e-5)  # attention sums in another order there
     assert float((alone - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["blockwise", "tensorwise", "bf16"])
+@pytest.mark.parametrize("fused", ["never", "always"])
+def test_a_compiled_model_follows_writes_in_place_and_exchanged_weights(precision: str, fused: str) -> None:
+    model = tiny_model()
+    fp8train.convert_model(model, precision, fused=fused)
+    tokens = torch.arange(128).view(2, 64)
+
+    def both() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            found = compiled(tokens)
+        fp8train.weights_changed(model)
+        with torch.no_grad():
+            return found, compiled(tokens)
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    first, again = both()
+    assert torch.equal(first, again)
+    weight = model.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.mul_(3.0)
+    second, again = both()
+    assert torch.equal(second, again) and not torch.equal(first, second)
+    weight.data = weight.data.flip(0)
+    third, again = both()
+    assert torch.equal(third, again) and not torch.equal(second, third)
+
+
+def test_a_compiled_average_of_weights_is_that_of_now() -> None:
+    model = tiny_model()
+    fp8train.convert_model(model, "blockwise")
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    compiled = torch.compile(average.module, backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.arange(128).view(2, 64)
+    for _ in range(2):
+        model(tokens).float().square().mean().backward()
+        optimizer.step()
+        average.update_parameters(model)
+        with torch.no_grad():
+            found, eager = compiled(tokens), average.module(tokens)
+        torch.testing.assert_close(found, eager, rtol=0, atol=2.0**-6 * float(eager.abs().max()))
+        fp8train.weights_changed(average)
+        with torch.no_grad():
+            assert torch.equal(found, compiled(tokens))
