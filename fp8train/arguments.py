@@ -185,7 +185,7 @@ def _resolve(target: Any, key: str) -> Any:
 def _type_name(hint: Any) -> str:
     if hint is None or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return "its keys, as KEY.NAME=VALUE"
-    if typing.get_origin(hint) in (tuple, list):
+    if any(typing.get_origin(part) in (tuple, list) for part in (hint, *typing.get_args(hint))):
         return "a list, such as [VALUE,VALUE], with quotes around a value that has a * in it"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 

@@ -49,8 +49,8 @@ class RunConfig:
     backend: what executes FP8: auto (the best that can run here) or a name; fp8train explain says which and why
     fused: norms and MLPs that make the FP8 input of linears themselves: auto (those that the backend has kernels for),
         always (all that the precisions permit) or never; rotary embeddings likewise
-    weight_copies: FP8 codes of a weight that are kept between steps: both (w for fprop, w.T for dgrad) or one, from
-        which backward makes w.T, a layer at a time: one byte a parameter less, the same numbers, more time
+    weight_copies: FP8 codes of a weight that are kept between steps: both (w for fprop, w.T for dgrad) or one (w;
+        backward makes w.T, a layer at a time: one byte a parameter less, the same numbers, more time)
     steps: optimizer steps in all
     seed: of initial weights and data order
     run_dir: run folder; null: runs/MODEL-RECIPE-seedN
@@ -132,7 +132,7 @@ class RunConfig:
                 f"a rank ({self.global_batch_tokens} tokens / {self.seq_len} / {world_size} ranks). "
                 f"Divisors: {', '.join(map(str, divisors))}."
             )
-        if self.weight_copies == "one" and self.parallel.strategy == "fsdp":
+        if self.weight_copies == "one" and self.parallel.strategy == "fsdp" and world_size > 1:
             raise ConfigError(
                 "weight_copies: got one with parallel=fsdp, whose layers keep none; needs both, the default. Leave "
                 "weight_copies out."

@@ -219,7 +219,8 @@ def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], back
         for parent, name in found.slots if linear is not found.module else ():
             setattr(parent, name, linear)
         if (linear.precision, linear.backend_name, linear.provider.copies) != (precision, backend, copies):
-            linear.provider = linear.provider if linear.provider.copies == copies else LocalWeight(copies)
+            if isinstance(linear.provider, LocalWeight):
+                linear.provider = LocalWeight(copies)
             linear.set_precision(precision, backend)
 
 
@@ -379,17 +380,9 @@ def _row(found: _Found, chosen: Assignment, selection: Selection) -> ConversionR
         numbers, reason, backend, site = chosen.precision, chosen.reason, selection.backend.name, linear.site
         copies = linear.provider.copies
     return ConversionRow(
-        fqn=fqn,
-        shape=(linear.out_features, linear.in_features),
-        has_bias=linear.bias is not None,
-        numbers=numbers,
-        backend=backend,
-        rule=chosen.rule,
-        reason=reason,
-        site=site,
-        copies=copies,
-        other_names=tuple(other_names),
-    )
+        fqn=fqn, shape=(linear.out_features, linear.in_features), has_bias=linear.bias is not None, numbers=numbers,
+        backend=backend, rule=chosen.rule, reason=reason, site=site, copies=copies, other_names=tuple(other_names),
+    )  # fmt: skip
 
 
 def _others(model: nn.Module) -> Iterator[tuple[str, str]]:

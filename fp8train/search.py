@@ -264,7 +264,8 @@ def searched_recipe(
     ]
     rules += [{"layers": f"{end}:{n}", "use": "bf16"} for end in ("first", "last") if (n := getattr(arguments, end))]
     positions = layer_positions(linears)
-    others = [fqn for fqn in linears if fqn not in choice.every]
+    taken = choice.every | {*end_layers(linears, linears, arguments.first, arguments.last)}
+    others = [fqn for fqn in linears if fqn not in taken]
     deciding = {next(rule for rule in base.rules if rule.covers(fqn, positions[fqn])).number for fqn in others}
     # a rule that has nothing left to decide would be refused
     kept = [

@@ -36,7 +36,7 @@ from fp8train.kernels.tile_launch import (
 )
 
 NUM_WARPS = 8
-Copies = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w, its scales, w.T, its scales
+Copies = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # w, its scales, w.T, its scales
 
 
 @triton.jit
@@ -117,6 +117,7 @@ def quantize_weight(
     out: Copies | None = None,
     stats: Tensor | None = None,
     two_launches: bool = False,
+    straight: bool = True,
     transposed: bool = True,
 ) -> Copies:
     """Codes of w and of w.T with one scale per block of 128x128.
@@ -130,33 +131,38 @@ def quantize_weight(
         out: what an earlier call for the same shape returned, to be overwritten.
         stats: [5] int64, as in quantize.STATISTICS: amax is maximised into it, counts are added; None counts nothing.
         two_launches: write each copy by a kernel of its own, two reads: for a toolchain that miscompiles the pair.
-        transposed: whether the codes of w.T are wanted too.
+        straight, transposed: whether the codes of w are wanted, and those of w.T.
 
     Returns:
-        (qdata [N, K], scale_inv [ceil(N/128), ceil(K/128)], qdata of w.T [K, N], scale_inv of w.T), the last two None
-        if they are not wanted. The leading strides of the codes are multiples of 16, and of 128 for w.T.
+        (qdata [N, K], scale_inv [ceil(N/128), ceil(K/128)], qdata of w.T [K, N], scale_inv of w.T), None for those that
+        are not wanted. The leading strides of the codes are multiples of 16, and of 128 for w.T.
 
     Raises:
         ValueError: w, the format, the block, out or stats do not fit.
     """
     _check(w, fp8_dtype, block, stats)
     N, K = w.shape
-    blocks_n, blocks_k = -(-N // BLOCK), -(-K // BLOCK)
     if out is None:
-        scale_inv = torch.empty(blocks_n, blocks_k, dtype=torch.float32, device=w.device)
-        out = empty_codes(w, N, K, fp8_dtype, 16), scale_inv, None, None
-        if transposed:
-            scale_inv_t = torch.empty_like(scale_inv.t(), memory_format=torch.contiguous_format)
-            out = *out[:2], empty_codes(w, K, N, fp8_dtype, BLOCK), scale_inv_t
+        out = (
+            *(_empty(w, N, K, fp8_dtype, 16) if straight else (None, None)),
+            *(_empty(w, K, N, fp8_dtype, BLOCK) if transposed else (None, None)),
+        )
     else:
-        reason = misfit(w, out, fp8_dtype, transposed)
+        reason = misfit(w, out, fp8_dtype, straight, transposed)
         if reason is not None:
             raise ValueError(f"quantize_weight: {reason}. Pass what a call for this weight returned.")
     if N == 0 or K == 0:
         return out
-    for copies in ((True, False), (False, True))[: 1 + transposed] if two_launches else ((True, transposed),):
+    both = straight and transposed
+    for copies in ((True, False), (False, True)) if two_launches and both else ((straight, transposed),):
         _launch(w, out, stats, (max_bits(fp8_max), pow2, *copies))
     return out
+
+
+def _empty(w: Tensor, rows: int, cols: int, dtype: torch.dtype, multiple: int) -> tuple[Tensor, Tensor]:
+    """Codes [rows, cols] and their scales."""
+    scale_inv = torch.empty(-(-rows // BLOCK), -(-cols // BLOCK), dtype=torch.float32, device=w.device)
+    return empty_codes(w, rows, cols, dtype, multiple), scale_inv
 
 
 def _launch(w: Tensor, out: Copies, stats: Tensor | None, kinds: tuple[int, bool, bool, bool]) -> None:
@@ -164,7 +170,8 @@ def _launch(w: Tensor, out: Copies, stats: Tensor | None, kinds: tuple[int, bool
 
     def rest() -> Rest:
         constants = dict(zip(("MAX_BITS", "POW2", "STRAIGHT", "TRANSPOSED"), kinds, strict=True))
-        scalars = *w.shape, w.stride(0), out[0].stride(0), 0 if out[2] is None else out[2].stride(0)
+        strides = [0 if codes is None else codes.stride(0) for codes in (out[0], out[2])]
+        scalars = *w.shape, w.stride(0), *strides
         return tiles(*w.shape), scalars, constants | {"STATS": stats is not None}, {"num_warps": NUM_WARPS}
 
     launch(_quantize_weight_kernel, kinds, (w, *out, stats), rest)
@@ -181,12 +188,15 @@ def _check(w: Tensor, fp8_dtype: torch.dtype, block: int, stats: Tensor | None) 
         raise ValueError(f"{name}: stats is {got}; needs [5] torch.int64, contiguous. {remedy}.")
 
 
-def misfit(w: Tensor, out: Copies, fp8_dtype: torch.dtype, transposed: bool = True) -> str | None:
-    """Why the kernel cannot write to `out` for w, or None; transposed: whether the codes of w.T are wanted."""
+def misfit(
+    w: Tensor, out: Copies, fp8_dtype: torch.dtype, straight: bool = True, transposed: bool = True
+) -> str | None:
+    """Why the kernel cannot write to `out` for w, or None; which copies are wanted."""
     N, K = w.shape
     blocks = -(-N // BLOCK), -(-K // BLOCK)
-    turned = (((K, N), fp8_dtype), (blocks[::-1], torch.float32)) if transposed else (None, None)
-    wanted = ((N, K), fp8_dtype), (blocks, torch.float32), *turned
+    row = (((N, K), fp8_dtype), (blocks, torch.float32)) if straight else (None, None)
+    col = (((K, N), fp8_dtype), (blocks[::-1], torch.float32)) if transposed else (None, None)
+    wanted = *row, *col
     got = tuple(None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in out)
     if got != wanted:
         return f"out is {got}; needs {wanted}"
@@ -196,7 +206,7 @@ def misfit(w: Tensor, out: Copies, fp8_dtype: torch.dtype, transposed: bool = Tr
     if min(N, K) == 0:
         return None
     qdata, scale_inv, qdata_t, scale_inv_t = out
-    fits = qdata.stride(1) == 1 and scale_inv.is_contiguous()
+    fits = qdata is None or scale_inv is None or (qdata.stride(1) == 1 and scale_inv.is_contiguous())
     if qdata_t is not None and scale_inv_t is not None:
         fits = fits and qdata_t.stride(1) == 1 and scale_inv_t.is_contiguous() and qdata_t.data_ptr() % 4 == 0
         fits = fits and qdata_t.stride(0) % 4 == 0 and qdata_t.stride(0) >= BLOCK * blocks[0]

@@ -165,6 +165,7 @@ def test_written_recipe_is_accepted_where_a_rule_has_nothing_left_to_decide(leve
     model = planted_model("bf16")
     linears = list(named_linears(model))
     rules = [{"layers": "first:1", "use": "bf16"}, {"match": "*o_proj", "use": "fp8"}]
+    rules = [{"match": "*layers.0.self_attn.q_proj", "use": "fp32"}, *rules]  # of which first=1 takes everything
     base = load_recipe("blockwise").document
     base = load_recipe(base | {"rules": [*rules, *base["rules"]]})
     chosen = [fqn for fqn in linears if level == "all" or fqn.endswith("o_proj")]

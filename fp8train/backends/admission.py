@@ -96,11 +96,15 @@ def verdicts(
         made: dict[Kernel, tuple[str | None, bool]] = {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
             checks = {pool.submit(check_in_child, kernel, index): kernel for kernel in sorted(missing, key=_may_hang)}
-            for check in as_completed(checks):
-                reason, final = made[checks[check]] = check.result()
-                if final:  # kept at once: whoever ends this process has not made the others for nothing
-                    known[" ".join(checks[check])] = reason
-                    write_whole(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+            try:
+                for check in as_completed(checks):
+                    reason, final = made[checks[check]] = check.result()
+                    if final:  # kept at once: whoever ends this process has not made the others for nothing
+                        known[" ".join(checks[check])] = reason
+                        write_whole(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+            finally:
+                for check in checks:
+                    check.cancel()
     made = {kernel: made[kernel] for kernel in missing}  # in order, however they ended
     _log(made, torch.cuda.get_device_name(index))
     return found | {kernel: reason for kernel, (reason, _) in made.items()}

@@ -88,8 +88,7 @@ class TritonBackend(Producers):
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""
         if spec.block == SQUARE:
-            made, turned = self.quantize_square(x, spec, turned=transpose)
-            return made if turned is None else turned
+            return self._one_square(x, spec, transpose)
         if spec.block != ROW:
             return reference.quantize(x, spec, transpose=transpose)
         if not self._admitted("quantize", "columns" if transpose else "rows", x.device):
@@ -113,16 +112,30 @@ class TritonBackend(Producers):
         if spec.block != SQUARE:
             made = self.quantize(x, spec, False)
             return made, made.transpose() if turned else None
+        if not turned:
+            return self._one_square(x, spec, False, out), None
         one_read = self._admitted("quantize_weight", "one_read", x.device)
         if not one_read and not self._admitted("quantize_weight", "two_launches", x.device):
-            return as_defined(x, spec, False), as_defined(x, spec, True) if turned else None
+            return as_defined(x, spec, False), as_defined(x, spec, True)
         module, x = kernel("quantize_weight"), rows_dense(x)
         held = None if out is None else tensors_of(out)
-        if held is not None and module.misfit(x, held, spec.format.dtype, turned) is not None:
+        if held is not None and module.misfit(x, held, spec.format.dtype) is not None:
             held = None
-        run = module.quantize_weight
-        made = run(x, out=held, two_launches=not one_read, transposed=turned, **format_of(spec))
-        return as_copies(made, spec, spec if turned else None)
+        made = module.quantize_weight(x, out=held, two_launches=not one_read, **format_of(spec))
+        return as_copies(made, spec, spec)
+
+    def _one_square(self, x: Tensor, spec: QuantSpec, transposed: bool, out: Square | None = None) -> QTensor:
+        """The codes of x in blocks of 128x128, or those of x.T, by one of the kernels that `two_launches` checks."""
+        if not self._admitted("quantize_weight", "two_launches", x.device):
+            return as_defined(x, spec, transposed)
+        module, x = kernel("quantize_weight"), rows_dense(x)
+        wanted = {"straight": not transposed, "transposed": transposed}
+        held = None if out is None else tensors_of(out)
+        if held is not None and module.misfit(x, held, spec.format.dtype, **wanted) is not None:
+            held = None
+        made = module.quantize_weight(x, out=held, **wanted, **format_of(spec))
+        codes, scale_inv = made[2:] if transposed else made[:2]
+        return QTensor(codes, scale_inv, spec)
 
     def transpose_codes(self, q: QTensor) -> QTensor:
         """See Backend."""

@@ -128,6 +128,7 @@ class _SwiGLU(torch.autograd.Function):
                 (wt, wt_scale), later = weights[2 * half : 2 * half + 2], ctx.later[half]
                 right = Operand(wt, wt_scale, precision.dgrad.right) if later is None else later(wt, wt_scale, row)
                 part = gemm(left, right, bias=None, out_dtype=ctx.x_dtype, **plan.common["dgrad"])
+                del right  # w.T may have been made for this alone
                 dx = part if dx is None else dx + part
             if need_dw[half]:
                 dy_t = Operand(col_copy[0], col_copy[1], precision.wgrad.left)

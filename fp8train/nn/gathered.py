@@ -27,15 +27,11 @@ class GatheredWeight:
     """
 
     copies = COPIES[0]  # where any are kept; see LocalWeight
+    exchanges = False  # its memory is another each time that it is made whole; see SeenWeight
 
     def __init__(self, keep: bool = False) -> None:
         self._keep = keep
         self._held: tuple[Operand, Operand] | None = None
-
-    @staticmethod
-    def state(weight: Tensor) -> tuple[int, int]:
-        """What changes with the weight; not its address, which is another each time that it is made whole."""
-        return weight._version, 0
 
     def refresh(self, linear: Float8Linear) -> None:
         """Drop what is kept; operands are made when they are asked for."""

@@ -30,7 +30,7 @@ from fp8train.nn.operands import (
     requantized,
 )
 from fp8train.nn.remedies import InputRemedy
-from fp8train.nn.weights import BUFFERS, LocalWeight, keep_current
+from fp8train.nn.weights import BUFFERS, LocalWeight, SeenWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class _LinearFunction(torch.autograd.Function):
                 Operand(wt, wt_scale, plan.precision.dgrad.right) if later is None else later(wt, wt_scale, left.data)
             )
             dx = gemm(left, right, bias=None, out_dtype=x_dtype, **plan.common["dgrad"])
+            del right  # w.T may have been made for this alone
             dx = dx if len(lead) == 1 else dx.view(*lead, dx.shape[1])
         if need_dw:
             dw = weight_grad(left_t, wgrad_operand(col, col_scale, plan), plan, sink)
@@ -177,7 +178,7 @@ class Float8Linear(nn.Linear):
     wt_scale_inv: Tensor
     w_high: Tensor
     channel_scale: Tensor | None
-    _seen: tuple[tuple[Tensor, tuple[int, int]], ...]  # the weights that the operands were made from, in which state
+    _seen: tuple[SeenWeight, ...]  # the weights that the operands were made from
 
     def __init__(
         self,
@@ -230,11 +231,14 @@ class Float8Linear(nn.Linear):
         self.refresh_weight()
         keep_current(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known of weights here."""
+        return {**self.__dict__, "_seen": ()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or an unpickled linear, counts for itself and follows its own optimizer."""
         super().__setstate__(state)
         self.plan = Plan(self.plan.precision, self.plan.backend, next(_SITES))
-        self._seen = ()  # the copy's weight counts its versions anew, and one may equal the number seen before
         keep_current(self)
 
     # parts of the plan by their names; what runs in every step reads the plan, since a property costs a call
@@ -278,25 +282,22 @@ class Float8Linear(nn.Linear):
         # not as inference tensors, even if an evaluation asks first: training will save them for backward
         with torch.inference_mode(False), torch.no_grad():
             self.provider.refresh(self)
-        self._seen = self._sources()
+        self._seen = tuple(SeenWeight(weight, self.provider.exchanges) for weight in self._sources())
 
     def refresh_if_stale(self) -> None:
         """As refresh_weight, where the weight was replaced or written in place since."""
         if self.remedy is None and len(self._seen) == 1:  # the usual case, without a list
-            weight, (then, state) = self._parameters.get("weight"), self._seen[0]
-            if weight is then and state == self.provider.state(weight):
-                return
-        sources = self._sources()
-        if len(sources) != len(self._seen) or any(
-            weight is not then or state != state_then
-            for (weight, state), (then, state_then) in zip(sources, self._seen, strict=True)
-        ):
+            if not self._seen[0].is_that(self._parameters.get("weight")):
+                self.refresh_weight()
+            return
+        weights = self._sources()
+        if len(weights) != len(self._seen) or not all(map(SeenWeight.is_that, self._seen, weights)):
             self.refresh_weight()
 
-    def _sources(self) -> tuple[tuple[Tensor, tuple[int, int]], ...]:
-        """The weights that the operands depend on, and their states."""
+    def _sources(self) -> tuple[Tensor, ...]:
+        """The weights that the operands depend on."""
         others = () if self.remedy is None or self.remedy.smooth is None else self.remedy.smooth
-        return tuple((linear.weight, self.provider.state(linear.weight)) for linear in (self, *others))
+        return self.weight, *(linear.weight for linear in others)
 
     def set_remedy(self, remedy: InputRemedy | None) -> None:
         """Treat the input so from now on, before it is rounded; the weight's operands are made anew."""

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp8train.backends import get_backend
 from fp8train.backends.ops import before_fprop
 from fp8train.nn.operands import LaterOperand, Operand, quantized, transposed
 from fp8train.nn.remedies import channel_scale
-from fp8train.quant.formats import LinearPrecision
+from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -63,6 +64,35 @@ register_optimizer_step_post_hook(_after_step)
 before_fprop(_follow)
 
 
+class SeenWeight:
+    """A weight as it was when its operands were made.
+
+    Args:
+        weight: an FP32 master.
+        exchanges: whether to notice that `.data` was exchanged, which counts no version. The storage is held weakly: an
+            address alone may be used again.
+    """
+
+    __slots__ = ("_address", "_storage", "_version", "_weight")
+
+    def __init__(self, weight: Tensor, exchanges: bool) -> None:
+        exchanges = exchanges and type(weight) is nn.Parameter and not weight.is_meta
+        self._weight, self._version = weight, _version(weight)
+        self._address = weight.data_ptr() if exchanges else 0
+        self._storage = StorageWeakRef(weight.untyped_storage()) if exchanges else None
+
+    def is_that(self, weight: Tensor | None) -> bool:
+        """Whether the weight is the same, and nothing that can be seen has been done to it since."""
+        if weight is not self._weight or _version(weight) != self._version:
+            return False
+        return self._storage is None or (weight.data_ptr() == self._address and not self._storage.expired())
+
+
+def _version(weight: Tensor) -> int:
+    """The weight's version counter; an inference tensor has none, so edits of one must be announced."""
+    return -1 if weight.is_inference() else weight._version
+
+
 class LocalWeight:
     """Provider of a weight that this process holds whole; nn/gathered.py has the one of a sharded weight.
 
@@ -71,6 +101,9 @@ class LocalWeight:
             and backward makes those of w.T, for as long as a layer's dgrad needs them: from those of w where they are
             the same, else from the master.
     """
+
+    exchanges = True  # see SeenWeight
+    copies = COPIES[0]  # of one that was pickled before there was a choice
 
     def __init__(self, copies: str = COPIES[0]) -> None:
         self.copies = copies
@@ -93,15 +126,6 @@ class LocalWeight:
         for name, tensor in made.items():
             _rewrite(linear, name, tensor)
 
-    @staticmethod
-    def state(weight: Tensor) -> tuple[int, int]:
-        """What changes with the weight: its version counter, and its address, since that counts no exchange of `.data`.
-
-        An inference tensor has no counter, so edits of one must be announced.
-        """
-        version = -1 if weight.is_inference() else weight._version
-        return version, weight.data_ptr() if type(weight) is nn.Parameter else 0
-
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand | LaterOperand]:
         """(w [N, K] for fprop, w.T [K, N] for dgrad, or what makes it)."""
         precision = linear.plan.precision
@@ -118,13 +142,17 @@ class LocalWeight:
         elif fprop == dgrad and fprop.transposable:
             wt = LaterOperand(partial(transposed, spec=dgrad, backend=linear.plan.backend), w[:2])
         else:
-            wt = LaterOperand(partial(_from_master, linear), (linear.weight.detach(), None))
+            make = partial(_from_master, spec=dgrad, backend=linear.plan.backend)
+            wt = LaterOperand(make, (linear.weight.detach(), held["channel_scale"]))
         return w, wt
 
 
-def _from_master(linear: Float8Linear, *_: Tensor | None) -> Operand:
-    """w.T from the master, which autograd has seen to be the one of forward."""
-    return weight_operand(linear, True)
+def _from_master(
+    weight: Tensor, channel_scale: Tensor | None, after: Tensor | None, *, spec: QuantSpec, backend: str
+) -> Operand:
+    """w.T [K, N] from the master of forward; see LaterOperand."""
+    weight = weight if channel_scale is None else weight / channel_scale
+    return quantized(weight, spec, torch.float32, True, backend)
 
 
 @torch.no_grad()
@@ -215,8 +243,11 @@ def install_weight_hooks(model: nn.Module) -> None:
 def keep_from_fast_paths(model: nn.Module) -> None:
     """Let torch's encoder layers call their linears in evaluation too: without a hook they read the weights alone."""
     for module in model.modules():
-        holds = any(type(child).__name__ == "Float8Linear" for child in module.children())
-        if isinstance(module, nn.TransformerEncoderLayer) and holds and not module._forward_pre_hooks:
+        if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) or not converted_linears(module):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # it is there for those layers, and linears do not take it
+        elif _look_on not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_look_on)
 
 

@@ -23,6 +23,7 @@ RESUME_MAY_DIFFER = (
 # What does not reach the numbers: a finished run, or an arm of a comparison, is the same whatever stands here.
 BESIDE_THE_NUMBERS = (
     "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
+    "weight_copies",
 )  # fmt: skip
 
 

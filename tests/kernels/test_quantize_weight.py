@@ -115,3 +115,16 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
     with pytest.raises(ValueError, match=f"quantize_weight: .*{message}") as refused:
         quantize_weight(**arguments)  # type: ignore[arg-type]
     assert has_remedy(refused)
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (140, 200), (1, 300)])
+def test_each_copy_can_be_made_alone(shape: tuple[int, int]) -> None:
+    w = matrix(*shape).to(DEVICE)
+    both, alone = run(w), (run(w, transposed=False), run(w, straight=False))
+    assert alone[0][2:] == (None, None) == alone[1][:2]
+    for made, wanted in zip((*alone[0][:2], *alone[1][2:]), both, strict=True):
+        assert made.stride() == wanted.stride() and torch.equal(made.view(torch.uint8), wanted.view(torch.uint8))
+    again = run(w + 1, transposed=False, out=alone[0])
+    assert again[0] is alone[0][0] and torch.equal(again[0].view(torch.uint8), run(w + 1)[0].view(torch.uint8))
+    with pytest.raises(ValueError, match="quantize_weight: out is"):
+        run(w, out=alone[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,14 @@ from fp8train.backends.cpu import CpuBackend
 from fp8train.config import load_config
 from fp8train.errors import ConfigError
 from fp8train.explain import main as explain
+from fp8train.metrics import read_metrics
 from fp8train.nn.linear import Float8Linear
+from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import LocalWeight, converted_linears, evaluation_precision, weights_changed
 from fp8train.quant.formats import BF16, BLOCKWISE
+from fp8train.quant.qtensor import QTensor
 from tests.nn.precisions import LINEARS, PRECISIONS, made, normal, tiny_model
+from tests.tiny_run import tiny_train
 
 RECIPES = ("blockwise", "tensorwise", "rowwise", "wgrad_bf16", "placebo", "bf16")
 
@@ -130,6 +136,39 @@ def test_a_weight_that_changes_between_forward_and_backward_is_an_error(precisio
         y.sum().backward()
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_weight_of_forward_counts_where_it_is_read_in_backward(smooth: bool) -> None:
+    found = []
+    for copies in ("both", "one"):
+        gate, up, down = (made(1, N, K, PRECISIONS["rowwise-wgrad-bf16"]) for N, K in ((96, 64), (96, 64), (64, 96)))
+        down.provider = LocalWeight(copies)
+        down.set_remedy(InputRemedy(smooth=(gate, up)) if smooth else None)
+        x = normal(32, 96).requires_grad_()
+        y = down(x)
+        down.weight.data = torch.zeros_like(down.weight)
+        if smooth:
+            with torch.no_grad():
+                gate.weight.mul_(64.0)
+        y.sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found) and bool(found[0].any())
+
+
+def test_a_transpose_lives_no_longer_than_dgrad_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most, plain = [0], CpuBackend.transpose_codes
+
+    def transpose(self: CpuBackend, q: QTensor) -> QTensor:
+        turned = plain(self, q)
+        alive.append(weakref.ref(turned.qdata))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        return turned
+
+    monkeypatch.setattr(CpuBackend, "transpose_codes", transpose)
+    trained("one", "blockwise", "always", steps=1)
+    assert len(alive) > 3 and most == [1]
+
+
 def test_nothing_is_transposed_where_the_input_needs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     plain = CpuBackend.transpose_codes
@@ -184,10 +223,25 @@ def test_explain_adds_up_what_is_kept(capsys: pytest.CaptureFixture[str]) -> Non
     assert kept == {"both": "14.0 GiB", "one": "7.48 GiB"}
 
 
+@pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])
+def test_a_run_goes_on_with_the_other_choice_and_the_same_numbers(recipe: str, tmp_path: Path) -> None:
+    options = f"recipe={recipe}", "checkpoint.every=3"
+    tiny_train(tmp_path, *options, run="straight")
+    stopped = tiny_train(tmp_path, *options, "weight_copies=one", "time_limit_seconds=0.001")
+    assert 0 < stopped.steps < 6
+    tiny_train(tmp_path, *options)  # what it keeps of a weight is no other run
+    straight, resumed = (
+        [row["loss"] for row in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in row]
+        for run in ("straight", "run")
+    )
+    assert straight == resumed and len(straight) == 6
+
+
 def test_other_words_and_sharded_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="convert_model: weight_copies is 'two'; needs one of both, one"):
         convert_model(tiny_model(), "blockwise", weight_copies="two")
     with pytest.raises(ConfigError, match="weight_copies"):
         load_config(["weight_copies=two"], "test")
+    config = load_config(["weight_copies=one", "parallel=fsdp"], "test")  # one rank keeps its weights whole
     with pytest.raises(ConfigError, match="got one with parallel=fsdp, whose layers keep none; needs both"):
-        load_config(["weight_copies=one", "parallel=fsdp"], "test")
+        config.check(2)
