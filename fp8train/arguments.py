@@ -137,6 +137,8 @@ def _unknown_key(target: type, key: str, who: str) -> ConfigError:
     owner = _resolve(target, parent) if parent else target
     here = _field_names(owner) if dataclasses.is_dataclass(owner) else []
     near = [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, here, n=2, cutoff=0.6)]
+    meant = [candidate for candidate in _dotted_keys(target) if candidate.endswith(f".{name}") and not parent]
+    near = [*meant, *(match for match in [name.replace("_", ".", 1)] if match in _dotted_keys(target)), *near]
     if not near:
         everywhere = _dotted_keys(target)
         same_name = [candidate for candidate in everywhere if candidate.rpartition(".")[2] == name]

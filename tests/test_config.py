@@ -111,6 +111,8 @@ class TestLoadConfig:
             pytest.param(["stepz=3"], "unknown key 'stepz'; nearest: steps", id="key"),
             pytest.param(["optim.warmup_step=3"], "nearest: optim.warmup_steps", id="key of a section"),
             pytest.param(["lr=3"], "unknown key 'lr'; nearest: optim.lr", id="key at the wrong level"),
+            pytest.param(["seeds=3"], "unknown key 'seeds'; nearest: compare.seeds", id="one much like another"),
+            pytest.param(["eval_every=3"], "unknown key 'eval_every'; nearest: eval.every", id="no dot"),
             pytest.param(["modle=quickstart"], "nearest: model", id="group"),
             pytest.param(
                 ["model=quikstart"], "no file 'quikstart' in configs/model/; nearest: quickstart", id="choice"

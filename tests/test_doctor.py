@@ -193,3 +193,8 @@ class TestDistances:
         expected = torch.tensor([[1e6, 0.0], [1e-3, 0.0]])
         value = torch.tensor([[1e6, 0.0], [0.0, 0.0]])
         assert worst_row(value, expected) == 1.0 and relative(value, expected) < 1e-8
+
+
+def test_noise_that_follows_every_bit_is_not_held_against_a_loss_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["model=quickstart", "recipe=placebo", "--only", "loss_scale"]) == 0
+    assert "other magnitudes get other noise" in capsys.readouterr().out

@@ -91,7 +91,11 @@ def run(argv: Sequence[str], world: World) -> int:
 
 
 def _rate(traffic: Mapping[str, float]) -> Callable[[str, Timing], str]:
-    return lambda name, timing: f"  {traffic[name] / timing.median_seconds / 1e9:6.0f} GB/s"
+    return lambda name, timing: f"  {_gigabytes(traffic[name] / timing.median_seconds)} GB/s"
+
+
+def _gigabytes(rate: float) -> str:
+    return f"{rate / 1e9:6.0f}" if rate >= 1e11 else f"{rate / 1e9:6.1f}"
 
 
 def _first(names: Sequence[str], device: torch.device) -> str:

@@ -20,6 +20,7 @@ from fp8train.config import RunConfig
 from fp8train.distributed import World
 from fp8train.errors import DivergedError, TrainingError, UserError
 from fp8train.trainer.console import Console
+from fp8train.trainer.environment import share_machine
 from fp8train.trainer.loop import Trainer
 from fp8train.trainer.run_folder import RESULT_FILE
 from fp8train.trainer.stopping import StopRequest
@@ -74,7 +75,7 @@ def train_in_processes(
                 number = waiting.pop(0)
                 begin(number)
                 slot = min(set(range(processes)) - {worker.slot for worker in live})
-                live.append(_start(context, number, jobs[number], slot, threads))
+                live.append(_start(context, number, jobs[number], slot, threads, processes))
             ready = wait([worker.outcome for worker in live], timeout=POLL_SECONDS)
             stopping = (
                 stopping or stop.reason is not None
@@ -92,10 +93,10 @@ def train_in_processes(
     return not waiting and not stopping
 
 
-def _start(context: Any, number: int, job: Job, slot: int, threads: int) -> _Worker:
+def _start(context: Any, number: int, job: Job, slot: int, threads: int, processes: int) -> _Worker:
     outcome, outcome_sender = context.Pipe(duplex=False)
     told, stop = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, slot, threads, outcome_sender, told), name=job.label)
+    process = context.Process(target=_work, args=(job, slot, threads, processes, outcome_sender, told), name=job.label)
     process.start()
     outcome_sender.close()  # or the end of the process would not be seen
     told.close()
@@ -141,9 +142,10 @@ def _ended(live: list[_Worker]) -> Iterator[None]:
             worker.process.join()
 
 
-def _work(job: Job, slot: int, threads: int, outcome: Connection, told: Connection) -> None:
+def _work(job: Job, slot: int, threads: int, processes: int, outcome: Connection, told: Connection) -> None:
     """Body of a process: it saves and stops when the parent closes its end of `told`, or dies."""
     torch.set_num_threads(threads)
+    share_machine(processes)
     device = (
         torch.device("cuda", slot % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     )

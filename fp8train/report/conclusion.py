@@ -30,6 +30,7 @@ SPEED_FACTS = {
     "cuda": "CUDA",
     "triton": "Triton",
     "cpu_kernels": "C++ kernels",
+    "runs_at_a_time": "runs at a time",
 }
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
@@ -103,6 +104,8 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     Args:
         arms: label and `runs` of each, as verdict.json has them.
     """
+    if any((run["ran_on"]["runs_at_a_time"] or 1) > 1 for arm in arms for run in arm["runs"]):
+        return "runs shared the machine (compare.parallel), the last of them perhaps with fewer"
     if differences := [text for key in SPEED_FACTS if (text := _difference(key, arms))]:
         return "the arms ran on other machines or software, " + "; ".join(differences)
     ranges = [speed_range(arm["runs"]) for arm in arms]
@@ -163,12 +166,13 @@ def more_seeds(test: Mapping[str, Any]) -> str:
     if test["status"] != "inconclusive" or test["sd"] is None:
         return ""
     if_equal, at_measured = (_more(test[key], test["count"]) for key in ("seeds_needed_if_equal", "seeds_needed"))
-    return f"about {if_equal} would decide it if the true gap is zero, {at_measured} if it is the measured one"
+    text = f"{if_equal} would decide it if the true gap is zero, {at_measured} if it is the measured one"
+    return text if text.startswith("over") else f"about {text}"
 
 
 def _more(needed: int | None, count: int) -> str:
     if needed is None:
-        return f"more than {MAX_SEEDS:,} more seeds"
+        return f"over {MAX_SEEDS:,} more seeds"
     more = max(1, needed - count)
     return f"{more} more seed{'s' * (more > 1)}"
 

@@ -48,7 +48,8 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
             seconds_text(run["train_seconds"]),
         ]
         rows.append(run_row(verdict, arm, run, cells))
-    how = "one after the other" if verdict["parallel"] == 1 else f"{verdict['parallel']} at a time, sharing the machine"
+    numbers = {run["ran_on"]["runs_at_a_time"] or 1 for _, _, run in measured_runs(verdict)}
+    how = "one after the other" if numbers == {1} else f"up to {max(numbers)} at a time, sharing the machine"
     caption = f"<strong>Speed</strong>, warm-up steps left out. The runs were trained {how}."
     emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
@@ -57,7 +58,9 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         if doubt := _doubt(verdict, arm):
             text = f"speed {NOT_COMPARABLE}, and neither is the time to the same loss: {doubt}."
             note += page.paragraph(f"{verdict['arms'][arm]['label']}: {text}", "alert")
-    return [note, _speed_figure(verdict, arms), table, _time_figure(verdict, arms), _time_table(verdict)]
+    doubted = any(_doubt(verdict, arm) for arm in verdict["comparisons"])
+    over_time = "" if doubted else _time_figure(verdict, arms)  # it is drawn from the speeds
+    return [note, _speed_figure(verdict, arms), table, over_time, _time_table(verdict)]
 
 
 def _doubt(verdict: Mapping[str, Any], arm: str) -> str | None:

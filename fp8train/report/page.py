@@ -93,7 +93,9 @@ footer { color: var(--muted); font-size: 13px; padding-top: 28px; padding-bottom
 @media (max-width: 620px) { main, header, footer { padding-left: 18px; padding-right: 18px; }
 header { padding-top: 32px; } h1 { font-size: 24px; } }
 @media print { section { break-inside: avoid-page; } pre { max-height: none; white-space: pre-wrap; }
-nav { display: none; } }
+nav { display: none; } .scroll { overflow: visible; } svg.chart { min-width: 0; } table { font-size: 11px; }
+th, td { padding: 4px 10px 4px 0; } thead th { font-size: 10.5px; } td.number { white-space: normal; }
+thead { display: table-header-group; } tr { break-inside: avoid; } }
 """ + "".join(f".series-{index} {{ background: var(--series-{index}); }}\n" for index in range(6))  # fmt: skip
 
 

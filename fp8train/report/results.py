@@ -35,7 +35,7 @@ Smooth = Mapping[str, Mapping[int, np.ndarray]]  # arm -> seed -> smoothed train
 
 def loss_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Loss curves, their difference, and both in tables."""
-    smooth = {arm: {seed: ema(run.train.columns["loss"]) for seed, run in runs.items()} for arm, runs in arms.items()}
+    smooth = {arm: {seed: drawn(run.train.columns["loss"]) for seed, run in runs.items()} for arm, runs in arms.items()}
     parts = [_diverged_alert(entry) + _nonfinite_alert(entry) for entry in verdict["arms"].values()]
     parts += [_loss_figure(verdict, arms, smooth), _difference_figure(verdict, arms)]
     parts += [_loss_table(verdict), _error_table(verdict)]
@@ -53,6 +53,11 @@ def _nonfinite_alert(entry: Mapping[str, Any]) -> str:
         f"{entry['label']}: the loss was not finite at {count_text(count)} logged steps, which are gaps in the curves."
     )
     return page.paragraph(text, "alert") if count else ""
+
+
+def drawn(losses: np.ndarray) -> np.ndarray:
+    """Smoothed losses [rows], with a gap at those that are not finite, over which the average is carried."""
+    return np.where(np.isfinite(losses), ema(losses), np.nan)
 
 
 def over_seeds(tables: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +152,7 @@ def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
 def _relative(baseline: Table, other: Table, column: str, *, smoothed: bool) -> tuple[np.ndarray, np.ndarray]:
     """(steps, difference in percent of the baseline)."""
     steps, base, new = paired(baseline, other, column)
-    base, new = (ema(base), ema(new)) if smoothed else (base, new)
+    base, new = (drawn(base), drawn(new)) if smoothed else (base, new)
     return steps, 100 * (new - base) / base
 
 

@@ -12,10 +12,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import yaml
 
+from fp8train.arguments import flattened
 from fp8train.backends import get_backend
 from fp8train.errors import BackendError, DataError
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
+EARLIER = "config.until_step_*.yaml"  # configuration of a run's first steps, where it went on with another
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
 NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
@@ -76,6 +78,13 @@ class RunRecord:
         if self.result.get("diverged") is None and table.last(column) is None:
             return {"step": int(table.steps[-1]), "reason": f"{what} is not finite"}
         return self.result.get("diverged")
+
+    @property
+    def optimizers(self) -> dict[float, dict[str, Any]]:
+        """Settings of the optimizer by the last step that they hold for; infinity for those at the end."""
+        found = {float(file.stem.rpartition("_")[2]): read_mapping(file) for file in self.path.glob(EARLIER)}
+        parts = [*sorted(found.items()), (math.inf, self.config)]
+        return {step: flattened(config.get("optim") or {}) for step, config in parts}
 
     @property
     def noise(self) -> float:

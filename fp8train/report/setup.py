@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from fp8train.report.coverage_summary import (
 from fp8train.report.learning import LEAST_FALL, LEAST_STEPS
 from fp8train.report.page import Column, code, typeset
 from fp8train.report.run_record import Arms, first_run
+from fp8train.report.trajectory import SMOOTHED_SPAN
 from fp8train.spikes import LEAST_LEAP, RECENT, SIGMAS, WINDOW
 from fp8train.units import bytes_text, count_text, flops_text, percent_text
 
@@ -115,17 +117,17 @@ def _coverage_table(label: str, groups: Sequence[LinearGroup], total: float) -> 
 
 
 def configuration_section(arms: Arms) -> list[str]:
-    flat = {arm: flattened(next(iter(runs.values())).config) for arm, runs in arms.items()}
-    keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
-    differing = [
-        key for key in keys if key not in OWN_KEYS and len({str(entries.get(key)) for entries in flat.values()}) > 1
-    ]
+    flat = {arm: [flattened(run.config) for run in runs.values()] for arm, runs in arms.items()}
+    keys = list(dict.fromkeys(key for runs in flat.values() for entries in runs for key in entries))
+    # of every seed: one run may have been trained apart from the others
+    values = {key: {arm: [_plain(run.get(key)) for run in runs] for arm, runs in flat.items()} for key in keys}
+    differing = [key for key in keys if key not in OWN_KEYS and len(set(map(tuple, values[key].values()))) > 1]
     columns = [Column(heading="Key"), *(Column(heading=arm) for arm in arms)]
     parts = [
         page.table(
             f"<strong>What differs between the arms.</strong> {typeset(_environment_words(arms))}",
             columns,
-            [[code(key), *(code(_plain(entries.get(key))) for entries in flat.values())] for key in differing],
+            [[code(key), *(code(" and ".join(dict.fromkeys(of))) for of in values[key].values())] for key in differing],
         )
     ]
     first = first_run(arms)
@@ -206,9 +208,11 @@ def method() -> str:
         "Placebo": "BF16 whose GEMM operands carry unbiased noise as large as FP8's rounding. Its gap is what such "
         "noise "
         "does by chance; an arm is only worse than chance if its gap stands out from the placebo's.",
-        "Tokens to loss": "Both training losses are averaged over 5 % of the run; a loss is reached where the average "
-        "first is as low. Read where the baseline is after 50, 75 and 90 % of its tokens, and at the lowest loss that "
-        "both reach.",
+        "Tokens to loss": "Both training losses are smoothed over the logarithm of tokens: by local lines with "
+        f"tricube weights that reach a factor of {math.exp(SMOOTHED_SPAN):.2f} in tokens either way, the arm's as the "
+        "baseline's and the smoothed difference of the two. A loss is reached where the curve first is as low; where "
+        "it is flat nothing is read. Read where the baseline is after 50, 75 and 90 % of its tokens, and at the lowest "
+        "loss that both reach.",
         "Gap in LR decay": "Mean over the steps after the last one at 90 % of the peak learning rate, against the "
         "mean at "
         "the peak.",

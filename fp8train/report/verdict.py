@@ -5,6 +5,7 @@ verdict.json.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from fp8train.arguments import flattened
 from fp8train.errors import ConfigError
+from fp8train.recipe import load_recipe
 from fp8train.report import trajectory
 from fp8train.report.conclusion import (
     NOT_COMPARABLE,
@@ -36,8 +38,8 @@ SHARED_FACTS = {
     "model_hash": "model",
     "tokenizer_hash": "tokenizer",
     "data_hash": "data set",
-    "stream_hash": "data order",
     "tokens_seen": "token count",
+    "stream_hash": "data order",
     "eval_hash": "eval set",
     "init_hash": "initial weights",
 }
@@ -62,7 +64,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
     found = {
         "run_dir": str(run.path),
         "diverged": run.diverged,
-        "steps": int(run.train.steps[-1]),
+        "steps": int(finite(run.result.get("steps")) or run.train.steps[-1]),
         "tokens_seen": finite(run.result.get("tokens_seen")) or run.train.last("tokens_seen"),
         "first_train_loss": next((loss for value in losses if (loss := finite(value)) is not None), None),
         "train_loss": run.train.last("loss"),
@@ -174,9 +176,28 @@ def check_comparable(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
                     "needs the same for both, or their loss gap says nothing about precision. Train both from "
                     "one configuration."
                 )
+    _check_optimizer(runs)
     for name in early:
         _check_step_size(name, runs[name], whole[0], runs[whole[0]])
     return {key: runs[whole[0]].result[key] for key in SHARED_FACTS}
+
+
+def _check_optimizer(runs: Mapping[str, RunRecord]) -> None:
+    """Refuse runs with other settings of the optimizer, also those of a part of a run; what one does not know counts
+    as the same.
+    """
+    first, *others = runs
+    for name in others:
+        parts = [runs[first].optimizers, runs[name].optimizers]
+        steps = sorted({step for part in parts for step in part})
+        for step in steps:
+            old, new = (part[min(until for until in part if until >= step)] for part in parts)
+            for key in (key for key in old if key in new and old[key] != new[key]):
+                until = "" if step == steps[-1] else f" until step {step:,.0f}"
+                raise ConfigError(
+                    f"compare: optim.{key} differs{until}: {first} has {old[key]}, {name} has {new[key]}; needs the "
+                    "same for both, or their loss gap says nothing about precision. Train both from one configuration."
+                )
 
 
 def _check_step_size(name: str, run: RunRecord, other_name: str, other: RunRecord) -> None:
@@ -219,7 +240,7 @@ def make_verdict(
     shared = {seed: check_comparable({arm: runs[seed] for arm, runs in arms.items()}) for seed in seeds}
     entries = {arm: _arm_entry(arm, runs, seeds) for arm, runs in arms.items()}
     others = [arm for arm in arms if arm != baseline]
-    placebo = next((arm for arm in others if entries[arm]["noise"]), None)
+    placebo = next((arm for arm in others if entries[arm]["noise"] == _placebo_noise()), None)
     verdict: dict[str, Any] = {
         "version": 2,
         **dict.fromkeys(("status", "reason", "sentence"), ""),
@@ -326,6 +347,12 @@ def _reason(verdict: Mapping[str, Any], test: Mapping[str, Any]) -> str:
     if placebo is None or placebo["low"] is None or not beside:
         return str(test["reason"])
     return f"{test['reason']}; the placebo's interval, which is chance alone, is {interval_text(placebo)}"
+
+
+@functools.cache
+def _placebo_noise() -> float:
+    """That of the shipped recipe: an arm with other noise is one to be judged, and says nothing of chance."""
+    return max(precision.noise for precision in load_recipe("placebo").precisions.values())
 
 
 def _arm_entry(arm: str, runs: Mapping[int, RunRecord], seeds: Sequence[int]) -> dict[str, Any]:

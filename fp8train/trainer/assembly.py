@@ -204,6 +204,8 @@ def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
             if one["exception"] is None or two["exception"] is None:  # it ran in FP8 in one of them
                 other = gemms[gemm]["other_rows"]
                 gemms[gemm]["exception"] = (one["exception"] or two["exception"]) if other else None
+            elif not one["fp8_rows"] + one["other_rows"]:  # nothing had reached it then, which says nothing now
+                gemms[gemm]["exception"] = two["exception"]
             N, K = first["shape"]
             for key in flops:
                 flops[key] += 2 * gemms[gemm][key] * N * K

@@ -22,6 +22,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+_RUNS_AT_A_TIME = [1]
+
+
+def share_machine(runs: int) -> None:
+    """Record from now on that this process trains beside others of its comparison, `runs` in all."""
+    _RUNS_AT_A_TIME[0] = runs
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware, code and command line of this process; plain values.
 
@@ -47,6 +55,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": {"name": name, "memory_bytes": memory},
         "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "memory_bytes": host_bytes},
         "torch_threads": torch.get_num_threads(),
+        "runs_at_a_time": _RUNS_AT_A_TIME[0],
         "cpu_kernels": library.functions is not None,
         "cpu_kernels_reason": library.reason,
     }

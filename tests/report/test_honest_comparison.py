@@ -1,0 +1,120 @@
+"""What a comparison must not say: precision blamed for other settings, speed of runs that shared a machine, steps that
+were only logged, noise that is no placebo's, curves over steps without a loss.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from fp8train.errors import ConfigError
+from fp8train.report import build_report
+from fp8train.report.results import drawn
+from fp8train.report.run_record import Arms, read_run
+from fp8train.trainer import environment as facts
+from fp8train.trainer.assembly import COUNTED, GEMMS, add_coverage
+from tests.run_folders import ENVIRONMENT, verdict_of, write_run
+
+
+def edited(path: Path, name: str, **changes: object) -> Path:
+    """A run folder with other values in one of its files."""
+    file = path / name
+    content = yaml.safe_load(file.read_text()) | changes
+    file.write_text(yaml.safe_dump(content) if file.suffix == ".yaml" else json.dumps(content))
+    return path
+
+
+def arms_of(folder: Path, **changes: object) -> Arms:
+    """A BF16 run, and a blockwise run with changes to its configuration."""
+    fp8 = edited(write_run(folder / "fp8", recipe="blockwise"), "config.yaml", **changes)
+    return {"bf16": {1: read_run(write_run(folder / "bf16"))}, "blockwise": {1: read_run(fp8)}}
+
+
+def test_runs_with_another_learning_rate_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim.lr differs: bf16 has 0.001, blockwise has 0.0001; needs the same"):
+        verdict_of(arms_of(tmp_path, optim={"lr": 1e-4}))
+
+
+def test_a_run_whose_first_steps_had_another_is_refused(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path)
+    early = edited(tmp_path / "fp8", "config.yaml", optim={"lr": 5e-3}) / "config.yaml"
+    early.rename(tmp_path / "fp8" / "config.until_step_30.yaml")
+    (tmp_path / "fp8" / "config.yaml").write_text((tmp_path / "bf16" / "config.yaml").read_text())
+    assert sorted(read_run(tmp_path / "fp8").optimizers) == [30, float("inf")]
+    arms = {"bf16": arms["bf16"], "blockwise": {1: read_run(tmp_path / "fp8")}}
+    with pytest.raises(ConfigError, match=r"optim.lr differs until step 30: bf16 has 0.001, blockwise has 0.005"):
+        verdict_of(arms)
+
+
+def test_a_key_that_one_does_not_know_counts_as_the_same(tmp_path: Path) -> None:
+    assert verdict_of(arms_of(tmp_path, optim={"lr": 1e-3, "new": 1}))["status"] == "indicative"
+
+
+def test_keys_of_every_seed_are_compared(tmp_path: Path) -> None:
+    arms = {
+        arm: {seed: read_run(write_run(tmp_path / f"{arm}{seed}", recipe=arm, seed=seed)) for seed in (1, 2)}
+        for arm in ("bf16", "blockwise")
+    }
+    arms["blockwise"][2] = read_run(edited(tmp_path / "blockwise2", "config.yaml", compile=True))
+    report = build_report(verdict_of(arms), arms)
+    table = report.partition("What differs between the arms")[2].partition("</table>")[0]
+    assert "compile" in table and "true" in table.lower() and "seed" not in table.lower().partition("</thead>")[2]
+
+
+def test_speed_of_runs_that_shared_the_machine_is_not_quoted(tmp_path: Path) -> None:
+    shared, alone = (ENVIRONMENT | {"runs_at_a_time": number} for number in (2, 1))
+    for number, (base, other) in enumerate([(shared, shared), (alone, shared), (alone, alone)]):
+        arms = {
+            "bf16": {1: read_run(write_run(tmp_path / f"bf16-{number}", environment=base))},
+            "blockwise": {1: read_run(write_run(tmp_path / f"fp8-{number}", recipe="blockwise", environment=other))},
+        }
+        verdict = verdict_of(arms, parallel=1)
+        report, doubt = build_report(verdict, arms), verdict["comparisons"]["blockwise"]["speed"]["not_quoted"]
+        assert (doubt is None) == (number == 2) == ("one after the other" in report)
+        assert ("up to 2 at a time" in report) == (number != 2) == ("Loss over time" not in report)
+
+
+def test_a_process_says_how_many_runs_share_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(facts, "_RUNS_AT_A_TIME", [1])
+    found = [facts.environment(torch.device("cpu"))["runs_at_a_time"]]
+    facts.share_machine(3)
+    assert [*found, facts.environment(torch.device("cpu"))["runs_at_a_time"]] == [1, 3]
+
+
+def test_steps_are_those_of_the_run_not_of_its_last_logged_row(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path)
+    for name in ("bf16", "fp8"):
+        edited(tmp_path / name, "result.json", steps=47)
+    arms = {"bf16": {1: read_run(tmp_path / "bf16")}, "blockwise": {1: read_run(tmp_path / "fp8")}}
+    verdict = verdict_of(arms)
+    assert verdict["arms"]["bf16"]["runs"][0]["steps"] == 47 and "after 47 steps" in verdict["sentence"]
+
+
+def test_other_noise_than_the_shipped_one_is_no_placebo(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path) | {"noisy": {1: read_run(write_run(tmp_path / "noisy", recipe="placebo"))}}
+    assert verdict_of(arms)["placebo"] == "noisy"
+    text = (tmp_path / "noisy" / "recipe.yaml").read_text().replace("0.0265", "0.49")
+    (tmp_path / "noisy" / "recipe.yaml").write_text(text)
+    verdict = verdict_of(arms | {"noisy": {1: read_run(tmp_path / "noisy")}})
+    assert verdict["placebo"] is None and verdict["sentence"].count("ended level with BF16") == 2  # it is judged too
+
+
+def test_the_smoothed_curve_has_gaps_where_there_is_no_loss() -> None:
+    curve = drawn(np.array([4.0, np.nan, 2.0, np.nan]))
+    assert np.isnan(curve).tolist() == [False, True, False, True] and curve[2] == pytest.approx(3.8)
+
+
+def test_what_nothing_had_reached_says_nothing_of_the_whole() -> None:
+    def part(rows: dict[str, int], exception: str | None) -> dict[str, object]:
+        gemm = dict.fromkeys(COUNTED, 0) | rows | {"exception": exception}
+        return {"linears": [{"fqn": "a", "shape": [2, 2], "gemms": dict.fromkeys(GEMMS, gemm)}]}
+
+    early, late = part({}, "no tokens reached it"), part({"other_rows": 5}, "the schedule: bf16 from step 3")
+    found = add_coverage(early, late)["linears"][0]["gemms"]["fprop"]
+    assert found["exception"] == "the schedule: bf16 from step 3" and found["other_rows"] == 5
