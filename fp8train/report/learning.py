@@ -65,10 +65,11 @@ def _doubt(label: str, found: Mapping[str, Any], margin_percent: float) -> dict[
         open_mean = spread if found["fell"] >= found["needed"] else ""  # where the mean alone would be enough
         margin = f"{found['margin']:.4f} ({margin_percent:g} %)"
         needed = f"it must fall by {found['needed']:.4f}, {LEAST_FALL:g} times the margin of {margin}"
+        fell_at_all = found["fell"] >= 0  # a run that unlearns does not want more of it
         why = f"or an arm within the margin may have lost more than {100 / LEAST_FALL:.0f} % of what was learned"
         return {
             "in_short": f"{fell}{open_mean} and the margin is {margin}",
-            "doubt": f"{fell}{spread}; {needed}, {why}; train for more steps",
+            "doubt": f"{fell}{spread}; {needed}, {why}; {'train for more steps' if fell_at_all else 'lower optim.lr'}",
         }
     if found["steps"] < LEAST_STEPS:
         few = f"{count_text(found['steps'])} step{'s' * (found['steps'] != 1)} cannot tell the arms apart"
