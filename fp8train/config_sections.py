@@ -138,7 +138,8 @@ class CompareConfig:
 
     arms: recipes, the baseline first; null: bf16, with several seeds placebo, and the run's recipe
     seeds: runs of each arm, with seeds seed, seed+1, and so on
-    parallel: runs at a time, each in a process of its own with its share of the threads
+    parallel: runs at a time, each in a process of its own with its share of the threads; runs that share a device are
+        not compared by speed
     margin_percent: largest gap of the mean held-out loss that counts as equal
     skip_damaged: leave damaged lines of metrics out of the comparison, in place of refusing the file
     """

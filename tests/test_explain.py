@@ -128,6 +128,7 @@ def test_what_a_recipe_does_beside_its_rules_is_named(capsys: pytest.CaptureFixt
     assert exit_code(main, ["model=quickstart", f"recipe={tmp_path / 'recipe.yaml'}"]) == 0
     text = capsys.readouterr().out
     assert "schedule: from 90% of the steps on, linears whose rule quantises are in bf16" in text
+    assert "if each sees every token, until the schedule changes it" in text
     assert "swiglu: the input of *down_proj is clamped to 50 and its channels scaled to alike size" in text
     assert "alarm: on nonfinite or spike the worst linear goes to BF16, at most 3 times" in text
 

@@ -95,7 +95,7 @@ def verdicts(
         missing = [kernel for kernel in asked if kernel not in found and kernel not in settled]
         made: dict[Kernel, tuple[str | None, bool]] = {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            checks = {pool.submit(check_in_child, kernel, index): kernel for kernel in sorted(missing, key=_may_hang)}
+            checks = {pool.submit(check_in_child, kernel, index): kernel for kernel in sorted(missing, key=_must_end)}
             try:
                 for check in as_completed(checks):
                     reason, final = made[checks[check]] = check.result()
@@ -110,7 +110,7 @@ def verdicts(
     return found | {kernel: reason for kernel, (reason, _) in made.items()}
 
 
-def _may_hang(kernel: Kernel) -> bool:
+def _must_end(kernel: Kernel) -> bool:
     """Key that puts entries with specialised warps first: one that hangs takes the whole of its time."""
     return not kernel[1].startswith(("ws_", "gluon_"))
 

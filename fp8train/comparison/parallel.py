@@ -20,7 +20,7 @@ from fp8train.config import RunConfig
 from fp8train.distributed import World
 from fp8train.errors import DivergedError, TrainingError, UserError
 from fp8train.trainer.console import Console
-from fp8train.trainer.environment import share_machine
+from fp8train.trainer.environment import share_device
 from fp8train.trainer.loop import Trainer
 from fp8train.trainer.run_folder import RESULT_FILE
 from fp8train.trainer.stopping import StopRequest
@@ -145,10 +145,10 @@ def _ended(live: list[_Worker]) -> Iterator[None]:
 def _work(job: Job, slot: int, threads: int, processes: int, outcome: Connection, told: Connection) -> None:
     """Body of a process: it saves and stops when the parent closes its end of `told`, or dies."""
     torch.set_num_threads(threads)
-    share_machine(processes)
     device = (
         torch.device("cuda", slot % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     )
+    share_device(-(-processes // torch.cuda.device_count()) if device.type == "cuda" else processes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = job.config

@@ -30,7 +30,7 @@ SPEED_FACTS = {
     "cuda": "CUDA",
     "triton": "Triton",
     "cpu_kernels": "C++ kernels",
-    "runs_at_a_time": "runs at a time",
+    "runs_on_device": "runs at a time on its device",
 }
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
@@ -104,8 +104,8 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     Args:
         arms: label and `runs` of each, as verdict.json has them.
     """
-    if any((run["ran_on"]["runs_at_a_time"] or 1) > 1 for arm in arms for run in arm["runs"]):
-        return "runs shared the machine (compare.parallel), the last of them perhaps with fewer"
+    if any((run["ran_on"]["runs_on_device"] or 1) > 1 for arm in arms for run in arm["runs"]):
+        return "runs shared a device (compare.parallel), the last of them perhaps with fewer"
     if differences := [text for key in SPEED_FACTS if (text := _difference(key, arms))]:
         return "the arms ran on other machines or software, " + "; ".join(differences)
     ranges = [speed_range(arm["runs"]) for arm in arms]

@@ -48,9 +48,9 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
             seconds_text(run["train_seconds"]),
         ]
         rows.append(run_row(verdict, arm, run, cells))
-    numbers = {run["ran_on"]["runs_at_a_time"] or 1 for _, _, run in measured_runs(verdict)}
-    how = "one after the other" if numbers == {1} else f"up to {max(numbers)} at a time, sharing the machine"
-    caption = f"<strong>Speed</strong>, warm-up steps left out. The runs were trained {how}."
+    most = max((run["ran_on"]["runs_on_device"] or 1 for _, _, run in measured_runs(verdict)), default=1)
+    how = "by itself" if most == 1 else f"with up to {most - 1} beside it"
+    caption = f"<strong>Speed</strong>, warm-up steps left out. Each run had its device {how}."
     emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)

@@ -22,12 +22,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-_RUNS_AT_A_TIME = [1]
+_RUNS_ON_DEVICE = [1]
 
 
-def share_machine(runs: int) -> None:
-    """Record from now on that this process trains beside others of its comparison, `runs` in all."""
-    _RUNS_AT_A_TIME[0] = runs
+def share_device(runs: int) -> None:
+    """Record from now on that this process trains beside others of its comparison, `runs` in all on its device."""
+    _RUNS_ON_DEVICE[0] = runs
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": {"name": name, "memory_bytes": memory},
         "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "memory_bytes": host_bytes},
         "torch_threads": torch.get_num_threads(),
-        "runs_at_a_time": _RUNS_AT_A_TIME[0],
+        "runs_on_device": _RUNS_ON_DEVICE[0],
         "cpu_kernels": library.functions is not None,
         "cpu_kernels_reason": library.reason,
     }

@@ -65,8 +65,8 @@ def test_keys_of_every_seed_are_compared(tmp_path: Path) -> None:
     assert "compile" in table and "true" in table.lower() and "seed" not in table.lower().partition("</thead>")[2]
 
 
-def test_speed_of_runs_that_shared_the_machine_is_not_quoted(tmp_path: Path) -> None:
-    shared, alone = (ENVIRONMENT | {"runs_at_a_time": number} for number in (2, 1))
+def test_speed_of_runs_that_shared_a_device_is_not_quoted(tmp_path: Path) -> None:
+    shared, alone = (ENVIRONMENT | {"runs_on_device": number} for number in (2, 1))
     for number, (base, other) in enumerate([(shared, shared), (alone, shared), (alone, alone)]):
         arms = {
             "bf16": {1: read_run(write_run(tmp_path / f"bf16-{number}", environment=base))},
@@ -74,17 +74,17 @@ def test_speed_of_runs_that_shared_the_machine_is_not_quoted(tmp_path: Path) -> 
         }
         verdict = verdict_of(arms, parallel=1)
         report, doubt = build_report(verdict, arms), verdict["comparisons"]["blockwise"]["speed"]["not_quoted"]
-        assert (doubt is None) == (number == 2) == ("one after the other" in report)
-        assert ("up to 2 at a time" in report) == (number != 2) == ("Loss over time" not in report)
+        assert (doubt is None) == (number == 2) == ("had its device by itself" in report)
+        assert ("with up to 1 beside it" in report) == (number != 2) == ("Loss over time" not in report)
 
 
-def test_a_process_says_how_many_runs_share_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_says_how_many_runs_share_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(facts, "_RUNS_AT_A_TIME", [1])
-    found = [facts.environment(torch.device("cpu"))["runs_at_a_time"]]
-    facts.share_machine(3)
-    assert [*found, facts.environment(torch.device("cpu"))["runs_at_a_time"]] == [1, 3]
+    monkeypatch.setattr(facts, "_RUNS_ON_DEVICE", [1])
+    found = [facts.environment(torch.device("cpu"))["runs_on_device"]]
+    facts.share_device(3)
+    assert [*found, facts.environment(torch.device("cpu"))["runs_on_device"]] == [1, 3]
 
 
 def test_steps_are_those_of_the_run_not_of_its_last_logged_row(tmp_path: Path) -> None:
