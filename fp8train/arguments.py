@@ -62,6 +62,7 @@ def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
     Raises:
         ConfigError: unknown key (the nearest is named), wrong type, required key missing.
     """
+    _check_entries(target, values, who, "")
     try:
         return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(target), dict(values))))
     except ConfigKeyError as error:
@@ -74,6 +75,19 @@ def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
         place = f"{who}: {key}" if key else who
         got, want = _value_at(values, key), _type_name(_resolve(target, key))
         raise ConfigError(f"{place}: got {got!r}; needs {want}. Correct the value.") from error
+
+
+def _check_entries(target: type, values: Mapping[str, Any], who: str, prefix: str) -> None:
+    """Check dataclasses in lists one by one: OmegaConf does not say which of them an unknown key is in."""
+    for name, hint in typing.get_type_hints(target).items():
+        value, inner = values.get(name), _dataclass_of(hint)
+        if inner is not None and isinstance(value, Mapping):
+            _check_entries(inner, value, who, f"{prefix}{name}.")
+        entry = next(iter(typing.get_args(hint)), None) if typing.get_origin(hint) is list else None
+        if isinstance(entry, type) and dataclasses.is_dataclass(entry) and isinstance(value, list):
+            for number, given in enumerate(value):
+                if isinstance(given, Mapping):
+                    structure(entry, given, who=f"{who}: {prefix}{name}[{number}]")
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, init, rank_exit_code
 from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
-from fp8train.trainer.changed_run import evaluation_config
+from fp8train.trainer.changed_run import evaluation_config, help_on_run
 from fp8train.trainer.evaluation import EvalSet, evaluate
 from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import on_main, write_file
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     scores the same weights in another arithmetic.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        sys.stdout.write(f"{describe(EvalArguments)}\n{describe(RunConfig)}")
+        sys.stdout.write(f"{describe(EvalArguments)}\n{help_on_run(argv)}")
         return 0
     arguments = parse_arguments([a for a in argv if a.partition("=")[0] in OWN_KEYS or "=" not in a], EvalArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)

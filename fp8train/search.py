@@ -22,12 +22,12 @@ from fp8train.arguments import describe
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
 from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
-from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport, align
 from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, layer_positions, load_recipe, nearest_paths
+from fp8train.trainer.changed_run import help_on_run
 from fp8train.trainer.run_folder import write_file
 from fp8train.units import bytes_text
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
             file exists.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        sys.stdout.write(f"{__doc__}\n{describe(SearchArguments)}\n{describe(RunConfig)}")
+        sys.stdout.write(f"{__doc__}\n{describe(SearchArguments)}\n{help_on_run(argv)}")
         return 0
     arguments, config, assembly, calibration = prepare(argv, SearchArguments, "search")
     out = Path(arguments.out or DEFAULT_OUT)

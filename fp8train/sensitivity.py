@@ -13,9 +13,9 @@ from fp8train.arguments import describe
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import LinearSensitivity, ranked
 from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
-from fp8train.config import RunConfig
 from fp8train.conversion_report import align
 from fp8train.errors import exit_code
+from fp8train.trainer.changed_run import help_on_run
 from fp8train.trainer.run_folder import write_file
 
 LEGEND = """\
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     Keys of a run are taken too: recipe, model, data, seq_len, seed and the like.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        sys.stdout.write(f"{describe(SensitivityArguments)}\n{describe(RunConfig)}")
+        sys.stdout.write(f"{describe(SensitivityArguments)}\n{help_on_run(argv)}")
         return 0
     arguments, config, assembly, calibration = prepare(argv, SensitivityArguments, "sensitivity")
     if arguments.out is not None:

@@ -198,7 +198,9 @@ def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys
     small += ["model.num_kv_heads=1", "seq_len=32", "global_batch_tokens=64", "rounds=2", "warmup=0", f"out={out}"]
     assert exit_code(bench.main, ["step", *small]) == 0
     assert "tok/s" in capsys.readouterr().out
-    assert set(json.loads(out.read_text())["results"][0]["timings"]) == {"bf16", "blockwise"}
+    content = json.loads(out.read_text())
+    assert set(content["results"][0]["timings"]) == {"bf16", "blockwise"}
+    assert content["results"][0]["config"]["model"]["hidden_size"] == 64 and "git_commit" in content["environment"]
     assert exit_code(bench.main, ["step", "baseline=unfused", "fused=always", *small]) == 0
     assert "; 3 of 3 norms and MLPs fused" in capsys.readouterr().out  # the last contestant; the first has none
     assert list(json.loads(out.read_text())["results"][0]["timings"]) == ["unfused", "blockwise"]

@@ -115,6 +115,16 @@ class TestLoadConfig:
             pytest.param(["eval_every=3"], "unknown key 'eval_every'; nearest: eval.every", id="no dot"),
             pytest.param(["modle=quickstart"], "nearest: model", id="group"),
             pytest.param(
+                ["data=mix", "data.mix=[{kind: stdlib}, {kind: text, pth: x}]"],
+                "data.mix\\[1\\]: unknown key 'pth'; nearest: path",
+                id="key of an entry of a list",
+            ),
+            pytest.param(
+                ["data=mix", "data.mix=[{kind: stdlib, weight: heavy}]"],
+                "data.mix\\[0\\]: weight: got 'heavy'; needs float",
+                id="type in an entry of a list",
+            ),
+            pytest.param(
                 ["model=quikstart"], "no file 'quikstart' in configs/model/; nearest: quickstart", id="choice"
             ),
             pytest.param(["experiment=zzz"], "experiment: no file 'zzz'.*choices: .*llama3_8b", id="experiment"),

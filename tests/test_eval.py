@@ -53,6 +53,15 @@ def test_micro_batch_does_not_change_the_score(folder: Path, tmp_path: Path):
     assert one["eval_hash"] == eight["eval_hash"]
 
 
+def test_help_shows_the_values_that_hold(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert command.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "checkpoint=<required>" in text and "  seq_len=256 " in text and "Those are defaults" in text
+    assert command.main([f"checkpoint={folder / 'run'}", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "  seq_len=64 " in text and f"the values of {folder / 'run'}" in text
+
+
 def test_number_of_windows_can_be_changed(folder: Path, tmp_path: Path):
     row = score(folder, tmp_path / "out.json", "data.eval_windows=3")
     assert row["eval_tokens"] == 3 * 64

@@ -11,7 +11,7 @@ import torch
 
 from fp8train.arguments import parse_arguments
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
-from fp8train.config import RunConfig, load_config
+from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.errors import ConfigError
@@ -63,6 +63,7 @@ def run(argv: Sequence[str], world: World) -> int:
     title = f"training step, model {config.model.name}, {count_text(config.global_batch_tokens)} tokens"
     timings = interleaved(steps, arguments, world.device)
     facts = {"model": config.model.name, "tokens": config.global_batch_tokens, "peak_bytes": peaks}
+    facts |= {"config": config_to_dict(config)}
     result = BenchResult(title=title, timings=timings, facts=facts)
     rate = table(
         result, lambda name, timing: f"  {count_text(config.global_batch_tokens / timing.median_seconds)} tok/s"

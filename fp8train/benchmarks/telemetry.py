@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fp8train.arguments import parse_arguments
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
-from fp8train.config import RunConfig, load_config
+from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.data import Batch, Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.errors import ConfigError
@@ -37,6 +37,7 @@ def run(argv: Sequence[str], world: World) -> int:
     share = extra / step.watcher.every
     title = f"training step, model {config.model.name}, {count_text(config.global_batch_tokens)} tokens"
     facts = {"model": config.model.name, "every": step.watcher.every, "telemetry_share": share}
+    facts |= {"config": config_to_dict(config)}
     result = BenchResult(title=title, timings=timings, facts=facts)
     sys.stdout.write(machine_lines(world.device, step.reason, arguments) + table(result))
     sys.stdout.write(f"one sample in {step.watcher.every} steps: {100 * share:.2f} % of step time\n")

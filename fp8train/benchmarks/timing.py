@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fp8train.errors import ConfigError
-from fp8train.trainer.environment import device_name
+from fp8train.trainer.environment import device_name, environment
 from fp8train.trainer.run_folder import write_file
 from fp8train.units import ratio_text
 
@@ -180,7 +180,7 @@ def machine_lines(device: torch.device, backend: str, arguments: BenchArguments)
 def write_results(
     subject: str, results: Sequence[BenchResult], device: torch.device, backend: str, arguments: BenchArguments
 ) -> None:
-    """Write arguments.out, if it was given: versions, hardware, and every timing."""
+    """Write arguments.out, if it was given: versions, code, hardware, and every timing."""
     if arguments.out is None:
         return
     content = {
@@ -191,6 +191,7 @@ def write_results(
         "cuda": torch.version.cuda,
         "backend": backend,
         "arguments": asdict(arguments),
+        "environment": environment(device),
         "results": [
             {
                 "title": result.title,

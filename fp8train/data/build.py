@@ -11,7 +11,7 @@ from fp8train.data import huggingface
 from fp8train.data.config import DataConfig, SourceConfig
 from fp8train.data.corpus import Corpus, build_corpus
 from fp8train.data.dataset import Dataset, PackedDataset, threshold_for
-from fp8train.data.mix import MixedDataset
+from fp8train.data.mix import MixedDataset, eval_shares, quotas
 from fp8train.data.shards import open_shards, shard_tokenizer
 from fp8train.data.sources import plan_pieces, read_piece, source_files
 from fp8train.data.split import fixed_threshold
@@ -53,13 +53,17 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     # One threshold for all sources: a text that two of them share must land on one side.
     fixed = fixed_threshold(config.holdout_fraction)
     threshold = max([fixed, *(threshold_for(corpus, config.holdout_fraction, seq_len) for corpus in stored)])
+    weights = [entry.weight for entry in entries] if config.kind == "mix" else [1.0]
+    windows = eval_shares(quotas(weights), config.eval_windows)
     datasets = [
-        _dataset(config, entry, corpus, tokenizer, seq_len=seq_len, seed=seed + (number << 32), threshold=threshold)
-        for number, (entry, corpus) in enumerate(zip(entries, corpora, strict=True))
-    ]
+        _dataset(
+            config, entry, corpus, tokenizer,
+            seq_len=seq_len, seed=seed + (number << 32), threshold=threshold, eval_windows=share,
+        )
+        for number, (entry, corpus, share) in enumerate(zip(entries, corpora, windows, strict=True))
+    ]  # fmt: skip
     if config.kind != "mix":
         return datasets[0]
-    weights = [entry.weight for entry in entries]
     return MixedDataset(
         datasets, weights, seed=seed, eval_windows=config.eval_windows, document_mask=config.document_mask
     )
@@ -135,6 +139,7 @@ def _dataset(
     seq_len: int,
     seed: int,
     threshold: int,
+    eval_windows: int,
 ) -> Dataset:
     if corpus is not None:
         return PackedDataset(
@@ -142,7 +147,7 @@ def _dataset(
             seq_len=seq_len,
             seed=seed,
             threshold=threshold,
-            eval_windows=config.eval_windows,
+            eval_windows=eval_windows,
             document_mask=config.document_mask,
         )
     identity = [
@@ -162,6 +167,6 @@ def _dataset(
         seq_len=seq_len,
         seed=seed,
         threshold=threshold,
-        eval_windows=config.eval_windows,
+        eval_windows=eval_windows,
         document_mask=config.document_mask,
     )

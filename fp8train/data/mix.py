@@ -19,8 +19,8 @@ class MixedDataset:
     """Samples of several datasets in fixed proportions.
 
     In each block of `len(pattern)` samples, source k has exactly quotas[k] of them, in an order that (seed, block)
-        gives; its samples
-    are taken one after the other. Each source has its own epochs: a small one starts again while a large one goes on.
+    gives; its samples are taken one after the other. Each source has its own epochs: a small one starts again while a
+    large one goes on.
 
     Args:
         datasets: with one seq_len and one tokenizer.
@@ -68,8 +68,7 @@ class MixedDataset:
 
     def eval_samples(self, n: int | None = None) -> list[Sample]:
         """About n (None: data.eval_windows) held-out windows: of each source its share, and at least one."""
-        wanted = n or self._eval_windows
-        shares = [max(1, wanted * quota // len(self._pattern)) for quota in self._quotas]
+        shares = eval_shares(self._quotas, n or self._eval_windows)
         return [s for dataset, share in zip(self._datasets, shares, strict=True) for s in dataset.eval_samples(share)]
 
     def skip_to(self, index: int) -> str:
@@ -99,6 +98,11 @@ class MixedDataset:
         if self._block[0] != block:
             self._block = (block, self._pattern[permutation(len(self._pattern), self.seed, block, MIX_ORDER)])
         return self._block[1]
+
+
+def eval_shares(quotas: Sequence[int], wanted: int) -> list[int]:
+    """Held-out windows of each source, of `wanted` in all: its share, and at least one."""
+    return [max(1, wanted * quota // sum(quotas)) for quota in quotas]
 
 
 def quotas(weights: Sequence[float]) -> list[int]:

@@ -8,12 +8,22 @@ from typing import Any
 import yaml
 
 from fp8train._layout import folder
-from fp8train.arguments import merged, nearest, parse_assignments, structure
-from fp8train.checkpoint import Checkpoint
+from fp8train.arguments import describe, merged, nearest, parse_assignments, structure
+from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import DataConfig, covers
 from fp8train.data.build import configured_tokenizer
 from fp8train.errors import ConfigError, DataError
+
+
+def help_on_run(argv: Sequence[str]) -> str:
+    """Help on the keys of a run, for a command that reads a checkpoint: with its values where argv names one."""
+    given = [argument.removeprefix("checkpoint=") for argument in argv if argument.startswith("checkpoint=")]
+    if not given:
+        hint = "Those are defaults; checkpoint=DIR --help shows the values of that run, which hold instead."
+        return f"{describe(RunConfig)}\n{hint}\n"
+    checkpoint = open_checkpoint(given[-1])
+    return f"{describe(RunConfig, config_to_dict(checkpoint.config))}\nThose are the values of {checkpoint.path}.\n"
 
 
 def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: str) -> RunConfig:

@@ -121,3 +121,13 @@ def test_shards_and_bytes_mix_but_two_tokenizers_do_not(text_file: Path, bpe_fil
 def test_bad_mix_is_one_line(make: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_description_says_how_many_windows_evaluation_reads_of_each_source(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {n} " + "x" * 60 for n in range(400)))
+    entries = [SourceConfig(kind="text", path=str(tmp_path / f"{name}.txt"), document_bytes=100) for name in "ab"]
+    entries[0].weight = 3.0
+    mix = build_dataset(DataConfig(kind="mix", mix=entries, eval_windows=16), seq_len=32, seed=1)
+    assert [part.partition("evaluation reads ")[2].split()[0] for part in mix.describe().split(" | ")] == ["12", "4"]
+    assert len(mix.eval_samples()) == 16
