@@ -30,7 +30,8 @@ from fp8train.config_sections import (
 from fp8train.convert import COPIES, FUSED
 from fp8train.data import DataConfig, with_model_tokenizer
 from fp8train.errors import ConfigError
-from fp8train.models import ModelConfig, resolve_config
+from fp8train.hf_fp8 import packing_of
+from fp8train.models import ModelConfig, read_config_json, resolve_config
 from fp8train.models.recompute import CHOICES as CHECKPOINTING
 from fp8train.optim import OptimConfig, learning_rate, warmup_steps
 from fp8train.telemetry.config import TelemetryConfig
@@ -185,6 +186,8 @@ def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
     assigned = parse_assignments([argument for argument in arguments if argument not in selected], RunConfig)
     config = structure(RunConfig, merged(values, assigned), who=command)
     config.model = resolve_config(config.model)
+    if config.model.init_from is not None:
+        packing_of(read_config_json(config.model.init_from), config.model.init_from)
     config.data = with_model_tokenizer(config.data, config.model.init_from)
     if config.run_dir is None:
         config.run_dir = _default_run_dir(config, command)

@@ -15,11 +15,15 @@ from fp8train.data import covers
 from fp8train.data.build import configured_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import ConfigError, DataError, exit_code
-from fp8train.models import ModelConfig, count_parameters, save_hf
+from fp8train.hf_fp8 import BlockPacking, packed_specs
+from fp8train.models import ModelConfig, build_model, count_parameters, hf_name, save_hf
 from fp8train.nn.remedies import fold_channel_scale
-from fp8train.recipe import Recipe
+from fp8train.nn.shared_inputs import input_groups
+from fp8train.recipe import Recipe, load_recipe
+from fp8train.trainer.restored import precisions
 
-DTYPES = ("bfloat16", "float32")
+PACKED = "fp8"
+DTYPES = ("bfloat16", "float32", PACKED)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +32,9 @@ class ExportArguments:
 
     checkpoint: run folder (its newest checkpoint) or one checkpoint
     out: folder to write; new or empty
-    dtype: bfloat16 (rounded to nearest) or float32 (the master weights)
+    dtype: bfloat16 (rounded to nearest), float32 (the master weights) or fp8 (the E4M3 codes and scales that fprop
+        multiplied, 128x128, of the linears that ran in FP8 at this step; the rest in bfloat16)
+    recipe: for dtype=fp8 another one, whose rules say what to round and how; null: that of the run
     tokenizer: tokenizer.json or folder to copy; null: that of the training; none: no tokenizer and no
         eos_token_id, which otherwise is what ends a document in training unless the tokenizer's folder has another
     """
@@ -36,11 +42,14 @@ class ExportArguments:
     checkpoint: str
     out: str
     dtype: str = "bfloat16"
+    recipe: str | None = None
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: got {self.dtype!r}; {nearest(self.dtype, DTYPES)}.")
+        if self.recipe is not None and self.dtype != PACKED:
+            raise ConfigError(f"recipe: is given, and dtype is {self.dtype}; needs dtype={PACKED}. Leave recipe out.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,15 +63,57 @@ def main(argv: Sequence[str]) -> int:
     if arguments.tokenizer != "none":
         chosen = _tokenizer(checkpoint, arguments.tokenizer)
         tokenizer, separator = chosen.path, chosen.separator  # bytes have no files
+    packing = _packing(checkpoint, arguments.recipe) if arguments.dtype == PACKED else None
     state, notes = fold_remedies(checkpoint.load_model_state(), checkpoint.recipe)
-    for line in notes:
+    for line in [*notes, *_joined_notes(packing)]:
         sys.stderr.write(f"{line}\n")
-    save_hf(state, model, arguments.out, arguments.dtype, tokenizer, eos_token_id=separator)
+    dtype = arguments.dtype if packing is None else "bfloat16"
+    save_hf(state, model, arguments.out, dtype, tokenizer, eos_token_id=separator, packing=packing)
     parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
     copied = "with its tokenizer" if tokenizer else "without tokenizer files"
     what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
-    sys.stdout.write(f"{arguments.out}: {what}\n{_padding_line(model, parameters)}")
+    sys.stdout.write(f"{arguments.out}: {what}\n{_padding_line(model, parameters)}{_packing_line(packing)}")
     return 0
+
+
+def _packing(checkpoint: Checkpoint, name: str | None) -> BlockPacking:
+    """How the linears of a checkpoint are written in FP8.
+
+    Raises:
+        ConfigError: the folder cannot hold what the recipe rounds.
+    """
+    recipe = None if name is None else load_recipe(name)
+    numbers = precisions(checkpoint, recipe)
+    model = dataclasses.replace(checkpoint.config.model, vocab_multiple=1)
+    shapes = {
+        path.removesuffix(".weight"): tensor.shape for path, tensor in build_model(model, "meta").named_parameters()
+    }
+    specs = packed_specs(numbers, shapes, (recipe or checkpoint.recipe).name)
+    left = [hf_name(f"{fqn}.weight").removesuffix(".weight") for fqn in numbers if fqn not in specs]
+    return BlockPacking(specs={f"{fqn}.weight": spec for fqn, spec in specs.items()}, left=left)
+
+
+def _packing_line(packing: BlockPacking | None) -> str:
+    """How many linears are in FP8; '' where none is."""
+    if packing is None:
+        return ""
+    count = len(packing.specs)
+    kinds = ", ".join(sorted({str(spec) for spec in packing.specs.values()}))
+    return f"in FP8: {count} of {count + len(packing.left)} linears, {kinds}; the rest in bfloat16\n"
+
+
+def _joined_notes(packing: BlockPacking | None) -> list[str]:
+    """Lines on linears that read one input and are in FP8 in part: servers multiply them as one."""
+    if packing is None:
+        return []
+    inside = {hf_name(name).removesuffix(".weight") for name in packing.specs}
+    groups = [
+        group for group in input_groups([*inside, *packing.left]) if 0 < len(inside.intersection(group)) < len(group)
+    ]
+    return [
+        f"{', '.join(sorted(group))}: some are in FP8 and some are not; servers that join them may refuse the folder"
+        for group in groups
+    ]
 
 
 def _tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
@@ -121,7 +172,10 @@ def fold_remedies(state: dict[str, Tensor], recipe: Recipe) -> tuple[dict[str, T
                 f"{down.removesuffix('.weight').rpartition('.')[0]}.{name}_proj.weight" for name in ("gate", "up")
             )
             state[up], state[down] = fold_channel_scale(state[gate], state[up], state[down])
-        notes.append(f"swiglu.smooth: channel scales folded into {len(downs)} pairs of up_proj and down_proj")
+        notes.append(
+            f"swiglu.smooth: channel scales folded into {len(downs)} pairs of up_proj and down_proj; in FP8 they are "
+            "rounded after that"
+        )
     return state, notes
 
 

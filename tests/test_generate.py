@@ -25,8 +25,10 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def save_run(folder: Path, recipe: str = "blockwise", model: ModelConfig = MODEL, **data) -> Decoder:
-    """A run folder with one checkpoint of a random model."""
+def save_run(
+    folder: Path, recipe: str | dict = "blockwise", model: ModelConfig = MODEL, progress: dict | None = None, **data
+) -> Decoder:
+    """A run folder with one checkpoint of a random model, at step 7 of 300."""
     trained = build_model(model)
     initialize(trained, seed=1)
     document = load_recipe(recipe)
@@ -35,6 +37,7 @@ def save_run(folder: Path, recipe: str = "blockwise", model: ModelConfig = MODEL
         recipe_document=document.document,
         recipe_text=document.text,
         recipe_hash=document.hash,
+        progress=progress or {},
     )
     save_checkpoint(folder, 7, trained, torch.optim.AdamW(trained.parameters()), state)
     return trained

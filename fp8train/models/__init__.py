@@ -5,19 +5,22 @@ from __future__ import annotations
 from fp8train.models.config import ModelConfig, RopeScaling
 from fp8train.models.counting import count_parameters, flops_per_token
 from fp8train.models.decoder import Decoder, build_model
-from fp8train.models.hf import config_from_hf, load_hf, resolve_config, save_hf
+from fp8train.models.hf import Packing, config_from_hf, hf_name, load_hf, read_config_json, resolve_config, save_hf
 from fp8train.models.initialization import initialize
 
 __all__ = [
     "Decoder",
     "ModelConfig",
+    "Packing",
     "RopeScaling",
     "build_model",
     "config_from_hf",
     "count_parameters",
     "flops_per_token",
+    "hf_name",
     "initialize",
     "load_hf",
+    "read_config_json",
     "resolve_config",
     "save_hf",
 ]

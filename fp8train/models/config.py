@@ -64,7 +64,8 @@ class ModelConfig:
     vocab_multiple: the embedding and lm_head get rows up to the next multiple of this; the loss and the logits leave
         the extra ones out
     init_std: standard deviation of the initial weights
-    init_from: Hugging Face folder to start from instead of random weights; its shape must be this one
+    init_from: Hugging Face folder to start from instead of random weights, in BF16, FP16, FP32 or codes with a scale
+        for each block; its shape must be this one
     activations: dtype of the linears' inputs and of attention: bfloat16 or float32; auto is float32 where the recipe is
         all FP32, otherwise bfloat16
     attention: dtype of queries, keys and values: bfloat16, float32, or auto for that of activations

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,7 @@ from fp8train.models.hf_config import (
     resolve_config,
 )
 
-__all__ = ["config_from_hf", "load_hf", "resolve_config", "save_hf"]
+__all__ = ["Packing", "config_from_hf", "hf_name", "load_hf", "read_config_json", "resolve_config", "save_hf"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 READABLE = ("BF16", "F16", "F32")  # names in a safetensors header; each is exact in FP32
@@ -46,14 +46,42 @@ TOKENIZER_FILES = (
 )
 
 
+class Packing(Protocol):
+    """How a folder stores some of its matrices in fewer bytes: codes under the name of each, and scales beside them."""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """quantization_config of config.json."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the codes, as a safetensors header has it."""
+
+    @property
+    def suffix(self) -> str:
+        """What the name of the scales adds to that of the codes."""
+
+    def packed_bytes(self, name: str, shape: Sequence[int]) -> int | None:
+        """Size of a parameter in the files; None where it is written as it is."""
+
+    def pack(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """What is written of a parameter, by what is added to its name."""
+
+    def scales_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the scales of a matrix."""
+
+    def unpack(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The matrix."""
+
+
 def hf_name(name: str) -> str:
     """Name in a Hugging Face folder of our parameter `name`."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 @torch.no_grad()
-def load_hf(model: Decoder, directory: str | Path) -> None:
-    """Copy the weights of a Hugging Face folder into the model's FP32 parameters; exact.
+def load_hf(model: Decoder, directory: str | Path, packing: Packing | None = None) -> None:
+    """Copy the weights of a Hugging Face folder into the model's FP32 parameters; exact where they are not packed.
 
     Everything is checked before the first tensor is copied. A converted model needs fp8train.weights_changed(model)
     afterwards.
@@ -61,22 +89,32 @@ def load_hf(model: Decoder, directory: str | Path) -> None:
     Args:
         model: on any device but meta; rows that pad its vocabulary become 0.
         directory: config.json with model.safetensors, or its shards and their index.
+        packing: how weights are stored that have scales beside them; None: there are none.
 
     Raises:
-        ConfigError: the folder is of another architecture than model.config.
+        ConfigError: the folder is of another architecture than model.config, or quantised and packing is None.
         CheckpointError: a file or tensor is missing, unexpected, damaged, quantised or of another shape; the message
             names it.
     """
     directory = Path(directory)
     check_same_architecture(model.config, directory)
+    stored = read_config_json(directory).get("quantization_config")
+    if stored and packing is None:
+        method = stored.get("quant_method", "unknown")
+        raise ConfigError(
+            f"{directory}: the weights are quantised (quant_method {method!r}); needs BF16, FP16 or FP32 here. Take "
+            "the unquantised model, or say how they are packed."
+        )
     parameters = {hf_name(name): (name, parameter) for name, parameter in model.named_parameters()}
     with ExitStack() as stack:
         files = _open_tensors(directory, stack)
-        _check_tensors(
-            model.config, {theirs: parameter for theirs, (_, parameter) in parameters.items()}, files, directory
-        )
+        wanted = {theirs: parameter for theirs, (_, parameter) in parameters.items()}
+        scales = _scales(wanted, files, packing)
+        _check_tensors(model.config, wanted, files, directory, scales, packing)
         for theirs, (name, parameter) in parameters.items():
             tensor = files[theirs].get_tensor(theirs)
+            if packing is not None and theirs in scales:
+                tensor = packing.unpack(tensor, files[scales[theirs]].get_tensor(scales[theirs]))
             if name in VOCABULARY:
                 parameter[model.config.vocab_size :].zero_()
                 parameter[: model.config.vocab_size].copy_(tensor)
@@ -92,6 +130,7 @@ def save_hf(
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     eos_token_id: int | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json, safetensors (shards if large), tokenizer files.
 
@@ -101,10 +140,11 @@ def save_hf(
         state: as Decoder.state_dict(); a tied lm_head.weight may be left out.
         config: shape of the model.
         directory: must not exist, or be empty.
-        dtype: "bfloat16" (rounded to nearest) or "float32".
+        dtype: "bfloat16" (rounded to nearest) or "float32", of what is not packed.
         tokenizer_dir: folder whose tokenizer files are copied, or a tokenizer.json; None copies none.
         max_shard_bytes: a file ends before the tensor that would exceed this.
         eos_token_id: of config.json, where the config.json in tokenizer_dir states none.
+        packing: of the parameters that it names; None: none.
 
     Raises:
         ConfigError: another dtype; qkv_bias together with qk_norm, which no family has.
@@ -119,6 +159,8 @@ def save_hf(
     if token_ids.get("eos_token_id") is None:
         token_ids["eos_token_id"] = eos_token_id
     document = config_to_hf(config, dtype, token_ids)
+    if packing is not None:
+        document["quantization_config"] = packing.document
     tokenizer_files = _tokenizer_files(tokenizer_dir)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(
@@ -129,7 +171,7 @@ def save_hf(
         shutil.rmtree(partial, ignore_errors=True)  # left by a write that was cut off
         partial.mkdir(parents=True)
         _write_json(partial / "config.json", document)
-        _write_tensors(partial, state, config, DTYPES[dtype], max_shard_bytes)
+        _write_tensors(partial, state, config, DTYPES[dtype], max_shard_bytes, packing)
         for name, source in tokenizer_files.items():
             shutil.copyfile(source, partial / name)
         _sync(partial)
@@ -169,13 +211,26 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     return files
 
 
+def _scales(parameters: Mapping[str, Tensor], files: Mapping[str, Any], packing: Packing | None) -> dict[str, str]:
+    """Names of the scales, by those of the packed parameters."""
+    if packing is None:
+        return {}
+    return {name: name + packing.suffix for name in parameters if name + packing.suffix in files}
+
+
 def _check_tensors(
-    config: ModelConfig, parameters: Mapping[str, Tensor], files: Mapping[str, Any], directory: Path
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    files: Mapping[str, Any],
+    directory: Path,
+    scales: Mapping[str, str],
+    packing: Packing | None,
 ) -> None:
     """Raise unless the files hold exactly the parameters, in their shapes and in a readable dtype."""
     missing = [name for name in parameters if name not in files]
+    expected = {*parameters, *scales.values()}
     # old folders carry the rotary frequencies, which follow from the config
-    unexpected = [name for name in files if name not in parameters and not name.endswith("rotary_emb.inv_freq")]
+    unexpected = [name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tie_embeddings and "lm_head.weight" in unexpected and not missing:
         unexpected.remove("lm_head.weight")
         if not torch.equal(
@@ -193,18 +248,26 @@ def _check_tensors(
                 "weights of its config.json. Fetch the folder again."
             )
     for name, parameter in parameters.items():
-        header = files[name].get_slice(name)
-        if header.get_dtype() not in READABLE:
-            raise CheckpointError(
-                f"{directory}: {name} is {header.get_dtype()}; needs one of {', '.join(READABLE)}. Take the "
-                "unquantised model."
-            )
-        wanted = _unpadded_shape(name, parameter, config)
-        if tuple(header.get_shape()) != wanted:
-            raise CheckpointError(
-                f"{directory}: {name} has shape {list(header.get_shape())}; its config.json needs {list(wanted)}. "
-                "Fetch the folder again."
-            )
+        shape = _unpadded_shape(name, parameter, config)
+        readable: Sequence[str] = READABLE
+        if packing is not None and name in scales:
+            readable = (packing.dtype,)
+            _check_header(files[scales[name]], scales[name], READABLE, packing.scales_shape(shape), directory)
+        _check_header(files[name], name, readable, shape, directory)
+
+
+def _check_header(file: Any, name: str, readable: Sequence[str], shape: tuple[int, ...], directory: Path) -> None:
+    """Raise unless a tensor has one of these dtypes, and this shape."""
+    header = file.get_slice(name)
+    if header.get_dtype() not in readable:
+        raise CheckpointError(
+            f"{directory}: {name} is {header.get_dtype()}; needs {' or '.join(readable)}. Take the unquantised model."
+        )
+    if tuple(header.get_shape()) != shape:
+        raise CheckpointError(
+            f"{directory}: {name} has shape {list(header.get_shape())}; its config.json needs {list(shape)}. "
+            "Fetch the folder again."
+        )
 
 
 def _unpadded_shape(name: str, parameter: Tensor, config: ModelConfig) -> tuple[int, ...]:
@@ -234,13 +297,19 @@ def _check_state(state: Mapping[str, Tensor], config: ModelConfig) -> None:
 
 
 def _write_tensors(
-    directory: Path, state: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int
+    directory: Path,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    packing: Packing | None,
 ) -> None:
     names = [name for name in state if not (config.tie_embeddings and name == "lm_head.weight")]
     shards: list[list[str]] = [[]]
     sizes = [0]
     for name in names:
-        size = dtype.itemsize * state[name].numel()
+        packed = None if packing is None else packing.packed_bytes(name, state[name].shape)
+        size = dtype.itemsize * state[name].numel() if packed is None else packed
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append([])
             sizes.append(0)
@@ -249,10 +318,14 @@ def _write_tensors(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name in shard:
             rows = config.vocab_size if name in VOCABULARY else state[name].shape[0]
-            tensors[hf_name(name)] = state[name].detach()[:rows].to(device="cpu", dtype=dtype).contiguous()
+            weight = state[name].detach()[:rows].cpu()
+            if packing is not None and packing.packed_bytes(name, weight.shape) is not None:
+                tensors |= {hf_name(name) + added: part for added, part in packing.pack(name, weight).items()}
+            else:
+                tensors[hf_name(name)] = weight.to(dtype).contiguous()
         (directory / file).touch()
         permissions = (directory / file).stat().st_mode  # those of any new file; safetensors makes it its owner's alone
         save_file(tensors, directory / file, metadata={"format": "pt"})

@@ -73,8 +73,7 @@ def config_from_hf(directory: str | Path) -> ModelConfig:
 
     Raises:
         CheckpointError: no readable config.json.
-        ConfigError: another architecture, quantised weights, or a feature that Decoder does not have; the message names
-            it.
+        ConfigError: another architecture, or a feature that Decoder does not have; the message names it.
     """
     document = read_config_json(directory)
     who = f"{Path(directory) / 'config.json'}"
@@ -210,12 +209,6 @@ def _required(document: Mapping[str, Any], key: str, who: str) -> int:
 
 
 def _refuse_other_features(document: Mapping[str, Any], who: str) -> None:
-    if document.get("quantization_config"):
-        method = document["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(
-            f"{who}: the weights are quantised (quant_method {method!r}); needs BF16, FP16 or FP32. Take the "
-            "unquantised model."
-        )
     rope = document.get("rope_parameters") or {}
     wanted = {
         "hidden_act": document.get("hidden_act", "silu") == "silu",

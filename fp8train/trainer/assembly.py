@@ -17,7 +17,8 @@ from fp8train.conversion_report import ConversionReport
 from fp8train.convert import convert_model
 from fp8train.distributed import World, wrap_ddp
 from fp8train.distributed.sharding import shard
-from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf
+from fp8train.hf_fp8 import packing_of
+from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf, read_config_json
 from fp8train.nn.gathered import gather_weights
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
@@ -66,7 +67,8 @@ def assemble(
     recipe = load_recipe(config.recipe) if recipe is None else recipe
     model = build_model(resolve_activations(config.model, recipe), device="meta").to_empty(device=device)
     if first_weights and config.model.init_from is not None:
-        load_hf(model, config.model.init_from)
+        folder = config.model.init_from
+        load_hf(model, folder, packing_of(read_config_json(folder), folder))
     elif first_weights:
         initialize(model, config.seed)
     choices = {"backend": config.backend, "fused": config.fused, "weight_copies": config.weight_copies}

@@ -8,8 +8,12 @@ import torch
 
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig
+from fp8train.convert import convert_model
+from fp8train.models import build_model
+from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import Recipe
-from fp8train.trainer.assembly import Assembly, assemble
+from fp8train.telemetry.observer import named_linears
+from fp8train.trainer.assembly import Assembly, assemble, resolve_activations
 from fp8train.trainer.precision_control import follow_run
 
 
@@ -30,6 +34,16 @@ def restored(
     if recipe is not None:
         return _filled(checkpoint, assemble(config, device, recipe=recipe, first_weights=False), None)
     return _filled(checkpoint, assemble(config, device, recipe=checkpoint.recipe, first_weights=False), checkpoint)
+
+
+def precisions(checkpoint: Checkpoint, recipe: Recipe | None = None) -> dict[str, LinearPrecision]:
+    """What every linear computed with at a checkpoint, by module path, or would by the rules of another recipe."""
+    chosen = checkpoint.recipe if recipe is None else recipe
+    model = build_model(resolve_activations(checkpoint.config.model, chosen), device="meta")
+    convert_model(model, chosen, backend="reference", device_type="cpu", fused="never")
+    if recipe is None:
+        follow_run(model, chosen, checkpoint)
+    return {fqn: linear.precision for fqn, linear in named_linears(model).items()}
 
 
 def crossed(weights: Checkpoint, arithmetic: Checkpoint, device: torch.device) -> Assembly:

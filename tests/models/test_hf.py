@@ -177,7 +177,6 @@ def change_config(folder: Path, **changes) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
