@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +18,7 @@ from fp8train import explain
 from fp8train.backends.selection import BACKENDS
 from fp8train.cli import COMMANDS
 from fp8train.config import load_config
+from fp8train.models import ModelConfig, build_model, save_hf
 from tests.source_tree import ROOT, files, imports, python_files, syntax
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "fp8train", "configs", "kernels", "recipes", "tests", "launch"}
@@ -144,7 +146,11 @@ class _Bigrams(nn.Module):
         return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
 
-def test_readme_commands_exist_and_their_settings_are_accepted() -> None:
+def test_readme_commands_exist_and_their_settings_are_accepted(tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1, max_seq_len=512
+    )
+    save_hf(build_model(config).state_dict(), config, tmp_path / "hf")
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in "".join(blocks).splitlines()]
     used = [words[1:] for words in lines if words and words[0] == "fp8train"]
@@ -154,7 +160,7 @@ def test_readme_commands_exist_and_their_settings_are_accepted() -> None:
         if name == "explain":
             overrides = explain.parse(overrides).overrides
         if name in ("train", "compare", "explain"):
-            load_config(overrides, name).check()
+            load_config([text.replace("=DIR", f"={tmp_path / 'hf'}") for text in overrides], name).check()
 
 
 def test_readme_lists_every_recipe() -> None:
