@@ -127,12 +127,12 @@ benches() {
   for size in 4096 8192; do
     bench "linear_$size" 45 linear rows=8192 in_features=$size out_features=$size rounds=15
   done
-  bench step_eager 60 step "${layers[@]}" rounds=7
+  bench step_eager 60 step "${layers[@]}" profile=true rounds=7
   bench step_one_copy 60 step "${layers[@]}" weight_copies=one rounds=7
   bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=5
   bench step_large 60 step "${layers[@]}" micro_batch_samples=8 rounds=5 # one of 32,768 tokens: its activations count
   wait
-  bench step_compiled 150 step "${layers[@]}" compile=true rounds=7 # by itself: it compiles long
+  bench step_compiled 150 step "${layers[@]}" compile=true profile=true rounds=7 # by itself: it compiles long
   wait
   step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
 }

@@ -201,9 +201,19 @@ def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys
     content = json.loads(out.read_text())
     assert set(content["results"][0]["timings"]) == {"bf16", "blockwise"}
     assert content["results"][0]["config"]["model"]["hidden_size"] == 64 and "git_commit" in content["environment"]
-    assert exit_code(bench.main, ["step", "baseline=unfused", "fused=always", *small]) == 0
-    assert "; 3 of 3 norms and MLPs fused" in capsys.readouterr().out  # the last contestant; the first has none
-    assert list(json.loads(out.read_text())["results"][0]["timings"]) == ["unfused", "blockwise"]
+    assert content["results"][0]["kernels"] == {}
+    assert exit_code(bench.main, ["step", "baseline=unfused", "fused=always", "profile=true", *small]) == 0
+    said = capsys.readouterr().out
+    assert "; 3 of 3 norms and MLPs fused" in said  # the last contestant; the first has none
+    found = json.loads(out.read_text())["results"][0]
+    assert list(found["timings"]) == list(found["kernels"]) == ["unfused", "blockwise"]
+    if not torch.cuda.is_available():  # a kernel's name there is not an operation's
+        for arm, times in found["kernels"].items():
+            calls = {time["name"]: time["calls"] for time in times}
+            # of a layer: the head is in BF16
+            assert calls["fp8train::scaled_mm"] == 7 * 3, arm
+            seconds = [time["seconds"] for time in times]
+            assert seconds == sorted(seconds, reverse=True) and f"{arm}: {1e3 * sum(seconds):.2f} ms in" in said
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from fp8train.arguments import parse_arguments
+from fp8train.benchmarks.kernel_times import kernel_table, kernel_times
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.data import Batcher, build_dataset
@@ -29,9 +30,11 @@ class StepArguments(BenchArguments):
     """One training step of config.recipe; every key of a run may be given too.
 
     baseline: bf16, or unfused: the same recipe with fused=never
+    profile: print and keep where the time of one more step of each goes, kernel by kernel
     """
 
     baseline: str = BASELINE
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if self.baseline not in (BASELINE, UNFUSED):
@@ -64,6 +67,8 @@ def run(argv: Sequence[str], world: World) -> int:
     timings = interleaved(steps, arguments, world.device)
     facts = {"model": config.model.name, "tokens": config.global_batch_tokens, "peak_bytes": peaks}
     facts |= {"config": config_to_dict(config)}
+    kernels = {name: kernel_times(step, world.device) for name, step in steps.items()} if arguments.profile else {}
+    facts["kernels"] = {name: [asdict(time) for time in times] for name, times in kernels.items()}
     result = BenchResult(title=title, timings=timings, facts=facts)
     rate = table(
         result, lambda name, timing: f"  {count_text(config.global_batch_tokens / timing.median_seconds)} tok/s"
@@ -72,6 +77,7 @@ def run(argv: Sequence[str], world: World) -> int:
     if peaks:
         sizes = ", ".join(f"{name} {bytes_text(size)}" for name, size in peaks.items())
         sys.stdout.write(f"peak memory of a step: {sizes}\n")
+    sys.stdout.write("".join(f"\n{kernel_table(name, times)}" for name, times in kernels.items()))
     write_results("step", [result], world.device, reason, arguments)
     return 0
 
