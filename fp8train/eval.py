@@ -15,7 +15,7 @@ from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, init, rank_exit_code
 from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
-from fp8train.trainer.changed_run import evaluation_config, help_on_run
+from fp8train.trainer.changed_run import check_split, evaluation_config, help_on_run
 from fp8train.trainer.evaluation import EvalSet, evaluate
 from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import on_main, write_file
@@ -66,6 +66,7 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
     """
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     check_vocabulary(dataset, config.model.vocab_size)
+    check_split(checkpoint, config, dataset, "eval")
     size = config.micro_batch_samples or 8
     eval_set = EvalSet(Batcher(dataset, size * world.world_size, size, world.rank, world.world_size), world)
     another = None if config.recipe == checkpoint.config.recipe else load_recipe(config.recipe)
@@ -76,6 +77,7 @@ def score_checkpoint(checkpoint: Checkpoint, config: RunConfig, world: World) ->
         "step": checkpoint.step,
         "recipe": assembly.recipe.name,
         "backend": assembly.report.backend,
+        "text": dataset.describe(),
         **scores,
         "eval_hash": eval_set.hash,
     }
@@ -86,6 +88,7 @@ def table(checkpoint: Checkpoint, row: dict[str, Any]) -> str:
     lines = [
         *checkpoint.skipped,
         f"checkpoint {row['checkpoint']}, step {row['step']}, recipe {row['recipe']}, backend {row['backend']}",
+        f"text: {row['text']}",
         f"held out: {row['eval_tokens']:,} tokens, {row['eval_bytes']:,} bytes",
         f"{'precision':17s} {'nats/token':>10s} {'bits/byte':>10s} {'perplexity':>11s}",
     ]

@@ -29,7 +29,7 @@ from fp8train.data.corpus import encode
 from fp8train.data.shards import finished_shard, write_atomic, write_index, write_shard
 from fp8train.data.sources import Piece, plan_pieces, read_piece
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
-from fp8train.errors import DataError, UserError, exit_code
+from fp8train.errors import DataError, exit_code
 
 Report = Callable[[str], None]
 DECIDING_KEYS = {
@@ -90,6 +90,8 @@ def prepare(config: PrepareConfig, report: Report = lambda line: None) -> dict[s
                 shards = _write_stream(folder, config, tokenizer, report)
             else:
                 shards = _write_pieces(folder, config, pieces, tokenizer, report)
+            if not sum(shard["documents"] for shard in shards):
+                raise DataError("data: its documents are all empty; needs text. Give other files.")
             index = write_index(folder, shards, tokenizer)
             for leftover in folder.glob("*.tmp"):
                 leftover.unlink()
@@ -110,7 +112,8 @@ def main(argv: Sequence[str]) -> int:
         f"prepared {config.out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
         f"{len(index['shards'])} shards, vocabulary {index['vocab_size']:,}, {time.perf_counter() - started:.1f} s"
     )
-    print(f"train on it with: data=tokens data.path={config.out} model.vocab_size={index['vocab_size']}")
+    size = f"model.vocab_size={index['vocab_size']}"
+    print(f"train on it with: data=tokens data.path={config.out} {size} (which model.init_from has by itself)")
     return 0
 
 
@@ -134,6 +137,7 @@ def _expand_group(argv: Sequence[str]) -> list[str]:
 def _plan(config: PrepareConfig, pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides the bytes of the shards; a second call must agree with it."""
     names = sorted({file for piece in pieces for file in piece.files})
+    names += [str(file) for file in huggingface.local_files(config.data)] if config.data.kind == "hf" else []
     stats = {name: Path(name).stat() for name in names}
     return {
         "source": {key: value for key, value in asdict(config.data).items() if key in DECIDING_KEYS},
@@ -156,7 +160,12 @@ def _compare_plan(folder: Path, plan: dict[str, Any]) -> None:
             )
         write_atomic(file, json.dumps(plan, indent=1).encode())
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"out: {file} is damaged ({error}); needs what a preparation wrote. Delete the folder or choose another."
+        ) from error
     different = [key for key in plan if before.get(key) != json.loads(json.dumps(plan[key]))]
     if different:
         raise DataError(
@@ -241,7 +250,7 @@ def _written(
 def _answer(connection: Connection, process: Any) -> tuple[int, dict[str, Any]]:
     try:
         answer = connection.recv()
-    except EOFError as error:
+    except (EOFError, ConnectionResetError) as error:
         process.join()
         raise DataError(
             f"workers: a worker ended with status {process.exitcode} (out of memory?). Set fewer workers; "
@@ -266,7 +275,7 @@ def _work(connection: Connection, folder: Path, source: DataConfig) -> None:
                 read_piece(source, piece), tokenizer, batch_bytes=1
             )  # one thread: workers share the CPUs
             answer: object = (number, write_shard(folder, number, documents, tokenizer))
-        except (UserError, OSError) as error:
+        except Exception as error:  # whatever it is, the parent says it
             answer = error
         try:
             connection.send(answer)

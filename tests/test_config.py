@@ -179,7 +179,9 @@ class TestLoadConfig:
         assert load_config(["seq_len=128", "global_batch_tokens=51200", "micro_batch_samples=4"]).micro_batch(1) == 4
 
     def test_resolved_configuration_survives_yaml(self):
-        config = load_config(["experiment=quickstart", "data.path=[a,b]", "profile.steps=[3,5]", "log.wandb=off"])
+        config = load_config(
+            ["experiment=quickstart", "data=text", "data.path=[a,b]", "profile.steps=[3,5]", "log.wandb=off"]
+        )
         assert config_from_dict(yaml.safe_load(yaml.safe_dump(config_to_dict(config)))) == config
 
     def test_saved_configuration_with_an_unknown_key_is_refused(self):

@@ -75,10 +75,44 @@ def test_another_recipe_scores_the_same_weights_in_its_arithmetic(folder: Path, 
 
 def test_other_text_is_scored_in_the_runs_tokenizer(folder: Path, tmp_path: Path):
     (tmp_path / "zzz.txt").write_text("\n".join("zq" * 40 for _ in range(200)))
-    common = ["data=text", "data.document_bytes=1000", "data.holdout_fraction=0.5", "data.eval_windows=8"]
+    common = ["data=text", "data.document_bytes=1000", "data.eval_windows=8"]
     same = score(folder, tmp_path / "out.json", f"data.path={tiny_text(folder)}", *common)
-    strange = score(folder, tmp_path / "out.json", f"data.path={tmp_path / 'zzz.txt'}", *common)
+    other = [f"data.path={tmp_path / 'zzz.txt'}", "data.holdout_fraction=0.5"]
+    strange = score(folder, tmp_path / "out.json", *common, *other)
     assert strange["eval_loss"] > same["eval_loss"] + 0.5
+    assert "zzz.txt: " in strange["text"]
+
+
+def test_text_that_the_run_was_trained_on_is_not_scored_as_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def refusal(*arguments: str) -> str:
+        assert exit_code(command.main, [f"checkpoint={tmp_path / 'run'}", *arguments]) == 2
+        return capsys.readouterr().err
+
+    tiny_train(tmp_path, "steps=1", "model.max_seq_len=16384")
+    assert "held out 0.05 of this text and was trained on the rest" in refusal("data.holdout_fraction=0.2")
+    # a window of 16384 bytes needs more of this text than 5 %
+    assert "seq_len=16384 would hold out more of the run's own text" in refusal("seq_len=16384")
+    assert score(tmp_path, tmp_path / "out.json", "seq_len=32", "data.holdout_fraction=0.04")["eval_tokens"] > 0
+    tiny_train(tmp_path, "steps=1", "data.holdout_fraction=0", run="all")
+    (tmp_path / "all").rename(tmp_path / "run2")
+    assert exit_code(command.main, [f"checkpoint={tmp_path / 'run2'}"]) == 2
+    assert "To go on, score other text: data=text data.path=FILE data.holdout_fraction=0.9" in capsys.readouterr().err
+
+
+def test_other_text_keeps_document_mask_and_separator(tmp_path: Path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[UNK]": 0, "</s>": 1, "<eos>": 2} | {f"w{number}": 3 + number for number in range(50)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "t.json"))
+    lines = [json.dumps({"text": " ".join(f"w{(n * k) % 50}" for k in range(12))}) for n in range(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    text = ["data=jsonl", f"data.path={tmp_path / 'a.jsonl'}"]
+    own = ["data.document_bytes=null", "data.document_mask=true", "data.separator=<eos>", "model.vocab_size=64"]
+    tiny_train(tmp_path, *text, *own, f"data.tokenizer={tmp_path / 't.json'}", "steps=1")
+    same = score(tmp_path, tmp_path / "out.json")
+    assert score(tmp_path, tmp_path / "out.json", *text, "data.eval_windows=8")["eval_hash"] == same["eval_hash"]
+    assert same["eval_tokens"] < 8 * 64, "the first token of each document is no target"
 
 
 def test_text_in_other_ids_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

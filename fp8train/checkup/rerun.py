@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.checkpoint.files import read_tensors
 from fp8train.checkpoint.random_state import restore_random_state
 from fp8train.config import RunConfig, config_from_dict
-from fp8train.data import Batch, Batcher, build_dataset
+from fp8train.data import Batch, Batcher, Dataset, build_dataset
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.nn.linear import Float8Linear
@@ -146,6 +147,10 @@ class Rerun:
         weights_changed(assembly.model)
         return assembly
 
+    @functools.cached_property
+    def _dataset(self) -> Dataset:
+        return build_dataset(self.config.data, self.config.seq_len, self.config.seed)
+
     def batcher(self, rank: int = 0) -> Batcher:
         """The data of the run, read again.
 
@@ -153,15 +158,16 @@ class Rerun:
             UserError: it is not there any more.
         """
         config, ranks = self.config, self.dump.world_size
-        dataset = build_dataset(config.data, config.seq_len, config.seed)
-        return Batcher(dataset, config.global_batch_samples, config.micro_batch(ranks), rank, ranks)
+        return Batcher(self._dataset, config.global_batch_samples, config.micro_batch(ranks), rank, ranks)
 
     def step_batches(self, step: int) -> list[Batch]:
         """Micro-batches of all ranks of a step (counted from 0), read again."""
-        first = self.batcher()
-        ranks = [Batcher(first.dataset, first.global_batch_samples, first.micro_batch_samples, rank, first.world_size)
-                 for rank in range(first.world_size)]  # fmt: skip
-        return [batch for batcher in ranks for batch in batcher.micro_batches(step)]
+        ranks = self.dump.world_size
+        # in the order of the samples, since a stream would start again to go back
+        batches = Batcher(
+            self._dataset, self.config.global_batch_samples, self.config.micro_batch(ranks)
+        ).micro_batches(step)
+        return [batch for rank in range(ranks) for batch in batches[rank::ranks]]
 
     def _named(self, name: str) -> LinearPrecision:
         if name not in self.recipe.precisions:

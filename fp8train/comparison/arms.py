@@ -209,5 +209,5 @@ def _check_same_start(run: ArmRun, words: str, own: str, first: ArmRun, other: s
     if own != other:
         raise ConfigError(
             f"compare: {words} of {run.config.run_dir} ({own[:12]}) are not those of {first.config.run_dir} "
-            f"({other[:12]}); needs the same for all arms. Delete both folders and start again."
+            f"({other[:12]}); needs the same for all arms. Restore what was changed since, or give another run_dir."
         )

@@ -14,7 +14,7 @@ from fp8train.data.dataset import Dataset, PackedDataset, threshold_for
 from fp8train.data.mix import MixedDataset, eval_shares, quotas
 from fp8train.data.shards import open_shards, shard_tokenizer
 from fp8train.data.sources import plan_pieces, read_piece, source_files
-from fp8train.data.split import fixed_threshold
+from fp8train.data.split import Split, fixed_threshold, splits
 from fp8train.data.stream import StreamedDataset
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import DataError
@@ -49,18 +49,17 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     corpora = [
         None if _is_stream(entry) else read_corpus(entry, tokenizer, text_bytes, text_files) for entry in entries
     ]
-    stored = [corpus for corpus in corpora if corpus is not None]
-    # One threshold for all sources: a text that two of them share must land on one side.
-    fixed = fixed_threshold(config.holdout_fraction)
-    threshold = max([fixed, *(threshold_for(corpus, config.holdout_fraction, seq_len) for corpus in stored)])
+    fixed, fraction = fixed_threshold(config.holdout_fraction), config.holdout_fraction
+    thresholds = [fixed if corpus is None else threshold_for(corpus, fraction, seq_len) for corpus in corpora]
+    parts = splits([None if corpus is None else corpus.hashes for corpus in corpora], thresholds, fixed)
     weights = [entry.weight for entry in entries] if config.kind == "mix" else [1.0]
     windows = eval_shares(quotas(weights), config.eval_windows)
     datasets = [
         _dataset(
             config, entry, corpus, tokenizer,
-            seq_len=seq_len, seed=seed + (number << 32), threshold=threshold, eval_windows=share,
+            seq_len=seq_len, seed=seed + (number << 32), split=split, eval_windows=share,
         )
-        for number, (entry, corpus, share) in enumerate(zip(entries, corpora, windows, strict=True))
+        for number, (entry, corpus, split, share) in enumerate(zip(entries, corpora, parts, windows, strict=True))
     ]  # fmt: skip
     if config.kind != "mix":
         return datasets[0]
@@ -105,7 +104,7 @@ def shard_folders(source: SourceConfig) -> list[Path]:
             raise DataError(
                 f"data.path: {entry} matches no folder; needs one that `fp8train prepare` wrote. Correct the path."
             )
-        folders.update(matches)
+        folders.update(match.resolve() for match in matches)
     return sorted(folders)
 
 
@@ -138,7 +137,7 @@ def _dataset(
     *,
     seq_len: int,
     seed: int,
-    threshold: int,
+    split: Split,
     eval_windows: int,
 ) -> Dataset:
     if corpus is not None:
@@ -146,27 +145,18 @@ def _dataset(
             corpus,
             seq_len=seq_len,
             seed=seed,
-            threshold=threshold,
+            split=split,
             eval_windows=eval_windows,
             document_mask=config.document_mask,
         )
-    identity = [
-        source.hf_name,
-        source.hf_subset,
-        source.hf_split,
-        source.hf_revision,
-        source.paths,
-        source.text_key,
-        source.hf_shuffle_buffer,
-    ]
     return StreamedDataset(
         functools.partial(huggingface.stream, source, huggingface.load(source)),
         name=huggingface.name_of(source),
-        identity=hashlib.sha256(repr(identity).encode()).hexdigest(),
+        identity=hashlib.sha256(huggingface.identity(source).encode()).hexdigest(),
         tokenizer=tokenizer,
         seq_len=seq_len,
         seed=seed,
-        threshold=threshold,
+        split=split,
         eval_windows=eval_windows,
         document_mask=config.document_mask,
     )

@@ -8,6 +8,13 @@ from typing import Any
 from fp8train.errors import DataError
 
 KINDS = ("stdlib", "text", "jsonl", "tokens", "hf", "mix")
+READ_BY = {  # key of a source -> kinds that read it
+    "path": ("text", "jsonl", "tokens", "hf"),
+    "text_key": ("jsonl", "hf"),
+    "document_bytes": ("text",),
+    "verify": ("tokens",),
+    **dict.fromkeys(("hf_name", "hf_subset", "hf_split", "hf_revision", "hf_streaming", "hf_shuffle_buffer"), ("hf",)),
+}
 MASKED_TARGET = -100  # of a token that the loss leaves out
 
 
@@ -45,6 +52,13 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataError(f"data.kind: is {self.kind!r}; needs one of {', '.join(KINDS)}. Correct the name.")
+        for key, kinds in READ_BY.items():
+            value = getattr(self, key)
+            if self.kind not in kinds and value != SourceConfig.__dataclass_fields__[key].default:
+                raise DataError(
+                    f"data.{key}: is {value} but data.kind is {self.kind}, which does not read it; needs kind "
+                    f"{' or '.join(kinds)}. Add data={'KIND' if kinds[1:] else kinds[0]}, or leave data.{key} out."
+                )
         if self.path is not None and not isinstance(self.path, str):
             entries = list(self.path) if isinstance(self.path, (list, tuple)) else [self.path]
             if not entries or not all(isinstance(entry, str) for entry in entries):

@@ -9,7 +9,7 @@ import numpy as np
 
 from fp8train.data.corpus import Corpus
 from fp8train.data.packing import PackedDocuments, Sample, permutation
-from fp8train.data.split import held_out, sufficient_threshold
+from fp8train.data.split import Split, sufficient_threshold
 from fp8train.data.tokenizers import Tokenizer
 from fp8train.errors import DataError
 
@@ -23,6 +23,7 @@ class Dataset(Protocol):
     streaming: samples must be asked for in increasing order; going back restarts the stream.
     document_mask: attention and targets stop at document boundaries.
     fingerprint: hash over corpus, tokenizer, split and seq_len (not the seed).
+    splits: what is held out of each source.
     """
 
     seq_len: int
@@ -31,6 +32,7 @@ class Dataset(Protocol):
     streaming: bool
     document_mask: bool
     fingerprint: str
+    splits: list[Split]
 
     def sample(self, index: int) -> Sample: ...
 
@@ -42,6 +44,8 @@ class Dataset(Protocol):
 
     def largest_token(self) -> int: ...
 
+    def epochs(self, samples: int) -> dict[str, float]: ...
+
 
 class PackedDataset:
     """Windows of a stored corpus; every epoch shuffles the documents and then the windows.
@@ -50,7 +54,7 @@ class PackedDataset:
         corpus: tokenised documents.
         seq_len: T; a sample has T + 1 tokens.
         seed: of the order; the split does not depend on it.
-        threshold: documents whose hash is below are held out.
+        split: which documents are held out.
         eval_windows: what eval_samples() gives at most.
 
     Raises:
@@ -65,7 +69,7 @@ class PackedDataset:
         *,
         seq_len: int,
         seed: int,
-        threshold: int,
+        split: Split,
         eval_windows: int = 64,
         document_mask: bool = False,
     ) -> None:
@@ -75,8 +79,8 @@ class PackedDataset:
         self.tokenizer = corpus.tokenizer
         self.document_mask = document_mask
         self._eval_windows = eval_windows
-        self._threshold = threshold
-        outside = held_out(corpus.hashes, threshold)
+        self.splits = [split]
+        outside = split.outside(corpus.hashes)
         self._train = np.flatnonzero(~outside)
         chosen = np.flatnonzero(outside)
         self._eval = PackedDocuments(corpus, chosen[np.argsort(corpus.hashes[chosen], kind="stable")])
@@ -84,7 +88,7 @@ class PackedDataset:
         self.samples_per_epoch = max(0, (self._train_tokens - 1) // seq_len)
         self._check_size()
         self._plans: dict[int, tuple[PackedDocuments, np.ndarray]] = {}
-        key = f"{corpus.fingerprint()} threshold {threshold} seq_len {seq_len}"
+        key = f"{corpus.fingerprint()} {split} seq_len {seq_len}"
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
 
     def sample(self, index: int) -> Sample:
@@ -116,15 +120,21 @@ class PackedDataset:
         """Largest token id in the corpus."""
         return self.corpus.largest_token()
 
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often that many training windows read the text of each source; one whose end is not known is left out."""
+        return {self.corpus.name: samples / self.samples_per_epoch}
+
     def describe(self) -> str:
         """One line: documents, tokens, windows, split."""
         documents = len(self.corpus.lengths)
         held, windows = documents - len(self._train), self._eval.windows(self.seq_len)
+        share = self._eval.tokens / max(self.corpus.tokens, 1)
         read = f"evaluation reads {min(self._eval_windows, windows):,} of {windows:,} windows"
         return (
             f"{self.corpus.name}: {documents:,} documents, {self.corpus.tokens:,} tokens ({self.tokenizer.name}); "
             f"{self.samples_per_epoch:,} training windows of {self.seq_len} per epoch; "
-            f"held out: {held:,} documents, {self._eval.tokens:,} tokens; {read if windows else 'no evaluation'}"
+            f"held out: {held:,} documents, {self._eval.tokens:,} tokens ({share:.1%}); "
+            f"{read if windows else 'no evaluation'}"
         )
 
     def _plan(self, epoch: int) -> tuple[PackedDocuments, np.ndarray]:
@@ -138,7 +148,7 @@ class PackedDataset:
 
     def _check_size(self) -> None:
         window = self.seq_len + 1
-        holdout = self._threshold > 0
+        holdout = self.splits[0].threshold > 0
         if self.samples_per_epoch >= 1 and (not holdout or self._eval.windows(self.seq_len) >= 1):
             return
         distinct = len(np.unique(self.corpus.hashes))

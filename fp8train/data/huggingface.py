@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ def row_ranges(source: SourceConfig, piece_bytes: int) -> list[tuple[int, int]]:
 
 
 def read_rows(source: SourceConfig, start: int, stop: int | None) -> Iterator[bytes]:
-    """Texts of rows start .. stop-1 of a stored dataset; empty ones are passed over."""
+    """Texts of rows start .. stop-1 of a stored dataset; empty and null ones are passed over."""
     dataset = load(source)
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, ROWS_PER_READ):
         rows = dataset[first : min(first + ROWS_PER_READ, stop)]
         for offset, text in enumerate(rows[source.text_key]):
-            document = _encode(text, source, first + offset)
+            document = _encode(text, source, f"{first + offset:,}")
             if document:
                 yield document
 
@@ -45,10 +46,21 @@ def stream(source: SourceConfig, dataset: Any, seed: int | None, epoch: int) -> 
     if source.hf_shuffle_buffer and seed is not None:
         dataset = dataset.shuffle(seed=seed, buffer_size=source.hf_shuffle_buffer)
     dataset.set_epoch(epoch)
-    for number, row in enumerate(dataset):
+    rows, number = iter(dataset), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # pyarrow, json and the network have theirs
+            raise DataError(
+                f"data: {name_of(source)} cannot be read after {number:,} rows in the order of this pass "
+                f"({_reason(error)}). Correct the file, or check the network."
+            ) from error
+        if row is None:
+            return
         if source.text_key not in row:
             raise _no_key(source, list(row))
-        document = _encode(row[source.text_key], source, number)
+        document = _encode(row[source.text_key], source, f"{number:,} in the order of this pass")
+        number += 1
         if document:
             yield document
 
@@ -72,16 +84,35 @@ def load(source: SourceConfig) -> Any:
         )
     try:
         dataset = _open(datasets, source)
-    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # the package, its readers and the network raise what they like
         raise DataError(
-            f"data.kind=hf: {name_of(source)} cannot be loaded ({reason}). Correct the name or path, or check the "
-            "network."
+            f"data.kind=hf: {name_of(source)} cannot be loaded ({_reason(error)}). Correct the name, path or file, or "
+            "check the network."
         ) from error
     columns = dataset.column_names
     if columns is not None and source.text_key not in columns:
         raise _no_key(source, columns)
     return dataset
+
+
+def local_files(source: SourceConfig) -> list[Path]:
+    """Files on this machine that data.path names, sorted; those in a folder that save_to_disk wrote too."""
+    found: set[Path] = set()
+    for entry in source.paths:
+        path = Path(entry).expanduser()
+        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+        for match in matches:
+            found.update(match.rglob("*") if match.is_dir() else [match])
+    return sorted(file for file in found if file.is_file())
+
+
+def identity(source: SourceConfig) -> str:
+    """What a stream is made of: files by name and size, wherever they lie, and how they are read."""
+    files = [(file.name, file.stat().st_size) for file in local_files(source)] or source.paths
+    return repr([
+        source.hf_name, source.hf_subset, source.hf_split, source.hf_revision, files, source.text_key,
+        source.hf_shuffle_buffer,
+    ])  # fmt: skip
 
 
 def name_of(source: SourceConfig) -> str:
@@ -91,14 +122,9 @@ def name_of(source: SourceConfig) -> str:
 
 def _open(datasets: Any, source: SourceConfig) -> Any:
     paths = [str(Path(path).expanduser()) for path in source.paths]
-    if len(paths) == 1 and (Path(paths[0]) / "state.json").is_file():  # written by save_to_disk
-        stored = datasets.load_from_disk(paths[0])
-        return stored.to_iterable_dataset() if source.hf_streaming else stored
-    if len(paths) == 1 and (Path(paths[0]) / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(paths[0])
-        if source.hf_split not in splits:
-            raise ValueError(f"no split {source.hf_split!r}; there are {', '.join(splits)}")
-        return splits[source.hf_split].to_iterable_dataset() if source.hf_streaming else splits[source.hf_split]
+    folders = [path for path in paths if Path(path).is_dir()]
+    if folders:
+        return _saved(datasets, source, folders, paths)
     name = source.hf_name or _builder(Path(paths[0]))
     if name is None:
         raise ValueError(
@@ -114,18 +140,52 @@ def _open(datasets: Any, source: SourceConfig) -> Any:
     )
 
 
+def _saved(datasets: Any, source: SourceConfig, folders: list[str], paths: list[str]) -> Any:
+    """The dataset in a folder that save_to_disk wrote."""
+    folder = folders[0]
+    if not any((Path(folder) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ValueError(f"{folder} is a folder, and not one of save_to_disk; name its files: data.path='{folder}/*'")
+    if len(paths) > 1:
+        raise ValueError("a saved dataset is given with another path; give one, and put several in a mix")
+    for key in ("hf_name", "hf_subset", "hf_revision"):
+        if getattr(source, key) is not None:
+            raise ValueError(f"data.{key} is given, which a saved dataset has no use for; leave it out")
+    stored = datasets.load_from_disk(folder)
+    splits = stored if isinstance(stored, datasets.DatasetDict) else {str(stored.split or "train"): stored}
+    if source.hf_split not in splits and not (len(splits) == 1 and source.hf_split == "train"):
+        raise ValueError(f"no split {source.hf_split!r}; there are {', '.join(splits)}")
+    chosen = splits.get(source.hf_split, next(iter(splits.values()))).with_format(None)
+    return chosen.to_iterable_dataset() if source.hf_streaming else chosen
+
+
+def _reason(error: BaseException) -> str:
+    """First lines of an error and of what caused it."""
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    cause = error.__cause__
+    return text if cause is None or str(cause) in text else f"{text}: {_reason(cause)}"
+
+
 def _builder(file: Path) -> str | None:
     packed = file.suffix in (".gz", ".zst", ".bz2", ".xz")
     return BUILDERS.get(Path(file.stem).suffix if packed else file.suffix)
 
 
-def _encode(text: Any, source: SourceConfig, row: int) -> bytes:
+def _encode(text: Any, source: SourceConfig, row: str) -> bytes:
+    """UTF-8 of a text; of a null nothing, as of an empty one."""
+    if text is None:
+        return b""
     if not isinstance(text, str):
         raise DataError(
             f"data: row {row} of {name_of(source)} has a {type(text).__name__} under {source.text_key!r}; needs "
             "text. Set data.text_key=COLUMN."
         )
-    return text.encode()
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"data: row {row} of {name_of(source)} holds half a surrogate pair at character {error.start}; needs "
+            "text. Correct it."
+        ) from error
 
 
 def _no_key(source: SourceConfig, columns: list[str]) -> DataError:

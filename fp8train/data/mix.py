@@ -48,6 +48,7 @@ class MixedDataset:
         self.seq_len = datasets[0].seq_len
         self.tokenizer = datasets[0].tokenizer
         self.streaming = any(dataset.streaming for dataset in datasets)
+        self.splits = [split for dataset in datasets for split in dataset.splits]
         self._pattern = np.repeat(np.arange(len(datasets)), self._quotas)
         self._block: tuple[int, np.ndarray] = (-1, self._pattern)
         parts = [f"{dataset.fingerprint} x {quota}" for dataset, quota in zip(datasets, self._quotas, strict=True)]
@@ -85,6 +86,14 @@ class MixedDataset:
     def largest_token(self) -> int:
         """Largest token id in any source."""
         return max(dataset.largest_token() for dataset in self._datasets)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often that many training windows read the text of each source; one whose end is not known is left out."""
+        read: dict[str, float] = {}
+        for dataset, quota in zip(self._datasets, self._quotas, strict=True):
+            for name, each in dataset.epochs(1).items():  # a source that is listed twice is read by both
+                read[name] = read.get(name, 0.0) + samples * quota / len(self._pattern) * each
+        return read
 
     def describe(self) -> str:
         """One line: share and description of each source."""

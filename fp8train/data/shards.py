@@ -82,8 +82,11 @@ def finished_shard(folder: Path, number: int, tokenizer: Tokenizer) -> dict[str,
     file = folder / f"shard_{number:05d}.json"
     if not file.is_file():
         return None
-    meta = json.loads(file.read_text(encoding="utf-8"))
-    sizes = (meta["tokens"] * token_dtype(tokenizer.vocab_size).itemsize, meta["documents"] * 12)
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        sizes = (meta["tokens"] * token_dtype(tokenizer.vocab_size).itemsize, meta["documents"] * 12)
+    except (ValueError, TypeError, KeyError):  # cut off or damaged
+        return None
     files = (file.with_suffix(".bin"), file.with_suffix(".idx"))
     whole = all(part.is_file() and part.stat().st_size == size for part, size in zip(files, sizes, strict=True))
     return meta if whole else None
@@ -125,6 +128,12 @@ def write_atomic(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+INDEX_KEYS = (
+    "dtype", "vocab_size", "separator", "separator_token", "tokenizer", "tokenizer_hash", "block_bytes", "tokens",
+    "documents", "max_token_id", "shards",
+)  # fmt: skip
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a folder of token shards.
 
@@ -159,6 +168,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"data.path: {file} is {got}; needs {FORMAT} version {VERSION}. Make it with `fp8train prepare`."
         )
+    if lacking := [key for key in INDEX_KEYS if key not in index]:
+        raise DataError(f"data.path: {file} is damaged (lacks {', '.join(lacking)}). Prepare the folder again.")
     return index
 
 

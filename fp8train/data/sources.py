@@ -112,7 +112,7 @@ def source_files(source: SourceConfig) -> list[Path]:
         if path.is_file():
             if path.stat().st_size == 0:
                 raise DataError(f"data.path: {entry} is empty; needs text. Remove it or give another file.")
-            found.add(path)
+            found.add(path.resolve())
             continue
         if path.is_dir():
             raise DataError(
@@ -125,7 +125,7 @@ def source_files(source: SourceConfig) -> list[Path]:
             raise DataError(
                 f"data.path: {entry} {what}; needs a readable file. Correct the path (relative to {Path.cwd()})."
             )
-        found.update(match for match in matches if match.stat().st_size > 0)
+        found.update(match.resolve() for match in matches if match.stat().st_size > 0)
     if not found:
         raise DataError(
             f"data.path: the files of {', '.join(source.paths)} are all empty; needs text. Give other files."
@@ -168,15 +168,16 @@ def check_utf8(content: bytes, where: str) -> None:
     try:
         content.decode()
     except UnicodeDecodeError as error:
-        packed = (
-            " It looks compressed: unpack it."
-            if content[:2] in (b"\x1f\x8b", b"PK") or content[:4] == b"\x28\xb5\x2f\xfd"
-            else ""
-        )
         raise DataError(
             f"data.path: {where} is not UTF-8 at byte {error.start} (0x{content[error.start]:02x}); needs UTF-8 text."
-            f"{packed} Convert it, for example with iconv -t UTF-8."
+            f"{_packed_hint(content)} Convert it, for example with iconv -t UTF-8."
         ) from error
+
+
+def _packed_hint(content: bytes) -> str:
+    """A hint where a file begins like one of gzip, zip or zstd."""
+    packed = content[:2] in (b"\x1f\x8b", b"PK") or content[:4] == b"\x28\xb5\x2f\xfd"
+    return " It looks compressed: unpack it." if packed else ""
 
 
 def _is_utf8(content: bytes) -> bool:
@@ -215,7 +216,7 @@ def _cut(content: bytes, document_bytes: int | None) -> Iterator[bytes]:
 
 
 def _jsonl_documents(file: Path, key: str, start: int, stop: int | None) -> Iterator[bytes]:
-    """Texts of the lines that begin in [start, stop); blank lines and empty texts are passed over."""
+    """Texts of the lines that begin in [start, stop); blank lines, empty texts and nulls are passed over."""
     with file.open("rb") as lines:
         if start > 0:
             lines.seek(start - 1)
@@ -235,14 +236,17 @@ def _text_of_line(line: bytes, file: Path, offset: int, key: str) -> bytes:
     try:
         record = json.loads(line.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
+        packed = _packed_hint(line if offset == 0 else b"")
         raise DataError(
-            f"data.path: {file} is not UTF-8 at byte {offset + error.start}; needs UTF-8 JSON lines. Convert it with "
-            "iconv -t UTF-8."
+            f"data.path: {file} is not UTF-8 at byte {offset + error.start}; needs UTF-8 JSON lines.{packed} Convert "
+            "it, for example with iconv -t UTF-8."
         ) from error
     except json.JSONDecodeError as error:
         raise _line_error(
             file, offset, f"is not JSON ({error.msg} at column {error.colno})", "Correct or delete the line"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python reads, or brackets too deep
+        raise _line_error(file, offset, f"cannot be read ({error})", "Correct or delete the line") from error
     if not isinstance(record, dict) or key not in record:
         got = (
             f"has the keys {', '.join(map(repr, record))}"
@@ -251,6 +255,8 @@ def _text_of_line(line: bytes, file: Path, offset: int, key: str) -> bytes:
         )
         raise _line_error(file, offset, f"{got}; needs an object with {key!r}", "Set data.text_key=KEY")
     text = record[key]
+    if text is None:
+        return b""
     if not isinstance(text, str):
         raise _line_error(
             file,

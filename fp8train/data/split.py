@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,9 +21,49 @@ def fixed_threshold(fraction: float) -> int:
     return min(HASH_RANGE - 1, int(fraction * HASH_RANGE))
 
 
-def held_out(hashes: np.ndarray, threshold: int) -> np.ndarray:
-    """[D] bool: which documents are held out."""
-    return hashes < np.uint64(threshold)
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """Which documents are held out.
+
+    threshold: those with a hash below.
+    also: [N] uint64, sorted: hashes of others, which another source of a mix holds out.
+    """
+
+    threshold: int
+    also: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+
+    def outside(self, hashes: np.ndarray) -> np.ndarray:
+        """[D] bool: which of the documents with these hashes are held out."""
+        below = hashes < np.uint64(self.threshold)
+        if not len(self.also):
+            return below
+        places = np.minimum(np.searchsorted(self.also, hashes), len(self.also) - 1)
+        return below | (self.also[places] == hashes)
+
+    def holds_out(self, document: bytes) -> bool:
+        """Whether a document is held out."""
+        return bool(self.outside(np.array([content_hash(document)], dtype=np.uint64))[0])
+
+    def __str__(self) -> str:
+        others = hashlib.sha256(self.also.astype("<u8").tobytes()).hexdigest() if len(self.also) else ""
+        return f"threshold {self.threshold}" + (f" and {others}" if others else "")
+
+
+def splits(hashes: Sequence[np.ndarray | None], thresholds: Sequence[int], fixed: int) -> list[Split]:
+    """The split of each source: a small one's higher threshold is its own, a text that two share is on one side.
+
+    Args:
+        hashes: [D] uint64 of each source's documents; None where they are not known in advance.
+        thresholds: of each source.
+        fixed: that of the fraction, which no threshold is below.
+    """
+    raised = [
+        known[(known >= np.uint64(fixed)) & (known < np.uint64(threshold))]
+        for known, threshold in zip(hashes, thresholds, strict=True)
+        if known is not None
+    ]
+    also = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *raised]))
+    return [Split(threshold, also[also >= np.uint64(threshold)]) for threshold in thresholds]
 
 
 def sufficient_threshold(hashes: np.ndarray, lengths: np.ndarray, fraction: float, needed_tokens: int) -> int:
@@ -34,7 +76,7 @@ def sufficient_threshold(hashes: np.ndarray, lengths: np.ndarray, fraction: floa
         needed_tokens: such as one evaluation window.
     """
     threshold = fixed_threshold(fraction)
-    if fraction == 0 or int(lengths[held_out(hashes, threshold)].sum()) >= needed_tokens:
+    if fraction == 0 or int(lengths[Split(threshold).outside(hashes)].sum()) >= needed_tokens:
         return threshold
     order = np.argsort(hashes, kind="stable")
     enough = int(np.searchsorted(np.cumsum(lengths[order]), needed_tokens))

@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8train.data.corpus import encode
 from fp8train.data.packing import Sample
-from fp8train.data.split import content_hash
+from fp8train.data.split import HASH_RANGE, Split
 from fp8train.data.tokenizers import Tokenizer
 from fp8train.errors import DataError
 
@@ -26,7 +26,7 @@ class StreamedDataset:
         open_stream: (seed, epoch) -> documents; seed None asks for the unshuffled order.
         name: what the user called the source.
         identity: what the stream is made of (dataset, revision, split), for the fingerprint.
-        threshold: documents whose hash is below are held out.
+        split: which documents are held out.
     """
 
     streaming = True
@@ -40,7 +40,7 @@ class StreamedDataset:
         tokenizer: Tokenizer,
         seq_len: int,
         seed: int,
-        threshold: int,
+        split: Split,
         eval_windows: int = 64,
         document_mask: bool = False,
     ) -> None:
@@ -50,10 +50,10 @@ class StreamedDataset:
         self.seq_len = seq_len
         self.seed = seed
         self.document_mask = document_mask
-        self._threshold = threshold
+        self.splits = [split]
         self._eval_windows = eval_windows
         self._eval: dict[int, list[Sample]] = {}
-        key = f"{identity} tokenizer {tokenizer.hash} threshold {threshold} seq_len {seq_len}"
+        key = f"{identity} tokenizer {tokenizer.hash} {split} seq_len {seq_len}"
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
         self._restart()
 
@@ -94,9 +94,13 @@ class StreamedDataset:
         """Largest id that the tokenizer can give: the stream itself is not known in advance."""
         return self.tokenizer.vocab_size - 1
 
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Of no source: where a stream ends is not known in advance."""
+        return {}
+
     def describe(self) -> str:
         """One line: source, tokenizer, window, split."""
-        share = self._threshold / 2**64
+        share = self.splits[0].threshold / HASH_RANGE
         return f"{self._name}: stream ({self.tokenizer.name}), windows of {self.seq_len}; {share:.1%} held out"
 
     def _restart(self) -> None:
@@ -112,7 +116,7 @@ class StreamedDataset:
             found = False
             for document in self._open(self.seed, epoch):
                 self._documents_read += 1
-                if content_hash(document) >= self._threshold:
+                if not self.splits[0].holds_out(document):
                     found = True
                     yield document
             if not found:
@@ -136,7 +140,7 @@ class StreamedDataset:
         return Sample(tokens=joined[window], document_ids=(numbers[window] - numbers[0]).astype(np.int32))
 
     def _read_held_out(self, wanted: int) -> list[Sample]:
-        chosen = (document for document in self._open(None, 0) if content_hash(document) < self._threshold)
+        chosen = (document for document in self._open(None, 0) if self.splits[0].holds_out(document))
         tokens: list[np.ndarray] = []
         ids: list[np.ndarray] = []
         needed = wanted * self.seq_len + 1

@@ -72,7 +72,8 @@ class FileTokenizer:
     """A tokenizer.json, read by the `tokenizers` package; truncation and padding in the file are switched off.
 
     files: name and content of tokenizer.json and of the files beside it, for a copy that any reader understands.
-    Special tokens written out in a document are encoded as ordinary text, so that no document can forge a separator.
+    Special tokens written out in a document are encoded as ordinary text, so that no document can forge a separator
+    that is one. bytes_exact: ids say how many bytes of text they stand for; no, where the tokenizer drops some.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class FileTokenizer:
         self.vocab_size = max(vocab.values()) + 1  # ids may have holes: the count of tokens is not enough
         self.hash = hashlib.sha256(files["tokenizer.json"] + b"\0separator %d" % separator).hexdigest()
         self._byte_lengths = _byte_lengths(json.loads(tokenizer.to_str()), vocab, self.vocab_size)
+        self._byte_lengths[separator] = 0  # also one that is not marked as special: it is in no document
         # SentencePiece style files put a space before the first word of a text; it is in no document.
         self._space_before_text = int(self._byte_lengths[self._ids("a")].sum()) == 2
         probe_bytes = int(self._byte_lengths[self._ids(PROBE)].sum()) - self._space_before_text

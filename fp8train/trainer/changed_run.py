@@ -11,9 +11,13 @@ from fp8train._layout import folder
 from fp8train.arguments import describe, merged, nearest, parse_assignments, structure
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig, config_to_dict
-from fp8train.data import DataConfig, covers
+from fp8train.data import DataConfig, Dataset, covers
 from fp8train.data.build import configured_tokenizer
+from fp8train.data.config import READ_BY
+from fp8train.data.tokenizers import FileTokenizer
 from fp8train.errors import ConfigError, DataError
+
+OTHER_TEXT = "score other text: data=text data.path=FILE data.holdout_fraction=0.9"
 
 
 def help_on_run(argv: Sequence[str]) -> str:
@@ -50,12 +54,44 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
         raise ConfigError(
             f"{command}: seq_len is {config.seq_len}; needs at most model.max_seq_len={config.model.max_seq_len}."
         )
-    if not config.data.holdout_fraction:
-        raise ConfigError(
-            f"{command}: data.holdout_fraction is 0; needs some text held out. Set data.holdout_fraction=0.05."
-        )
+    _check_held_out(checkpoint, config.data, command)
     _check_tokenizer(checkpoint, config.data, command)
     return config
+
+
+def same_text(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two configurations name the same text, whatever they hold out of it."""
+    return all(getattr(one, key) == getattr(other, key) for key in ("kind", *READ_BY, "mix"))
+
+
+def check_split(checkpoint: Checkpoint, config: RunConfig, dataset: Dataset, command: str) -> None:
+    """Refuse windows that the run was trained on: a larger share of a small corpus is held out for longer windows.
+
+    Raises:
+        ConfigError: some source would hold out more than the run did.
+    """
+    trained = checkpoint.state.data_position.get("thresholds")
+    if trained is None or not same_text(config.data, checkpoint.config.data):
+        return
+    if any(split.threshold > before for split, before in zip(dataset.splits, trained, strict=True)):
+        raise ConfigError(
+            f"{command}: seq_len={config.seq_len} would hold out more of the run's own text than its "
+            f"seq_len={checkpoint.config.seq_len} did, which it was trained on; needs at most as much. Lower seq_len, "
+            f"or {OTHER_TEXT}."
+        )
+
+
+def _check_held_out(checkpoint: Checkpoint, data: DataConfig, command: str) -> None:
+    """Refuse a configuration by which text that the run was trained on would count as held out."""
+    trained, own = checkpoint.config.data.holdout_fraction, same_text(data, checkpoint.config.data)
+    if not data.holdout_fraction:
+        remedy = OTHER_TEXT if own else "set data.holdout_fraction=0.9"
+        raise ConfigError(f"{command}: data.holdout_fraction is 0; needs some text held out. To go on, {remedy}.")
+    if own and data.holdout_fraction > trained:
+        raise ConfigError(
+            f"{command}: data.holdout_fraction is {data.holdout_fraction:g}, but the run held out {trained:g} of this "
+            f"text and was trained on the rest; needs at most that. Leave it out, or {OTHER_TEXT}."
+        )
 
 
 def _check_tokenizer(checkpoint: Checkpoint, data: DataConfig, command: str) -> None:
@@ -74,10 +110,14 @@ def _check_tokenizer(checkpoint: Checkpoint, data: DataConfig, command: str) -> 
 
 
 def _data_choice(checkpoint: Checkpoint, choice: str) -> dict[str, Any]:
-    """The data group of that name, with the tokenizer of the run."""
+    """The data group of that name, with tokenizer, separator and document mask of the run."""
     files = {path.stem: path for path in (folder("configs") / "data").glob("*.yaml")}
     if choice not in files:
         raise ConfigError(f"data: no file {choice!r} in configs/data/; {nearest(choice, sorted(files))}.")
     tokenizer = configured_tokenizer(checkpoint.config.data)
     data = yaml.safe_load(files[choice].read_text(encoding="utf-8")) or {}
-    return data | {"tokenizer": "bytes" if tokenizer.path is None else str(tokenizer.path)}
+    return data | {
+        "tokenizer": "bytes" if tokenizer.path is None else str(tokenizer.path),
+        "separator": tokenizer.separator_token if isinstance(tokenizer, FileTokenizer) else None,
+        "document_mask": checkpoint.config.data.document_mask,
+    }

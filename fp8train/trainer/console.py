@@ -132,6 +132,8 @@ def introduction(config: RunConfig, world: World, report: ConversionReport, batc
     step = f"{batcher.num_micro_batches} x {batcher.micro_batch_samples} sequences"
     ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
     ranks += ", parameters sharded" if shards(config, world.world_size) else ""
+    read = batcher.dataset.epochs(config.steps * config.global_batch_samples)
+    epochs = ", ".join(f"{count:.3g} epochs of {name}" for name, count in read.items())
     return "\n".join(
         [
             f"model {config.model.name}: {count_parameters(config.model):,} parameters, seq_len {config.seq_len}",
@@ -139,6 +141,7 @@ def introduction(config: RunConfig, world: World, report: ConversionReport, batc
             f"recipe {report.recipe}: {report.planned_fp8_share():.1%} of the linears' FLOPs planned in FP8",
             report.backend_reason,
             f"step of {config.global_batch_tokens:,} tokens = {step} on {ranks}",
+            *([f"{config.steps:,} steps read {epochs}"] if read else []),
             f"run folder {config.run_dir}",
         ]
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.data import MASKED_TARGET, Batcher
+from fp8train.data import MASKED_TARGET, Batch, Batcher, Tokenizer
 from fp8train.distributed import World
 from fp8train.distributed.sharding import free_gathered
 from fp8train.nn.weights import evaluation_precision
@@ -27,7 +27,7 @@ class Score:
 
     nats: per token
     tokens: targets that entered
-    bytes: UTF-8 bytes that those targets stand for
+    bytes: UTF-8 bytes that those targets stand for; 0 where the tokenizer drops some
     """
 
     nats: float
@@ -66,9 +66,9 @@ class EvalSet:
         # the ranks of a sharded model must call it equally often: who has fewer windows reads one that does not count
         calls = int(world.all_max(float(len(self._batches))))
         self._idle = [batcher.eval_batch(0) for _ in range(calls - len(self._batches))]
-        targets = [ids[ids != MASKED_TARGET] for batch in self._batches for ids in batch.targets]
-        self.tokens = int(world.all_reduce_sum(float(sum(len(ids) for ids in targets))))
-        self.bytes = int(world.all_reduce_sum(float(sum(dataset.tokenizer.bytes_of(ids.numpy()) for ids in targets))))
+        tokens = sum(int((batch.targets != MASKED_TARGET).sum()) for batch in self._batches)
+        self.tokens = int(world.all_reduce_sum(float(tokens)))
+        self.bytes = int(world.all_reduce_sum(float(sum(_bytes(batch, dataset.tokenizer) for batch in self._batches))))
 
     def score(self, model: nn.Module) -> Score:
         """Evaluate a model as it is, without gradients; every rank gets the result.
@@ -89,6 +89,16 @@ class EvalSet:
         model.train(was_training)
         total = self._world.all_reduce_sum(total)
         return Score(nats=float(total) / max(self.tokens, 1), tokens=self.tokens, bytes=self.bytes)
+
+
+def _bytes(batch: Batch, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes that the targets stand for; 0 for a tokenizer whose ids do not say."""
+    if not tokenizer.bytes_exact:
+        return 0
+    windows = torch.cat(
+        [batch.tokens[:, :1], batch.targets], dim=1
+    ).numpy()  # a separator before the first target counts
+    return sum(tokenizer.bytes_of(window) - tokenizer.bytes_of(window[:1]) for window in windows)
 
 
 def evaluate(model: nn.Module, eval_set: EvalSet, *, bf16: bool, all_bf16: bool) -> dict[str, Any]:
@@ -116,7 +126,11 @@ def evaluate(model: nn.Module, eval_set: EvalSet, *, bf16: bool, all_bf16: bool)
 
 def score_text(row: Mapping[str, Any]) -> str:
     """`2.1034 nats, 3.035 bits/byte; in BF16 2.1030 nats, 3.034 bits/byte`."""
-    text = f"{row['eval_loss']:.4f} nats, {row['bits_per_byte']:.3f} bits/byte"
+    text = _loss_text(row["eval_loss"], row["bits_per_byte"])
     if "eval_loss_bf16" in row:
-        text += f"; in BF16 {row['eval_loss_bf16']:.4f} nats, {row['bits_per_byte_bf16']:.3f} bits/byte"
+        text += f"; in BF16 {_loss_text(row['eval_loss_bf16'], row['bits_per_byte_bf16'])}"
     return text
+
+
+def _loss_text(nats: float, bits: float) -> str:
+    return f"{nats:.4f} nats" if math.isnan(bits) and not math.isnan(nats) else f"{nats:.4f} nats, {bits:.3f} bits/byte"

@@ -52,7 +52,7 @@ from fp8train.trainer.run_folder import (
     write_run_files,
 )
 from fp8train.trainer.run_lock import claimed
-from fp8train.trainer.same_run import changes_since, check_same_run, resume_mode
+from fp8train.trainer.same_run import changes_since, check_same_run, data_facts, resume_mode
 from fp8train.trainer.saving import SaveClock, checkpoints_to_come, return_point, write_progress
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
@@ -151,7 +151,7 @@ class Trainer:
         for line in found.skipped:
             self.console.warn(line)
         found.check_recipe(self.assembly.recipe, allow_change=config.checkpoint.allow_recipe_change)
-        check_same_run(config, self.batcher.dataset.fingerprint, found)
+        check_same_run(config, data_facts(self.batcher.dataset, self.eval_set), found)
         cost = self._take_back(found)
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
         if self.resume == "auto" and config.resume == found.state.config.get("resume") != "auto":
@@ -190,10 +190,10 @@ class Trainer:
         progress.coverage = self.coverage.counts()
         states = self.world.all_gather_object(random_state())
         content = gathered_content(self.model, self.optimizer, keep=self.world.main)
-        recipe, fingerprint = self.assembly.recipe, self.batcher.dataset.fingerprint
+        recipe, data = self.assembly.recipe, data_facts(self.batcher.dataset, self.eval_set)
         saved = on_main(
             self.world,
-            lambda: write_progress(self.run_dir, self.config, recipe, progress, fingerprint, content, states),
+            lambda: write_progress(self.run_dir, self.config, recipe, progress, data, content, states),
         )
         self.clock.restart()
         return saved
@@ -369,6 +369,7 @@ class Trainer:
             world_size=world.world_size,
             steps=progress.step,
             tokens_seen=progress.step * config.global_batch_tokens,
+            epochs=dataset.epochs(progress.step * config.global_batch_samples),
             skipped_steps=progress.skipped_steps,
             final_train_loss=progress.loss,
             evals=self.evals,

@@ -46,6 +46,7 @@ class RunResult:
     device: GPU name, or "cpu"
     world_size: ranks
     steps, tokens_seen: of the whole run, resumed parts included
+    epochs: how often they read the training text of each source; without streams, whose end is not known
     skipped_steps: steps whose loss or gradient was not finite
     final_train_loss: of the last step, in nats per token; null where it was not finite
     evals: rows of metrics.jsonl that carry eval_loss
@@ -69,6 +70,7 @@ class RunResult:
     world_size: int
     steps: int
     tokens_seen: int
+    epochs: dict[str, float] = field(default_factory=dict)
     skipped_steps: int
     final_train_loss: float | None
     evals: list[dict[str, Any]] = field(default_factory=list)

@@ -11,8 +11,10 @@ import yaml
 from fp8train.arguments import flattened
 from fp8train.checkpoint import Checkpoint, find_resume
 from fp8train.config import RunConfig, config_to_dict
+from fp8train.data import Dataset
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.recipe import Recipe, load_recipe
+from fp8train.trainer.evaluation import EvalSet
 
 # What a run must share with the checkpoint that it goes on from; the rest (steps, optim, log, ...) may change.
 FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
@@ -84,16 +86,25 @@ def check_finished(config: RunConfig, path: Path) -> None:
         )
 
 
-def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> None:
+def data_facts(dataset: Dataset, eval_set: EvalSet | None) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, so that a resume finds the same and evaluation nothing of the training."""
+    return {
+        "fingerprint": dataset.fingerprint,
+        "thresholds": [split.threshold for split in dataset.splits],
+        "eval_hash": None if eval_set is None else eval_set.hash,
+    }
+
+
+def check_same_run(config: RunConfig, data: Mapping[str, Any], found: Checkpoint) -> None:
     """Refuse to go on from a checkpoint of a run on another model, other data or another order of them.
 
     Args:
-        fingerprint: of the data set of this run.
+        data: data_facts of this run.
 
     Raises:
         ConfigError: names the first key that differs, and both values.
     """
-    own, other = flattened(config_to_dict(config)), flattened(found.state.config)
+    own, other = (flattened(_beside_places(values)) for values in (config_to_dict(config), found.state.config))
     for key, value in own.items():
         fixed = key.partition(".")[0] in FIXED_SECTIONS and key not in RESUME_MAY_DIFFER
         if fixed and key in other and other[key] != value:
@@ -101,17 +112,30 @@ def check_same_run(config: RunConfig, fingerprint: str, found: Checkpoint) -> No
                 f"resume: {key} is {value!r}, the checkpoint {found.path} has {other[key]!r}; needs the same. "
                 f"Set {key}={other[key]}, or give another run_dir."
             )
-    then = found.state.data_position["fingerprint"]
-    if then != fingerprint:
-        raise ConfigError(
-            f"resume: the data is {fingerprint[:12]}, was {then[:12]} when {found.path} was saved; needs the same "
-            "text, tokenizer and split. Restore them, or give another run_dir."
-        )
+    before = found.state.data_position
+    same_windows = config.data.eval_windows == found.config.data.eval_windows
+    for key, what in (("fingerprint", "the data"), ("eval_hash", "the held-out text")):
+        then, now = before.get(key), data[key]
+        if key == "eval_hash" and (then is None or now is None or not same_windows):
+            continue
+        if then != now:
+            raise ConfigError(
+                f"resume: {what} is {now[:12]}, was {str(then)[:12]} when {found.path} was saved; needs the same "
+                "text, tokenizer and split. Restore them, or give another run_dir."
+            )
     if found.step > config.steps:
         raise ConfigError(
             f"steps: got {config.steps}, the checkpoint {found.path} is at {found.step}; needs at least as many. "
             "Raise steps, or give another run_dir."
         )
+
+
+def _beside_places(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what says where the sources of a mix lie: the fingerprint says what they hold."""
+    data = values.get("data", {})
+    places = [key.partition(".")[2] for key in RESUME_MAY_DIFFER if key.startswith("data.")]
+    mix = [{key: value for key, value in entry.items() if key not in places} for entry in data.get("mix", ())]
+    return {**values, "data": {**data, "mix": mix}}
 
 
 def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint, ranks: int) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fp8train.checkpoint import (
     Checkpoint,
@@ -51,14 +52,14 @@ def write_progress(
     config: RunConfig,
     recipe: Recipe,
     progress: Progress,
-    fingerprint: str,
+    data: Mapping[str, Any],
     content: Content,
     random_states: Sequence[Mapping[str, str]],
 ) -> Path:
     """Write the checkpoint of a run's current step and remove those that need not be kept. On one rank only.
 
     Args:
-        fingerprint: of the data set.
+        data: what is to be found again in the data set by a resume.
         content: as gathered_content gave it on this rank.
         random_states: of every rank, in rank order.
 
@@ -71,7 +72,7 @@ def write_progress(
         recipe_text=recipe.text,
         recipe_hash=recipe.hash,
         progress=dataclasses.asdict(progress),
-        data_position={"fingerprint": fingerprint, "sample": progress.step * config.global_batch_samples},
+        data_position={**data, "sample": progress.step * config.global_batch_samples},
         random_states=[dict(state) for state in random_states],
     )
     return write_checkpoint(

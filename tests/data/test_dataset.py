@@ -12,6 +12,7 @@ from fp8train.data import Batcher, DataConfig, build_dataset, check_vocabulary
 from fp8train.data.build import read_corpus
 from fp8train.data.config import SourceConfig
 from fp8train.data.dataset import PackedDataset, threshold_for
+from fp8train.data.split import Split
 from fp8train.data.tokenizers import build_tokenizer
 from fp8train.errors import DataError
 from tests.data.corpora import make_corpus, make_documents
@@ -21,8 +22,8 @@ SEQ_LEN = 16
 
 def make_dataset(documents: list[bytes], seed: int = 1, fraction: float = 0.2, **options: object) -> PackedDataset:
     corpus = make_corpus(documents)
-    threshold = threshold_for(corpus, fraction, SEQ_LEN)
-    return PackedDataset(corpus, seq_len=SEQ_LEN, seed=seed, threshold=threshold, **options)  # type: ignore[arg-type]
+    split = Split(threshold_for(corpus, fraction, SEQ_LEN))
+    return PackedDataset(corpus, seq_len=SEQ_LEN, seed=seed, split=split, **options)  # type: ignore[arg-type]
 
 
 def test_sample_does_not_depend_on_what_was_read_before() -> None:

@@ -162,3 +162,67 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'fp8train\[hf\]'"):
         build_dataset(DataConfig(kind="hf", hf_name="owner/name"), 16, 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_null_rows_are_passed_over_as_empty_ones_are(streaming: bool, tmp_path: Path) -> None:
+    sizes = {}
+    for name, extra in (("plain", []), ("holes", [None, "", None])):
+        datasets.Dataset.from_dict({"body": [*TEXTS, *extra]}).save_to_disk(tmp_path / name)
+        dataset = build_dataset(make_config(tmp_path / name, hf_streaming=streaming, hf_shuffle_buffer=0), 16, 1)
+        sizes[name] = [dataset.sample(index).tokens.tolist() for index in range(50)]
+    assert sizes["plain"] == sizes["holes"]
+
+
+def test_null_text_of_a_json_line_is_passed_over(tmp_path: Path) -> None:
+    lines = [json.dumps({"body": text}) for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines, '{"body": null}']))
+    one, two = (
+        build_dataset(DataConfig(kind="jsonl", path=str(tmp_path / name), text_key="body"), 16, 1)
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    assert one.fingerprint == two.fingerprint
+
+
+def test_split_that_a_saved_dataset_does_not_have_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="no split 'validation'; there are train"):
+        build_dataset(make_config(tmp_path / "saved", hf_split="validation"), 16, 1)
+    with pytest.raises(DataError, match="data.hf_revision is given, which a saved dataset has no use for"):
+        build_dataset(make_config(tmp_path / "saved", hf_revision="main"), 16, 1)
+
+
+def test_stream_is_known_by_its_files_and_not_by_where_they_lie(jsonl: Path, tmp_path: Path) -> None:
+    first = build_dataset(make_config(jsonl, hf_streaming=True), 16, 1).fingerprint
+    moved = tmp_path / "elsewhere" / jsonl.name
+    moved.parent.mkdir()
+    jsonl.rename(moved)
+    assert build_dataset(make_config(moved, hf_streaming=True), 16, 1).fingerprint == first
+    moved.write_text(moved.read_text() + json.dumps({"id": 0, "body": "more"}) + "\n")
+    assert build_dataset(make_config(moved, hf_streaming=True), 16, 1).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("cut.jsonl", '{"body": "a"}\n{"body": ', "cut.jsonl cannot be (read|loaded)", id="broken line"),
+        pytest.param("none.jsonl", "", "none.jsonl cannot be loaded", id="nothing"),
+        pytest.param("half.jsonl", '{"body": "\\ud800"}\n', "cannot be read|surrogate", id="half a surrogate pair"),
+    ],
+)
+def test_damaged_stream_is_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        build_dataset(make_config(tmp_path / name, hf_streaming=True, hf_shuffle_buffer=0), 16, 1).sample(0)
+
+
+def test_rows_that_are_formatted_are_read_as_text(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_dict({"body": TEXTS, "n": list(range(len(TEXTS)))})
+    saved.with_format("numpy", columns=["n"]).save_to_disk(tmp_path / "saved")
+    assert len(build_dataset(make_config(tmp_path / "saved"), 16, 1).sample(0).tokens) == 17
+
+
+def test_folder_that_is_no_saved_dataset_names_its_files_as_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder, and not one of save_to_disk; name its files: data.path='.*/\*'"):
+        build_dataset(make_config(tmp_path, hf_name="json"), 16, 1)

@@ -75,11 +75,11 @@ def test_held_out_windows_follow_the_shares() -> None:
 
 
 def test_text_in_two_sources_lands_on_one_side_in_both(tmp_path: Path) -> None:
-    """The small source alone would need a higher threshold than the large one; the mix must use one for both."""
+    """The small source needs a higher threshold than the large one, which holds out what they share, and no more."""
     lines = [f"document number {n:03d} of the shared text, which both hold\n" for n in range(100)]
     large, small = tmp_path / "large.txt", tmp_path / "small.txt"
     large.write_text("".join(lines))
-    small.write_text("".join(lines[:8]))
+    small.write_text("".join(lines[16:24]))
     entries = [SourceConfig(kind="text", path=str(path)) for path in (large, small)]
     config = DataConfig(kind="mix", mix=entries, holdout_fraction=0.05, eval_windows=10**6, document_mask=True)
     dataset = build_dataset(config, seq_len=8, seed=1)
@@ -87,10 +87,13 @@ def test_text_in_two_sources_lands_on_one_side_in_both(tmp_path: Path) -> None:
     sides: dict[bool, set[int]] = {True: set(), False: set()}
     for part in dataset._datasets:
         for held in (True, False):
-            chosen = part.corpus.hashes < part._threshold  # type: ignore[attr-defined]
+            chosen = part.splits[0].outside(part.corpus.hashes)  # type: ignore[attr-defined]
             sides[held] |= set(part.corpus.hashes[chosen == held].tolist())  # type: ignore[attr-defined]
     assert sides[True] and sides[False]
     assert not sides[True] & sides[False]
+    first, second = (part.splits[0] for part in dataset._datasets)
+    assert first.threshold < second.threshold, "one that the other's size does not raise"
+    assert 0 < len(first.also) <= 8
 
 
 def test_shards_and_bytes_mix_but_two_tokenizers_do_not(text_file: Path, bpe_file: Path, tmp_path: Path) -> None:

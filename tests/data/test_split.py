@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fp8train.data.split import content_hash, fixed_threshold, held_out, sufficient_threshold
+from fp8train.data.split import Split, content_hash, fixed_threshold, splits, sufficient_threshold
 from tests.data.corpora import make_corpus, make_documents
 
 
 def test_share_of_held_out_documents_is_the_fraction() -> None:
     hashes = np.asarray([content_hash(document) for document in make_documents(10_000)], dtype=np.uint64)
-    share = held_out(hashes, fixed_threshold(0.05)).mean()
+    share = Split(fixed_threshold(0.05)).outside(hashes).mean()
     assert abs(share - 0.05) < 0.0109  # five standard deviations: 5 * sqrt(0.05 * 0.95 / 10,000)
 
 
@@ -22,9 +22,9 @@ def test_content_hash_is_pinned() -> None:
 def test_small_corpus_holds_out_whole_documents_up_to_the_need() -> None:
     corpus = make_corpus(make_documents(4))
     threshold = sufficient_threshold(corpus.hashes, corpus.lengths, 1e-9, needed_tokens=1)
-    assert np.count_nonzero(held_out(corpus.hashes, threshold)) == 1
+    assert np.count_nonzero(Split(threshold).outside(corpus.hashes)) == 1
     threshold = sufficient_threshold(corpus.hashes, corpus.lengths, 1e-9, needed_tokens=int(corpus.lengths.max()) + 1)
-    assert np.count_nonzero(held_out(corpus.hashes, threshold)) >= 2
+    assert np.count_nonzero(Split(threshold).outside(corpus.hashes)) >= 2
 
 
 def test_large_corpus_keeps_the_fixed_threshold() -> None:
@@ -35,3 +35,25 @@ def test_large_corpus_keeps_the_fixed_threshold() -> None:
 def test_fraction_zero_holds_nothing_out() -> None:
     corpus = make_corpus(make_documents(3))
     assert sufficient_threshold(corpus.hashes, corpus.lengths, 0.0, needed_tokens=100) == 0
+
+
+def test_small_source_raises_the_threshold_of_no_other() -> None:
+    large, small = (make_corpus(make_documents(count, seed=seed)).hashes for count, seed in ((2000, 1), (4, 2)))
+    shared = np.concatenate([large, small[:2]])
+    fixed = fixed_threshold(0.05)
+    raised = int(np.sort(small)[-1]) + 1  # all of the small source
+    one, two, stream = splits([shared, small, None], [fixed, raised, fixed], fixed)
+    assert one.threshold == stream.threshold == fixed and two.threshold == raised
+    assert two.outside(small).all()
+    assert one.outside(small).all() and stream.outside(small).all(), "wherever else it may be"
+    assert np.count_nonzero(one.outside(large)) == np.count_nonzero(large < np.uint64(fixed))
+    alone = splits([large], [fixed], fixed)[0]
+    assert str(alone) == f"threshold {fixed}" != str(one) != str(Split(fixed, small[:1]))
+
+
+def test_document_is_held_out_by_its_hash() -> None:
+    documents = make_documents(50)
+    split = Split(fixed_threshold(0.3), np.sort(np.array([content_hash(documents[0])], dtype=np.uint64)))
+    hashes = np.array([content_hash(document) for document in documents], dtype=np.uint64)
+    assert [split.holds_out(document) for document in documents] == split.outside(hashes).tolist()
+    assert split.holds_out(documents[0])
