@@ -82,6 +82,12 @@ class JsonlSink:
                 self._file.close()
             raise self._lost(f"the row of step {row['step']}", error) from error
 
+    def sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._lost("the last rows", error) from error
+
     def close(self) -> None:
         try:
             self._file.close()
@@ -152,6 +158,7 @@ class Metrics:
         tensorboard: also write event files.
         config: resolved configuration, shown by wandb.
         resumed_step: step of the checkpoint that training goes on from; later rows of metrics.jsonl are removed.
+        every: steps between two rows, for a warning where some before resumed_step are missing.
         warn: takes the one line that announces that wandb or TensorBoard fails.
 
     Raises:
@@ -168,6 +175,7 @@ class Metrics:
         tensorboard: bool = False,
         config: Row | None = None,
         resumed_step: int = 0,
+        every: int = 1,
         warn: Warn,
     ) -> None:
         self._warn = warn
@@ -175,6 +183,8 @@ class Metrics:
         self._reopen_wandb: Callable[[], Sink] | None = None
         path = run_dir / METRICS_FILE
         truncate_metrics(path, resumed_step)
+        if (missing := missing_rows(path, resumed_step, every)) is not None:
+            warn(f"{path}: the rows of steps {missing[0]} to {missing[1]} are missing")
         self._jsonl = JsonlSink(path)
         if tensorboard:
             self._open("tensorboard", lambda: TensorBoardSink(run_dir, resumed_step + 1))
@@ -188,6 +198,10 @@ class Metrics:
         self._jsonl.write(row)
         for sink in list(self._sinks):
             self._hand(sink, row)
+
+    def sync(self) -> None:
+        """Bring metrics.jsonl to the disk, before a checkpoint that stands for its rows."""
+        self._jsonl.sync()
 
     def close(self) -> None:
         """Close every sink, metrics.jsonl last; another that fails to close is announced."""
@@ -241,10 +255,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:  # decoded line by line, so that an error is of its own line
             for line in lines:
-                if line.endswith("\n"):
-                    row = json.loads(line)
+                if line.endswith(b"\n"):
+                    row = json.loads(line.decode())
                     if not isinstance(row, dict) or "step" not in row:
                         raise ValueError(f"got {type(row).__name__} without a step")
                     rows.append(row)
@@ -253,6 +267,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             f"{path}: line {len(rows) + 1} is damaged ({error}); needs one JSON object with its step. Delete the line."
         ) from error
     return rows
+
+
+def missing_rows(path: Path, step: int, every: int) -> tuple[int, int] | None:
+    """First and last step of rows up to `step` that a metrics.jsonl lacks: a machine that goes down may lose some."""
+    last = max((row["step"] for row in read_metrics(path)), default=0) if path.is_file() else 0
+    wanted = step // every * every
+    return (last + 1, wanted) if last < wanted else None
 
 
 def truncate_metrics(path: Path, step: int) -> None:

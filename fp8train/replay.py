@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from fp8train.arguments import parse_arguments
+from fp8train.calibration_setup import check_out
 from fp8train.checkup.rerun import OWN, Measured, Rerun, find_dump
 from fp8train.distributed import init
 from fp8train.errors import ConfigError, UserError, exit_code
+from fp8train.trainer.run_folder import write_file
 
 SAME = 1e-3  # relative: ranks in another order and a GPU's sums move a loss by less, another cause by more
 SHOWN = 3
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     """Replay and print what was found; 0."""
     named = [a if "=" in a or a.startswith("-") else f"path={a}" for a in argv]
     arguments = parse_arguments(named, ReplayArguments)
+    if arguments.out is not None:
+        check_out(Path(arguments.out), "replay")
     with init() as world:
         if world.world_size > 1:
             raise ConfigError("replay: got several ranks; needs one process, which takes all ranks' micro-batches.")
@@ -62,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.out is not None:
         content = {"dump": str(rerun.path), "step": rerun.dump.step, **asdict(verdict), "notes": notes}
         content["runs"] = {name: _plain(run) for name, run in runs.items()}
-        Path(arguments.out).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        write_file(Path(arguments.out), json.dumps(content, indent=1, allow_nan=False))
     return 0
 
 

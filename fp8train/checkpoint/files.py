@@ -26,6 +26,7 @@ MARKER = "COMPLETE"
 FORMAT = "fp8train checkpoint"
 VERSION = 1
 TEMPORARY = ".tmp"  # suffix of a folder that is being written, or removed
+OLD = ".old"  # before it, of one that is removed
 PIECE_BYTES = 1 << 24
 
 _DTYPES = {
@@ -123,6 +124,18 @@ def remove_folder(folder: Path) -> None:
         _remove(_leaving(folder))
         folder.rename(_leaving(folder))
         _remove(_leaving(folder))
+
+
+def take_back(parent: Path) -> None:
+    """Give checkpoints their name again that a save of the same step was about to replace when it was killed."""
+    for leftover in sorted(parent.glob(f".*{TEMPORARY}"), reverse=True):  # .step_N.tmp, the new one, before .step_N.old
+        target = parent / leftover.name.removeprefix(".").removesuffix(TEMPORARY).removesuffix(OLD)
+        try:
+            if not target.exists():
+                verify(leftover, read_marker(leftover))
+                leftover.rename(target)
+        except (CheckpointError, OSError):  # cut off while it was written or removed
+            continue
 
 
 def clear_temporary(parent: Path) -> None:
@@ -229,7 +242,7 @@ def _crc32(path: Path) -> str:
 
 def _leaving(folder: Path) -> Path:
     """Temporary name of a folder that is being removed."""
-    return folder.with_name(f".{folder.name}.old{TEMPORARY}")
+    return folder.with_name(f".{folder.name}{OLD}{TEMPORARY}")
 
 
 def _remove(path: Path) -> None:

@@ -27,6 +27,7 @@ from fp8train.checkpoint.files import (
     read_marker,
     read_tensors,
     remove_folder,
+    take_back,
     verify,
 )
 from fp8train.checkpoint.random_state import restore_random_state
@@ -280,19 +281,25 @@ def open_checkpoint(path: str | Path, *, check_content: bool = True) -> Checkpoi
     return _open(path, read_marker(path), check_content)
 
 
-def find_resume(run_dir: str | Path, mode: str) -> Checkpoint | None:
+def find_resume(run_dir: str | Path, mode: str, *, recover: bool = False) -> Checkpoint | None:
     """The checkpoint to go on from, checked byte for byte; None to start from the beginning.
 
     Args:
         mode: "auto" takes the newest whole one of run_dir, if it has any checkpoint; "never" takes none; anything else
             is the path of a checkpoint or run folder.
+        recover: give what a killed save left whole in run_dir under a temporary name its own again; for the run that
+            holds the folder.
 
     Raises:
         CheckpointError: the named one is no good, or run_dir has checkpoints and all of them are damaged.
     """
     if mode == "never":
         return None
-    return _newest(Path(run_dir), check_content=True) if mode == "auto" else open_checkpoint(mode)
+    if mode != "auto":
+        return open_checkpoint(mode)
+    if recover:
+        take_back(Path(run_dir) / FOLDER)
+    return _newest(Path(run_dir), check_content=True)
 
 
 def _newest(run_dir: Path, check_content: bool) -> Checkpoint | None:

@@ -207,7 +207,7 @@ class Rerun:
             CheckpointError: they had other settings, or an alarm has changed precisions since `start`.
         """
         wanted = "needs a checkpoint of later: lower checkpoint.every, or keep more of them (checkpoint.keep_last)."
-        for file in sorted(self.path.parents[1].glob("*.until_step_*.yaml")):
+        for file in sorted(self.path.parents[1].glob("*.until_step_[0-9]*.yaml")):
             last = int(file.stem.rpartition("_")[2])
             if start < last <= before:
                 raise CheckpointError(

@@ -52,7 +52,12 @@ def _yield_to_first_error(main: Main) -> Main:
                 raise
             time.sleep(YIELD_SECONDS)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrainingError(f"distributed: another rank is gone: {reason} Its own error says why.") from error
+            late = "time" in reason.lower() and "out" in reason.lower()
+            what = "has not come within parallel.timeout_seconds" if late else "is gone"
+            remedy = "Its own error, if it has one, says why; raise the timeout if it is slow." if late else ""
+            raise TrainingError(
+                f"distributed: another rank {what}: {reason} {remedy or 'Its own error says why.'}"
+            ) from error
 
     return run
 

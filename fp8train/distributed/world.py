@@ -21,6 +21,7 @@ Number = TypeVar("Number", float, Tensor)
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_SECONDS = 600.0
+PATIENCE = timedelta(days=1)
 # Gloo's threads let go of their last work after its result is there; one that does so while Python shuts down ends the
 # process with SIGABRT (pytorch/pytorch#179291, seen once in 14 runs), and DDP keeps the threads beyond the group.
 GLOO_SECONDS = 0.2
@@ -34,12 +35,14 @@ class World:
     not, because the other ranks may be waiting in a collective that this one left.
 
     rank, world_size: this process among all. local_rank: among those of its machine. device: where it trains.
+    patient: group in which the others wait for what rank 0 does with files, which may take longer than a collective.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    patient: Any = None
 
     @property
     def main(self) -> bool:
@@ -68,12 +71,15 @@ class World:
         """Whether the flag is set on at least one rank."""
         return self.all_reduce_sum(float(flag)) > 0
 
-    def broadcast_object(self, value: T, src: int = 0) -> T:
-        """Rank src's value, on every rank; what the others pass is ignored. Pickled: for small things."""
+    def broadcast_object(self, value: T, src: int = 0, *, patient: bool = False) -> T:
+        """Rank src's value, on every rank; what the others pass is ignored. Pickled: for small things.
+
+        patient: wait PATIENCE for it, and not only the timeout of the other calls; a rank that dies ends the wait.
+        """
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=src)
+        dist.broadcast_object_list(box, src=src, group=self.patient if patient else None)
         return box[0]
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -120,9 +126,11 @@ def init(timeout_seconds: float = TIMEOUT_SECONDS, device_type: str | None = Non
     device = torch.device(device_type, _gpu_index(local_rank)) if device_type == "cuda" else torch.device(device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    patient = None
     if world_size > 1:
         _join(timeout_seconds, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device, patient=patient)
 
 
 def read_rendezvous(environment: Mapping[str, str]) -> tuple[int, int, int]:

@@ -151,8 +151,11 @@ class AlarmWatcher(Watcher):
             "worst": {"fqn": sample.fqn, "operand": sample.operand, **sample.stats},
             "all_demoted": list(self._control.demoted),
         }
-        with (self._run_dir / EVENTS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event, allow_nan=False) + "\n")
+        try:
+            with (self._run_dir / EVENTS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event, allow_nan=False) + "\n")
+        except OSError as error:  # a record only: the demotion is in the checkpoint, and in coverage.json
+            self._warn(f"{self._run_dir / EVENTS_FILE}: cannot be written ({error.strerror or error})")
 
 
 def _keep_first(path: Path, count: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,53 +117,69 @@ class BlackBox(Watcher):
         self._dumps += 1
         self._quiet_until = step + self._config.blackbox.window  # a run that has diverged needs no dump of each step
         path = self._folder / f"step_{step:08d}"
-        self._write(path, step, kind, result, limit)
         what = "a step that is not finite" if kind == "nonfinite" else f"loss {result.loss:.4g}, above {limit:.4g}"
+        failed = self._write(path, step, kind, result, limit)
+        if failed is not None:
+            self._warn(f"{what}: black box {path} cannot be written ({failed}); training goes on without it")
+            return {}
         self._warn(f"{what}: black box {path}; `fp8train replay {path}` names the cause")
         return {"blackbox": kind}
 
-    def _write(self, path: Path, step: int, kind: str, result: StepResult, limit: float | None) -> None:
+    def _write(self, path: Path, step: int, kind: str, result: StepResult, limit: float | None) -> str | None:
+        """Write a dump; why that was not possible, the same on every rank, and then nothing is left of it."""
         parameters: dict[str, Tensor] = dict(self._assembly.model.named_parameters())
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         keep_weights = kind == "nonfinite" and size <= self._config.blackbox.weights_gib * 2**30
-        try:
-            path.mkdir(parents=True, exist_ok=True)
+        failed = self._all_wrote(path, lambda: self._write_rank(path))
+        if failed is not None:
+            return failed
+        described = {}
+        for name, own in parameters.items():
+            parameter = whole(own.detach())  # of every rank
+            described[name] = tensor_statistics(parameter) if self._world.main else {}
+            if keep_weights and self._world.main and is_sharded([own]):
+                parameters[name] = parameter.cpu()  # one by one: whole, they need not fit on a device
+        dump = Dump(
+            step=step,
+            kind=kind,
+            loss=_finite(result.loss),
+            grad_norm=_finite(result.grad_norm),
+            limit=limit,
+            history=self._history,
+            world_size=self._world.world_size,
+            weights=keep_weights,
+            precisions=self._precisions,
+            statistics={
+                "parameters": described,
+                "micro_batches": [token_statistics(batch) for batch in self._rank.batches],
+            },
+            config=config_to_dict(self._config),
+            recipe_document=self._assembly.recipe.document,
+        )
+
+        def write_main() -> None:
             writer = FolderWriter(path)
-            write_rank(writer, self._world.rank, self._rank)
-            self._world.barrier()
-            described = {}
-            for name, own in parameters.items():
-                parameter = whole(own.detach())  # of every rank
-                described[name] = tensor_statistics(parameter) if self._world.main else {}
-                if keep_weights and self._world.main and is_sharded([own]):
-                    parameters[name] = parameter.cpu()  # one by one: whole, they need not fit on a device
-            if not self._world.main:
-                return
             if keep_weights:
                 writer.write_tensors(WEIGHTS_FILE, parameters, {"format": "pt"})
-            dump = Dump(
-                step=step,
-                kind=kind,
-                loss=_finite(result.loss),
-                grad_norm=_finite(result.grad_norm),
-                limit=limit,
-                history=self._history,
-                world_size=self._world.world_size,
-                weights=keep_weights,
-                precisions=self._precisions,
-                statistics={
-                    "parameters": described,
-                    "micro_batches": [token_statistics(batch) for batch in self._rank.batches],
-                },
-                config=config_to_dict(self._config),
-                recipe_document=self._assembly.recipe.document,
-            )
             writer.write_json(DUMP_FILE, asdict(dump))
+
+        return self._all_wrote(path, write_main if self._world.main else lambda: None)
+
+    def _write_rank(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        write_rank(FolderWriter(path), self._world.rank, self._rank)
+
+    def _all_wrote(self, path: Path, write: Callable[[], None]) -> str | None:
+        """Why some rank could not write, or None; the folder is removed then."""
+        failed = None
+        try:
+            write()
         except OSError as error:
-            raise CheckpointError(
-                f"{path}: the black box cannot be written ({error.strerror or error}); needs a writable run_dir with "
-                "space. Make room, or set blackbox.keep=0."
-            ) from error
+            failed = str(error.strerror or error)
+        first = next((reason for reason in self._world.all_gather_object(failed) if reason is not None), None)
+        if first is not None and self._world.main:
+            shutil.rmtree(path, ignore_errors=True)  # what is there in part takes room that a checkpoint needs
+        return first
 
     def state(self) -> dict[str, Any]:
         """Losses and the number of dumps."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -52,11 +53,12 @@ class Console:
         if not self.enabled:
             return
         text = "\n".join(self._label + line for line in text.splitlines())
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+        with self._going_on():
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                self._stream.write(text + "\n")
+                self._stream.flush()
 
     def warn(self, text: str) -> None:
         """Write one line that begins with `warning:`."""
@@ -67,15 +69,27 @@ class Console:
         if not self.enabled:
             return
         if self._stream.isatty():
-            self._move_bar(row)
+            with self._going_on():
+                self._move_bar(row)
         elif row["step"] % self.print_every == 0 or row["step"] == self.total_steps:
             self.info(progress_line(row, self.total_steps, eta_seconds))
 
     def close(self) -> None:
         """Finish the progress bar."""
         if self._bar is not None:
-            self._bar.close()
+            with self._going_on():
+                self._bar.close()
             self._bar = None
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """What cannot be written, to a pipe without a reader or a full disk, is lost; the run goes on without it."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            self.enabled = False
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"warning: standard output cannot be written ({error}); the run goes on without it\n")
 
     @property
     def _stream(self) -> TextIO:

@@ -103,7 +103,7 @@ class Trainer:
             return done
         with (
             told_when_aborted(self.run_dir, self.console.info),
-            claimed(self.run_dir, world),
+            claimed(self.run_dir, world) as self.check_claim,
             deterministic_algorithms(config.deterministic),
             StopRequest(config.time_limit_seconds, tell=world.main, asked=asked) as stop,
         ):
@@ -145,7 +145,7 @@ class Trainer:
     def _restore(self) -> Checkpoint | None:
         """Put everything back as the checkpoint has it that resume names, if there is one, and give it."""
         config, world = self.config, self.world
-        found = on_main(world, lambda: find_resume(self.run_dir, self.resume))
+        found = on_main(world, lambda: find_resume(self.run_dir, self.resume, recover=True))
         if found is None:
             return None
         for line in found.skipped:
@@ -191,9 +191,10 @@ class Trainer:
         states = self.world.all_gather_object(random_state())
         content = gathered_content(self.model, self.optimizer, keep=self.world.main)
         recipe, data = self.assembly.recipe, data_facts(self.batcher.dataset, self.eval_set)
+        before = self.check_claim, self.metrics.sync if self.metrics is not None else lambda: None
         saved = on_main(
             self.world,
-            lambda: write_progress(self.run_dir, self.config, recipe, progress, data, content, states),
+            lambda: write_progress(self.run_dir, self.config, recipe, progress, data, content, states, before=before),
         )
         self.clock.restart()
         return saved
@@ -249,6 +250,7 @@ class Trainer:
                 tensorboard=log.tensorboard,
                 config=config_to_dict(self.config),
                 resumed_step=self.progress.step,
+                every=log.every,
                 warn=self.console.warn,
             )
 
@@ -275,12 +277,16 @@ class Trainer:
             note = self.profile.after(progress.step)
             if note is not None:
                 self.console.info(note)
+            stopping = result.stop and progress.step < config.steps
             if _due(progress.step, config.eval.every) and progress.step < config.steps:
+                if stopping:
+                    self._save(by_clock=True)  # whoever asks to stop may not wait until held-out text is scored
                 self._evaluate()
-            if result.stop and progress.step < config.steps:
+            if stopping:
                 return next(reason for reason in self.world.all_gather_object(stop.reason) if reason is not None)
             by_steps = _due(progress.step, config.checkpoint.every)
-            if (by_steps or result.save) and progress.step < config.steps:
+            # not amid steps that are not finite: its weights may be why, and older checkpoints would go for it
+            if (by_steps or result.save) and not progress.nonfinite_in_a_row and progress.step < config.steps:
                 self._save(by_clock=not by_steps)
         return None
 

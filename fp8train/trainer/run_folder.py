@@ -98,7 +98,7 @@ def on_main(world: World, action: Callable[[], T]) -> T:
             outcome = (action(), None)
         except (UserError, TrainingError) as error:
             outcome = (None, error)
-    result, refusal = world.broadcast_object(outcome)
+    result, refusal = world.broadcast_object(outcome, patient=True)
     if refusal is not None:
         raise refusal
     return result
@@ -140,7 +140,8 @@ def finished_result(path: Path, config: RunConfig) -> RunResult | None:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not content["finished"] or content["steps"] < config.steps:
             return None
-        coverage = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
+        file = path / "coverage.json"
+        coverage = json.loads(file.read_text(encoding="utf-8"))
         result = RunResult(**content, evals=saved_evals(path), coverage=coverage)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
@@ -195,7 +196,8 @@ def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoi
     Those of steps that the run goes back behind are removed.
     """
     for file in path.glob("*.until_step_*.yaml"):
-        if found is None or int(file.stem.rpartition("_")[2]) > found.step:
+        number = file.stem.rpartition("_")[2]
+        if number.isdecimal() and (found is None or int(number) > found.step):  # else it is no file of ours
             file.unlink()
     if found is not None and changed_keys(found.state.config, config):
         text = yaml.safe_dump(found.state.config, sort_keys=False)
@@ -252,7 +254,7 @@ def write_file(path: Path, text: str) -> None:
 
 def _not_written(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{path}: cannot be written ({error.strerror or error}); needs a writable run_dir with space."
+        f"{path}: cannot be written ({error.strerror or error}); needs a writable folder with space."
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def lock_run_folder(run_dir: str | Path) -> Iterator[None]:
-    """Hold a run folder, made if need be, for this process. On rank 0 only.
+def lock_run_folder(run_dir: str | Path) -> Iterator[Callable[[], None]]:
+    """Hold a run folder, made if need be, for this process; gives a check that it still does. On rank 0 only.
 
     The lock is the kernel's (flock), so that it ends with the process, however that ends. On a file system without
     flock the process id and host in the file decide. The file is removed at the end.
 
     Raises:
-        CheckpointError: a live run holds the folder, or it cannot be written to.
+        CheckpointError: a live run holds the folder, or it cannot be written to; from the check: the folder has been
+            removed or renamed, or has become another run's.
     """
     run_dir = Path(run_dir)
     path = run_dir / LOCK_FILE
@@ -39,10 +41,20 @@ def lock_run_folder(run_dir: str | Path) -> Iterator[None]:
             f"run_dir: {run_dir} cannot be written to: {error.strerror or error}; needs a writable folder. "
             "Give another run_dir."
         ) from error
+
+    def check() -> None:
+        if not _is_at(descriptor, path):
+            raise CheckpointError(
+                f"run_dir: {run_dir} is not this run's any more: it has been removed, renamed or given to another run; "
+                "needs it to save what was trained. Leave the folder of a live run alone."
+            )
+
     try:
-        yield
+        yield check
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that cannot be written any more
+            if _is_at(descriptor, path):  # else it is another run's
+                path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -68,7 +80,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is the one that has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -117,13 +129,17 @@ def _in_use(path: Path, holder: dict[str, Any]) -> CheckpointError:
 
 
 @contextmanager
-def claimed(run_dir: Path, world: World) -> Iterator[None]:
-    """Inside, no other process can train in the folder; folders made for a refused run go again."""
+def claimed(run_dir: Path, world: World) -> Iterator[Callable[[], None]]:
+    """Inside, no other process can train in the folder; folders made for a refused run go again.
+
+    Gives what rank 0 calls before it writes: lock_run_folder's check.
+    """
     made = [path for path in (run_dir, *run_dir.parents) if world.main and not path.exists()]
     try:
         with ExitStack() as stack:
-            on_main(world, lambda: stack.enter_context(lock_run_folder(run_dir)))
-            yield
+            held: list[Callable[[], None]] = []
+            on_main(world, lambda: held.append(stack.enter_context(lock_run_folder(run_dir))))
+            yield held[0] if held else lambda: None
     except UserError:
         _remove_empty(made)
         raise

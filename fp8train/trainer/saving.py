@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def write_progress(
     data: Mapping[str, Any],
     content: Content,
     random_states: Sequence[Mapping[str, str]],
+    before: Sequence[Callable[[], None]] = (),
 ) -> Path:
     """Write the checkpoint of a run's current step and remove those that need not be kept. On one rank only.
 
@@ -62,10 +63,13 @@ def write_progress(
         data: what is to be found again in the data set by a resume.
         content: as gathered_content gave it on this rank.
         random_states: of every rank, in rank order.
+        before: what is to be done first; may refuse.
 
     Raises:
         CheckpointError: disk full or folder not writable.
     """
+    for act in before:
+        act()
     state = TrainingState(
         config=config_to_dict(config),
         recipe_document=recipe.document,
@@ -80,7 +84,7 @@ def write_progress(
         progress.step,
         content,
         state,
-        keep_last=config.checkpoint.keep_last,
+        keep_last=None if progress.nonfinite_in_a_row else config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         keep_step=None if recipe.alarm is None else progress.return_step,
     )

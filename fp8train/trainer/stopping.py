@@ -1,4 +1,5 @@
-"""Requests to stop: SIGTERM and SIGUSR1 (a scheduler about to take the machine), Ctrl-C and the time limit."""
+"""Requests to stop: SIGTERM and SIGUSR1 (a scheduler about to take the machine), SIGHUP (a terminal that is gone),
+Ctrl-C and the time limit."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from typing import Any
 from fp8train.checkpoint import open_checkpoint
 from fp8train.errors import CheckpointError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 SAME_SECONDS = 30.0
 STDERR = 2
 
@@ -24,9 +25,9 @@ STDERR = 2
 class StopRequest:
     """Context in which SIGNALS only leave a note; a second one acts as it would have without us.
 
-    But not SIGTERM or SIGUSR1 within SAME_SECONDS of the first: a scheduler signals every process of a job, and
-    torchrun hands on to its ranks what it got. A SIGINT that is ignored, as in a job that a shell script put into the
-    background, stays ignored.
+    But not SIGTERM, SIGUSR1 or SIGHUP within SAME_SECONDS of the first: a scheduler signals every process of a job, and
+    torchrun hands on to its ranks what it got. A SIGINT or SIGHUP that is ignored, as in a job that a shell script put
+    into the background or that nohup began, stays ignored.
 
     Args:
         time_limit_seconds: counted from here; None is no limit.
@@ -61,8 +62,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python hands signals to the main thread alone
-            ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-            numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGINT)]
+            ignored = [s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_IGN]
+            numbers = [number for number in SIGNALS if number not in ignored]
             self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 

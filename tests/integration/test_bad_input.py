@@ -189,7 +189,7 @@ class TestDiskThatFillsUp:
         arguments = tiny_arguments(tmp_path)
         with files_of_at_most(1000):
             assert exit_code(train.main, arguments) == 2
-        assert_one_line(capsys, "cannot be written .File too large.; needs a writable run_dir with space")
+        assert_one_line(capsys, "cannot be written .File too large.; needs a writable folder with space")
         assert not temporary_files(tmp_path)
 
     def test_while_a_resumed_run_cuts_its_metrics(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
