@@ -36,7 +36,18 @@ def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
     if any(arg in ("-h", "--help") for arg in argv):
         sys.stdout.write(describe(arguments))
         raise SystemExit(0)
-    return structure(arguments, parse_assignments(argv, arguments), who="arguments")
+    return structure(arguments, _literal(parse_assignments(argv, arguments)), who="arguments")
+
+
+def _literal(value: Any) -> Any:
+    """The same with ${...} as text: an argument, such as a prompt, refers to no other."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
+    return value
 
 
 def parse_assignments(argv: Sequence[str], target: type) -> dict[str, Any]:

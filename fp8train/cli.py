@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import fp8train
 from fp8train.errors import ConfigError, nearest
 
 COMMANDS = {
@@ -35,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(_usage())
+        return 0
+    if argv[0] == "--version":
+        sys.stdout.write(f"fp8train {fp8train.__version__}\n")
         return 0
     name, *arguments = argv
     if name not in COMMANDS:

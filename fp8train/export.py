@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -68,12 +69,23 @@ def main(argv: Sequence[str]) -> int:
     for line in [*notes, *_joined_notes(packing)]:
         sys.stderr.write(f"{line}\n")
     dtype = arguments.dtype if packing is None else "bfloat16"
-    save_hf(state, model, arguments.out, dtype, tokenizer, eos_token_id=separator, packing=packing)
+    origin = _origin(model) if arguments.tokenizer != "none" else None
+    save_hf(state, model, arguments.out, dtype, tokenizer, eos_token_id=separator, packing=packing, origin=origin)
     parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
     copied = "with its tokenizer" if tokenizer else "without tokenizer files"
     what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
     sys.stdout.write(f"{arguments.out}: {what}\n{_padding_line(model, parameters)}{_packing_line(packing)}")
     return 0
+
+
+def _origin(model: ModelConfig) -> str | None:
+    """The folder that the model began as, if it is still there; says on stderr what is left out where it is not."""
+    if model.init_from is None or (Path(model.init_from) / "config.json").is_file():
+        return model.init_from
+    sys.stderr.write(
+        f"{model.init_from} is gone: its bos, pad and further eos token ids and generation_config.json are left out\n"
+    )
+    return None
 
 
 def _packing(checkpoint: Checkpoint, name: str | None) -> BlockPacking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class GenerateArguments:
     """Print sample text from a checkpoint.
 
     checkpoint: run folder (its newest checkpoint) or one checkpoint
-    prompt: text to continue; without one the model begins a document
+    prompt: text to continue, quotes around the whole of it left out; special tokens in it are themselves; without one
+        the model begins a document
     max_new_tokens: stop after this many, or where the model ends the document
     temperature: 0 takes the likeliest token every time; 1 samples from the model's own distribution
     top_k: sample among this many likeliest tokens; null: among all
@@ -48,6 +50,15 @@ class GenerateArguments:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"prompt: is not UTF-8 at character {error.start}; needs text. Give it in UTF-8 (PYTHONUTF8=1 where "
+                "the locale is another)."
+            ) from error
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed: got {self.seed}; needs a number of 64 bits.")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: got {self.max_new_tokens}; needs at least 1.")
         if not 0 <= self.temperature < float("inf"):
@@ -76,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         )
     config = dataclasses.replace(checkpoint.config, compile=False, backend=arguments.backend)
     model = restored(checkpoint, init(device_type=arguments.device).device, config=config).model.eval()
-    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.separator]
+    prompt = tokenizer.encode_prompt(arguments.prompt) or [tokenizer.separator]
     ids = generate(
         model,
         prompt,
@@ -86,8 +97,10 @@ def main(argv: Sequence[str]) -> int:
         seed=arguments.seed,
         end=tokenizer.separator,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show
     sys.stdout.write(arguments.prompt)
-    for piece in decode_pieces(ids, tokenizer):
+    for piece in decode_pieces(ids, tokenizer, prompt):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -140,10 +153,13 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def decode_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text of ids as it becomes complete: a character is held back until its last byte is there."""
-    seen: list[int] = []
-    shown = text = ""
+def decode_pieces(ids: Iterable[int], tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> Iterator[str]:
+    """Text of ids behind a prompt as it becomes complete: a character is held back until its last byte is there.
+
+    Both are decoded together: a tokenizer may leave out the space before the first word of a text.
+    """
+    seen = list(prompt)
+    shown = text = tokenizer.decode(seen)
     for token in ids:
         seen.append(token)
         text = tokenizer.decode(seen)

@@ -87,6 +87,8 @@ def packing_of(document: Mapping[str, Any], directory: str | Path) -> BlockPacki
     stored = document.get("quantization_config")
     if not stored:
         return None
+    if not isinstance(stored, Mapping):
+        raise ConfigError(f"{directory}: quantization_config is {stored!r}; needs an object. Fetch the folder again.")
     method, fmt, block = stored.get("quant_method"), stored.get("fmt") or E4M3.name, stored.get("weight_block_size")
     sizes = block if isinstance(block, list) and len(block) == 2 else [0]
     if method != METHOD or fmt != E4M3.name or not all(isinstance(size, int) and size > 0 for size in sizes):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fp8train import export as command
 from fp8train.data.tokenizers import ByteTokenizer
 from fp8train.errors import CheckpointError, ConfigError, DataError
-from fp8train.models import build_model, initialize
+from fp8train.models import build_model, initialize, save_hf
 from fp8train.recipe import load_recipe
 from tests.test_generate import MODEL, save_run
 
@@ -79,6 +79,23 @@ def test_tokenizer_of_the_run_goes_along(tmp_path):
     assert json.loads((tmp_path / "with" / "config.json").read_text())["eos_token_id"] == 2, "</s>, as in training"
     command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'without'}", "tokenizer=none"])
     assert not (tmp_path / "without" / "tokenizer.json").exists()
+
+
+def test_what_the_first_folder_says_of_generation_goes_along_without_its_tokenizer(tmp_path, capsys):
+    first = tmp_path / "first"
+    save_hf(build_model(MODEL, "cpu").state_dict(), dataclasses.replace(MODEL, init_std=0.1), first)
+    document = json.loads((first / "config.json").read_text()) | {"bos_token_id": 3, "eos_token_id": [1, 2]}
+    (first / "config.json").write_text(json.dumps(document))
+    (first / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    save_run(tmp_path / "run", model=dataclasses.replace(MODEL, init_from=str(first)))
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'hf'}"])
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"], written["initializer_range"]) == (3, [1, 2], 0.1)
+    assert (tmp_path / "hf" / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
+    first.rename(tmp_path / "gone")
+    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'later'}"])
+    assert "first is gone: its bos, pad and further eos token ids" in capsys.readouterr().err
+    assert json.loads((tmp_path / "later" / "config.json").read_text())["eos_token_id"] == 256
 
 
 def test_tokenizer_with_other_ids_or_more_of_them_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from fp8train.arguments import parse_arguments
 from fp8train.checkpoint import TrainingState, save_checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data.config import DataConfig
-from fp8train.data.tokenizers import build_tokenizer
+from fp8train.data.tokenizers import FileTokenizer, build_tokenizer
 from fp8train.errors import ConfigError
 from fp8train.models import Decoder, ModelConfig, build_model, initialize
 from fp8train.recipe import load_recipe
@@ -120,12 +120,42 @@ def test_a_character_is_printed_when_its_last_byte_is_there():
     assert "".join(command.decode_pieces([*ids, 0xE2], build_tokenizer("bytes"))) == "a\u00e4\u20acb\ufffd"
 
 
+def test_space_between_prompt_and_text_is_kept_by_tokenizers_that_leave_out_the_first():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"\u2581the": 0, "\u2581model": 1, "\u2581is": 2, "s": 3, "</s>": 4, "<unk>": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    decode = tokenizers.decoders
+    tokenizer.decoder = decode.Sequence([decode.Replace("\u2581", " "), decode.Fuse(), decode.Strip(" ", 1, 0)])
+    files = {"tokenizer.json": tokenizer.to_str().encode()}
+    ours = FileTokenizer(tokenizer, name="t", path=None, separator=4, files=files)
+    assert "".join(command.decode_pieces([2, 0], ours, ours.encode_prompt("the model"))) == " is the"
+    assert "".join(command.decode_pieces([1], ours, [4])) == "model", "a text of its own begins without"
+
+
+def test_special_tokens_of_a_prompt_are_themselves_and_those_of_a_document_are_text():
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"<": 0, "e": 1, ">": 2, "a": 3}, []))
+    tokenizer.add_special_tokens(["<e>"])
+    ours = FileTokenizer(tokenizer, name="t", path=None, separator=4, files={"tokenizer.json": b""})
+    assert ours.encode("a<e>a") == [3, 0, 1, 2, 3] and ours.encode_prompt("a<e>a") == [3, 4, 3]
+    assert ours.encode("a<e>a") == [3, 0, 1, 2, 3], "as before"
+
+
+def test_prompt_may_hold_what_configurations_read_as_a_reference():
+    for prompt in ("${HOME}/x", "echo $x \\${y}"):
+        assert parse_arguments(["checkpoint=RUN", f"prompt={prompt}"], command.GenerateArguments).prompt == prompt
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("max_new_tokens=0", "max_new_tokens: got 0"),
         ("temperature=-1", "temperature: got -1"),
         ("top_k=0", "top_k: got 0"),
+        ("prompt=abc\udcff", "prompt: is not UTF-8 at character 3"),
+        ("seed=99999999999999999999", "seed: got 99999999999999999999; needs a number of 64 bits"),
         ("device=tpu", "device: got 'tpu'"),
         ("promt=x", "nearest: prompt"),
     ],

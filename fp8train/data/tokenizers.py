@@ -32,6 +32,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_prompt(self, text: str) -> list[int]: ...
+
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]: ...
 
     def decode(self, ids: ArrayLike) -> str: ...
@@ -52,6 +54,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without separator."""
         return list(text.encode())
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text: it has no special tokens."""
+        return self.encode(text)
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each document (UTF-8), without separators; uint8, a view."""
@@ -105,6 +111,14 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without separator or any other special token."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text of the user's own, in which special tokens that are written out are themselves."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each document (UTF-8), without separators; uint32."""

@@ -33,6 +33,7 @@ READABLE = ("BF16", "F16", "F32")  # names in a safetensors header; each is exac
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # parameters with a row per token id
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,7 +43,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 
 
@@ -100,7 +101,7 @@ def load_hf(model: Decoder, directory: str | Path, packing: Packing | None = Non
     check_same_architecture(model.config, directory)
     stored = read_config_json(directory).get("quantization_config")
     if stored and packing is None:
-        method = stored.get("quant_method", "unknown")
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else stored
         raise ConfigError(
             f"{directory}: the weights are quantised (quant_method {method!r}); needs BF16, FP16 or FP32 here. Take "
             "the unquantised model, or say how they are packed."
@@ -131,6 +132,7 @@ def save_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     eos_token_id: int | None = None,
     packing: Packing | None = None,
+    origin: str | Path | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json, safetensors (shards if large), tokenizer files.
 
@@ -145,6 +147,8 @@ def save_hf(
         max_shard_bytes: a file ends before the tensor that would exceed this.
         eos_token_id: of config.json, where the config.json in tokenizer_dir states none.
         packing: of the parameters that it names; None: none.
+        origin: folder that the model began as, whose token ids, generation_config.json and initializer_range are taken
+            where tokenizer_dir has none.
 
     Raises:
         ConfigError: another dtype; qkv_bias together with qk_norm, which no family has.
@@ -155,13 +159,18 @@ def save_hf(
         raise ConfigError(f"dtype is {dtype!r}; needs one of {', '.join(DTYPES)}.")
     directory = Path(directory).absolute()
     _check_state(state, config)
-    token_ids = _token_ids(tokenizer_dir)
+    token_ids = _token_ids(tokenizer_dir) or _token_ids(origin)
     if token_ids.get("eos_token_id") is None:
         token_ids["eos_token_id"] = eos_token_id
     document = config_to_hf(config, dtype, token_ids)
+    if origin is not None:
+        document["initializer_range"] = config_from_hf(origin).init_std
     if packing is not None:
         document["quantization_config"] = packing.document
     tokenizer_files = _tokenizer_files(tokenizer_dir)
+    generation = None if origin is None else Path(origin) / GENERATION_CONFIG
+    if generation is not None and generation.is_file():
+        tokenizer_files.setdefault(GENERATION_CONFIG, generation)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(
             f"{directory}: exists and is not empty; needs a new or empty folder. Choose another, or delete it."

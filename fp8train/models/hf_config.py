@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.models.config import ModelConfig, RopeScaling
@@ -27,6 +27,9 @@ ARCHITECTURE = (
     "tie_embeddings",
 )
 """Fields of ModelConfig that a folder fixes: with another value its weights would mean another function."""
+
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +81,7 @@ def config_from_hf(directory: str | Path) -> ModelConfig:
     document = read_config_json(directory)
     who = f"{Path(directory) / 'config.json'}"
     model_type = document.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         names = document.get("architectures") or [model_type]
         raise ConfigError(
             f"{who}: architecture {names[0]!r}; needs one of {', '.join(f.architecture for f in FAMILIES.values())}. "
@@ -98,15 +101,15 @@ def config_from_hf(directory: str | Path) -> ModelConfig:
         num_kv_heads=heads
         if model_type == "llama" and not document.get("num_key_value_heads")
         else _required(document, "num_key_value_heads", who),
-        head_dim=document.get("head_dim") or qwen3_head_dim,
+        head_dim=_required(document, "head_dim", who) if document.get("head_dim") else qwen3_head_dim,
         max_seq_len=_required(document, "max_position_embeddings", who),
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=float(document.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(document, "rms_norm_eps", 1e-6, who),
         qkv_bias=FAMILIES[model_type].qkv_bias,
         qk_norm=FAMILIES[model_type].qk_norm,
-        tie_embeddings=bool(document.get("tie_word_embeddings", False)),
-        init_std=float(document.get("initializer_range", 0.02)),
+        tie_embeddings=_typed(document, "tie_word_embeddings", bool, False, who),
+        init_std=_number(document, "initializer_range", 0.02, who),
     )
 
 
@@ -208,14 +211,44 @@ def _required(document: Mapping[str, Any], key: str, who: str) -> int:
     return value
 
 
+def _number(document: Mapping[str, Any], key: str, default: float, who: str) -> float:
+    value = document.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{who}: {key} is {value!r}; needs a number. Fetch the folder again.")
+    return float(value)
+
+
+def _typed(document: Mapping[str, Any], key: str, kind: type[T], default: T, who: str) -> T:
+    """An entry of that type; the default where it is left out or null."""
+    value = document.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise ConfigError(f"{who}: {key} is {value!r}; needs a {kind.__name__}. Fetch the folder again.")
+    return value
+
+
+def _rope_entry(document: Mapping[str, Any], who: str) -> Mapping[str, Any]:
+    """What the folder says of rotary embeddings: rope_parameters (transformers 5) or rope_scaling (4)."""
+    new, old = (_typed(document, key, dict, {}, who) for key in ("rope_parameters", "rope_scaling"))
+    merged = dict(new) | {key: old[key] for key in old if key != "type"}
+    if new and old and (merged != dict(new) or old.get("type", new.get("rope_type")) != new.get("rope_type")):
+        raise ConfigError(
+            f"{who}: rope_parameters is {new} and rope_scaling is {old}; needs one of the two, since programs differ "
+            "in which they read. Delete the one that does not hold."
+        )
+    return new or old
+
+
 def _refuse_other_features(document: Mapping[str, Any], who: str) -> None:
-    rope = document.get("rope_parameters") or {}
+    rope = _rope_entry(document, who)
+    layer_types = _typed(document, "layer_types", list, ["full_attention"], who)
     wanted = {
         "hidden_act": document.get("hidden_act", "silu") == "silu",
         "attention_bias": not document.get("attention_bias", False),
         "mlp_bias": not document.get("mlp_bias", False),
         "use_sliding_window": not document.get("use_sliding_window", False),
-        "layer_types": set(document.get("layer_types") or ["full_attention"]) == {"full_attention"},
+        "layer_types": all(kind == "full_attention" for kind in layer_types),
         "partial_rotary_factor": (document.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0)
         == 1.0,
     }
@@ -230,25 +263,30 @@ def _refuse_other_features(document: Mapping[str, Any], who: str) -> None:
 
 def _rope(document: Mapping[str, Any], who: str) -> tuple[float, RopeScaling | None]:
     """rope_theta and scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
-    parameters = document.get("rope_parameters") or document.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", document.get("rope_theta", 10000.0)))
+    parameters = _rope_entry(document, who)
+    theta = _number(parameters if "rope_theta" in parameters else document, "rope_theta", 10000.0, who)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
+        remedy = "Take another model."
+        if kind == "dynamic":
+            remedy += (
+                " Within the original length it changes nothing: remove the entry if you train no longer sequences."
+            )
+        elif kind in ("linear", "yarn"):
+            remedy += (
+                " Remove the entry only if it was added for longer inference: where the weights were trained with it, "
+                "that makes another model at every length."
+            )
+        raise ConfigError(f"{who}: rope type {kind!r}; needs default or llama3. {remedy}")
+    if lacking := [key for key in LLAMA3_KEYS if key not in parameters]:
         raise ConfigError(
-            f"{who}: rope type {kind!r}; needs default or llama3. Take another model, or remove rope_scaling if you "
-            "train within the original length."
+            f"{who}: rope scaling llama3 lacks {', '.join(lacking)}; needs {', '.join(LLAMA3_KEYS)}. Fetch the folder "
+            "again."
         )
-    try:
-        return theta, RopeScaling(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_seq_len=int(parameters["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ConfigError(
-            f"{who}: rope scaling llama3 lacks {error}; needs factor, low_freq_factor, high_freq_factor, "
-            "original_max_position_embeddings."
-        ) from error
+    factor, low, high = (_number(parameters, key, 0.0, who) for key in LLAMA3_KEYS[:3])
+    return theta, RopeScaling(
+        factor=factor, low_freq_factor=low, high_freq_factor=high,
+        original_max_seq_len=_required(parameters, LLAMA3_KEYS[3], who),
+    )  # fmt: skip
