@@ -253,6 +253,8 @@ class ConversionReport:
     def coverage(self) -> dict[str, Any]:
         """What the GEMMs ran in since the counts were last reset, as the ops counted; FLOPs = 2 * rows * N * K.
 
+        fp8_flops_share is of the FLOPs of what is counted; uncounted: subclasses of nn.Linear that were left as they
+        are, whose GEMMs are not. decoded: GEMMs for which no kernel passed, so that torch multiplies decoded numbers.
         refused_kernels: those that failed the check on their first use so far, each with the reason. precision, rule
         and reason of a linear are the recipe's; changed: what schedule or alarm made of it since, or null.
         """
@@ -271,7 +273,7 @@ class ConversionReport:
                     "other_calls": count.other_calls,
                     "fp8_rows": count.fp8_rows,
                     "other_rows": count.other_rows,
-                    "exception": exception(row, gemm, count),
+                    "exception": exception(row, gemm, count, counts.get(row.site, {}).get("fprop", GemmCount())),
                 }
             keys = {"fqn": row.fqn, "shape": list(row.shape), "precision": row.precision}
             words = {"rule": row.rule, "reason": row.reason, "changed": COUNTS.changed(row.site)}
@@ -279,24 +281,29 @@ class ConversionReport:
         backend = get_backend(self.backend)
         return {
             "backend": self.backend,
-            "emulates": backend.emulates,
+            "emulates": backend.emulates or bool(backend.decoded),
             "refused_kernels": backend.refused,
+            "decoded": list(backend.decoded),
             "recipe": self.recipe,
             "fp8_flops_share": fp8_flops / max(fp8_flops + other_flops, 1),
             "linears": linears,
+            "uncounted": [row.fqn for row in self.rows if row.numbers is None],
         }
 
 
-def exception(row: ConversionRow, gemm: str, count: GemmCount) -> str | None:
-    """Why a GEMM did not run in FP8, or not all of it; None where it did."""
+def exception(row: ConversionRow, gemm: str, count: GemmCount, forward: GemmCount) -> str | None:
+    """Why a GEMM did not run in FP8, or not all of it; None where it did. forward: the count of the linear's fprop."""
     planned = row.planned(gemm)
     if planned != "fp8":
         whole = row.numbers is None or not row.numbers.any_fp8
         return f"{planned}: {row.reason}" if whole else f"{planned}: precision {row.precision} says so"
     if count.other_rows:
-        some = "ran in high precision for some rows: its precision was changed during the run"
-        return COUNTS.changed(row.site) or some
-    return None if count.fp8_rows else COUNTS.reason(row.site, gemm) or "no tokens reached it"
+        some = " for some rows" if count.fp8_rows else ""
+        return COUNTS.changed(row.site) or f"ran in high precision{some}: its precision was changed during the run"
+    if count.fp8_rows:
+        return None
+    tokens = "no tokens reached it" if not forward.fp8_rows + forward.other_rows else "no gradient was asked of it"
+    return COUNTS.reason(row.site, gemm) or tokens
 
 
 _HEADER = {

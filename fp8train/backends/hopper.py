@@ -68,9 +68,9 @@ class HopperBackend(CpuBackend):
         acc = torch.zeros(a.shape[0], b.shape[0])
         for start, stop in self._spans(a, b):
             part = (x[:, start:stop] for x in (left, right, *exponents))
-            partial = self._partial_sum(*part).to(torch.float32).double()
+            partial = self._partial_sum(*part).to(torch.float32)
             scale = scale_a[:, start, None] * scale_b[None, :, start]
-            acc = (partial * scale.double() + acc.double()).to(torch.float32)
+            acc = reference.fma(partial, scale, acc)
         return reference.finish(acc, bias, out, accumulate, out_dtype)
 
     def _spans(self, a: QTensor, b: QTensor) -> list[tuple[int, int]]:

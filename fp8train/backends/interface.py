@@ -19,6 +19,9 @@ class Backend(Protocol):
 
     name: str
     note: str  # how it computes, for the log and for `explain`
+    decoded: tuple[
+        str, ...
+    ] = ()  # GEMMs that BF16 units multiplied in place of FP8 units, since none of its kernels may
     emulates: bool = False  # FP8 numbers by wider instructions: its losses carry over to a GPU, its speed does not
 
     @property

@@ -19,6 +19,7 @@ class Producers:
     """What a backend inherits: each product is computed, written, and read again by the backend's own quantiser."""
 
     emulates = False
+    decoded: tuple[str, ...] = ()
 
     @property
     def refused(self) -> list[str]:

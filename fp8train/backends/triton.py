@@ -350,6 +350,7 @@ class TritonBackend(Producers):
             return chosen  # an entry that has no verdict was passed over, not refused: the next call asks again
         if chosen is None:
             self._decoded.add(operation)
+            self.decoded = tuple(sorted(self._decoded))
         self._renew_note(device)
         if len(self._entries) >= MOST_SHAPES:
             self._entries.clear()

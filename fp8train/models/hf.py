@@ -159,18 +159,8 @@ def save_hf(
         raise ConfigError(f"dtype is {dtype!r}; needs one of {', '.join(DTYPES)}.")
     directory = Path(directory).absolute()
     _check_state(state, config)
-    token_ids = _token_ids(tokenizer_dir) or _token_ids(origin)
-    if token_ids.get("eos_token_id") is None:
-        token_ids["eos_token_id"] = eos_token_id
-    document = config_to_hf(config, dtype, token_ids)
-    if origin is not None:
-        document["initializer_range"] = config_from_hf(origin).init_std
-    if packing is not None:
-        document["quantization_config"] = packing.document
-    tokenizer_files = _tokenizer_files(tokenizer_dir)
-    generation = None if origin is None else Path(origin) / GENERATION_CONFIG
-    if generation is not None and generation.is_file():
-        tokenizer_files.setdefault(GENERATION_CONFIG, generation)
+    document = _document(config, dtype, _token_ids(tokenizer_dir) or _token_ids(origin), eos_token_id, origin, packing)
+    tokenizer_files = _tokenizer_files(tokenizer_dir, origin)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(
             f"{directory}: exists and is not empty; needs a new or empty folder. Choose another, or delete it."
@@ -346,6 +336,24 @@ def _write_tensors(
         )
 
 
+def _document(
+    config: ModelConfig,
+    dtype: str,
+    token_ids: Mapping[str, Any],
+    eos_token_id: int | None,
+    origin: str | Path | None,
+    packing: Packing | None,
+) -> dict[str, Any]:
+    """config.json of what save_hf writes."""
+    ids = dict(token_ids)
+    if ids.get("eos_token_id") is None:
+        ids["eos_token_id"] = eos_token_id
+    document = config_to_hf(config, dtype, ids)
+    if origin is not None:
+        document["initializer_range"] = config_from_hf(origin).init_std
+    return document if packing is None else document | {"quantization_config": packing.document}
+
+
 def _token_ids(tokenizer_dir: str | Path | None) -> dict[str, Any]:
     """Special token ids that the tokenizer's own model folder states."""
     if tokenizer_dir is None or not (Path(tokenizer_dir) / "config.json").is_file():
@@ -354,20 +362,22 @@ def _token_ids(tokenizer_dir: str | Path | None) -> dict[str, Any]:
     return {name: document.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
-def _tokenizer_files(source: str | Path | None) -> dict[str, Path]:
+def _tokenizer_files(source: str | Path | None, origin: str | Path | None) -> dict[str, Path]:
     """Files to copy, by the name they get."""
+    generation = {} if origin is None else {GENERATION_CONFIG: Path(origin) / GENERATION_CONFIG}
+    found = {name: path for name, path in generation.items() if path.is_file()}
     if source is None:
-        return {}
+        return found
     source = Path(source)
     if source.is_file():
-        return {"tokenizer.json": source}
-    found = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
-    if not found:
+        return found | {"tokenizer.json": source}
+    own = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    if not own:
         raise CheckpointError(
             f"{source}: holds no tokenizer; needs tokenizer.json or the files of a Hugging Face tokenizer. Correct "
             "the path."
         )
-    return found
+    return found | own
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

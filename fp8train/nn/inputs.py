@@ -101,9 +101,17 @@ class _Slot(NamedTuple):
     """An input, what its operands were made for, they, and the sites of the linears that have had them."""
 
     input: weakref.ref[Tensor]
-    key: tuple[int, InputNeeds, str]
+    key: tuple[int, int, InputNeeds, str]
     operands: tuple[Operand, Operand | None]
     readers: set[int]
+
+
+def _address(x: Tensor) -> int:
+    """Where the numbers lie; 0 for a tensor without memory of its own, such as a fake one."""
+    try:
+        return x.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 class InputCache:
@@ -111,8 +119,9 @@ class InputCache:
 
     One slot, shared by all linears of a model. It serves each linear once: one that reads the same tensor again is in
     another forward, before which something that moves no version counter may have written to the tensor (a receive of
-    torch.distributed into a buffer, numpy). It is emptied when the input is freed, so it never prolongs anything's
-    life. Threads may share a model: the slot is one attribute, read once and written once.
+    torch.distributed into a buffer, numpy). Such a write between two linears that read the tensor in one forward is not
+    seen, but an exchange of its memory (`x.data = ...`) is. It is emptied when the input is freed, so it never prolongs
+    anything's life. Threads may share a model: the slot is one attribute, read once and written once.
     """
 
     def __init__(self) -> None:
@@ -126,12 +135,13 @@ class InputCache:
         if torch.compiler.is_compiling() or x.is_inference():
             return quantize_input(as_matrix(x.detach()), needs, backend)
         slot = self._slot
-        known = slot is not None and slot.input() is x and slot.key == (x._version, needs, backend)
+        key = (x._version, _address(x), needs, backend)
+        known = slot is not None and slot.input() is x and slot.key == key
         if slot is not None and known and reader not in slot.readers:
             slot.readers.add(reader)
             return slot.operands
         operands = quantize_input(as_matrix(x.detach()), needs, backend)
-        self._slot = _Slot(weakref.ref(x, self._forget), (x._version, needs, backend), operands, {reader})
+        self._slot = _Slot(weakref.ref(x, self._forget), key, operands, {reader})
         return operands
 
     def clear(self) -> None:

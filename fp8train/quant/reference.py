@@ -110,8 +110,24 @@ def scaled_mm(
         # products of two codes and their sums over one block are exact in FP64, so partial is rounded once
         partial = (left[:, start:stop] @ right[:, start:stop].T).to(torch.float32)
         scale = scale_a[:, start, None] * scale_b[None, :, start]
-        acc = (partial.to(torch.float64) * scale.to(torch.float64) + acc.to(torch.float64)).to(torch.float32)
+        acc = fma(partial, scale, acc)
     return finish(acc, bias, out, accumulate, out_dtype)
+
+
+def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x * y + z of FP32 tensors, rounded once.
+
+    The product is exact in FP64. Their sum is rounded to odd there: to the neighbour whose last bit is 1 where it is
+    not exact, so that rounding it to FP32, of 29 bits less, is that of the exact sum.
+    Source: Boldo and Melquiond, IEEE Trans. Comput. 57 (2008) 462.
+    """
+    product, z = x.to(torch.float64) * y.to(torch.float64), z.to(torch.float64)
+    total = product + z
+    part = total - product
+    error = (product - (total - part)) + (z - part)  # of the sum, exactly (Knuth)
+    inexact = total.isfinite() & (error != 0) & (total.view(torch.int64) & 1 == 0)
+    beyond = torch.nextafter(total, torch.full_like(total, float("inf")).copysign(error))
+    return torch.where(inexact, beyond, total).to(torch.float32)
 
 
 def finish(acc: Tensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype) -> Tensor:

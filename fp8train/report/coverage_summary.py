@@ -42,10 +42,54 @@ class LinearGroup:
     reason: str
 
 
+def merged_coverage(runs: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """One coverage.json for the seeds of an arm: counts added up, and what only some of them say with their seed.
+
+    Args:
+        runs: seed -> coverage.json.
+    """
+    if len(runs) < 2:
+        return next(iter(runs.values()), {})
+    known = {seed: {linear["fqn"]: linear for linear in coverage.get("linears", ())} for seed, coverage in runs.items()}
+    linears = [
+        {**next(own[fqn] for own in known.values() if fqn in own), **_merged_linear(fqn, known)}
+        for fqn in dict.fromkeys(fqn for own in known.values() for fqn in own)
+    ]
+    lists = {
+        key: _of_seeds({seed: tuple(coverage.get(key) or ()) for seed, coverage in runs.items()})
+        for key in ("refused_kernels", "decoded")
+    }
+    return {**next(iter(runs.values())), "linears": linears, **lists}
+
+
+def _merged_linear(fqn: str, known: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of a linear over all seeds, and what has changed it in which."""
+    found = {seed: own[fqn] for seed, own in known.items() if fqn in own}
+    gemms: dict[str, dict[str, Any]] = {}
+    for gemm in dict.fromkeys(gemm for linear in found.values() for gemm in linear["gemms"]):
+        counts = [linear["gemms"].get(gemm, {}) for linear in found.values()]
+        rows = {key: sum(count.get(key, 0) for count in counts) for key in ("fp8_rows", "other_rows")}
+        gemms[gemm] = {**counts[0], **rows}
+    changed = _of_seeds({seed: tuple(filter(None, [linear.get("changed")])) for seed, linear in found.items()})
+    return {"gemms": gemms, "changed": "; ".join(changed) or None}
+
+
+def _of_seeds(said: Mapping[int, tuple[str, ...]]) -> list[str]:
+    """What all seeds say once, and what only some say with their numbers before it."""
+    texts = dict.fromkeys(text for own in said.values() for text in own)
+    by = {text: [seed for seed, own in said.items() if text in own] for text in texts}
+    return [
+        text if len(seeds) == len(said) else f"seed {', '.join(map(str, seeds))}: {text}" for text, seeds in by.items()
+    ]
+
+
 def refused_kernels(coverage: Mapping[str, Any]) -> str:
     """Which kernels were not used and why, in one sentence; '' where all passed their checks."""
-    refused = coverage.get("refused_kernels") or []
-    return f"refused on its machine, so that others took their place: {'; '.join(refused)}" if refused else ""
+    refused, decoded = (coverage.get(key) or [] for key in ("refused_kernels", "decoded"))
+    words = [f"refused on its machine, so that others took their place: {'; '.join(refused)}"] if refused else []
+    if decoded:
+        words.append(f"no FP8 unit multiplied in {'; '.join(decoded)}: FP8 numbers were decoded and multiplied in BF16")
+    return "; ".join(words)
 
 
 def gemm_shares(coverage: Mapping[str, Any]) -> list[GemmShare]:

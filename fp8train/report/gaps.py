@@ -78,9 +78,10 @@ def _test_table(verdict: Mapping[str, Any]) -> str:
     caption = (
         f"<strong>Equivalence test</strong>, margin \u00b1{verdict['margin_percent']:g}\u202f%: two one-sided t-tests "
         "on the "
-        "gaps of the seeds, 5\u202f% each. More seeds needed: for an 80\u202f% chance of a definite verdict if the "
-        "true gap is "
-        "zero, and if it is the measured one."
+        "gaps of the seeds, 5\u202f% each for a number of seeds fixed beforehand. More seeds needed: roughly, for an "
+        "80\u202f% chance of a definite verdict, with the measured spread between seeds taken as the true one, if the "
+        "true gap is zero, and if it is the measured one. Adding seeds and testing again errs more often than "
+        "5\u202f%."
     )
     return page.table(caption, columns, rows)
 

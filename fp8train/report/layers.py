@@ -34,10 +34,10 @@ def layers_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Worst operands and the picture layer x step of every arm that rounds; a note where none was sampled."""
     parts = []
     for slot, (arm, runs) in enumerate(arms.items()):
-        run = next(iter(runs.values()))
+        seed, run = next(iter(runs.items()))
         sampled = [(row["step"], kept) for row in run.telemetry if (kept := [s for s in samples(row) if not s.what_if])]
         if sampled:
-            label = verdict["arms"][arm]["label"]
+            label = verdict["arms"][arm]["label"] + (f", seed {seed}" if len(runs) > 1 else "")
             parts += [_picture(label, slot, sampled), _worst_table(verdict, arm, sampled[-1])]
     if not parts:
         return [page.paragraph("No run sampled the operands of its linears (telemetry.every).", "note")]

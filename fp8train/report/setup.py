@@ -21,6 +21,7 @@ from fp8train.report.coverage_summary import (
     gemm_shares,
     group_linears,
     layer_numbers,
+    merged_coverage,
     refused_kernels,
 )
 from fp8train.report.learning import LEAST_FALL, LEAST_STEPS
@@ -41,7 +42,7 @@ COVERAGE_NOTE = (
 def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     parts = []
     for slot, (arm, runs) in enumerate(arms.items()):
-        coverage = next(iter(runs.values())).coverage
+        coverage = merged_coverage({seed: run.coverage for seed, run in runs.items()})
         label = verdict["arms"][arm]["label"]
         shares, groups = gemm_shares(coverage), group_linears(coverage)
         total, fp8 = sum(share.flops for share in shares), sum(share.fp8_flops for share in shares)
@@ -62,7 +63,8 @@ def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         for reason in dict.fromkeys(group.reason for group in groups if group.changed):
             names = ", ".join(group.pattern for group in groups if group.changed and group.reason == reason)
             parts.append(page.paragraph(f"{label}: during the run, {reason}: {names}.", "note"))
-        words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of a run's {flops_text(total)} ran in FP8"
+        whose = "a run's" if len(runs) == 1 else f"{len(runs)} runs'"
+        words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of {whose} {flops_text(total)} ran in FP8"
         chart = bar_chart(
             [_share_bar(share, slot) for share in shares],
             name=f"coverage-{slot}",
@@ -159,11 +161,14 @@ def _environment_words(arms: Arms) -> str:
 
 
 def environment_section(arms: Arms) -> list[str]:
-    flat = {arm: flattened(next(iter(runs.values())).environment) for arm, runs in arms.items()}
-    keys = list(dict.fromkeys(key for entries in flat.values() for key in entries))
+    flat = {arm: [flattened(run.environment) for run in runs.values()] for arm, runs in arms.items()}
+    keys = list(dict.fromkeys(key for runs in flat.values() for entries in runs for key in entries))
     rows = []
     for key in keys:
-        values = {arm: _plain(entries.get(key), key) for arm, entries in flat.items()}
+        values = {
+            arm: " and ".join(dict.fromkeys(_plain(entries.get(key), key) for entries in runs))
+            for arm, runs in flat.items()
+        }
         text = "<br>".join(f"{html.escape(arm)}: {code(value)}" for arm, value in values.items())
         if len(set(values.values())) == 1:
             text = code(values[next(iter(values))])
@@ -194,7 +199,9 @@ def method() -> str:
         "observation. Two one-sided t-tests at 5 % each, margin in percent of the baseline's held-out loss: "
         "equivalent if "
         "the 90 % interval of the mean gap lies within the margin, inferior or superior if it lies beyond, otherwise "
-        "inconclusive. Windows of one run share its trajectory and are no replicates.",
+        "inconclusive. The 5 % hold where the number of seeds was fixed before any result was seen: whoever adds seeds "
+        "to an inconclusive comparison and tests again errs more often. Windows of one run share its trajectory and "
+        "are no replicates.",
         "Undecided": "A baseline that learned nothing is matched by any arm, also by one that learned nothing. So "
         f"its loss must have fallen, from the training loss of its first logged step to the end, by {LEAST_FALL:g} "
         "margins (with several seeds the lower end of the 90 % interval), so that an arm within the margin has kept at "

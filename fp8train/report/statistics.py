@@ -6,6 +6,7 @@ a run share, so that a bootstrap over windows calls chance significant (referenc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -129,7 +130,8 @@ def equivalence(gaps: Sequence[float], margin: float, alpha: float = ALPHA) -> E
     Args:
         gaps: arm - baseline of each seed, larger is worse.
         margin: largest mean gap that counts as none, > 0.
-        alpha: of each test; each of the three definite answers is wrong with at most this probability.
+        alpha: of each test; each of the three definite answers is wrong with at most this probability, where the number
+            of runs was fixed before any was looked at. Adding runs until one comes out is wrong more often.
 
     Source: Schuirmann, J. Pharmacokinet. Biopharm. 15 (1987) 657.
     """
@@ -143,8 +145,9 @@ def equivalence(gaps: Sequence[float], margin: float, alpha: float = ALPHA) -> E
         status = "inferior"
     elif found.high < -margin:
         status = "superior"
-    above, below, zero = (_p_above(found, edge) for edge in (-margin, margin, 0.0))
-    return Equivalence(status=status, interval=found, margin=margin, p_equivalent=max(above, 1 - below), p_worse=zero)
+    above, zero = (_p_above(found, edge) for edge in (-margin, 0.0))
+    below = _p_above(dataclasses.replace(found, mean=-found.mean), -margin)
+    return Equivalence(status=status, interval=found, margin=margin, p_equivalent=max(above, below), p_worse=zero)
 
 
 def power(count: int, gap: float, sd: float, margin: float, alpha: float = ALPHA) -> float:
@@ -177,11 +180,13 @@ def power(count: int, gap: float, sd: float, margin: float, alpha: float = ALPHA
 def seeds_needed(gap: float, sd: float, margin: float, alpha: float = ALPHA, wanted: float = POWER) -> int | None:
     """Fewest runs an arm for a definite answer with probability `wanted`, if gap and sd are the true ones.
 
+    Of a few runs sd is known badly, and so is this number: a plan, not a promise.
+
     None where more than MAX_SEEDS would be needed, as when the gap lies at the margin.
     """
     if power(MAX_SEEDS, gap, sd, margin, alpha) < wanted:
         return None
-    low, high = 1, MAX_SEEDS  # power grows with the number of runs
+    low, high = 1, MAX_SEEDS  # where it is near `wanted`, power grows with the number of runs
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if power(middle, gap, sd, margin, alpha) >= wanted else (middle, high)

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
-from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers, refused_kernels
+from fp8train.report.coverage_summary import (
+    exceptions,
+    gemm_shares,
+    group_linears,
+    layer_numbers,
+    merged_coverage,
+    refused_kernels,
+)
 from fp8train.report.divergence import count_words, diverged_seeds, finished
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.report.verdict import mean
@@ -106,7 +113,7 @@ def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _coverage_lines(label: str, runs: Mapping[int, RunRecord]) -> str:
     """Which GEMMs ran in FP8 and which did not, and which kernels were refused; '' for an arm with neither."""
-    coverage = next(iter(runs.values())).coverage
+    coverage = merged_coverage({seed: run.coverage for seed, run in runs.items()})
     shares, refused = gemm_shares(coverage), refused_kernels(coverage)
     if not any(share.fp8_flops for share in shares):
         return f"{label}: {refused}" if refused else ""

@@ -216,6 +216,7 @@ def test_no_refused_entry_multiplies(
         assert launched == [admitted] * 4 if admitted else not launched
         assert backend._admission.asked == asked  # type: ignore[attr-defined]
         assert backend.note.endswith(f"; {name} by torch on decoded operands") is (admitted is None)
+        assert backend.decoded == ((name,) if admitted is None else ())
 
 
 def test_choices_are_forgotten_before_they_fill_the_memory(

@@ -253,3 +253,11 @@ def test_numbers_that_were_never_written_are_asked_for_in_vain() -> None:
             use()
     with pytest.raises(TypeError, match="Wrap linears before convert_model"):
         nn.functional.linear(given, torch.zeros(4, 130))
+
+
+def test_exchange_of_an_inputs_memory_is_seen_by_the_next_reader() -> None:
+    first, second = siblings(2)
+    x, other = normal(6, 130, seed=1), normal(6, 130, seed=2)
+    first(x)
+    x.data = other.clone()
+    assert torch.equal(second(x), second(other))

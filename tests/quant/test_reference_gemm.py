@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fp8train.quant.formats import QuantSpec
+from fp8train.quant import reference
+from fp8train.quant.formats import E4M3, QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import contraction_blocks, quantize, scaled_mm
 from tests.quant import oracle
@@ -194,3 +198,35 @@ def test_scales_that_do_not_belong_to_the_codes_are_refused() -> None:
 def test_measure_of_difference_is_half_the_squared_relative_error() -> None:
     x = torch.from_numpy(np.linspace(1, 2, 100))
     assert calc_diff(x * 1.01, x) == pytest.approx(0.5e-4, rel=0.02)
+
+
+def test_fma_rounds_once() -> None:
+    """A sum that FP64 rounds to the middle between two FP32 numbers, from which a second rounding would go astray."""
+    scale = 16771426 * 2.0**-67
+    found = reference.fma(torch.tensor(524469.0), torch.tensor(scale), torch.tensor(1.0))
+    assert float(found) == 1 + 2.0**-23, "the exact sum lies above 1 + 2^-24"
+    source = torch.Generator().manual_seed(3)
+    x, y, z = (torch.randn(20_000, generator=source) for _ in range(3))
+    z = torch.where(
+        torch.arange(20_000) % 3 == 0, -(x * y), z * torch.ldexp(torch.ones(()), torch.arange(20_000) % 60 - 30)
+    )
+    exact = [
+        Fraction(a) * Fraction(b) + Fraction(c) for a, b, c in zip(x.tolist(), y.tolist(), z.tolist(), strict=True)
+    ]
+    error = [abs(Fraction(value) - true) for value, true in zip(reference.fma(x, y, z).tolist(), exact, strict=True)]
+    for name in (math.inf, -math.inf):
+        near = torch.nextafter(reference.fma(x, y, z), torch.tensor(name)).tolist()
+        assert all(own <= abs(Fraction(value) - true) for own, value, true in zip(error, near, exact, strict=True))
+    strange = reference.fma(torch.tensor([math.inf, math.nan, 1e38]), torch.tensor([1.0, 1.0, 1e38]), torch.zeros(3))
+    assert strange[0] == math.inf and strange[1].isnan() and strange[2] == math.inf
+
+
+def test_scale_of_a_block_is_the_rounded_product_of_both() -> None:
+    """And not their exact product: 7 times that rounds to another number."""
+    sa, sb = float.fromhex("0x1.d9c282p+0"), float.fromhex("0x1.a30feap+0")
+    spec = QuantSpec(E4M3, (1, 128), "fp32")
+    a = QTensor(torch.tensor([[7.0]]).to(torch.float8_e4m3fn), torch.tensor([[sa]]), spec)
+    b = QTensor(torch.tensor([[1.0]]).to(torch.float8_e4m3fn), torch.tensor([[sb]]), spec)
+    exact = float(torch.tensor(7 * sa * sb, dtype=torch.float64).float())
+    found = float(reference.scaled_mm(a, b, out_dtype=torch.float32))
+    assert found == float.fromhex("0x1.534afcp+4") != exact == float.fromhex("0x1.534afap+4")

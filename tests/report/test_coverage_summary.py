@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fp8train.report.coverage_summary import exceptions, gemm_shares, group_linears, layer_numbers, refused_kernels
+from fp8train.report.coverage_summary import (
+    exceptions,
+    gemm_shares,
+    group_linears,
+    layer_numbers,
+    merged_coverage,
+    refused_kernels,
+)
 from tests.run_folders import LINEARS, make_coverage
 
 PER_LAYER = sum(N * K for N, K in LINEARS.values())
@@ -72,3 +79,25 @@ def test_what_changed_a_linear_during_the_run_stands_for_its_rules_reason() -> N
     linear["gemms"]["fprop"] |= {"fp8_rows": 500, "other_rows": 500}
     (group,) = [group for group in group_linears(coverage) if linear["fqn"] in group.fqns]
     assert group.ran["fprop"] == "FP8 50.0 %" and not group.broken and group in exceptions(group_linears(coverage))
+
+
+def test_coverage_of_several_seeds_is_their_sum_and_names_what_only_one_of_them_did() -> None:
+    one, two, three = (make_coverage("blockwise", layers=2, rows=100) for _ in range(3))
+    demoted = next(linear for linear in two["linears"] if linear["fqn"] == "layers.0.mlp.down_proj")
+    demoted["changed"] = "an alarm at step 20"
+    for gemm in demoted["gemms"].values():
+        gemm |= {"fp8_rows": 40, "other_rows": 60}
+    three |= {"refused_kernels": ["gemm x: wrong sums"], "decoded": ["gemm"]}
+    merged = merged_coverage({1: one, 2: two, 3: three})
+    shares, alone = gemm_shares(merged), gemm_shares(one)
+    assert [share.flops for share in shares] == [3 * share.flops for share in alone]
+    wanted = 3 * alone[0].fp8_flops - 2 * 60 * DOWN
+    assert shares[0].fp8_flops == wanted
+    changed = [group for group in group_linears(merged) if group.changed]
+    assert [group.reason for group in changed] == ["seed 2: an alarm at step 20"]
+    assert changed[0].ran["fprop"] == "FP8 80.0 %"
+    assert refused_kernels(merged) == (
+        "refused on its machine, so that others took their place: seed 3: gemm x: wrong sums; no FP8 unit multiplied "
+        "in seed 3: gemm: FP8 numbers were decoded and multiplied in BF16"
+    )
+    assert merged_coverage({7: one}) is one and merged_coverage({1: one, 2: one})["refused_kernels"] == []

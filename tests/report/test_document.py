@@ -269,7 +269,7 @@ def test_captions_say_that_the_smoothed_curve_lags_and_whose_flops_are_counted(t
     """Mean age of what an EMA of 0.9 averages: the sum of k 0.1 0.9^k over k >= 0 is 0.9 / 0.1 = 9 rows."""
     text = report_of(seeds_of(tmp_path, blockwise=[0.0, 0.1, 0.2]))
     assert "below the bold line while the loss falls fast, since that line lags by about 9 logged steps." in text
-    assert re.search(r"FP8 blockwise: 95\.8\u202f% of a run's [\d.]+\u00a0GFLOP ran in FP8", text)
+    assert re.search(r"FP8 blockwise: 95\.8\u202f% of 3 runs' [\d.]+\u00a0GFLOP ran in FP8", text)
 
 
 def test_damaged_lines_that_were_left_out_raise_an_alert(tmp_path: Path) -> None:

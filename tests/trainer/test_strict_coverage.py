@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8train.backends.coverage import COUNTS, GEMMS
+from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
 from fp8train.backends.producers import Producers
+from fp8train.conversion_report import exception
 from fp8train.convert import convert_model
 from fp8train.errors import TrainingError
 from fp8train.nn import linear as linear_module
@@ -185,6 +186,39 @@ def test_coverage_file_gives_the_reason_of_each_exception(tmp_path: Path) -> Non
     kept = {gemm: linears["lm_head"]["gemms"][gemm]["exception"] for gemm in GEMMS}
     assert all(text.startswith("bf16: ") and "lm_head" in text for text in kept.values())
     assert all(linears["layers.0.mlp.down_proj"]["gemms"][gemm]["exception"] is None for gemm in GEMMS)
+
+
+def test_reason_of_a_gemm_without_tokens_is_the_right_one() -> None:
+    """Without a trainer, which says more."""
+    whole = nn.ModuleDict({"layers": nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)))})
+    report = convert_model(whole, "blockwise", "cpu_torch")
+    model = whole["layers"]
+    model[1].weight.requires_grad_(False)
+    rows = {row.fqn.removeprefix("layers."): row for row in report.rows}
+    model[1](model[0](torch.randn(8, 128))).sum().backward()
+    counts = COUNTS.snapshot()
+
+    def said(fqn: str, gemm: str) -> str | None:
+        own = counts.get(rows[fqn].site, {})
+        return exception(rows[fqn], gemm, own.get(gemm, GemmCount()), own.get("fprop", GemmCount()))
+
+    assert said("0", "fprop") is None
+    assert said("0", "dgrad") == said("1", "wgrad") == "no gradient was asked of it"
+    assert said("2", "fprop") == said("2", "wgrad") == "no tokens reached it"
+    model[0].set_precision(BF16)
+    COUNTS.reset()
+    model[0](torch.randn(8, 128))
+    counts = COUNTS.snapshot()
+    assert said("0", "fprop") == "ran in high precision: its precision was changed during the run"
+
+
+def test_linears_that_were_left_alone_are_said_not_to_be_counted() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(128, 128)]), "own": Own(128, 128)})
+    report = convert_model(model, "blockwise", "cpu_torch")
+    assert report.coverage()["uncounted"] == ["own"]
 
 
 def test_coverage_file_names_kernels_that_were_refused_by_its_end(
