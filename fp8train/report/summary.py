@@ -87,9 +87,14 @@ def _gaps(verdict: Mapping[str, Any]) -> str:
     rows = []
     for arm, comparison in verdict["comparisons"].items():
         test = comparison["test"]
+        own = diverged_seeds(verdict["arms"][arm])
         gaps = [
-            "diverged" if pair["diverged"] else percent_text(gap, signed=True)
-            for pair, gap in zip(comparison["seeds"], test["gaps"], strict=True)
+            percent_text(gap, signed=True)
+            if not pair["diverged"]
+            else "diverged"
+            if seed in own
+            else "baseline diverged"
+            for seed, pair, gap in zip(verdict["seeds"], comparison["seeds"], test["gaps"], strict=True)
         ]
         cells = [*gaps, percent_text(test["mean"], signed=True), interval_text(test), test["status"]]
         rows.append([verdict["arms"][arm]["label"], *cells])

@@ -145,6 +145,17 @@ def test_update_equals_the_formula(moments):
     )
 
 
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_weights_decay_before_they_are_updated(moments):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(1, 1))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.5, weight_decay=0.5), moments)
+    model.weight.grad = torch.full((1, 1), 3.0)
+    optimizer.step()
+    # the first update of Adam is lr; decayed after it, the weight would be (1 - 0.5) * 0.75 = 0.375
+    assert model.weight.item() == pytest.approx(1.0 * (1 - 0.5 * 0.5) - 0.5, rel=1e-6)
+
+
 def test_bf16_moments_do_the_arithmetic_in_fp32():
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(1, 1))
