@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.arguments import flattened, parse_arguments
-from fp8train.comparison.arms import ArmRun, ComparisonProgress, check_run_dir, plan_arms
+from fp8train.comparison.arms import ArmRun, ComparisonProgress, check_run_dir, check_same_data, plan_arms
 from fp8train.comparison.crossing import cross_evaluate
 from fp8train.comparison.parallel import Job, train_in_processes
 from fp8train.config import RunConfig, config_to_dict, load_config
@@ -83,7 +83,15 @@ def main(argv: Sequence[str]) -> int:
     with init(config.parallel.timeout_seconds) as world:
         device, ranks = world.device.type, world.world_size
         plan = on_main(world, lambda: plan_arms(config, recipe_given=recipe_given, ranks=ranks, device_type=device))
+        on_main(world, lambda: _check_data(config, plan))
         return train_and_compare(config, plan, world, lambda run, label: _train(run, label, world))
+
+
+def _check_data(config: RunConfig, plan: Sequence[ArmRun]) -> None:
+    """Refuse to train on other text than the runs that have ended."""
+    ended = {str(run.config.run_dir): facts for run in plan if (facts := _ended_facts(run)) is not None}
+    if 0 < len(ended) < len(plan):
+        check_same_data(config, {folder: facts["data_hash"] for folder, facts in ended.items()})
 
 
 def train_and_compare(config: RunConfig, plan: Sequence[ArmRun], world: World, train: TrainArm) -> int:

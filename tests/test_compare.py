@@ -204,6 +204,11 @@ def test_real_arms_share_weights_and_tokens_and_a_second_call_trains_nothing(
     assert main(arguments) == 0
     assert {path: path.read_bytes() for path in out.rglob("metrics.jsonl")} == before
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    text = Path(next(a.partition("=")[2] for a in arguments if a.startswith("data.path=")))
+    text.write_text(text.read_text() + "more of it\n" * 200)
+    with pytest.raises(ConfigError, match="text, tokenizer or split of .*bf16/seed_1 .* are not those of now"):
+        main([*arguments, "recipe=rowwise"])
+    assert not (out / "arms" / "rowwise").exists(), "nothing was trained on it"
 
 
 def test_several_seeds_get_a_placebo_a_test_and_a_table_of_gaps(

@@ -13,6 +13,7 @@ import yaml
 
 from fp8train.config import RunConfig
 from fp8train.convert import convert_model
+from fp8train.data import build_dataset
 from fp8train.errors import ConfigError
 from fp8train.models import build_model
 from fp8train.recipe import load_recipe
@@ -189,6 +190,21 @@ def check_run_dir(path: Path, resume: str) -> None:
         raise ConfigError(
             f"run_dir: {path} is not empty and resume=never; needs an empty one. Give another run_dir or resume=auto."
         )
+
+
+def check_same_data(config: RunConfig, hashes: Mapping[str, str]) -> None:
+    """Refuse text that has changed since runs of this comparison were trained, before others are trained on it.
+
+    Args:
+        hashes: run folder -> data_hash of its result.json.
+    """
+    own = build_dataset(config.data, config.seq_len, config.seed).fingerprint
+    for folder, other in hashes.items():
+        if other != own:
+            raise ConfigError(
+                f"compare: text, tokenizer or split of {folder} ({other[:12]}) are not those of now ({own[:12]}); "
+                "needs the same for all arms. Restore what was changed since, or give another run_dir."
+            )
 
 
 def _check_begun(run: ArmRun) -> None:
