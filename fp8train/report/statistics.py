@@ -164,7 +164,8 @@ def power(count: int, gap: float, sd: float, margin: float, alpha: float = ALPHA
         return 1.0 if abs(gap) != margin else 0.0
     # s/sd ~ chi(df)/sqrt(df), which lies within 8 standard deviations (1/sqrt(2 df)) of 1
     spread = 8 / math.sqrt(2 * df)
-    ratio = np.linspace(max(0.0, 1 - spread), 1 + spread, _GRID + 1)[1:]
+    edges = np.linspace(max(0.0, 1 - spread), 1 + spread, _GRID + 1)
+    ratio = (edges[1:] + edges[:-1]) / 2  # for two runs the density is largest at 0
     log_density = (df - 1) * np.log(ratio) - 0.5 * df * ratio**2
     log_density += math.log(2) + 0.5 * df * math.log(df / 2) - math.lgamma(0.5 * df)
     reach = t_quantile(1 - alpha, df) * ratio  # half the interval, in standard errors
