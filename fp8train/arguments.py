@@ -97,7 +97,7 @@ def _check_entries(target: type, values: Mapping[str, Any], who: str, prefix: st
         entry = next(iter(typing.get_args(hint)), None) if typing.get_origin(hint) is list else None
         if isinstance(entry, type) and dataclasses.is_dataclass(entry) and isinstance(value, list):
             for number, given in enumerate(value):
-                if isinstance(given, Mapping):
+                if isinstance(given, Mapping) and "${" not in str(given):  # it may refer to keys outside of the entry
                     structure(entry, given, who=f"{who}: {prefix}{name}[{number}]")
 
 

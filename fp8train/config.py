@@ -189,6 +189,8 @@ def load_config(overrides: Sequence[str], command: str = "train") -> RunConfig:
     if config.model.init_from is not None:
         packing_of(read_config_json(config.model.init_from), config.model.init_from)
     config.data = with_model_tokenizer(config.data, config.model.init_from)
+    for source in (config.data, *config.data.mix):
+        source.check_read()
     if config.run_dir is None:
         config.run_dir = _default_run_dir(config, command)
     config.check()

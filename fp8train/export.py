@@ -14,6 +14,7 @@ from fp8train.arguments import nearest, parse_arguments
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.data import covers
 from fp8train.data.build import configured_tokenizer
+from fp8train.data.model_tokenizer import has_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import ConfigError, DataError, exit_code
 from fp8train.hf_fp8 import BlockPacking, packed_specs
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     for line in [*notes, *_joined_notes(packing)]:
         sys.stderr.write(f"{line}\n")
     dtype = arguments.dtype if packing is None else "bfloat16"
-    origin = _origin(model) if arguments.tokenizer != "none" else None
+    origin = None if arguments.tokenizer == "none" else _origin(model, chosen)
     save_hf(state, model, arguments.out, dtype, tokenizer, eos_token_id=separator, packing=packing, origin=origin)
     parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
     copied = "with its tokenizer" if tokenizer else "without tokenizer files"
@@ -78,10 +79,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _origin(model: ModelConfig) -> str | None:
-    """The folder that the model began as, if it is still there; says on stderr what is left out where it is not."""
-    if model.init_from is None or (Path(model.init_from) / "config.json").is_file():
-        return model.init_from
+def _origin(model: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    """The folder that the model began as, if the model still has its tokenizer and the same end of documents.
+
+    Says on stderr what is left out where it is gone.
+    """
+    if model.init_from is None:
+        return None
+    if (Path(model.init_from) / "config.json").is_file():
+        same = has_tokenizer(model.init_from) and build_tokenizer(model.init_from).hash == tokenizer.hash
+        return model.init_from if same else None
     sys.stderr.write(
         f"{model.init_from} is gone: its bos, pad and further eos token ids and generation_config.json are left out\n"
     )

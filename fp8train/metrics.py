@@ -158,7 +158,6 @@ class Metrics:
         tensorboard: also write event files.
         config: resolved configuration, shown by wandb.
         resumed_step: step of the checkpoint that training goes on from; later rows of metrics.jsonl are removed.
-        every: steps between two rows, for a warning where some before resumed_step are missing.
         warn: takes the one line that announces that wandb or TensorBoard fails.
 
     Raises:
@@ -175,7 +174,6 @@ class Metrics:
         tensorboard: bool = False,
         config: Row | None = None,
         resumed_step: int = 0,
-        every: int = 1,
         warn: Warn,
     ) -> None:
         self._warn = warn
@@ -183,8 +181,6 @@ class Metrics:
         self._reopen_wandb: Callable[[], Sink] | None = None
         path = run_dir / METRICS_FILE
         truncate_metrics(path, resumed_step)
-        if (missing := missing_rows(path, resumed_step, every)) is not None:
-            warn(f"{path}: the rows of steps {missing[0]} to {missing[1]} are missing")
         self._jsonl = JsonlSink(path)
         if tensorboard:
             self._open("tensorboard", lambda: TensorBoardSink(run_dir, resumed_step + 1))

@@ -72,6 +72,7 @@ def prepare(config: PrepareConfig, report: Report = lambda line: None) -> dict[s
         DataError: bad source or tokenizer, a folder in use or of another preparation, a folder that cannot be written.
     """
     source = config.data
+    source.check_read()
     if source.kind in ("tokens", "mix"):
         raise DataError(
             f"data.kind: is {source.kind}; prepare needs stdlib, text, jsonl or hf. "
@@ -167,6 +168,8 @@ def _compare_plan(folder: Path, plan: dict[str, Any]) -> None:
             f"out: {file} is damaged ({error}); needs what a preparation wrote. Delete the folder or choose another."
         ) from error
     different = [key for key in plan if before.get(key) != json.loads(json.dumps(plan[key]))]
+    if plan["source"]["kind"] == "hf" and not before.get("files") and "files" in different:
+        different.remove("files")  # earlier versions did not note those of a dataset
     if different:
         raise DataError(
             f"out: {folder} was begun with other values of {', '.join(different)} (see plan.json); needs the same. "

@@ -89,7 +89,11 @@ def test_text_that_the_run_was_trained_on_is_not_scored_as_held_out(tmp_path: Pa
         return capsys.readouterr().err
 
     tiny_train(tmp_path, "steps=1", "model.max_seq_len=16384")
-    assert "held out 0.05 of this text and was trained on the rest" in refusal("data.holdout_fraction=0.2")
+    trained = "held out 0.05 of this text and was trained on the rest"
+    assert trained in refusal("data.holdout_fraction=0.2")
+    path = tiny_text(tmp_path)
+    assert trained in refusal("data.holdout_fraction=0.2", f"data.path={path.parent}/./{path.name}")
+    assert "data.document_bytes is not what the run cut its text with" in refusal("data.document_bytes=2000")
     # a window of 16384 bytes needs more of this text than 5 %
     assert "seq_len=16384 would hold out more of the run's own text" in refusal("seq_len=16384")
     assert score(tmp_path, tmp_path / "out.json", "seq_len=32", "data.holdout_fraction=0.04")["eval_tokens"] > 0

@@ -81,21 +81,31 @@ def test_tokenizer_of_the_run_goes_along(tmp_path):
     assert not (tmp_path / "without" / "tokenizer.json").exists()
 
 
-def test_what_the_first_folder_says_of_generation_goes_along_without_its_tokenizer(tmp_path, capsys):
+def test_what_the_first_folder_says_of_generation_goes_along_with_a_copy_of_its_tokenizer(tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
     first = tmp_path / "first"
     save_hf(build_model(MODEL, "cpu").state_dict(), dataclasses.replace(MODEL, init_std=0.1), first)
     document = json.loads((first / "config.json").read_text()) | {"bos_token_id": 3, "eos_token_id": [1, 2]}
     (first / "config.json").write_text(json.dumps(document))
     (first / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    save_run(tmp_path / "run", model=dataclasses.replace(MODEL, init_from=str(first)))
-    command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'hf'}"])
-    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    words.save(str(first / "tokenizer.json"))
+    words.save(str(tmp_path / "copy.json"))  # as shards keep one
+    model = dataclasses.replace(MODEL, init_from=str(first))
+    save_run(tmp_path / "run", model=model, tokenizer=str(tmp_path / "copy.json"))
+    save_run(tmp_path / "bytes", model=model)
+    for run in ("run", "bytes"):
+        command.main([f"checkpoint={tmp_path / run}", f"out={tmp_path / 'hf' / run}"])
+    written = json.loads((tmp_path / "hf" / "run" / "config.json").read_text())
     assert (written["bos_token_id"], written["eos_token_id"], written["initializer_range"]) == (3, [1, 2], 0.1)
-    assert (tmp_path / "hf" / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
+    assert (tmp_path / "hf" / "run" / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
+    other = json.loads((tmp_path / "hf" / "bytes" / "config.json").read_text())
+    assert (other["bos_token_id"], other["eos_token_id"]) == (None, 256), "trained with another tokenizer"
+    assert not (tmp_path / "hf" / "bytes" / "generation_config.json").exists()
     first.rename(tmp_path / "gone")
     command.main([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'later'}"])
     assert "first is gone: its bos, pad and further eos token ids" in capsys.readouterr().err
-    assert json.loads((tmp_path / "later" / "config.json").read_text())["eos_token_id"] == 256
+    assert json.loads((tmp_path / "later" / "config.json").read_text())["eos_token_id"] == 2
 
 
 def test_tokenizer_with_other_ids_or_more_of_them_is_refused(tmp_path):

@@ -112,7 +112,7 @@ def test_command_names_totals_and_next_step(source: Path, tmp_path: Path, capsys
     assert main(["data=jsonl", f"data.path={source}", f"out={tmp_path / 'out'}", "workers=1"]) == 0
     output = capsys.readouterr().out.splitlines()
     assert output[-2].startswith(f"prepared {tmp_path / 'out'}: 4,000 documents, ")
-    assert output[-1].endswith("model.vocab_size=257")
+    assert output[-1].endswith("model.vocab_size=257 (which model.init_from has by itself)")
 
 
 def test_worker_passes_a_bad_line_on(source: Path, tmp_path: Path) -> None:

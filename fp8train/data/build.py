@@ -94,7 +94,7 @@ def shard_folders(source: SourceConfig) -> list[Path]:
         raise DataError(
             "data.path: is not given; data=tokens needs a folder that `fp8train prepare` wrote. Add data.path=DIR."
         )
-    folders: set[Path] = set()
+    folders: dict[Path, Path] = {}  # what it leads to -> the first path to it
     for entry in source.paths:
         path = Path(entry).expanduser()
         matches = (
@@ -104,8 +104,9 @@ def shard_folders(source: SourceConfig) -> list[Path]:
             raise DataError(
                 f"data.path: {entry} matches no folder; needs one that `fp8train prepare` wrote. Correct the path."
             )
-        folders.update(match.resolve() for match in matches)
-    return sorted(folders)
+        for match in sorted(matches):
+            folders.setdefault(match.resolve(), match)
+    return sorted(folders.values())
 
 
 def configured_tokenizer(config: DataConfig) -> Tokenizer:
@@ -153,6 +154,7 @@ def _dataset(
         functools.partial(huggingface.stream, source, huggingface.load(source)),
         name=huggingface.name_of(source),
         identity=hashlib.sha256(huggingface.identity(source).encode()).hexdigest(),
+        former=hashlib.sha256(huggingface.identity(source, by_path=True).encode()).hexdigest(),
         tokenizer=tokenizer,
         seq_len=seq_len,
         seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,13 +53,6 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataError(f"data.kind: is {self.kind!r}; needs one of {', '.join(KINDS)}. Correct the name.")
-        for key, kinds in READ_BY.items():
-            value = getattr(self, key)
-            if self.kind not in kinds and value != SourceConfig.__dataclass_fields__[key].default:
-                raise DataError(
-                    f"data.{key}: is {value} but data.kind is {self.kind}, which does not read it; needs kind "
-                    f"{' or '.join(kinds)}. Add data={'KIND' if kinds[1:] else kinds[0]}, or leave data.{key} out."
-                )
         if self.path is not None and not isinstance(self.path, str):
             entries = list(self.path) if isinstance(self.path, (list, tuple)) else [self.path]
             if not entries or not all(isinstance(entry, str) for entry in entries):
@@ -76,6 +70,25 @@ class SourceConfig:
             raise DataError(
                 f"data.hf_shuffle_buffer: is {self.hf_shuffle_buffer}; needs 0 or more. Use 0 for no shuffling."
             )
+
+    def unread(self) -> list[str]:
+        """Keys that are given and that a source of this kind does not read."""
+        defaults = SourceConfig.__dataclass_fields__
+        return [k for k, kinds in READ_BY.items() if self.kind not in kinds and getattr(self, k) != defaults[k].default]
+
+    def check_read(self, typed: Collection[str] | None = None) -> None:
+        """Refuse keys that would be ignored.
+
+        Args:
+            typed: those to look at; None: all. What a stored run has is no longer anybody's to change.
+        """
+        for key in self.unread():
+            if typed is None or key in typed:
+                kinds = READ_BY[key]
+                raise DataError(
+                    f"data.{key}: is {getattr(self, key)} but data.kind is {self.kind}, which does not read it; needs "
+                    f"kind {' or '.join(kinds)}. Add data={'KIND' if kinds[1:] else kinds[0]}, or leave data.{key} out."
+                )
 
     @property
     def paths(self) -> list[str]:

@@ -103,12 +103,17 @@ def local_files(source: SourceConfig) -> list[Path]:
         matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
         for match in matches:
             found.update(match.rglob("*") if match.is_dir() else [match])
-    return sorted(file for file in found if file.is_file())
+    own = ("cache-", "tmp")  # what `datasets` adds to a saved folder when somebody maps or filters it
+    return sorted(file for file in found if file.is_file() and not file.name.startswith(own) and file.suffix != ".lock")
 
 
-def identity(source: SourceConfig) -> str:
-    """What a stream is made of: files by name and size, wherever they lie, and how they are read."""
-    files = [(file.name, file.stat().st_size) for file in local_files(source)] or source.paths
+def identity(source: SourceConfig, *, by_path: bool = False) -> str:
+    """What a stream is made of: files by name and size, wherever they lie, and how they are read.
+
+    by_path: as earlier versions had it, by the paths as given.
+    """
+    files: Any = [] if by_path else [(file.name, file.stat().st_size) for file in local_files(source)]
+    files = files or source.paths
     return repr([
         source.hf_name, source.hf_subset, source.hf_split, source.hf_revision, files, source.text_key,
         source.hf_shuffle_buffer,

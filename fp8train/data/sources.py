@@ -106,13 +106,13 @@ def source_files(source: SourceConfig) -> list[Path]:
             f"data.path: is not given; data.kind={source.kind} needs a file, a glob or a list of them. Add "
             "data.path=FILE."
         )
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}  # what it leads to -> the first path to it
     for entry in source.paths:
         path = Path(entry).expanduser()
         if path.is_file():
             if path.stat().st_size == 0:
                 raise DataError(f"data.path: {entry} is empty; needs text. Remove it or give another file.")
-            found.add(path.resolve())
+            found.setdefault(path.resolve(), path)
             continue
         if path.is_dir():
             raise DataError(
@@ -125,12 +125,13 @@ def source_files(source: SourceConfig) -> list[Path]:
             raise DataError(
                 f"data.path: {entry} {what}; needs a readable file. Correct the path (relative to {Path.cwd()})."
             )
-        found.update(match.resolve() for match in matches if match.stat().st_size > 0)
+        for match in sorted(match for match in matches if match.stat().st_size > 0):
+            found.setdefault(match.resolve(), match)
     if not found:
         raise DataError(
             f"data.path: the files of {', '.join(source.paths)} are all empty; needs text. Give other files."
         )
-    return sorted(found)
+    return sorted(found.values())
 
 
 def stdlib_files() -> list[Path]:

@@ -26,6 +26,7 @@ class StreamedDataset:
         open_stream: (seed, epoch) -> documents; seed None asks for the unshuffled order.
         name: what the user called the source.
         identity: what the stream is made of (dataset, revision, split), for the fingerprint.
+        former: as earlier versions had it.
         split: which documents are held out.
     """
 
@@ -37,6 +38,7 @@ class StreamedDataset:
         *,
         name: str,
         identity: str,
+        former: str = "",
         tokenizer: Tokenizer,
         seq_len: int,
         seed: int,
@@ -53,8 +55,9 @@ class StreamedDataset:
         self.splits = [split]
         self._eval_windows = eval_windows
         self._eval: dict[int, list[Sample]] = {}
-        key = f"{identity} tokenizer {tokenizer.hash} {split} seq_len {seq_len}"
-        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
+        rest = f"tokenizer {tokenizer.hash} {split} seq_len {seq_len}"
+        self.fingerprint = hashlib.sha256(f"{identity} {rest}".encode()).hexdigest()
+        self.former_fingerprints = [hashlib.sha256(f"{former} {rest}".encode()).hexdigest()]
         self._restart()
 
     def sample(self, index: int) -> Sample:

@@ -26,7 +26,7 @@ class LinearGroup:
     pattern: module path with `*` for what differs. fqns: the members. shape: N x K, or E x N x K. ran: GEMM -> words
     for what executed.
     fp8: GEMM -> whether it ran in FP8 and nothing else. broken: GEMMs that were to run in FP8 and did not (always).
-    changed: schedule or alarm gave it another precision during the run; then nothing of it is broken.
+    changed: schedule or alarm gave it another precision during a run; then nothing of it is broken in that.
     flops: of all members and GEMMs. rule, reason: what decided; the reason is schedule's or alarm's where they did.
     """
 
@@ -69,9 +69,16 @@ def _merged_linear(fqn: str, known: Mapping[int, Mapping[str, Any]]) -> dict[str
     for gemm in dict.fromkeys(gemm for linear in found.values() for gemm in linear["gemms"]):
         counts = [linear["gemms"].get(gemm, {}) for linear in found.values()]
         rows = {key: sum(count.get(key, 0) for count in counts) for key in ("fp8_rows", "other_rows")}
-        gemms[gemm] = {**counts[0], **rows}
+        unplanned = sum(_unplanned(linear, linear["gemms"].get(gemm, {})) for linear in found.values())
+        gemms[gemm] = {**counts[0], **rows, "unplanned_rows": unplanned}
     changed = _of_seeds({seed: tuple(filter(None, [linear.get("changed")])) for seed, linear in found.items()})
     return {"gemms": gemms, "changed": "; ".join(changed) or None}
+
+
+def _unplanned(linear: Mapping[str, Any], count: Mapping[str, Any]) -> int:
+    """Rows that were to run in FP8 and did not, in a linear of which neither schedule nor alarm made something else."""
+    planned = count.get("planned") == "fp8" and not linear.get("changed")
+    return int(count.get("other_rows", 0)) if planned else 0
 
 
 def _of_seeds(said: Mapping[int, tuple[str, ...]]) -> list[str]:
@@ -109,10 +116,7 @@ def group_linears(coverage: Mapping[str, Any]) -> list[LinearGroup]:
     for linear in coverage.get("linears", ()):
         counts = {gemm: linear["gemms"].get(gemm, {}) for gemm in GEMMS}
         ran = {gemm: _ran(count) for gemm, count in counts.items()}
-        planned = [
-            gemm for gemm, count in counts.items() if count.get("planned") == "fp8" and not linear.get("changed")
-        ]
-        broken = [gemm for gemm in planned if counts[gemm].get("other_rows", 0)]
+        broken = [gemm for gemm, count in counts.items() if count.get("unplanned_rows", _unplanned(linear, count))]
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", linear["fqn"])
         words = (str(linear.get("rule") or ""), str(linear.get("changed") or linear.get("reason") or ""))
         key = (pattern, tuple(linear["shape"]), tuple(ran.values()), *words)

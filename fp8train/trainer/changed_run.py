@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,12 +12,13 @@ from fp8train._layout import folder
 from fp8train.arguments import describe, merged, nearest, parse_assignments, structure
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig, config_to_dict
-from fp8train.data import DataConfig, Dataset, covers
+from fp8train.data import DataConfig, Dataset, SourceConfig, covers
 from fp8train.data.build import configured_tokenizer
-from fp8train.data.config import READ_BY
 from fp8train.data.tokenizers import FileTokenizer
 from fp8train.errors import ConfigError, DataError
+from fp8train.trainer.same_run import OTHERWISE_SPLIT
 
+TEXT_KEYS = ("hf_name", "hf_subset", "hf_split", "hf_revision", "text_key")  # beside kind and path: what is read
 OTHER_TEXT = "score other text: data=text data.path=FILE data.holdout_fraction=0.9"
 
 
@@ -50,18 +52,29 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
         else:
             keys.append(change)
     config = structure(RunConfig, merged(values, parse_assignments(keys, RunConfig)), who=command)
+    config.data.check_read([key.partition("=")[0].removeprefix("data.") for key in keys if key.startswith("data.")])
     if config.seq_len > config.model.max_seq_len:
         raise ConfigError(
             f"{command}: seq_len is {config.seq_len}; needs at most model.max_seq_len={config.model.max_seq_len}."
         )
-    _check_held_out(checkpoint, config.data, command)
+    if command == "eval":  # the others read training windows
+        _check_held_out(checkpoint, config.data, command)
     _check_tokenizer(checkpoint, config.data, command)
     return config
 
 
 def same_text(one: DataConfig, other: DataConfig) -> bool:
-    """Whether two configurations name the same text, whatever they hold out of it."""
-    return all(getattr(one, key) == getattr(other, key) for key in ("kind", *READ_BY, "mix"))
+    """Whether two configurations name the same text, however they cut and read it and whatever they hold out."""
+    return one.kind == other.kind and sorted(map(_text_of, _sources(one))) == sorted(map(_text_of, _sources(other)))
+
+
+def _sources(data: DataConfig) -> list[SourceConfig]:
+    return [data, *data.mix]
+
+
+def _text_of(source: SourceConfig) -> str:
+    paths = sorted(str(Path(path).expanduser().resolve()) for path in source.paths)
+    return repr([source.kind, paths, *(getattr(source, key) for key in TEXT_KEYS)])
 
 
 def check_split(checkpoint: Checkpoint, config: RunConfig, dataset: Dataset, command: str) -> None:
@@ -71,7 +84,11 @@ def check_split(checkpoint: Checkpoint, config: RunConfig, dataset: Dataset, com
         ConfigError: some source would hold out more than the run did.
     """
     trained = checkpoint.state.data_position.get("thresholds")
-    if trained is None or not same_text(config.data, checkpoint.config.data):
+    if not same_text(config.data, checkpoint.config.data):
+        return
+    if trained is None:
+        if len({split.threshold for split in dataset.splits}) > 1:
+            raise ConfigError(f"{command}: {OTHERWISE_SPLIT}")
         return
     if any(split.threshold > before for split, before in zip(dataset.splits, trained, strict=True)):
         raise ConfigError(
@@ -87,6 +104,12 @@ def _check_held_out(checkpoint: Checkpoint, data: DataConfig, command: str) -> N
     if not data.holdout_fraction:
         remedy = OTHER_TEXT if own else "set data.holdout_fraction=0.9"
         raise ConfigError(f"{command}: data.holdout_fraction is 0; needs some text held out. To go on, {remedy}.")
+    cuts = [[source.document_bytes for source in _sources(one)] for one in (data, checkpoint.config.data)]
+    if own and cuts[0] != cuts[1]:
+        raise ConfigError(
+            f"{command}: data.document_bytes is not what the run cut its text with, so that other documents would be "
+            f"held out than it held out; needs the same. Leave it out, or {OTHER_TEXT}."
+        )
     if own and data.holdout_fraction > trained:
         raise ConfigError(
             f"{command}: data.holdout_fraction is {data.holdout_fraction:g}, but the run held out {trained:g} of this "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.checkpoint import Checkpoint, find_resume, gathered_content, saved_steps
+from fp8train.checkpoint import Checkpoint, find_resume, gathered_content
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher, build_dataset, check_model_tokenizer, check_vocabulary
@@ -43,8 +43,8 @@ from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
-    check_space,
     finished_result,
+    lost_rows,
     on_main,
     saved_evals,
     set_aside,
@@ -53,7 +53,7 @@ from fp8train.trainer.run_folder import (
 )
 from fp8train.trainer.run_lock import claimed
 from fp8train.trainer.same_run import changes_since, check_same_run, data_facts, resume_mode
-from fp8train.trainer.saving import SaveClock, checkpoints_to_come, return_point, write_progress
+from fp8train.trainer.saving import SaveClock, check_room, return_point, write_progress
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
 from fp8train.trainer.watcher import Watcher
@@ -79,6 +79,7 @@ class Trainer:
         self.progress = Progress()
         self.metrics: Metrics | None = None
         self.evals: list[dict[str, Any]] = []
+        self.saved: Path | None = None  # the last checkpoint, where it has been written before the end
 
     def run(self, asked: Callable[[], str | None] | None = None) -> RunResult:
         """Train to the last step, or until a signal, the time limit or `asked`; a finished run is only reported.
@@ -93,7 +94,7 @@ class Trainer:
         """
         started = time.monotonic()
         config, world = self.config, self.world
-        self.resume: str = on_main(world, lambda: resume_mode(self.run_dir, config))
+        self.resume: str = on_main(world, lambda: resume_mode(self.run_dir, config), patient=True)
         on_main(world, lambda: check_folder(self.run_dir, self.resume))
         done = on_main(world, lambda: finished_result(self.run_dir, config) if self.resume == "auto" else None)
         if done is not None:
@@ -136,7 +137,7 @@ class Trainer:
         check_memory(config, world)
         self.assembly: Assembly = assemble(config, world.device, world_size=world.world_size)
         self.model = self.assembly.model
-        self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model))
+        self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model), patient=True)
         self.replica: nn.Module = spread(self.model, config, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
@@ -145,7 +146,7 @@ class Trainer:
     def _restore(self) -> Checkpoint | None:
         """Put everything back as the checkpoint has it that resume names, if there is one, and give it."""
         config, world = self.config, self.world
-        found = on_main(world, lambda: find_resume(self.run_dir, self.resume, recover=True))
+        found = on_main(world, lambda: find_resume(self.run_dir, self.resume, recover=True), patient=True)
         if found is None:
             return None
         for line in found.skipped:
@@ -171,7 +172,7 @@ class Trainer:
 
     def _roll_back(self, request: RollBack) -> None:
         """Go on from the checkpoint that an alarm goes back to, as if the steps since had not been."""
-        found, newest = on_main(self.world, lambda: return_point(self.run_dir, self.progress.return_step))
+        found, newest = on_main(self.world, lambda: return_point(self.run_dir, self.progress.return_step), patient=True)
         self.console.warn(f"step {self.progress.step}: {request.reason}; rolled back to step {found.step}")
         self._take_back(found, keep=request.watcher)
         self.coverage.go_on(self.progress.coverage)
@@ -195,6 +196,7 @@ class Trainer:
         saved = on_main(
             self.world,
             lambda: write_progress(self.run_dir, self.config, recipe, progress, data, content, states, before=before),
+            patient=True,
         )
         self.clock.restart()
         return saved
@@ -203,7 +205,8 @@ class Trainer:
         """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
         config, world = self.config, self.world
         found = self._restore()
-        on_main(world, self._check_space)
+        alarm = self.assembly.recipe.alarm is not None
+        on_main(world, lambda: check_room(self.run_dir, config, self.progress, checkpoint_bytes(self.optimizer), alarm))
         self.coverage = CoverageLog(self.assembly.report)
         own = found is not None and self.run_dir.resolve() in found.path.resolve().parents  # else of another run
         self.coverage.go_on(self.progress.coverage if own else {})
@@ -221,13 +224,9 @@ class Trainer:
         self._keep_record(found)
         on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts, found))
         self._open_metrics()
+        for line in on_main(world, lambda: lost_rows(self.run_dir, found if own else None)):
+            self.console.warn(line)
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
-
-    def _check_space(self) -> None:
-        """Refuse a disk without room for the checkpoints to come."""
-        alarm = self.assembly.recipe.alarm is not None
-        number = checkpoints_to_come(self.config, self.progress, saved_steps(self.run_dir), alarm=alarm)
-        check_space(self.run_dir, checkpoint_bytes(self.optimizer), number)
 
     def _keep_record(self, found: Checkpoint | None) -> None:
         """Keep what an earlier attempt wrote where training begins with the first step again."""
@@ -250,7 +249,6 @@ class Trainer:
                 tensorboard=log.tensorboard,
                 config=config_to_dict(self.config),
                 resumed_step=self.progress.step,
-                every=log.every,
                 warn=self.console.warn,
             )
 
@@ -279,8 +277,8 @@ class Trainer:
                 self.console.info(note)
             stopping = result.stop and progress.step < config.steps
             if _due(progress.step, config.eval.every) and progress.step < config.steps:
-                if stopping:
-                    self._save(by_clock=True)  # whoever asks to stop may not wait until held-out text is scored
+                if stopping:  # whoever asks to may not wait until held-out text is scored
+                    self.saved = self._save(by_clock=not _due(progress.step, config.checkpoint.every))
                 self._evaluate()
             if stopping:
                 return next(reason for reason in self.world.all_gather_object(stop.reason) if reason is not None)
@@ -356,7 +354,7 @@ class Trainer:
         if stopped_by is None and not (self.evals and self.evals[-1]["step"] == self.progress.step):
             self._evaluate()
         due = stopped_by is None or _due(self.progress.step, self.config.checkpoint.every)
-        saved = self._save(by_clock=not due)
+        saved = self.saved or self._save(by_clock=not due)
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))

@@ -19,7 +19,7 @@ from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
-from fp8train.metrics import METRICS_FILE, read_metrics
+from fp8train.metrics import METRICS_FILE, missing_rows, read_metrics
 from fp8train.recipe import Recipe
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
@@ -90,15 +90,18 @@ class RunResult:
     stream_hash: str
 
 
-def on_main(world: World, action: Callable[[], T]) -> T:
-    """Run something on rank 0 and hand its result to every rank; a UserError or TrainingError is raised on each."""
+def on_main(world: World, action: Callable[[], T], *, patient: bool = False) -> T:
+    """Run something on rank 0 and hand its result to every rank; a UserError or TrainingError is raised on each.
+
+    patient: it reads or writes whole checkpoints, for which the others wait longer than parallel.timeout_seconds.
+    """
     outcome: tuple[Any, UserError | TrainingError | None] = (None, None)
     if world.main:
         try:
             outcome = (action(), None)
         except (UserError, TrainingError) as error:
             outcome = (None, error)
-    result, refusal = world.broadcast_object(outcome, patient=True)
+    result, refusal = world.broadcast_object(outcome, patient=patient)
     if refusal is not None:
         raise refusal
     return result
@@ -155,6 +158,12 @@ def saved_evals(path: Path) -> list[dict[str, Any]]:
     """Evaluation rows of the metrics in a run folder."""
     file = path / METRICS_FILE
     return [row for row in read_metrics(file) if "eval_loss" in row] if file.is_file() else []
+
+
+def lost_rows(path: Path, found: Checkpoint | None) -> list[str]:
+    """Lines that say which rows a metrics.jsonl lacks up to a checkpoint of its own run."""
+    missing = None if found is None else missing_rows(path / METRICS_FILE, found.step, found.config.log.every)
+    return [] if missing is None else [f"{METRICS_FILE}: the rows of steps {missing[0]} to {missing[1]} are missing"]
 
 
 def write_result(result: RunResult) -> None:

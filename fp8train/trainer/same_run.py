@@ -12,6 +12,7 @@ from fp8train.arguments import flattened
 from fp8train.checkpoint import Checkpoint, find_resume
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Dataset
+from fp8train.data.config import KINDS, READ_BY
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.recipe import Recipe, load_recipe
 from fp8train.trainer.evaluation import EvalSet
@@ -22,6 +23,11 @@ FIXED_SECTIONS = ("model", "data", "seed", "seq_len", "global_batch_tokens")
 RESUME_MAY_DIFFER = (
     "model.init_from", "model.activations", "data.path", "data.tokenizer", "data.verify", "data.eval_windows",
 )  # fmt: skip
+OTHERWISE_SPLIT = (
+    "this mix was begun with a version of fp8train that held out other documents of its larger sources (the share of "
+    "its smallest); needs that version to go on. Give another run_dir, or finish it with the version that "
+    "environment.json names."
+)
 # What does not reach the numbers: a finished run, or an arm of a comparison, is the same whatever stands here.
 BESIDE_THE_NUMBERS = (
     "run_dir", "resume", "time_limit_seconds", "log", "checkpoint", "profile", "compare", "parallel", "telemetry",
@@ -92,6 +98,7 @@ def data_facts(dataset: Dataset, eval_set: EvalSet | None) -> dict[str, Any]:
         "fingerprint": dataset.fingerprint,
         "thresholds": [split.threshold for split in dataset.splits],
         "eval_hash": None if eval_set is None else eval_set.hash,
+        "former": list(getattr(dataset, "former_fingerprints", ())),
     }
 
 
@@ -118,6 +125,10 @@ def check_same_run(config: RunConfig, data: Mapping[str, Any], found: Checkpoint
         then, now = before.get(key), data[key]
         if key == "eval_hash" and (then is None or now is None or not same_windows):
             continue
+        if key == "fingerprint" and "thresholds" not in before and then in data["former"]:
+            continue
+        if then != now and "thresholds" not in before and config.data.kind == "mix":
+            raise ConfigError(f"resume: {OTHERWISE_SPLIT}")
         if then != now:
             raise ConfigError(
                 f"resume: {what} is {now[:12]}, was {str(then)[:12]} when {found.path} was saved; needs the same "
@@ -131,11 +142,15 @@ def check_same_run(config: RunConfig, data: Mapping[str, Any], found: Checkpoint
 
 
 def _beside_places(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what says where the sources of a mix lie: the fingerprint says what they hold."""
+    """A configuration without what its data does not read, and without where the sources of a mix lie.
+
+    The fingerprint says what they hold.
+    """
     data = values.get("data", {})
     places = [key.partition(".")[2] for key in RESUME_MAY_DIFFER if key.startswith("data.")]
     mix = [{key: value for key, value in entry.items() if key not in places} for entry in data.get("mix", ())]
-    return {**values, "data": {**data, "mix": mix}}
+    read = {key: value for key, value in data.items() if data.get("kind") in READ_BY.get(key, KINDS)}
+    return {**values, "data": {**read, "mix": mix}}
 
 
 def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint, ranks: int) -> list[str]:

@@ -15,6 +15,7 @@ from fp8train.checkpoint import (
     checkpoint_path,
     find_resume,
     open_checkpoint,
+    saved_steps,
     superfluous,
     write_checkpoint,
 )
@@ -22,6 +23,7 @@ from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError
 from fp8train.recipe import Recipe
 from fp8train.trainer.progress import Progress
+from fp8train.trainer.run_folder import check_space
 
 
 class SaveClock:
@@ -111,6 +113,11 @@ def checkpoints_to_come(config: RunConfig, progress: Progress, there: Sequence[i
     removed = superfluous(saved, settings.keep_last, settings.keep_every)
     beside = 1 if alarm and by_clock else 0  # what the alarm goes back to, when the clock's are the newest
     return max(1, len(saved) - len(removed) + beside + 1 - len(there))
+
+
+def check_room(run_dir: Path, config: RunConfig, progress: Progress, each_bytes: int, alarm: bool) -> None:
+    """Refuse a disk without room for the checkpoints to come; see check_space and checkpoints_to_come."""
+    check_space(run_dir, each_bytes, checkpoints_to_come(config, progress, saved_steps(run_dir), alarm=alarm))
 
 
 def return_point(run_dir: Path, step: int | None) -> tuple[Checkpoint, bool]:

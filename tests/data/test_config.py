@@ -38,11 +38,6 @@ def test_mix_entries_become_sources() -> None:
         ({"kind": "txt"}, "data.kind: is 'txt'; needs one of stdlib, text, jsonl, tokens, hf, mix"),
         ({"path": 7}, "data.path: is 7"),
         ({"path": []}, "data.path: is \\[\\]"),
-        ({"path": "a.jsonl"}, "is a.jsonl but data.kind is stdlib, .* needs kind text or jsonl or .* Add data=KIND"),
-        ({"kind": "mix", "path": "a.jsonl"}, "data.path: is a.jsonl but data.kind is mix"),
-        ({"kind": "text", "text_key": "body"}, "data.text_key: is body but data.kind is text"),
-        ({"kind": "jsonl", "hf_split": "validation"}, "data.hf_split: .* needs kind hf. Add data=hf, or leave"),
-        ({"kind": "hf", "verify": True}, "data.verify: is True but data.kind is hf, .* needs kind tokens"),
         ({"weight": -1.0}, "data.weight: is -1.0"),
         ({"document_bytes": 0}, "data.document_bytes: is 0"),
         ({"hf_shuffle_buffer": -1}, "data.hf_shuffle_buffer: is -1"),
@@ -54,3 +49,21 @@ def test_mix_entries_become_sources() -> None:
 def test_bad_value_is_one_line(values: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         DataConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"path": "a.jsonl"}, "is a.jsonl but data.kind is stdlib, .* needs kind text or jsonl or .* Add data=KIND"),
+        ({"kind": "mix", "path": "a.jsonl"}, "data.path: is a.jsonl but data.kind is mix"),
+        ({"kind": "text", "text_key": "body"}, "data.text_key: is body but data.kind is text"),
+        ({"kind": "jsonl", "hf_split": "validation"}, "data.hf_split: .* needs kind hf. Add data=hf, or leave"),
+        ({"kind": "hf", "verify": True}, "data.verify: is True but data.kind is hf, .* needs kind tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_key_that_the_kind_does_not_read_is_refused_where_it_is_typed(values: dict[str, object], message: str) -> None:
+    config = DataConfig(**values)  # type: ignore[arg-type]  # as a stored configuration may have it
+    with pytest.raises(DataError, match=message):
+        config.check_read()
+    config.check_read(["weight"])

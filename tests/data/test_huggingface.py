@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -226,3 +227,19 @@ def test_rows_that_are_formatted_are_read_as_text(tmp_path: Path) -> None:
 def test_folder_that_is_no_saved_dataset_names_its_files_as_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is a folder, and not one of save_to_disk; name its files: data.path='.*/\*'"):
         build_dataset(make_config(tmp_path, hf_name="json"), 16, 1)
+
+
+def test_stream_that_an_earlier_version_began_is_known_again(jsonl: Path) -> None:
+    dataset = build_dataset(make_config(jsonl, hf_streaming=True), 16, 1)
+    parts = [None, None, "train", None, [str(jsonl)], "body", 10_000]  # the identity that 5d29ac9 wrote
+    old = hashlib.sha256(repr(parts).encode()).hexdigest()
+    key = f"{old} tokenizer {dataset.tokenizer.hash} threshold {dataset.splits[0].threshold} seq_len 16"
+    assert dataset.former_fingerprints == [hashlib.sha256(key.encode()).hexdigest()]
+
+
+def test_what_datasets_puts_into_a_saved_folder_is_no_part_of_the_stream(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(tmp_path / "saved")
+    first = build_dataset(make_config(tmp_path / "saved", hf_streaming=True), 16, 1).fingerprint
+    datasets.load_from_disk(str(tmp_path / "saved")).filter(lambda row: len(row["body"]) > 3)
+    (tmp_path / "saved" / "cache-1234.arrow").write_text("")
+    assert build_dataset(make_config(tmp_path / "saved", hf_streaming=True), 16, 1).fingerprint == first

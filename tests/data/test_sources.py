@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fp8train.data.config import SourceConfig
-from fp8train.data.sources import cut_size, plan_pieces, read_piece, stdlib_files
+from fp8train.data.sources import cut_size, plan_pieces, read_piece, source_files, stdlib_files
 from fp8train.errors import DataError
 
 
@@ -115,3 +115,13 @@ def test_bad_input_is_one_line(kind: str, make: Callable[[Path], str | None], me
         read_all(SourceConfig(kind=kind, path=make(tmp_path)), piece_bytes=8)
     assert "\n" not in str(caught.value)
     assert re.search(r"\.$", str(caught.value)), "the remedy ends the message"
+
+
+def test_order_is_that_of_the_paths_as_given_and_a_file_is_read_once(tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for name, blob in (("a.txt", "zzz"), ("b.txt", "aaa"), ("c.txt", "zzz")):
+        (blobs / blob).write_text(blob)
+        (tmp_path / name).symlink_to(blobs / blob)
+    source = SourceConfig(kind="text", path=[str(tmp_path / "*.txt"), str(tmp_path / "b.txt")])
+    assert [file.name for file in source_files(source)] == ["a.txt", "b.txt"]

@@ -101,3 +101,14 @@ def test_coverage_of_several_seeds_is_their_sum_and_names_what_only_one_of_them_
         "in seed 3: gemm: FP8 numbers were decoded and multiplied in BF16"
     )
     assert merged_coverage({7: one}) is one and merged_coverage({1: one, 2: one})["refused_kernels"] == []
+
+
+def test_fallback_of_one_seed_is_not_hidden_by_an_alarm_of_another() -> None:
+    one, two = (make_coverage("blockwise", layers=1) for _ in range(2))
+    linears = [
+        next(linear for linear in own["linears"] if linear["fqn"] == "layers.0.mlp.up_proj") for own in (one, two)
+    ]
+    linears[0]["gemms"]["fprop"] |= {"fp8_rows": 990, "other_rows": 10}
+    linears[1]["changed"] = "an alarm at step 20"
+    (group,) = (g for g in group_linears(merged_coverage({1: one, 2: two})) if g.pattern == "layers.0.mlp.up_proj")
+    assert group.broken == ["fprop"] and group.reason == "seed 2: an alarm at step 20"

@@ -176,11 +176,13 @@ def test_rows_that_a_machine_lost_are_missed(tmp_path):
     metrics.write_text("".join(kept))
     console = Listening(enabled=False)
     tiny_train(tmp_path, "steps=8", "log.every=2", console=console)
-    assert f"warning: {metrics}: the rows of steps 3 to 6 are missing" in console.said
+    assert "warning: metrics.jsonl: the rows of steps 3 to 6 are missing" in console.said
     whole = Listening(enabled=False)
     whole.said = []
     tiny_train(tmp_path, "steps=4", run="whole")
-    tiny_train(tmp_path, "steps=6", run="whole", console=whole)
+    tiny_train(tmp_path, "steps=9", "log.every=5", run="whole", console=whole)
+    tiny_train(tmp_path, "steps=10", "log.every=2", run="whole", console=whole)
+    tiny_train(tmp_path, "steps=12", f"resume={tmp_path / 'whole'}", run="fork", console=whole)
     assert not any("missing" in line for line in whole.said)
 
 
