@@ -24,7 +24,9 @@ from fp8train.errors import exit_code  # noqa: E402
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     """One H100 on which every entry but one is right, and takes a millisecond for 8192 x 8192 x 8192."""
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="NVIDIA Test GPU")
+    properties = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30, name="NVIDIA Test GPU"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
