@@ -19,9 +19,7 @@ class Backend(Protocol):
 
     name: str
     note: str  # how it computes, for the log and for `explain`
-    decoded: tuple[
-        str, ...
-    ] = ()  # GEMMs that BF16 units multiplied in place of FP8 units, since none of its kernels may
+    decoded: tuple[str, ...] = ()  # GEMMs for which none of its kernels may: BF16 units multiplied decoded numbers
     emulates: bool = False  # FP8 numbers by wider instructions: its losses carry over to a GPU, its speed does not
 
     @property

@@ -95,9 +95,8 @@ def _bytes(batch: Batch, tokenizer: Tokenizer) -> int:
     """UTF-8 bytes that the targets stand for; 0 for a tokenizer whose ids do not say."""
     if not tokenizer.bytes_exact:
         return 0
-    windows = torch.cat(
-        [batch.tokens[:, :1], batch.targets], dim=1
-    ).numpy()  # a separator before the first target counts
+    # with the token before the first target: whether it is a separator counts
+    windows = torch.cat([batch.tokens[:, :1], batch.targets], dim=1).numpy()
     return sum(tokenizer.bytes_of(window) - tokenizer.bytes_of(window[:1]) for window in windows)
 
 
