@@ -16,7 +16,7 @@ from fp8train.distributed import World, init, rank_exit_code
 from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
 from fp8train.trainer.changed_run import check_split, evaluation_config, help_on_run
-from fp8train.trainer.evaluation import EvalSet, evaluate
+from fp8train.trainer.evaluation import EvalSet, evaluate, source_losses
 from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import on_main, write_file
 
@@ -95,6 +95,7 @@ def table(checkpoint: Checkpoint, row: dict[str, Any]) -> str:
     for name, suffix in ((row["recipe"], ""), ("evaluated in BF16", "_bf16")):
         loss, bits, perplexity = (row[key + suffix] for key in ("eval_loss", "bits_per_byte", "perplexity"))
         lines.append(f"{name:17s} {loss:10.4f} {bits:10.4f} {perplexity:11.4f}")
+        lines += [f"  {source:15s} {nats:10.4f}" for source, nats in source_losses(row, suffix).items()]
     return "\n".join(lines) + "\n"
 
 

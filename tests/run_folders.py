@@ -57,16 +57,19 @@ def write_run(
     coverage: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     seed: int = 1,
+    sources: Mapping[str, float] | None = None,
     **facts: Any,
 ) -> Path:
     """Write a finished run of len(losses) steps (default 40); `facts` go into result.json over FACTS.
 
     Args:
         speed_spread: standard deviation of the logarithm of a step's speed.
+        sources: of a mix, the held-out loss of each; not in the first evaluation.
     """
     folder.mkdir(parents=True)
     losses = 2.2 + 3.3 * np.exp(-np.arange(40) / 12) if losses is None else losses
     rows = _metrics(recipe, losses, eval_loss, tokens_per_second, speed_spread, seed)
+    rows[-1] |= {f"eval_loss/{name}": loss for name, loss in (sources or {}).items()}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     result = {
         "finished": True,

@@ -186,10 +186,7 @@ def evaluation(subject: Subject) -> Outcome:
     """Evaluation computes the loss that training's forward computes, and leaves every precision as it was."""
     assembly = subject.fresh()
     eval_set = EvalSet(subject.batcher(), subject.world)
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in subject.batcher().eval_batches():
-        total += assembly.model(*inputs(batch, subject.device)).detach().cpu()
-    trained = float(total) / max(eval_set.tokens, 1)
+    trained = eval_set.average(lambda batch: assembly.model(*inputs(batch, subject.device)).detach()).nats
     scores = evaluate(assembly.model, eval_set, bf16=True, all_bf16=assembly.all_bf16)
     swapped = swapped_precisions(assembly)
     return Outcome(

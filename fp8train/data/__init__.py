@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8train.data.build import build_dataset
 from fp8train.data.config import MASKED_TARGET, DataConfig, SourceConfig
-from fp8train.data.dataset import Dataset, check_vocabulary
+from fp8train.data.dataset import Dataset, HeldOut, check_vocabulary
 from fp8train.data.model_tokenizer import check_model_tokenizer, covers, with_model_tokenizer
 from fp8train.data.packing import Sample
 from fp8train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, build_tokenizer
@@ -25,6 +25,7 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "FileTokenizer",
+    "HeldOut",
     "Sample",
     "SourceConfig",
     "Tokenizer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fp8train.data.config import MASKED_TARGET
-from fp8train.data.dataset import Dataset
+from fp8train.data.dataset import Dataset, HeldOut
+from fp8train.data.packing import Sample
 from fp8train.errors import DataError
 
 
@@ -66,42 +69,42 @@ class Batcher:
         """This rank's micro-batches of a step, in order."""
         size = self.micro_batch_samples
         first = step * self.global_batch_samples + self.rank * size
-        return [self._batch(range(start, start + size)) for start in self._starts(first)]
+        chunks = [list(range(start, start + size)) for start in self._starts(first)]
+        return [self.batch_of([self.dataset.sample(index) for index in chunk], chunk) for chunk in chunks]
 
     def skip_to(self, step: int) -> str:
         """Bring the dataset to a step, after a resume; says what it cost."""
         return self.dataset.skip_to(step * self.global_batch_samples)
 
-    def eval_batches(self, n: int | None = None) -> list[Batch]:
-        """This rank's share of the held-out windows, in micro-batches (the last may be short)."""
-        samples = self.dataset.eval_samples(n)
-        mine = range(self.rank * len(samples) // self.world_size, (self.rank + 1) * len(samples) // self.world_size)
-        size = self.micro_batch_samples
-        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [
-            self._collate([(samples[i].tokens, samples[i].document_ids) for i in chunk], list(chunk))
-            for chunk in chunks
-        ]
+    def eval_batches(self, held_out: Sequence[HeldOut]) -> list[tuple[int, Batch]]:
+        """This rank's share of the held-out windows, in micro-batches of one source each (its last may be short).
 
-    def eval_batch(self, index: int) -> Batch:
-        """One of all ranks' held-out windows."""
-        sample = self.dataset.eval_samples()[index]
-        return self._collate([(sample.tokens, sample.document_ids)], [index])
+        Returns:
+            (number of the source, micro-batch); sample_ids count the windows of all sources.
+        """
+        counts = [len(part.samples) for part in held_out]
+        ends = list(itertools.accumulate(counts))
+        first, last = (rank * ends[-1] // self.world_size for rank in (self.rank, self.rank + 1))
+        found = []
+        for source, (part, count, end) in enumerate(zip(held_out, counts, ends, strict=True)):
+            begin = end - count
+            mine = range(max(first, begin), min(last, end))
+            for start in range(0, len(mine), self.micro_batch_samples):
+                chunk = mine[start : start + self.micro_batch_samples]
+                found.append((source, self.batch_of([part.samples[i - begin] for i in chunk], list(chunk))))
+        return found
 
-    def _starts(self, first: int) -> range:
-        stride = self.micro_batch_samples * self.world_size
-        return range(first, first + self.num_micro_batches * stride, stride)
-
-    def _batch(self, indices: range) -> Batch:
-        samples = [self.dataset.sample(index) for index in indices]
-        return self._collate([(sample.tokens, sample.document_ids) for sample in samples], list(indices))
-
-    def _collate(self, rows: list[tuple[np.ndarray, np.ndarray]], sample_ids: list[int]) -> Batch:
-        tokens = torch.from_numpy(np.stack([row for row, _ in rows]))
+    def batch_of(self, samples: Sequence[Sample], sample_ids: list[int]) -> Batch:
+        """These windows as one micro-batch."""
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         inputs = tokens[:, :-1].contiguous()
         targets = tokens[:, 1:].clone(memory_format=torch.contiguous_format)  # written below; of one row both are views
         if not self.dataset.document_mask:
             return Batch(tokens=inputs, targets=targets, document_ids=None, sample_ids=sample_ids)
-        ids = torch.from_numpy(np.stack([row for _, row in rows])).long()
+        ids = torch.from_numpy(np.stack([sample.document_ids for sample in samples])).long()
         targets[ids[:, 1:] != ids[:, :-1]] = MASKED_TARGET
         return Batch(tokens=inputs, targets=targets, document_ids=ids[:, :-1].contiguous(), sample_ids=sample_ids)
+
+    def _starts(self, first: int) -> range:
+        stride = self.micro_batch_samples * self.world_size
+        return range(first, first + self.num_micro_batches * stride, stride)

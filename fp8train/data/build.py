@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 from fp8train.data import huggingface
 from fp8train.data.config import DataConfig, SourceConfig
@@ -64,8 +65,23 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     if config.kind != "mix":
         return datasets[0]
     return MixedDataset(
-        datasets, weights, seed=seed, eval_windows=config.eval_windows, document_mask=config.document_mask
+        datasets,
+        weights,
+        source_names(entries),
+        seed=seed,
+        eval_windows=config.eval_windows,
+        document_mask=config.document_mask,
     )
+
+
+def source_names(entries: Sequence[SourceConfig]) -> list[str]:
+    """A short name for each source of a mix: what its path ends with, else its dataset or kind; the whole path, or a
+    number, where two would be called the same.
+    """
+    whole = [", ".join(entry.paths) or entry.hf_name or entry.kind for entry in entries]
+    short = [name if ", " in name else PurePath(name).name for name in whole]
+    names = [name if short.count(name) == 1 else long for name, long in zip(short, whole, strict=True)]
+    return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def read_corpus(
@@ -140,7 +156,7 @@ def _dataset(
     seed: int,
     split: Split,
     eval_windows: int,
-) -> Dataset:
+) -> PackedDataset | StreamedDataset:
     if corpus is not None:
         return PackedDataset(
             corpus,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,15 @@ from fp8train.errors import DataError
 
 DOCUMENT_ORDER = 1  # what a permutation is for; part of its key
 WINDOW_ORDER = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """The held-out windows of one source. name: short, one of its kind. share: of the samples of the dataset."""
+
+    name: str
+    share: float
+    samples: list[Sample]
 
 
 class Dataset(Protocol):
@@ -36,7 +46,7 @@ class Dataset(Protocol):
 
     def sample(self, index: int) -> Sample: ...
 
-    def eval_samples(self, n: int | None = None) -> list[Sample]: ...
+    def held_out(self, n: int | None = None) -> list[HeldOut]: ...
 
     def skip_to(self, index: int) -> str: ...
 
@@ -111,6 +121,10 @@ class PackedDataset:
             )
         wanted = min(n or self._eval_windows, count)
         return [self._eval.read(i * count // wanted * self.seq_len, self.seq_len + 1) for i in range(wanted)]
+
+    def held_out(self, n: int | None = None) -> list[HeldOut]:
+        """eval_samples(n), as the one source that there is."""
+        return [HeldOut(name=self.corpus.name, share=1.0, samples=self.eval_samples(n))]
 
     def skip_to(self, index: int) -> str:
         """Nothing to skip: the position is computed."""

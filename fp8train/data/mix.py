@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
-from fp8train.data.dataset import Dataset
+from fp8train.data.dataset import HeldOut, PackedDataset
 from fp8train.data.packing import Sample, permutation
+from fp8train.data.stream import StreamedDataset
 from fp8train.errors import DataError
 
+Source: TypeAlias = PackedDataset | StreamedDataset
 LARGEST_BLOCK = 10_000
 MIX_ORDER = 3
 
@@ -26,6 +29,7 @@ class MixedDataset:
         datasets: with one seq_len and one tokenizer.
         weights: shares, relative to their sum; exact where a block of at most 10,000 samples can hold them, else the
             nearest.
+        names: what reports call the sources.
 
     Raises:
         DataError: no sources, or a weight too small for a block.
@@ -33,14 +37,16 @@ class MixedDataset:
 
     def __init__(
         self,
-        datasets: Sequence[Dataset],
+        datasets: Sequence[Source],
         weights: Sequence[float],
+        names: Sequence[str],
         *,
         seed: int,
         eval_windows: int = 64,
         document_mask: bool = False,
     ) -> None:
         self._datasets = list(datasets)
+        self._names = list(names)
         self._eval_windows = eval_windows
         self._quotas = quotas(weights)
         self.seed = seed
@@ -67,10 +73,16 @@ class MixedDataset:
         before = int(np.count_nonzero(order[:place] == source))
         return source, block * self._quotas[source] + before
 
-    def eval_samples(self, n: int | None = None) -> list[Sample]:
-        """About n (None: data.eval_windows) held-out windows: of each source its share, and at least one."""
-        shares = eval_shares(self._quotas, n or self._eval_windows)
-        return [s for dataset, share in zip(self._datasets, shares, strict=True) for s in dataset.eval_samples(share)]
+    def held_out(self, n: int | None = None) -> list[HeldOut]:
+        """About n (None: data.eval_windows) held-out windows: of each source its share, at least one, at most what it
+        holds out.
+        """
+        windows, total = eval_shares(self._quotas, n or self._eval_windows), len(self._pattern)
+        sources = zip(self._datasets, self._names, self._quotas, windows, strict=True)
+        return [
+            HeldOut(name=name, share=quota / total, samples=dataset.eval_samples(count))
+            for dataset, name, quota, count in sources
+        ]
 
     def skip_to(self, index: int) -> str:
         """Bring every source to its position; says what that cost."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from fp8train.data.corpus import encode
+from fp8train.data.dataset import HeldOut
 from fp8train.data.packing import Sample
 from fp8train.data.split import HASH_RANGE, Split
 from fp8train.data.tokenizers import Tokenizer
@@ -92,6 +93,10 @@ class StreamedDataset:
         if wanted not in self._eval:
             self._eval[wanted] = self._read_held_out(wanted)
         return self._eval[wanted]
+
+    def held_out(self, n: int | None = None) -> list[HeldOut]:
+        """eval_samples(n), as the one source that there is."""
+        return [HeldOut(name=self._name, share=1.0, samples=self.eval_samples(n))]
 
     def largest_token(self) -> int:
         """Largest id that the tokenizer can give: the stream itself is not known in advance."""

@@ -38,7 +38,7 @@ def loss_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     smooth = {arm: {seed: drawn(run.train.columns["loss"]) for seed, run in runs.items()} for arm, runs in arms.items()}
     parts = [_diverged_alert(entry) + _nonfinite_alert(entry) for entry in verdict["arms"].values()]
     parts += [_loss_figure(verdict, arms, smooth), _difference_figure(verdict, arms)]
-    parts += [_loss_table(verdict), _error_table(verdict)]
+    parts += [_loss_table(verdict), _source_table(verdict), _error_table(verdict)]
     return [*parts, page.details("Loss by step, as a table", _steps_table(verdict, arms, smooth))]
 
 
@@ -210,6 +210,25 @@ def _loss_table(verdict: Mapping[str, Any]) -> str:
         "arithmetic: what is left of the gap there is in the weights."
     )
     return page.table(caption, run_columns(verdict, *names, "Last step"), rows)
+
+
+def _source_table(verdict: Mapping[str, Any]) -> str:
+    """The held-out loss of each source of a mix; '' for one source."""
+    runs = list(measured_runs(verdict))
+    names = list(dict.fromkeys(name for *_, run in runs for name in run["eval_losses"]))
+    rows = []
+    for arm, index, run in runs if names else ():
+        gaps = (pair_of(verdict, arm, index) or {}).get("source_gaps", {})
+        cells = []
+        for name in names:
+            gap = f" ({percent_text(gaps[name], signed=True)})" if name in gaps else ""
+            cells.append(loss_text(run["eval_losses"].get(name)) + gap)
+        rows.append(run_row(verdict, arm, run, cells))
+    caption = (
+        "<strong>Held-out loss by source</strong> at the end, nats per token, and its gap. The loss of the mix is "
+        "their mean, weighed by the shares of the mix."
+    )
+    return page.table(caption, run_columns(verdict, *names), rows) if names else ""
 
 
 def _error_table(verdict: Mapping[str, Any]) -> str:

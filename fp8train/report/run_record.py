@@ -21,6 +21,7 @@ EARLIER = "config.until_step_*.yaml"  # configuration of a run's first steps, wh
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
 NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
+OF_SOURCE = ("eval_loss/", "eval_loss_bf16/")  # what keys with the loss of one source of a mix begin with
 
 
 Arms: TypeAlias = "Mapping[str, Mapping[int, RunRecord]]"  # arm -> seed -> run; the baseline comes first
@@ -41,6 +42,11 @@ class Table:
     def last(self, name: str) -> float | None:
         """The value of the last row; None where it is absent or not finite."""
         return finite(self.columns[name][-1]) if len(self) else None
+
+    def last_of_sources(self) -> dict[str, float | None]:
+        """Source of a mix -> its held-out loss in the last row; empty for one source."""
+        keys = (key for key in self.columns if key.startswith(OF_SOURCE[0]))
+        return {key.removeprefix(OF_SOURCE[0]): self.last(key) for key in keys}
 
     def empty(self) -> Table:
         """The same columns without a row."""
@@ -169,15 +175,18 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
         )
     train: dict[int, list[Any]] = {}
     evals: dict[int, list[Any]] = {}
+    sources: dict[str, None] = {}  # keys of the sources of a mix, each once
     telemetry: dict[int, dict[str, Any]] = {}
     damaged = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = _parse_line(line, path, number)
-                for rows, keys in ((train, TRAIN_KEYS), (evals, EVAL_KEYS)):
-                    if keys[0] in row:
-                        rows[row["step"]] = _numbers(row, keys, path, number)
+                if TRAIN_KEYS[0] in row:
+                    train[row["step"]] = _numbers(row, TRAIN_KEYS, path, number)
+                if EVAL_KEYS[0] in row:
+                    sources |= dict.fromkeys(key for key in row if key.startswith(OF_SOURCE))
+                    evals[row["step"]] = _numbers(row, (*EVAL_KEYS, *sources), path, number)
             except DataError as error:
                 if not skip_damaged:
                     raise
@@ -188,7 +197,7 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
                 telemetry.setdefault(row["step"], {"step": row["step"]}).update(kept)
     if not train:
         raise DataError(f"{path}: has no training step; needs at least one row with a loss. Let the run train first.")
-    tables = {"train": _table(train, TRAIN_KEYS), "evals": _table(evals, EVAL_KEYS)}
+    tables = {"train": _table(train, TRAIN_KEYS), "evals": _table(evals, (*EVAL_KEYS, *sources))}
     return MetricsFile(**tables, telemetry=[telemetry[step] for step in sorted(telemetry)], damaged=damaged)
 
 
@@ -232,8 +241,10 @@ DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would 
 
 
 def _table(rows: Mapping[int, list[Any]], keys: tuple[str, ...]) -> Table:
+    """Rows in the order of their steps; one that ends before the last keys has none of them."""
     steps = np.array(sorted(rows), dtype=np.int64)
-    values = np.array([rows[step] for step in steps.tolist()], dtype=np.float64)  # None becomes NaN
+    filled = [rows[step] + [None] * (len(keys) - len(rows[step])) for step in steps.tolist()]
+    values = np.array(filled, dtype=np.float64)  # None becomes NaN
     values = values.reshape(len(steps), len(keys))
     return Table(steps=steps, columns={key: values[:, index] for index, key in enumerate(keys)})
 

@@ -63,12 +63,16 @@ def _column(
     share = run["fp8_flops_share"]
     gap_words = f"{signed_text(gap.get('nats'))} ({percent_text(gap.get('percent'), signed=True)})"
     at = "" if several else f" at step {count_text(error.get('ema_max_step'))}"
+    by_source = {f"  of {name}": loss_text(loss) for name, loss in run["eval_losses"].items()}
+    for name, of_source in pair["source_gaps"].items() if pair else ():
+        by_source[f"  of {name}"] += f" ({percent_text(of_source, signed=True)})"
     speeds = (pair[key] if pair else None for key in ("tokens_per_second_ratio", "time_to_loss_ratio"))
     speed, to_loss = (NOT_COMPARABLE if speed_in_doubt else ratio_text(ratio) for ratio in speeds)
     memory_ratio = f" ({ratio_text(pair['peak_memory_ratio'])})" if pair else ""
     return {
         "held-out loss, nats/token": loss_text(run["eval_loss"]),
         "  gap": gap_words if pair else "",
+        **by_source,
         "  evaluated in BF16": loss_text(run["eval_loss_bf16"]),
         "  bits per byte": loss_text(run["bits_per_byte"]),
         "training loss, EMA 0.9": loss_text(run["train_loss_ema"]),
@@ -105,7 +109,8 @@ def _gaps(verdict: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
-    return _lines(header, [[name, *(column[name] for column in columns)] for name in columns[0]])
+    names = max(columns, key=len)  # a run that diverged has no losses of sources
+    return _lines(header, [[name, *(column.get(name, "") for column in columns)] for name in names])
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

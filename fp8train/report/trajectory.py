@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fp8train.report.run_record import Table, finite
+from fp8train.report.run_record import OF_SOURCE, Table, finite
 from fp8train.spikes import count_spikes
 
 SMOOTHING = 0.9  # DeepSeek-V3 (arXiv:2412.19437) shows its losses smoothed like that; its 0.25 % refers to those
@@ -88,6 +88,12 @@ def heldout_gap(
         "percent": finite(100 * (new - base) / base),
         "bits_per_byte": finite(bits),
     }
+
+
+def source_gaps(baseline: Table, other: Table) -> dict[str, float | None]:
+    """Source of a mix -> gap of its held-out loss in percent of the baseline's, where heldout_gap looks."""
+    sources = [source for source in baseline.last_of_sources() if source in other.last_of_sources()]
+    return {source: heldout_gap(baseline, other, f"{OF_SOURCE[0]}{source}")["percent"] for source in sources}
 
 
 def gap_slope(baseline: Table, other: Table) -> dict[str, Any]:

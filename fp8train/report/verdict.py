@@ -71,6 +71,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "train_loss_ema": finite(ema(losses)[-1]),
         "eval_loss": run.evals.last("eval_loss"),
         "eval_loss_bf16": run.evals.last("eval_loss_bf16"),
+        "eval_losses": run.evals.last_of_sources(),
         "bits_per_byte": run.evals.last("bits_per_byte"),
         "bits_per_byte_bf16": run.evals.last("bits_per_byte_bf16"),
         "nonfinite_losses": int(np.count_nonzero(~np.isfinite(losses))),
@@ -88,7 +89,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "emulates": run.emulates,
         "ran_on": {key: environment.get(key) for key in SPEED_FACTS},
     }
-    return found if run.diverged is None else found | dict.fromkeys(LOSSES)
+    return found if run.diverged is None else found | dict.fromkeys(LOSSES) | {"eval_losses": {}}
 
 
 def pair_measures(baseline: RunRecord, other: RunRecord, crossed: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def pair_measures(baseline: RunRecord, other: RunRecord, crossed: Mapping[str, f
         "relative_loss_error": trajectory.relative_loss_error(baseline.train, other.train),
         "heldout_gap": heldout_gap(baseline.evals, other.evals),
         "heldout_gap_bf16": heldout_gap(baseline.evals, other.evals, "eval_loss_bf16", "bits_per_byte_bf16"),
+        "source_gaps": trajectory.source_gaps(baseline.evals, other.evals),
         "crossed": crossed_losses(base, new, crossed or {}),
         "gap_slope": trajectory.gap_slope(baseline.train, other.train),
         "decay_gap": trajectory.decay_gap(baseline.train, other.train),

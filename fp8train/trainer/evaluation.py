@@ -1,18 +1,18 @@
-"""Loss on fixed held-out windows, with exact token and byte counts."""
+"""Loss on fixed held-out windows, with exact token and byte counts; of a mix also that of each source."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fp8train.data import MASKED_TARGET, Batch, Batcher, Tokenizer
+from fp8train.data import MASKED_TARGET, Batch, Batcher, HeldOut, Tokenizer
 from fp8train.distributed import World
 from fp8train.distributed.sharding import free_gathered
 from fp8train.nn.weights import evaluation_precision
@@ -23,16 +23,18 @@ from fp8train.trainer.step import inputs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """Mean cross-entropy over the targets of all windows.
+    """Mean cross-entropy over the targets of all windows; of a mix the sources' means, weighed by their shares.
 
     nats: per token
     tokens: targets that entered
-    bytes: UTF-8 bytes that those targets stand for; 0 where the tokenizer drops some
+    bytes: UTF-8 bytes that as many targets of the mix stand for; 0 where the tokenizer drops some
+    sources: nats of each source by its name
     """
 
     nats: float
     tokens: int
-    bytes: int
+    bytes: float
+    sources: dict[str, float] = field(default_factory=dict)
 
     @property
     def bits_per_byte(self) -> float:
@@ -54,21 +56,26 @@ class EvalSet:
 
     Attributes:
         tokens, bytes: targets of all windows, over all ranks, and the UTF-8 bytes that they stand for.
-        hash: SHA-256 over the token ids of all windows.
+        windows_hash: SHA-256 over the token ids of all windows.
+        hash: windows_hash; of a mix with the shares, which weigh the sources' losses.
     """
 
     def __init__(self, batcher: Batcher, world: World) -> None:
-        dataset = batcher.dataset
-        windows = dataset.eval_samples()
-        self.hash = hashlib.sha256(b"".join(window.tokens.astype("<i8").tobytes() for window in windows)).hexdigest()
+        parts = batcher.dataset.held_out()
         self._world = world
-        self._batches = batcher.eval_batches()
+        self._names = [part.name for part in parts]
+        self._shares = [part.share for part in parts]
+        self.windows_hash, self.hash = _hashes(parts)
+        self._batches = batcher.eval_batches(parts)
         # the ranks of a sharded model must call it equally often: who has fewer windows reads one that does not count
         calls = int(world.all_max(float(len(self._batches))))
-        self._idle = [batcher.eval_batch(0) for _ in range(calls - len(self._batches))]
-        tokens = sum(int((batch.targets != MASKED_TARGET).sum()) for batch in self._batches)
-        self.tokens = int(world.all_reduce_sum(float(tokens)))
-        self.bytes = int(world.all_reduce_sum(float(sum(_bytes(batch, dataset.tokenizer) for batch in self._batches))))
+        self._idle = [batcher.batch_of(parts[0].samples[:1], [0]) for _ in range(calls - len(self._batches))]
+        counts = torch.zeros((2, len(parts)), dtype=torch.float64)
+        for source, batch in self._batches:
+            counts[0, source] += int((batch.targets != MASKED_TARGET).sum())
+            counts[1, source] += _bytes(batch, batcher.dataset.tokenizer)
+        self._tokens, self._bytes = world.all_reduce_sum(counts.to(world.device)).tolist()
+        self.tokens, self.bytes = int(sum(self._tokens)), int(sum(self._bytes))
 
     def score(self, model: nn.Module) -> Score:
         """Evaluate a model as it is, without gradients; every rank gets the result.
@@ -78,17 +85,39 @@ class EvalSet:
         """
         was_training = model.training
         model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         # A compiled model would be compiled again for the shapes and precisions of evaluation; that takes longer.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for batch in self._batches:
-                total += model(*inputs(batch, self._world.device))
+            score = self.average(lambda batch: model(*inputs(batch, self._world.device)))
             for batch in self._idle if is_sharded(model.parameters()) else ():
                 model(*inputs(batch, self._world.device))
         free_gathered(model)
         model.train(was_training)
-        total = self._world.all_reduce_sum(total)
-        return Score(nats=float(total) / max(self.tokens, 1), tokens=self.tokens, bytes=self.bytes)
+        return score
+
+    def average(self, loss: Callable[[Batch], Tensor]) -> Score:
+        """The score where each micro-batch has the summed loss that `loss` gives."""
+        totals = torch.zeros(len(self._names), dtype=torch.float64, device=self._world.device)
+        for source, batch in self._batches:
+            totals[source] += loss(batch)
+        sums = self._world.all_reduce_sum(totals).tolist()
+        sources = [source for source, tokens in enumerate(self._tokens) if tokens]  # of the others all is masked
+        whole = sum(self._shares[source] for source in sources)
+        nats = bytes_ = 0.0
+        for source in sources:
+            weight, tokens = self._shares[source] / whole, self._tokens[source]
+            nats += weight * (sums[source] / tokens)
+            bytes_ += weight * (self.tokens / tokens) * self._bytes[source]
+        means = {self._names[source]: sums[source] / self._tokens[source] for source in sources}
+        return Score(nats=nats, tokens=self.tokens, bytes=bytes_, sources=means)
+
+
+def _hashes(parts: Sequence[HeldOut]) -> tuple[str, str]:
+    """Of the windows, and of the windows with their weights."""
+    windows = hashlib.sha256(b"".join(s.tokens.astype("<i8").tobytes() for part in parts for s in part.samples))
+    weighed = windows.copy()
+    if len(parts) > 1:
+        weighed.update("".join(f"{len(part.samples)} x {part.share!r} " for part in parts).encode())
+    return windows.hexdigest(), weighed.hexdigest()
 
 
 def _bytes(batch: Batch, tokenizer: Tokenizer) -> int:
@@ -108,24 +137,36 @@ def evaluate(model: nn.Module, eval_set: EvalSet, *, bf16: bool, all_bf16: bool)
         all_bf16: every linear is in BF16 as it is, so that one pass gives both.
 
     Returns:
-        eval_loss, bits_per_byte, perplexity, eval_tokens, eval_bytes; with bf16 the first three also as *_bf16.
+        eval_loss, bits_per_byte, perplexity, eval_tokens, eval_bytes; of a mix also eval_loss/SOURCE; with bf16 all
+        but the counts also as *_bf16 (eval_loss_bf16/SOURCE).
     """
     own = eval_set.score(model)
-    row: dict[str, Any] = {"eval_loss": own.nats, "bits_per_byte": own.bits_per_byte, "perplexity": own.perplexity}
+    row = _losses(own, "")
     if bf16:
         with contextlib.nullcontext() if all_bf16 else evaluation_precision(model, BF16):
-            high = own if all_bf16 else eval_set.score(model)
-        row |= {
-            "eval_loss_bf16": high.nats,
-            "bits_per_byte_bf16": high.bits_per_byte,
-            "perplexity_bf16": high.perplexity,
-        }
-    return row | {"eval_tokens": own.tokens, "eval_bytes": own.bytes}
+            row |= _losses(own if all_bf16 else eval_set.score(model), "_bf16")
+    return row | {"eval_tokens": own.tokens, "eval_bytes": eval_set.bytes}
+
+
+def _losses(score: Score, suffix: str) -> dict[str, float]:
+    row = {"eval_loss": score.nats, "bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
+    found = {f"{key}{suffix}": value for key, value in row.items()}
+    if len(score.sources) > 1:
+        found |= {f"eval_loss{suffix}/{name}": nats for name, nats in score.sources.items()}
+    return found
+
+
+def source_losses(row: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
+    """The held-out loss of each source of a mix in a row that evaluate gave; empty for one source."""
+    start = f"eval_loss{suffix}/"
+    return {key.removeprefix(start): value for key, value in row.items() if key.startswith(start)}
 
 
 def score_text(row: Mapping[str, Any]) -> str:
-    """`2.1034 nats, 3.035 bits/byte; in BF16 2.1030 nats, 3.034 bits/byte`."""
+    """`2.1034 nats, 3.035 bits/byte (stdlib 2.0511, notes.txt 2.2104); in BF16 2.1030 nats, 3.034 bits/byte`."""
     text = _loss_text(row["eval_loss"], row["bits_per_byte"])
+    if each := source_losses(row):
+        text += f" ({', '.join(f'{name} {nats:.4f}' for name, nats in each.items())})"
     if "eval_loss_bf16" in row:
         text += f"; in BF16 {_loss_text(row['eval_loss_bf16'], row['bits_per_byte_bf16'])}"
     return text

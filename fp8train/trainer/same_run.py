@@ -97,7 +97,7 @@ def data_facts(dataset: Dataset, eval_set: EvalSet | None) -> dict[str, Any]:
     return {
         "fingerprint": dataset.fingerprint,
         "thresholds": [split.threshold for split in dataset.splits],
-        "eval_hash": None if eval_set is None else eval_set.hash,
+        "eval_hash": None if eval_set is None else eval_set.windows_hash,
         "former": list(getattr(dataset, "former_fingerprints", ())),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8train.data import MASKED_TARGET, Batcher
+from fp8train.data import MASKED_TARGET, Batcher, HeldOut
 from fp8train.errors import DataError
 from tests.data.test_dataset import make_dataset, make_documents
 
@@ -53,12 +53,15 @@ def test_document_mask_hides_the_first_token_of_the_next_document_only() -> None
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_evaluation_windows_are_shared_out_without_loss(world_size: int) -> None:
     dataset = make_dataset(make_documents(300), eval_windows=13)
-    batches = [
-        batch for rank in range(world_size) for batch in Batcher(dataset, 20, 2, rank, world_size).eval_batches()
+    samples = dataset.eval_samples()
+    parts = [HeldOut(name=name, share=0.5, samples=part) for name, part in (("a", samples[:5]), ("b", samples[5:]))]
+    found = [
+        pair for rank in range(world_size) for pair in Batcher(dataset, 20, 2, rank, world_size).eval_batches(parts)
     ]
-    assert [i for batch in batches for i in batch.sample_ids] == list(range(13))
-    together = torch.cat([batch.targets for batch in batches])
-    assert together.tolist() == [sample.tokens[1:].tolist() for sample in dataset.eval_samples()]
+    assert [i for _, batch in found for i in batch.sample_ids] == list(range(13))
+    together = torch.cat([batch.targets for _, batch in found])
+    assert together.tolist() == [sample.tokens[1:].tolist() for sample in samples]
+    assert all(source == (i >= 5) for source, batch in found for i in batch.sample_ids)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fp8train.data import DataConfig, SourceConfig, build_dataset
+from fp8train.data.build import source_names
 from fp8train.data.mix import MixedDataset, quotas
 from fp8train.errors import DataError
 from tests.data.test_dataset import make_dataset, make_documents
@@ -16,7 +17,7 @@ from tests.data.test_dataset import make_dataset, make_documents
 
 def make_mix(weights: list[float], seed: int = 1) -> MixedDataset:
     datasets = [make_dataset(make_documents(40 + 20 * n, seed=n), seed=seed + n) for n in range(len(weights))]
-    return MixedDataset(datasets, weights, seed=seed)
+    return MixedDataset(datasets, weights, [f"source {n}" for n in range(len(weights))], seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,22 @@ def test_small_source_starts_again_while_the_large_one_goes_on() -> None:
 
 def test_held_out_windows_follow_the_shares() -> None:
     mix = make_mix([0.75, 0.25])
-    assert len(mix.eval_samples(8)) == 8
+    large, small = mix.held_out(8)
+    assert [(part.name, part.share, len(part.samples)) for part in (large, small)] == [
+        ("source 0", 0.75, 6),
+        ("source 1", 0.25, 2),
+    ]
     own = make_dataset(make_documents(60, seed=1), seed=2)
-    assert np.array_equal(mix.eval_samples(8)[6].tokens, own.eval_samples(2)[0].tokens)
+    assert np.array_equal(small.samples[0].tokens, own.eval_samples(2)[0].tokens)
+
+
+def test_names_of_sources_are_short_and_each_its_own() -> None:
+    paths = ["x/code.txt", "x/a/*.jsonl", "y/a/*.jsonl", ["x/p.txt", "x/q.txt"]]
+    entries = [SourceConfig(kind="text", path=path) for path in paths]
+    entries += [SourceConfig(), SourceConfig(), SourceConfig(kind="hf", hf_name="someone/web")]
+    assert source_names(entries) == [
+        "code.txt", "x/a/*.jsonl", "y/a/*.jsonl", "x/p.txt, x/q.txt", "stdlib 1", "stdlib 2", "web",
+    ]  # fmt: skip
 
 
 def test_text_in_two_sources_lands_on_one_side_in_both(tmp_path: Path) -> None:
@@ -133,4 +147,4 @@ def test_description_says_how_many_windows_evaluation_reads_of_each_source(tmp_p
     entries[0].weight = 3.0
     mix = build_dataset(DataConfig(kind="mix", mix=entries, eval_windows=16), seq_len=32, seed=1)
     assert [part.partition("evaluation reads ")[2].split()[0] for part in mix.describe().split(" | ")] == ["12", "4"]
-    assert len(mix.eval_samples()) == 16
+    assert sum(len(part.samples) for part in mix.held_out()) == 16

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from fp8train.data import Batcher, DataConfig, build_dataset
+from fp8train.data import Batcher, DataConfig, SourceConfig, build_dataset
 from fp8train.distributed import World
-from fp8train.trainer.evaluation import EvalSet, Score, score_text
+from fp8train.trainer.evaluation import EvalSet, Score, evaluate, score_text, source_losses
 from tests.tiny_run import tiny_config
 
 
@@ -34,6 +35,55 @@ def test_a_rank_with_fewer_windows_has_some_that_do_not_count(tmp_path):
     eval_set = EvalSet(Batcher(dataset, config.global_batch_samples, 4), LongerWorld())
     assert len(eval_set._idle) == 5 and eval_set._idle[0].tokens.shape == (1, config.seq_len)
     assert eval_set.tokens == config.data.eval_windows * config.seq_len
+
+
+def mix_of_two(folder, share):
+    """A source of which many windows are held out, and one of which only two are."""
+    for name, lines, letters in (("large", 3000, "a"), ("small", 40, "abc")):
+        text = "".join(f"{name} {n:05d} {letters * 9}\n" for n in range(lines))
+        (folder / f"{name}.txt").write_text(text)
+    entries = [
+        SourceConfig(kind="text", path=str(folder / "large.txt"), document_bytes=64, weight=share),
+        SourceConfig(kind="text", path=str(folder / "small.txt"), document_bytes=64, weight=1 - share),
+    ]
+    return build_dataset(DataConfig(kind="mix", mix=entries, eval_windows=40), seq_len=32, seed=1)
+
+
+class ByteLoss(torch.nn.Module):
+    """A target of byte b has a loss of b nats."""
+
+    def forward(self, tokens, targets, document_ids):
+        return targets.double().sum()
+
+
+def test_a_mix_weighs_its_sources_by_their_shares_and_says_the_loss_of_each(tmp_path):
+    """However few windows one of them can give."""
+    dataset = mix_of_two(tmp_path, 0.25)
+    large, small = dataset.held_out()
+    assert len(small.samples) < 10 < 30 > len(large.samples), "the small one would have 30, the large one has 10"
+    eval_set = EvalSet(Batcher(dataset, 4, 4), World())
+    row = evaluate(ByteLoss(), eval_set, bf16=True, all_bf16=True)
+    means = [np.mean([sample.tokens[1:] for sample in part.samples]) for part in (large, small)]
+    assert source_losses(row) == source_losses(row, "_bf16") == {"large.txt": means[0], "small.txt": means[1]}
+    assert row["eval_loss"] == row["eval_loss_bf16"] == pytest.approx(0.25 * means[0] + 0.75 * means[1], rel=1e-14)
+    assert means[0] != means[1]
+    separator = dataset.tokenizer.separator  # every other token is a byte
+    filled = [np.mean([sample.tokens[1:] != separator for sample in part.samples]) for part in (large, small)]
+    bytes_per_token = 0.25 * filled[0] + 0.75 * filled[1]
+    assert row["bits_per_byte"] == pytest.approx(row["eval_loss"] / math.log(2) / bytes_per_token, rel=1e-14)
+    assert f"(large.txt {means[0]:.4f}, small.txt {means[1]:.4f})" in score_text(row)
+
+
+def test_the_share_of_a_source_is_part_of_the_eval_set_and_not_of_its_windows(tmp_path):
+    quarter, more = (EvalSet(Batcher(mix_of_two(tmp_path, share), 4, 4), World()) for share in (0.25, 0.26))
+    assert quarter.windows_hash == more.windows_hash and quarter.hash != more.hash
+
+
+def test_one_source_has_no_losses_of_sources(tmp_path):
+    config = tiny_config(tmp_path)
+    eval_set = EvalSet(Batcher(build_dataset(config.data, config.seq_len, config.seed), 4, 4), World())
+    assert source_losses(evaluate(ByteLoss(), eval_set, bf16=False, all_bf16=True)) == {}
+    assert eval_set.hash == eval_set.windows_hash
 
 
 @pytest.mark.parametrize("mask", [False, True])
