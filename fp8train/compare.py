@@ -51,12 +51,14 @@ class FolderArguments:
     runs: two or more run folders, those of the baseline first; a folder of seed_* folders stands for all of them
     run_dir: folder for verdict.json and report.html; null: runs/compare-BASELINE-ARM...
     margin_percent: largest gap of the mean held-out loss that counts as equal
+    looks: verdicts planned in this run_dir as seeds are added; they share the 5 % of the tests
     skip_damaged: leave damaged lines of metrics out, in place of refusing the file
     """
 
     runs: list[str]
     run_dir: str | None = None
     margin_percent: float = CompareConfig().margin_percent
+    looks: int = CompareConfig().looks
     skip_damaged: bool = False
 
     def __post_init__(self) -> None:
@@ -188,7 +190,9 @@ def compare_folders(arguments: FolderArguments) -> int:
     folders = _grouped(paths, skip_damaged=arguments.skip_damaged)
     run_dir = Path(arguments.run_dir or f"runs/compare-{'-'.join(folders)}")
     check_run_dir(run_dir, "auto")
-    settings = CompareConfig(margin_percent=arguments.margin_percent, skip_damaged=arguments.skip_damaged)
+    settings = CompareConfig(
+        margin_percent=arguments.margin_percent, looks=arguments.looks, skip_damaged=arguments.skip_damaged
+    )
     return _conclude(run_dir, folders, settings, {}, None)
 
 
@@ -251,6 +255,8 @@ def _conclude(
         margin_percent=settings.margin_percent,
         crossed=crossed,
         parallel=settings.parallel,
+        looks=settings.looks,
+        earlier=read_mapping(run_dir / VERDICT_FILE),
     )
     kept = keep_earlier(run_dir, verdict)
     write_file(run_dir / VERDICT_FILE, json.dumps(verdict, indent=1, allow_nan=False) + "\n")

@@ -141,6 +141,7 @@ class CompareConfig:
     parallel: runs at a time, each in a process of its own with its share of the threads; runs that share a device are
         not compared by speed
     margin_percent: largest gap of the mean held-out loss that counts as equal
+    looks: verdicts planned as seeds are added (compare.seeds=3, then 6: two); they share the 5 % of the tests
     skip_damaged: leave damaged lines of metrics out of the comparison, in place of refusing the file
     """
 
@@ -148,11 +149,13 @@ class CompareConfig:
     seeds: int = 1
     parallel: int = 1
     margin_percent: float = 0.25
+    looks: int = 1
     skip_damaged: bool = False
 
     def __post_init__(self) -> None:
         need_at_least("compare.seeds", self.seeds, 1)
         need_at_least("compare.parallel", self.parallel, 1)
+        need_at_least("compare.looks", self.looks, 1)
         if not self.margin_percent > 0:
             raise ConfigError(f"compare.margin_percent: got {self.margin_percent}; needs more than 0.")
 

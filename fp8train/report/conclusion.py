@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.statistics import MAX_SEEDS, Interval, equivalence, interval, ratio_interval, seeds_needed
+from fp8train.report.statistics import ALPHA, MAX_SEEDS, Interval, equivalence, interval, ratio_interval, seeds_needed
 from fp8train.units import percent_text, ratio_text
 
 Pairs = Sequence[Mapping[str, Any]]  # one for each seed, as verdict.pair_measures gives them
@@ -35,13 +35,14 @@ SPEED_FACTS = {
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
 
-def gap_test(pairs: Pairs, margin: float, doubt: str | None) -> dict[str, Any]:
+def gap_test(pairs: Pairs, margin: float, doubt: str | None, alpha: float = ALPHA) -> dict[str, Any]:
     """The two one-sided tests on the relative gaps of all seeds.
 
     Args:
         pairs: the arm against the baseline.
         margin: in percent of the baseline's loss.
         doubt: why no gap means anything against that margin (learning.py); None where one does.
+        alpha: of each test.
 
     Returns:
         status and reason: those of the test, or "undecided" and the doubt; quantity: which loss; count, mean, sd, low,
@@ -63,15 +64,15 @@ def gap_test(pairs: Pairs, margin: float, doubt: str | None) -> dict[str, Any]:
         several = len(gaps) > 1
         missing |= {"status": "inconclusive" if several else "indicative"}
         reason = "a loss is not finite at the end of every seed"
-        return {**result, "reason": reason, "count": 0, "confidence": 0.9, **missing, **planned}
-    found = equivalence(known, margin)
+        return {**result, "reason": reason, "count": 0, "confidence": 1 - 2 * alpha, **missing, **planned}
+    found = equivalence(known, margin, alpha)
     status: str = found.status
     if len(known) < len(gaps):  # a seed that diverged is no gap of zero: nothing definite is said
         status = "inconclusive" if len(gaps) > 1 else "indicative"
     undecided = doubt is not None and len(known) == len(gaps)  # that a seed diverged says more
     if found.interval.sd is not None and not undecided:  # more seeds decide nothing there
-        planned["seeds_needed"] = seeds_needed(found.interval.mean, found.interval.sd, margin)
-        planned["seeds_needed_if_equal"] = seeds_needed(0.0, found.interval.sd, margin)
+        planned["seeds_needed"] = seeds_needed(found.interval.mean, found.interval.sd, margin, alpha)
+        planned["seeds_needed_if_equal"] = seeds_needed(0.0, found.interval.sd, margin, alpha)
     result |= {"status": status, **dataclasses.asdict(found.interval), **planned}
     result |= {"p_equivalent": found.p_equivalent, "p_worse": found.p_worse}
     if undecided:
@@ -150,6 +151,22 @@ def speed_range(runs: Pairs) -> tuple[float, float] | None:
 def _ratios(values: Sequence[float | None]) -> dict[str, Any] | None:
     known = [value for value in values if value is not None and value > 0]
     return dataclasses.asdict(ratio_interval(known)) if known and len(known) == len(values) else None
+
+
+def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds of every number, in nested mappings too; None where a seed has none; what is not a number is
+    left out.
+    """
+    result: dict[str, Any] = {}
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        if isinstance(first, Mapping):
+            result[key] = mean(values)
+        elif key not in ("seed", "step", "ema_max_step", "from_step") and all(
+            value is None or type(value) in (int, float) for value in values
+        ):
+            result[key] = None if any(value is None for value in values) else sum(values) / len(values)
+    return result
 
 
 def interval_text(test: Mapping[str, Any] | Interval, unit: str = " %") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.report import page
-from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
+from fp8train.report.conclusion import NOT_COMPARABLE, interval_text, mean
 from fp8train.report.costs import memory_section, speed_section
 from fp8train.report.divergence import finished
 from fp8train.report.gaps import gap_section
@@ -18,7 +18,6 @@ from fp8train.report.page import code, typeset
 from fp8train.report.results import loss_section
 from fp8train.report.run_record import Arms, RunRecord, first_run
 from fp8train.report.setup import configuration_section, coverage_section, environment_section, method
-from fp8train.report.verdict import mean
 from fp8train.units import bytes_text, count_text, percent_text, ratio_text, short_count_text, signed_text
 
 

@@ -75,13 +75,13 @@ def _test_table(verdict: Mapping[str, Any]) -> str:
             less,
         ]
         rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
+    looks = ", ".join(f"{look['seeds']} seeds" for look in verdict["looks"]) or "none"
     caption = (
         f"<strong>Equivalence test</strong>, margin \u00b1{verdict['margin_percent']:g}\u202f%: two one-sided t-tests "
-        "on the "
-        "gaps of the seeds, 5\u202f% each for a number of seeds fixed beforehand. More seeds needed: roughly, for an "
-        "80\u202f% chance of a definite verdict, with the measured spread between seeds taken as the true one, if the "
-        "true gap is zero, and if it is the measured one. Adding seeds and testing again errs more often than "
-        "5\u202f%."
+        f"on the gaps of the seeds, {100 * verdict['alpha']:.3g}\u202f% each. Looks so far: {looks}; each is one more "
+        "chance to be wrong, which compare.looks plans for. More seeds needed: roughly, for an 80\u202f% chance of a "
+        "definite verdict, with the measured spread between seeds taken as the true one, if the true gap is zero, and "
+        "if it is the measured one."
     )
     return page.table(caption, columns, rows)
 

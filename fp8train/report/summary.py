@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
+from fp8train.report.conclusion import NOT_COMPARABLE, interval_text, mean
 from fp8train.report.coverage_summary import (
     exceptions,
     gemm_shares,
@@ -16,7 +16,6 @@ from fp8train.report.coverage_summary import (
 )
 from fp8train.report.divergence import count_words, diverged_seeds, finished
 from fp8train.report.run_record import Arms, RunRecord
-from fp8train.report.verdict import mean
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
 
 SHOWN_EXCEPTIONS = 6
@@ -63,9 +62,10 @@ def _column(
     share = run["fp8_flops_share"]
     gap_words = f"{signed_text(gap.get('nats'))} ({percent_text(gap.get('percent'), signed=True)})"
     at = "" if several else f" at step {count_text(error.get('ema_max_step'))}"
-    by_source = {f"  of {name}": loss_text(loss) for name, loss in run["eval_losses"].items()}
-    for name, of_source in pair["source_gaps"].items() if pair else ():
-        by_source[f"  of {name}"] += f" ({percent_text(of_source, signed=True)})"
+    by_source, gaps = {}, pair["source_gaps"] if pair else {}
+    for name, loss in run["eval_losses"].items():
+        of_source = f" ({percent_text(gaps[name], signed=True)})" if name in gaps else ""
+        by_source[f"  of {name}"] = loss_text(loss) + of_source
     speeds = (pair[key] if pair else None for key in ("tokens_per_second_ratio", "time_to_loss_ratio"))
     speed, to_loss = (NOT_COMPARABLE if speed_in_doubt else ratio_text(ratio) for ratio in speeds)
     memory_ratio = f" ({ratio_text(pair['peak_memory_ratio'])})" if pair else ""

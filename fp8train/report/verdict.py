@@ -16,20 +16,22 @@ from fp8train.errors import ConfigError
 from fp8train.recipe import load_recipe
 from fp8train.report import trajectory
 from fp8train.report.conclusion import (
-    NOT_COMPARABLE,
     SPEED_FACTS,
     SPEED_KEYS,
     against_placebo,
     gap_test,
     interval_text,
+    mean,
     speed_doubt,
     speed_ratios,
 )
-from fp8train.report.divergence import diverged_seeds, diverged_sentence, finished, judged
+from fp8train.report.divergence import finished, judged
 from fp8train.report.learning import learning
+from fp8train.report.looks import looks_made, looks_words
 from fp8train.report.run_record import Arms, RunRecord, finite
+from fp8train.report.sentence import sentence
+from fp8train.report.statistics import ALPHA
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
-from fp8train.units import count_text, loss_text, percent_text, ratio_text
 
 BASELINES = ("bf16", "fp32")
 
@@ -219,6 +221,8 @@ def make_verdict(
     margin_percent: float,
     crossed: Crossed | None = None,
     parallel: int = 1,
+    looks: int = 1,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of verdict.json.
 
@@ -228,6 +232,8 @@ def make_verdict(
         margin_percent: largest gap of the mean held-out loss that counts as equal.
         crossed: held-out losses of one arm's weights in another's arithmetic.
         parallel: runs that were trained at a time.
+        looks: verdicts that are planned, which share the 5 % between them.
+        earlier: verdict.json of an earlier look at this comparison.
 
     Returns:
         status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
@@ -250,6 +256,8 @@ def make_verdict(
         "baseline": baseline,
         "placebo": placebo,
         "margin_percent": margin_percent,
+        "alpha": ALPHA / looks,
+        "looks": [],
         "seeds": seeds,
         "smoothing": SMOOTHING,
         "parallel": parallel,
@@ -258,20 +266,28 @@ def make_verdict(
         "comparisons": {},
         "shared": [{"seed": seed, **facts} for seed, facts in shared.items()],
     }
-    for arm in others:
-        losses, own, base = (crossed or {}).get(arm, {}), arms[arm], arms[baseline]
-        pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in seeds]
-        compared = _comparison(pairs, verdict, entries[arm])
-        verdict["comparisons"][arm] = {"against": baseline, **compared}
-    for arm, comparison in verdict["comparisons"].items():
-        aside = verdict["comparisons"].get(placebo) if arm != placebo else None
-        found = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
-        comparison["against_placebo"] = found
+    verdict["comparisons"] = _comparisons(arms, verdict, crossed or {})
     test = verdict["comparisons"][verdict["primary"]]["test"]
+    verdict["looks"] = looks_made(verdict, earlier or {})
     verdict |= {"status": test["status"], "reason": _reason(verdict, test)}
     named = [arm for arm in others if arm != placebo] or others
-    verdict["sentence"] = " ".join(sentence(verdict, arm) for arm in named)
+    verdict["sentence"] = " ".join([*(sentence(verdict, arm) for arm in named), *looks_words(verdict["looks"])])
     return verdict
+
+
+def _comparisons(arms: Arms, verdict: Mapping[str, Any], crossed: Crossed) -> dict[str, Any]:
+    """Every other arm against the baseline, and less the placebo."""
+    found: dict[str, Any] = {}
+    base, placebo = arms[verdict["baseline"]], verdict["placebo"]
+    for arm in (arm for arm in arms if arm != verdict["baseline"]):
+        losses, own = crossed.get(arm, {}), arms[arm]
+        pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in verdict["seeds"]]
+        found[arm] = {"against": verdict["baseline"], **_comparison(pairs, verdict, verdict["arms"][arm])}
+    for arm, comparison in found.items():
+        aside = found.get(placebo) if arm != placebo else None
+        less = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
+        comparison["against_placebo"] = less
+    return found
 
 
 def _comparison(
@@ -284,7 +300,7 @@ def _comparison(
     average, speed = mean(left), speed_ratios(left) | {"not_quoted": speed_doubt(*sides)}
     for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
         average[key] = speed[name] and speed[name]["mean"]
-    test = judged(gap_test(pairs, verdict["margin_percent"], verdict["learning"]["doubt"]), base, own)
+    test = judged(gap_test(pairs, verdict["margin_percent"], verdict["learning"]["doubt"], verdict["alpha"]), base, own)
     return {"seeds": list(pairs), "mean": average, "test": test, "speed": speed}
 
 
@@ -294,52 +310,6 @@ def arm_label(arm: str, runs: Mapping[int, RunRecord]) -> str:
         return arm.upper()
     share = max((finite(run.coverage.get("fp8_flops_share")) or 0.0 for run in runs.values()), default=0.0)
     return f"FP8 {arm}" if share > 0 else arm
-
-
-def sentence(verdict: Mapping[str, Any], arm: str) -> str:
-    """One comparison in one sentence, for the console and the top of the report."""
-    comparison = verdict["comparisons"][arm]
-    label, base_label = verdict["arms"][arm]["label"], verdict["arms"][comparison["against"]]["label"]
-    test, average = comparison["test"], comparison["mean"]
-    entries = [verdict["arms"][name] for name in (comparison["against"], arm)]
-    if any(map(diverged_seeds, entries)):
-        return diverged_sentence(test, *entries)
-    new, base = (mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
-    keys = ("eval_loss", "train_loss") if test["quantity"] == "held-out loss" else ("train_loss_ema", "train_loss")
-    loss, base_loss = new[keys[0]], base[keys[0]]
-    ended = loss is not None and base_loss is not None and (keys[0] == "eval_loss" or new[keys[1]] is not None)
-    if test["mean"] is None or not ended:
-        return f"{label} cannot be held against {base_label}: a loss is not finite at the end."
-    after, gap = _after(new["steps"]), f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
-    if test["status"] == "undecided":
-        short = verdict["learning"]["in_short"]
-        text = f"{label} against {base_label} is undecided {after}: {short}; the gap is {gap}"
-    elif test["status"] == "indicative":
-        losses = f"({loss_text(loss)} against {loss_text(base_loss)} nats per token)"
-        text = f"{label} ended {_above(test['mean'])} {base_label} in {test['quantity']} {losses} {after}"
-    else:
-        margin = f"{test['margin']:g} %"
-        claim = {
-            "equivalent": f"is equivalent to {base_label} within {margin}",
-            "inferior": f"is worse than {base_label} by more than {margin}",
-            "superior": f"is better than {base_label} by more than {margin}",
-            "inconclusive": f"is not yet told from {base_label} at a margin of {margin}",
-        }[test["status"]]
-        text = f"{label} {claim}: {gap} ({_interval_words(test)} over {test['count']} seeds) {after}"
-    return f"{text}{_cost_words(average, comparison['speed']['not_quoted'])}."
-
-
-def _cost_words(average: Mapping[str, Any], doubt: str | None) -> str:
-    """Speed and memory against the baseline; in place of a speed that cannot be quoted, why not."""
-    speed, memory = average["tokens_per_second_ratio"], average["peak_memory_ratio"]
-    cost = [f"{ratio_text(speed)} its tokens per second"] if speed is not None and doubt is None else []
-    cost += [f"{ratio_text(memory)} its peak memory"] if memory is not None else []
-    words = f", at {' and '.join(cost)}" if cost else ""
-    return words if doubt is None else f"{words}; speed {NOT_COMPARABLE}: {doubt}"
-
-
-def _interval_words(test: Mapping[str, Any]) -> str:
-    return f"{100 * test['confidence']:.0f} % interval {interval_text(test)}"
 
 
 def _reason(verdict: Mapping[str, Any], test: Mapping[str, Any]) -> str:
@@ -364,32 +334,6 @@ def _arm_entry(arm: str, runs: Mapping[int, RunRecord], seeds: Sequence[int]) ->
         "noise": noise,
         "runs": [{"seed": seed, **measures(runs[seed])} for seed in seeds],
     }
-
-
-def _after(steps: float) -> str:
-    return f"after {count_text(steps)} step{'s' * (steps != 1)}"
-
-
-def _above(gap: float) -> str:
-    if abs(gap) < 0.005:
-        return "level with"
-    return f"{percent_text(abs(gap))} {'above' if gap > 0 else 'below'}"
-
-
-def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean over seeds of every number, in nested mappings too; None where a seed has none; what is not a number is
-    left out.
-    """
-    result: dict[str, Any] = {}
-    for key, first in rows[0].items():
-        values = [row[key] for row in rows]
-        if isinstance(first, Mapping):
-            result[key] = mean(values)
-        elif key not in ("seed", "step", "ema_max_step", "from_step") and all(
-            value is None or type(value) in (int, float) for value in values
-        ):
-            result[key] = None if any(value is None for value in values) else sum(values) / len(values)
-    return result
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:

@@ -60,7 +60,9 @@ def test_a_run_of_an_earlier_version_knows_no_sources(without: str, tmp_path: Pa
 
 def test_a_run_that_diverged_has_no_losses_of_sources(tmp_path: Path) -> None:
     arms = arms_of(tmp_path)
-    diverged = write_diverged_run(tmp_path / "diverged", recipe="blockwise")
+    diverged = write_diverged_run(tmp_path / "diverged", recipe="blockwise", sources={"stdlib": 3.0})
+    kept = (diverged / "metrics.jsonl").read_text()
+    (diverged / "metrics.jsonl").write_text(kept.replace('"eval_loss":', '"eval_loss/stdlib": 2.5, "eval_loss":'))
     arms = {**arms, "blockwise": {1: read_run(diverged)}}
     verdict = verdict_of(arms)
     assert verdict["arms"]["blockwise"]["runs"][0]["eval_losses"] == {}
