@@ -2,23 +2,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from fp8train import replay
 from fp8train.backends.cpu import CpuBackend
 from fp8train.checkup import rerun
 from fp8train.checkup.rerun import OWN, Rerun
-from fp8train.data import Batch, Batcher
+from fp8train.data import Batch, Batcher, Sample
 from fp8train.distributed import World
 from fp8train.errors import exit_code
 from fp8train.optim import OptimConfig
-from fp8train.quant.formats import BF16
-from fp8train.telemetry.observer import named_linears
+from fp8train.recipe import load_recipe
 from fp8train.trainer import Trainer, loop
 from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_config
@@ -119,10 +119,10 @@ def test_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_sequences_that_are_noise_are_called_data_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batcher._batch
+    batch_of = Batcher.batch_of
 
-    def with_noise(self: Batcher, indices: range) -> Batch:
-        made = batch(self, indices)
+    def with_noise(self: Batcher, samples: Sequence[Sample], indices: list[int]) -> Batch:
+        made = batch_of(self, samples, indices)
         for row, index in enumerate(indices):
             if index // 8 == SPIKE - 1 and index % 8 in (2, 3, 5):  # three sequences of one step
                 generator = torch.Generator().manual_seed(index)
@@ -130,7 +130,7 @@ def test_sequences_that_are_noise_are_called_data_and_named(tmp_path: Path, monk
                 made.targets[row] = torch.randint(0, 256, made.targets[row].shape, generator=generator)
         return made
 
-    monkeypatch.setattr(Batcher, "_batch", with_noise)
+    monkeypatch.setattr(Batcher, "batch_of", with_noise)
     run_dir = run(tmp_path, lambda trainer, number: None, f"steps={SPIKE}")
     found = cause(run_dir, tmp_path)
     assert found["cause"] == "data"
@@ -179,27 +179,46 @@ def test_bad_input_is_one_line_and_status_2(
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("how", ["settings", "alarm"])
-def test_weights_that_other_settings_or_an_alarm_led_to_are_not_made_up(
-    how: str, tmp_path: Path, faulty_product: dict[str, float], capsys: pytest.CaptureFixture[str]
+def test_weights_that_other_settings_led_to_are_not_made_up(
+    tmp_path: Path, faulty_product: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What training again from the first weights gives is another run's, and would be called non-reproducible."""
 
     def plant(trainer: Trainer, number: int) -> None:
         if number == SPIKE:
             faulty_product["add"] = 3.0
-        if how == "alarm" and number == 5:  # as an alarm of that step did, without a checkpoint since
-            for fqn, linear in named_linears(trainer.model).items():
-                if fqn.endswith("up_proj"):
-                    linear.set_precision(BF16)
 
-    if how == "settings":
-        run(tmp_path, lambda *_: None, "steps=6", "checkpoint.keep_last=1")
+    run(tmp_path, lambda *_: None, "steps=6", "checkpoint.keep_last=1")
     run_dir = run(tmp_path, plant, f"steps={SPIKE}", "checkpoint.keep_last=1")
     assert exit_code(replay.main, [str(run_dir)]) == 2
     error = capsys.readouterr().err
-    wanted = "steps 1 to 6 were trained with other settings (config.until_step_6.yaml)"
-    if how == "alarm":
-        changed = "layers.0.mlp.up_proj between the first weights of seed 1 and step"
-        wanted = f"an alarm has changed the precision of {changed} {SPIKE}"
-    assert wanted in error and "needs a checkpoint of later" in error
+    assert "steps 1 to 6 were trained with other settings (config.until_step_6.yaml)" in error
+    assert "needs a checkpoint of later" in error
+
+
+@pytest.mark.parametrize("alarm_at", [SPIKE, 11], ids=["the step's own alarm", "an alarm before it"])
+def test_a_step_under_an_alarm_is_replayed_in_the_precisions_that_it_had(alarm_at: int, tmp_path: Path) -> None:
+    """The black box is of the first attempt; the checkpoint that the alarm went back to may not know of it."""
+    recipe = tmp_path / "alarm.yaml"
+    recipe.write_text(yaml.safe_dump(load_recipe("blockwise").document | {"alarm": {"on": ["nonfinite"]}}))
+    done: list[int] = []
+
+    def plant(trainer: Trainer, number: int) -> None:
+        box = next(watcher for watcher in trainer.watchers if watcher.name == "blackbox")
+        alarm = next(watcher for watcher in trainer.watchers if watcher.name == "alarm")
+        if number == SPIKE:
+            box._history = [0.01 * (k % 3) + 0.1 for k in range(30)]
+        if number == alarm_at and not done:
+            done.append(number)
+            alarm._cause = lambda result: "told to"
+            alarm._innocent = lambda result: None
+        else:
+            vars(alarm).pop("_cause", None)
+
+    run_dir = run(
+        tmp_path, plant, f"steps={SPIKE + 1}", "checkpoint.every=8", "checkpoint.keep_last=9", f"recipe={recipe}"
+    )
+    again = Rerun(run_dir / "blackbox" / f"step_{SPIKE:08d}", World())
+    assert bool(again.dump.precisions) == (alarm_at < SPIKE)
+    measured = again.measure(OWN)
+    assert (measured.loss, measured.grad_norm) == (again.dump.loss, again.dump.grad_norm)

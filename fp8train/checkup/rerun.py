@@ -189,9 +189,13 @@ class Rerun:
         start, source = 0, f"the first weights of seed {self.config.seed}"
         if checkpoint is not None:
             checkpoint.restore(assembly.model, optimizer)
-            control.demoted = demoted_linears(checkpoint)
             start, source = checkpoint.step, str(checkpoint.path)
-        self._check_past(source, start, before, control)
+        # an alarm goes back to a checkpoint: what it had demoted at the step it had at every step since
+        demoted = [name for name, kept in self.dump.precisions.items() if kept == BF16.name]
+        scheduled = [name for name in demoted if control.precision(name, self.dump.step) == BF16]
+        known = {} if checkpoint is None else demoted_linears(checkpoint)  # of those that the schedule hides
+        control.demoted = dict.fromkeys((set(demoted) - set(scheduled)) | (known.keys() & scheduled), "an alarm")
+        self._check_past(source, start, before)
         for step in range(start, before):
             control.apply(step + 1)
             set_learning_rate(optimizer, learning_rate(self.config.optim, step, self.config.steps))
@@ -200,11 +204,11 @@ class Rerun:
         weights = {name: p.detach().cpu().clone() for name, p in assembly.model.named_parameters()}
         return f"{source}, {before - start} steps on", weights
 
-    def _check_past(self, source: str, start: int, before: int, control: PrecisionControl) -> None:
+    def _check_past(self, source: str, start: int, before: int) -> None:
         """Refuse weights that cannot be made again, since the steps were not trained as the black box's own was.
 
         Raises:
-            CheckpointError: they had other settings, or an alarm has changed precisions since `start`.
+            CheckpointError: they had other settings.
         """
         wanted = "needs a checkpoint of later: lower checkpoint.every, or keep more of them (checkpoint.keep_last)."
         for file in sorted(self.path.parents[1].glob("*.until_step_[0-9]*.yaml")):
@@ -214,21 +218,6 @@ class Rerun:
                     f"replay: steps {start + 1} to {last} were trained with other settings ({file.name}) than step "
                     f"{self.dump.step}, and would be again from {source}; {wanted}"
                 )
-        then = {
-            fqn: precision.name
-            for fqn, linear in control.linears.items()
-            if (precision := control.precision(fqn, self.dump.step)) != linear.precision
-        }
-        moved = sorted(
-            {fqn for fqn, name in self.dump.precisions.items() if then.get(fqn) != name}
-            | (then.keys() - self.dump.precisions.keys())
-        )
-        if moved:
-            names = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
-            raise CheckpointError(
-                f"replay: an alarm has changed the precision of {names} between {source} and step {self.dump.step}, at "
-                f"a step that is not known; {wanted}"
-            )
 
 
 class _Still(torch.optim.Optimizer):
@@ -272,7 +261,7 @@ def find_dump(path: Path) -> Path:
     """
     if (path / "dump.json").is_file():
         return path
-    found = sorted(path.glob("blackbox/step_*/dump.json"))
+    found = sorted(path.glob("blackbox/step_*/dump.json"), key=lambda file: (file.stat().st_mtime_ns, file))
     if not found:
         raise ConfigError(
             f"replay: {path} holds no black box; needs run_dir/blackbox/step_N or a run folder with one. A run writes "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,10 @@ from fp8train.trainer.watcher import Watcher
 FOLDER = "blackbox"
 DUMP_FILE = "dump.json"
 WEIGHTS_FILE = "model.safetensors"
+NEW_LEVEL = 0.4  # share of the last `window` steps; where more of them are spikes, they are none
+GRADIENT_LEAP = 30.0  # times the geometric mean of the last `window` norms: a leap that is no part of ordinary noise
+LEAST_NORM = 1e-30  # for the logarithm of a norm that is 0
+MOST_DOUBLINGS = 10  # of the quiet time after a dump
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,7 +95,11 @@ class BlackBox(Watcher):
         self._config, self._assembly, self._world, self._warn = config, assembly, world, warn
         self._folder = run_dir / FOLDER
         self._history: list[float] = []
+        self._spikes: list[int] = []  # steps
+        self._norms: list[float] = []  # logarithms of gradient norms
+        self._norm_quiet_until = 0
         self._dumps = 0
+        self._newest: str | None = None  # name of the last dump, which makes room for the next beyond `keep`
         self._quiet_until = 0
         self._rank = RankDump()
         self._precisions: dict[str, str] = {}
@@ -106,24 +115,44 @@ class BlackBox(Watcher):
         }
 
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
-        """Write a dump, if the step went wrong and there are not too many yet; the same decision on every rank."""
+        """Write a dump, if the step went wrong and the last one was long enough ago; the same decision on every rank."""
         limit = spike_limit(self._history, self._config.blackbox.spike_sigmas)
         kind = "nonfinite" if not result.updated else "spike" if limit is not None and result.loss > limit else None
-        if kind is None:
-            self._history = [*self._history, result.loss][-self._config.blackbox.window :]
+        if result.updated:
+            self._follow(step, result, spike=kind is not None)
+        if kind is None or step < self._quiet_until:
             return {}
-        if self._dumps >= self._config.blackbox.keep or step < self._quiet_until:
-            return {}
-        self._dumps += 1
-        self._quiet_until = step + self._config.blackbox.window  # a run that has diverged needs no dump of each step
-        path = self._folder / f"step_{step:08d}"
         what = "a step that is not finite" if kind == "nonfinite" else f"loss {result.loss:.4g}, above {limit:.4g}"
+        # a run that has diverged needs no dump of each step, and with each beyond `keep` they come more rarely
+        late = max(0, self._dumps + 1 - self._config.blackbox.keep)
+        self._quiet_until = step + self._config.blackbox.window * 2 ** min(late, MOST_DOUBLINGS)
+        path = self._folder / f"step_{step:08d}"
+        self._dumps += 1
+        if late and self._newest is not None and self._world.main:
+            shutil.rmtree(self._folder / self._newest, ignore_errors=True)
         failed = self._write(path, step, kind, result, limit)
         if failed is not None:
             self._warn(f"{what}: black box {path} cannot be written ({failed}); training goes on without it")
             return {}
+        self._newest = path.name
         self._warn(f"{what}: black box {path}; `fp8train replay {path}` names the cause")
         return {"blackbox": kind}
+
+    def _follow(self, step: int, result: StepResult, *, spike: bool) -> None:
+        """Take in the loss of a step; a level that holds is the usual one from then on, spikes are not."""
+        window = self._config.blackbox.window
+        self._spikes = [one for one in [*self._spikes, *([step] if spike else [])] if one > step - window]
+        if not spike:
+            self._history = [*self._history, result.loss][-window:]
+        elif len(self._spikes) > NEW_LEVEL * window:
+            self._history, self._spikes = [], []
+            self._warn(f"step {step}: the loss has stayed near {result.loss:.4g}, which is its usual level from here on")
+        usual = math.exp(statistics.fmean(self._norms)) if len(self._norms) == window else math.inf
+        norm = result.grad_norm
+        if norm > GRADIENT_LEAP * usual and step >= self._norm_quiet_until:
+            self._norm_quiet_until = step + window
+            self._warn(f"step {step}: gradient norm {norm:.3g} before clipping, usually {usual:.3g}")
+        self._norms = [*self._norms, math.log(max(norm, LEAST_NORM))][-window:]
 
     def _write(self, path: Path, step: int, kind: str, result: StepResult, limit: float | None) -> str | None:
         """Write a dump; why that was not possible, the same on every rank, and then nothing is left of it."""
@@ -182,14 +211,25 @@ class BlackBox(Watcher):
         return first
 
     def state(self) -> dict[str, Any]:
-        """Losses and the number of dumps."""
-        return {"history": self._history, "dumps": self._dumps, "quiet_until": self._quiet_until}
+        """What is usual, and the dumps."""
+        usual = {"history": self._history, "spikes": self._spikes, "norms": self._norms}
+        return usual | {"dumps": self._dumps, "newest": self._newest, "quiet_until": self._quiet_until}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self._history = list(state.get("history", []))
+        self._take_back(state)
         self._dumps = state.get("dumps", 0)
+        self._newest = state.get("newest")
         self._quiet_until = state.get("quiet_until", 0)
+
+    def roll_back(self, step: int, state: dict[str, Any]) -> None:
+        """Take back what is usual; the dumps stay, and a step that is made again does not write over its own."""
+        self._take_back(state)
+
+    def _take_back(self, state: dict[str, Any]) -> None:
+        self._history = list(state.get("history", ()))
+        self._spikes = list(state.get("spikes", ()))
+        self._norms = list(state.get("norms", ()))
 
 
 def tensor_statistics(x: Tensor) -> dict[str, Any]:

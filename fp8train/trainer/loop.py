@@ -57,7 +57,7 @@ from fp8train.trainer.saving import SaveClock, check_room, return_point, write_p
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
 from fp8train.trainer.watcher import Watcher
-from fp8train.trainer.watchers import after_step, build_watchers
+from fp8train.trainer.watchers import NOTED, after_step, build_watchers
 
 
 class Trainer:
@@ -154,6 +154,8 @@ class Trainer:
         found.check_recipe(self.assembly.recipe, allow_change=config.checkpoint.allow_recipe_change)
         check_same_run(config, data_facts(self.batcher.dataset, self.eval_set), found)
         cost = self._take_back(found)
+        for watcher in self.watchers:
+            watcher.load_state(self.progress.watchers.get(watcher.name, {}))
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
         if self.resume == "auto" and config.resume == found.state.config.get("resume") != "auto":
             self.console.info(f"this run has gone on from {config.resume}; delete the checkpoints since to do so again")
@@ -161,20 +163,19 @@ class Trainer:
             self.console.info(line)
         return found
 
-    def _take_back(self, found: Checkpoint, keep: str | None = None) -> str:
-        """Weights, moments, counters, position in the data and watchers (but `keep`) as saved; says what it cost."""
+    def _take_back(self, found: Checkpoint) -> str:
+        """Weights, moments, counters and position in the data as saved; says what it cost."""
         found.restore(self.model, self.optimizer, self.world.rank)
         self.progress = Progress(**found.state.progress)
-        for watcher in self.watchers:
-            if watcher.name != keep:
-                watcher.load_state(self.progress.watchers.get(watcher.name, {}))
         return self.batcher.skip_to(found.step)
 
     def _roll_back(self, request: RollBack) -> None:
         """Go on from the checkpoint that an alarm goes back to, as if the steps since had not been."""
         found, newest = on_main(self.world, lambda: return_point(self.run_dir, self.progress.return_step), patient=True)
         self.console.warn(f"step {self.progress.step}: {request.reason}; rolled back to step {found.step}")
-        self._take_back(found, keep=request.watcher)
+        self._take_back(found)
+        for watcher in self.watchers:
+            watcher.roll_back(found.step, self.progress.watchers.get(watcher.name, {}))
         self.coverage.go_on(self.progress.coverage)
         self.stream = StreamHash(self.progress.stream_sum if self.world.main else 0)
         self.evals = [row for row in self.evals if row["step"] <= found.step]
@@ -322,7 +323,7 @@ class Trainer:
             row |= {"skipped": True, "skipped_steps": progress.skipped_steps}
         request = after_step(self.watchers, progress.step, result, row)
         self.console.step(row, self.speed.eta_seconds(config.steps - progress.step))
-        if _due(progress.step, config.log.every) or not result.updated:
+        if _due(progress.step, config.log.every) or not result.updated or not row.keys().isdisjoint(NOTED):
             self._write(row)
         if request is not None:
             raise request

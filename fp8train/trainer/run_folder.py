@@ -31,7 +31,7 @@ RESULT_FILE = "result.json"
 EVENTS_FILE = "events.jsonl"  # what alarms did
 # what an attempt at a run leaves without a checkpoint
 RECORD = (
-    METRICS_FILE, EVENTS_FILE, "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
+    METRICS_FILE, EVENTS_FILE, "blackbox", "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
 )  # fmt: skip
 
 

@@ -27,3 +27,7 @@ class Watcher:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave; empty where the checkpoint knew no such watcher."""
+
+    def roll_back(self, step: int, state: dict[str, Any]) -> None:
+        """Take back what `state` gave at that step, but for what says why the steps since are undone."""
+        self.load_state(state)

@@ -20,6 +20,8 @@ from fp8train.trainer.strict_coverage import StrictCoverage
 from fp8train.trainer.telemetry_watcher import TelemetryWatcher
 from fp8train.trainer.watcher import Watcher
 
+NOTED = ("alarm", "blackbox")  # what a watcher adds to a row that must not be lost between two that are due
+
 
 def after_step(watchers: Sequence[Watcher], step: int, result: StepResult, row: dict[str, Any]) -> RollBack | None:
     """Let every watcher see a step and add to its row; gives the request to undo the step, if there is one."""
@@ -43,6 +45,8 @@ def build_watchers(
         watchers.append(ScheduleWatcher(control, console.info))
         if alarm is not None:
             watchers.append(AlarmWatcher(alarm, control, assembly, world, run_dir, console.warn))
+            if config.checkpoint.every is None:
+                console.warn("an alarm goes back to step 0, since checkpoint.every is null; set checkpoint.every=N")
     if config.strict:
         watchers.append(StrictCoverage(assembly, world, config.compile))
     if config.blackbox.keep:
