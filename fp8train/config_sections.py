@@ -114,8 +114,8 @@ class ProfileConfig:
 class BlackBoxConfig:
     """What is written to run_dir/blackbox when a step is not finite or its loss leaps, for `fp8train replay`.
 
-    keep: dumps of a run at most; 0: none
-    window: steps whose losses say what is usual, and steps of silence after a dump
+    keep: dumps of a run at most, the first ones and the newest; 0: none
+    window: steps whose losses say what is usual, and steps of silence after a dump, twice as many with each beyond keep
     spike_sigmas: a loss so many robust deviations (and 10 %) above the median of the last five is a spike
     weights_gib: weights of a step that was not finite are kept up to this size
     """

@@ -31,6 +31,7 @@ class OptimConfig:
     decay_shape: linear, cosine or 1-sqrt: how wsd decays.
     clip_grad_norm: largest global gradient norm; null leaves gradients as they are.
     max_nonfinite_steps: this many steps in a row with a non-finite loss or gradient end the run.
+    max_nonfinite_share: as do more than this share of the last 100 steps.
     """
 
     lr: float = 3e-4
@@ -47,6 +48,7 @@ class OptimConfig:
     decay_shape: str = "linear"
     clip_grad_norm: float | None = 1.0
     max_nonfinite_steps: int = 10
+    max_nonfinite_share: float = 0.5
 
     def __post_init__(self) -> None:
         self.betas = tuple(self.betas)  # type: ignore[assignment]  # OmegaConf hands over a list
@@ -94,6 +96,8 @@ class OptimConfig:
             "a finite number above 0, or null",
             "1.0",
         )
+        share = self.max_nonfinite_share
+        _need(0 < share <= 1, "max_nonfinite_share", share, "more than 0 and at most 1", "0.5")
         _need(self.max_nonfinite_steps >= 1, "max_nonfinite_steps", self.max_nonfinite_steps, "at least 1", "10")
 
 

@@ -99,7 +99,7 @@ def _seeds_text(test: Mapping[str, Any]) -> str:
 
 def _trend_table(verdict: Mapping[str, Any]) -> str:
     """What happens to the gap on the way, one row a run."""
-    names = ("Rise over last half", "Gap at peak LR", "Gap in LR decay", "Gradient norm", "Spikes", "Non-finite losses")
+    names = ("Rise over last half", "Gap at peak LR", "Gap in LR decay", "Gradient norm", "Spikes", "Skipped steps")
     rows = []
     for arm, index, run in measured_runs(verdict):
         pair = pair_of(verdict, arm, index)
@@ -110,7 +110,7 @@ def _trend_table(verdict: Mapping[str, Any]) -> str:
             percent_text(decay.get("inside_percent"), signed=True) if pair else "baseline",
             ratio_text(pair["grad_norm_ratio"]) if pair else "baseline",
             count_text(run["spikes"]),
-            count_text(run["nonfinite_losses"]),
+            count_text(run["nonfinite_losses"] if run["skipped_steps"] is None else run["skipped_steps"]),
         ]
         rows.append(run_row(verdict, arm, run, cells))
     caption = (

@@ -48,11 +48,13 @@ def _diverged_alert(entry: Mapping[str, Any]) -> str:
 
 
 def _nonfinite_alert(entry: Mapping[str, Any]) -> str:
-    count = sum(run["nonfinite_losses"] for run in entry["runs"])
-    text = (
-        f"{entry['label']}: the loss was not finite at {count_text(count)} logged steps, which are gaps in the curves."
-    )
-    return page.paragraph(text, "alert") if count else ""
+    skipped, count = (sum(run[key] or 0 for run in entry["runs"]) for key in ("skipped_steps", "nonfinite_losses"))
+    texts = []
+    if skipped:
+        texts.append(f"{count_text(skipped)} steps were skipped, since loss or gradient was not finite")
+    if count:
+        texts.append(f"the loss was not finite at {count_text(count)} logged steps, which are gaps in the curves")
+    return page.paragraph(f"{entry['label']}: {'; '.join(texts)}.", "alert") if texts else ""
 
 
 def drawn(losses: np.ndarray) -> np.ndarray:

@@ -45,6 +45,9 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
         said = (f"{entry['label']} diverged {words}", f"{entry['label']} {words}")  # of an arm, of the baseline
         if diverged_seeds(entry) and not any(text in verdict["sentence"] for text in said):
             blocks.append(f"{said[0]}.")
+    for entry in verdict["arms"].values():
+        if skipped := sum(run["skipped_steps"] or 0 for run in entry["runs"]):
+            blocks.append(f"{entry['label']}: {skipped} steps were skipped, since loss or gradient was not finite.")
     damaged = sum(run["damaged_lines"] for entry in verdict["arms"].values() for run in entry["runs"])
     if damaged:
         blocks.append(f"{damaged} damaged lines of metrics were left out, as asked.")

@@ -115,7 +115,7 @@ class BlackBox(Watcher):
         }
 
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
-        """Write a dump, if the step went wrong and the last one was long enough ago; the same decision on every rank."""
+        """Write a dump, if the step went wrong, not too soon after the last; the same decision on every rank."""
         limit = spike_limit(self._history, self._config.blackbox.spike_sigmas)
         kind = "nonfinite" if not result.updated else "spike" if limit is not None and result.loss > limit else None
         if result.updated:
@@ -146,7 +146,9 @@ class BlackBox(Watcher):
             self._history = [*self._history, result.loss][-window:]
         elif len(self._spikes) > NEW_LEVEL * window:
             self._history, self._spikes = [], []
-            self._warn(f"step {step}: the loss has stayed near {result.loss:.4g}, which is its usual level from here on")
+            self._warn(
+                f"step {step}: the loss has stayed near {result.loss:.4g}, which is its usual level from here on"
+            )
         usual = math.exp(statistics.fmean(self._norms)) if len(self._norms) == window else math.inf
         norm = result.grad_norm
         if norm > GRADIENT_LEAP * usual and step >= self._norm_quiet_until:
@@ -159,6 +161,8 @@ class BlackBox(Watcher):
         parameters: dict[str, Tensor] = dict(self._assembly.model.named_parameters())
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         keep_weights = kind == "nonfinite" and size <= self._config.blackbox.weights_gib * 2**30
+        if keep_weights and self._world.main:  # they must leave room for a checkpoint, weights and moments
+            keep_weights = self._folder.parent.is_dir() and shutil.disk_usage(self._folder.parent).free > 4 * size
         failed = self._all_wrote(path, lambda: self._write_rank(path))
         if failed is not None:
             return failed
@@ -195,7 +199,8 @@ class BlackBox(Watcher):
         return self._all_wrote(path, write_main if self._world.main else lambda: None)
 
     def _write_rank(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)  # not the run folder itself: where that is gone another run may come
+        path.mkdir(exist_ok=True)
         write_rank(FolderWriter(path), self._world.rank, self._rank)
 
     def _all_wrote(self, path: Path, write: Callable[[], None]) -> str | None:

@@ -115,6 +115,11 @@ def progress_line(row: Mapping[str, Any], total_steps: int, eta_seconds: float |
     return f"{head} {_numbers(row)}{eta}"
 
 
+def norm_text(norm: float) -> str:
+    """A gradient norm: 0.81, and three digits where two places do not show them: 0.000412, 3.52e+08."""
+    return f"{norm:.2f}" if 0.1 <= norm < 1000 or norm == 0 else f"{norm:.3g}"
+
+
 def rate_text(count: float) -> str:
     """A rate in three digits: 950, 31.8k, 318k, 1.25M."""
     for unit, size in (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12)):
@@ -128,9 +133,10 @@ def rate_text(count: float) -> str:
 def _numbers(row: Mapping[str, Any]) -> str:
     loss = row["loss"]
     parts = [
-        f"loss {loss:.3f}" if math.isfinite(loss) else "loss non-finite (skipped)",
+        f"loss {loss:.3f}" if math.isfinite(loss) else "loss non-finite",
+        *(["(skipped)"] if row.get("skipped") else []),
         f"lr {row['lr']:.1e}",
-        f"gnorm {row['grad_norm']:.2f}",
+        f"gnorm {norm_text(row['grad_norm'])}",
         f"dt {row['step_seconds'] * 1000:.0f}ms",
         f"tok/s {rate_text(row['tokens_per_second'])}",
     ]
@@ -170,4 +176,6 @@ def ending(config: RunConfig, progress: Progress, stopped_by: str | None, saved:
         )
     demoted = len(progress.watchers.get("alarm", {}).get("demoted", ()))
     note = f", {demoted} linears demoted to BF16 by the recipe's alarm" if demoted else ""
+    if progress.skipped_steps:
+        note += f", {progress.skipped_steps} steps skipped, since loss or gradient was not finite"
     return f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{note}: {saved.parents[1]}"

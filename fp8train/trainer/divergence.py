@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fp8train.errors import DivergedError
+from fp8train.optim import OptimConfig
 from fp8train.trainer.progress import Progress
 from fp8train.trainer.step import StepResult
 
+SHARE_WINDOW = 100  # steps that optim.max_nonfinite_share is of
+TOLD = (3, 10, 20, 30, 40)  # skipped steps among them at which the console says so
 
-def check_diverged(progress: Progress, result: StepResult, most_steps: int, *, fp8: bool) -> None:
-    """End the run after so many steps in a row that were not finite; the same decision on every rank.
+
+def count_step(progress: Progress, result: StepResult, warn: Callable[[str], None]) -> None:
+    """Take a step into the counts of skipped ones; `warn` takes a line as they become many."""
+    step = progress.step
+    progress.loss = result.loss if math.isfinite(result.loss) else None
+    progress.nonfinite_in_a_row = 0 if result.updated else progress.nonfinite_in_a_row + 1
+    progress.recent_skips = [one for one in progress.recent_skips if one > step - SHARE_WINDOW]
+    if result.updated:
+        return
+    progress.skipped_steps += 1
+    progress.recent_skips.append(step)
+    if len(progress.recent_skips) in TOLD:
+        last = min(step, SHARE_WINDOW)
+        warn(
+            f"step {step}: {len(progress.recent_skips)} of the last {last} steps were skipped, since loss or gradient "
+            "was not finite"
+        )
+
+
+def check_diverged(progress: Progress, result: StepResult, limits: OptimConfig, *, fp8: bool) -> None:
+    """End the run after so many steps that were not finite, in a row or of the last SHARE_WINDOW; the same decision on
+    every rank.
 
     Args:
         progress, result: of the step that was made last.
-        most_steps: optim.max_nonfinite_steps.
+        limits: max_nonfinite_steps and max_nonfinite_share are read.
         fp8: whether a linear of the model is not in BF16, for the remedy.
 
     Raises:
         DivergedError: with the first of those steps, and what is not finite.
     """
-    count = progress.nonfinite_in_a_row
-    if count < most_steps:
+    row, recent = progress.nonfinite_in_a_row, progress.recent_skips
+    if row >= limits.max_nonfinite_steps:
+        count, first = f"{row} steps in a row", progress.step - row + 1
+    elif not result.updated and len(recent) > limits.max_nonfinite_share * SHARE_WINDOW:
+        count, first = f"{len(recent)} of the last {min(progress.step, SHARE_WINDOW)} steps", recent[0]
+    else:
         return
     reason = f"loss is {result.loss}" if not math.isfinite(result.loss) else f"gradient norm is {result.grad_norm}"
     raise DivergedError(
-        f"train: loss or gradient norm was not finite in {count} steps in a row, up to step {progress.step} "
+        f"train: loss or gradient norm was not finite in {count}, up to step {progress.step} "
         f"(loss {result.loss}, norm {result.grad_norm}); needs finite ones. {remedy(fp8=fp8)}.",
-        progress.step - count + 1,
+        first,
         reason,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -32,7 +31,7 @@ from fp8train.trainer.assembly import (
 )
 from fp8train.trainer.console import Console, ending, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
-from fp8train.trainer.divergence import check_diverged
+from fp8train.trainer.divergence import check_diverged, count_step
 from fp8train.trainer.environment import device_name
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.footprint import check_memory
@@ -306,12 +305,10 @@ class Trainer:
         seconds = time.perf_counter() - begin
         progress.step += 1
         progress.train_seconds += seconds
-        progress.loss = result.loss if math.isfinite(result.loss) else None
-        progress.skipped_steps += not result.updated
-        progress.nonfinite_in_a_row = 0 if result.updated else progress.nonfinite_in_a_row + 1
+        count_step(progress, result, self.console.warn)
         self.speed.add(config.global_batch_tokens, seconds)
         self._log(result, lr, seconds, data_seconds)
-        check_diverged(progress, result, config.optim.max_nonfinite_steps, fp8=not self.assembly.all_bf16)
+        check_diverged(progress, result, config.optim, fp8=not self.assembly.all_bf16)
         return result
 
     def _log(self, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:

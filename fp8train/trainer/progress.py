@@ -13,6 +13,7 @@ class Progress:
     step: optimizer steps done, skipped ones included
     skipped_steps: steps whose loss or gradient was not finite
     nonfinite_in_a_row: of them, those at the end
+    recent_skips: of them, those among the last 100 steps, by their numbers
     train_seconds: time in steps
     loss: of the last step; null where it was not finite
     stream_sum: StreamHash of all steps, over all ranks
@@ -26,6 +27,7 @@ class Progress:
     step: int = 0
     skipped_steps: int = 0
     nonfinite_in_a_row: int = 0
+    recent_skips: list[int] = field(default_factory=list)
     train_seconds: float = 0.0
     loss: float | None = None
     stream_sum: int = 0

@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,8 +14,10 @@ from fp8train.distributed import World
 from fp8train.errors import CheckpointError
 from fp8train.metrics import read_metrics
 from fp8train.trainer import Trainer
-from fp8train.trainer.blackbox import read_dump, tensor_statistics
+from fp8train.trainer.assembly import assemble
+from fp8train.trainer.blackbox import BlackBox, read_dump, tensor_statistics
 from fp8train.trainer.console import Console
+from fp8train.trainer.step import StepResult
 from tests.tiny_run import tiny_config, tiny_train
 
 QUICK = ("steps=6", "data.holdout_fraction=0")
@@ -113,3 +116,73 @@ def test_damaged_dump_is_one_line(broken: tuple[Path, Breaking], tmp_path: Path)
     (copy / "dump.json").write_text('{"step": 1}')
     with pytest.raises(CheckpointError, match="no whole black box"):
         read_dump(copy)
+
+
+def watched(tmp_path: Path, *overrides: str) -> tuple[BlackBox, list[str]]:
+    """A black box whose dumps are not written, and its warnings."""
+    warnings: list[str] = []
+    config = tiny_config(tmp_path, *QUICK, *overrides)
+    assembly = assemble(config, torch.device("cpu"))
+    box = BlackBox(config, assembly, World(), tmp_path, warnings.append)
+    box._write = lambda path, *rest: path.mkdir(parents=True)  # type: ignore[assignment,method-assign]
+    return box, warnings
+
+
+def fed(box: BlackBox, losses: list[float], norms: list[float] | None = None, first: int = 1) -> list[int]:
+    """Steps at which there was a dump."""
+    found = []
+    for step, loss in enumerate(losses, start=first):
+        norm = 1.0 if norms is None else norms[step - first]
+        result = StepResult(loss=loss, grad_norm=norm, valid_tokens=1, updated=math.isfinite(loss), stop=False)
+        found += [step] if box.after_step(step, result) else []
+    return found
+
+
+def noisy(level: float, count: int, seed: int = 0) -> list[float]:
+    return (level * (1 + 0.01 * np.random.default_rng(seed).standard_normal(count))).tolist()
+
+
+def test_a_level_that_holds_is_the_usual_one_and_a_leap_above_it_is_seen(tmp_path: Path) -> None:
+    box, warnings = watched(tmp_path)
+    losses = [*noisy(3.0, 200), *noisy(3.6, 200, 1), 9.0, *noisy(3.6, 20, 2)]
+    assert fed(box, losses) == [201, 401]
+    assert any("step 221: the loss has stayed near 3.6, which is its usual level" in text for text in warnings)
+
+
+def test_beyond_keep_the_newest_dump_takes_the_place_of_the_newest_and_they_become_rare(tmp_path: Path) -> None:
+    box, _ = watched(tmp_path, "blackbox.keep=3", "blackbox.window=20")
+    losses = noisy(3.0, 400)
+    for step in range(50, 400, 5):
+        losses[step] = 9.0
+    assert fed(box, losses) == [51, 71, 91, 111, 151, 231, 391]
+    assert sorted(path.name for path in (tmp_path / "blackbox").iterdir()) == [
+        "step_00000051", "step_00000071", "step_00000391",
+    ]  # fmt: skip
+
+
+def test_a_gradient_norm_that_leaps_is_said_once_in_a_window(tmp_path: Path) -> None:
+    box, warnings = watched(tmp_path)
+    norms = [2.0 + 0.5 * (n % 3) for n in range(120)]
+    usual = math.exp(sum(map(math.log, norms[10:60])) / 50)
+    norms[60] = norms[70] = 4e8
+    assert fed(box, noisy(3.0, 120), norms) == []
+    assert warnings == [f"step 61: gradient norm 4e+08 before clipping, usually {usual:.3g}"]
+
+
+def test_a_step_that_is_made_again_keeps_its_first_dump(tmp_path: Path) -> None:
+    box, _ = watched(tmp_path)
+    box.before_step(1, [])
+    assert fed(box, [*noisy(3.0, 30), 9.0]) == [31]
+    before = box.state()
+    box.roll_back(20, {"history": before["history"][:20]})
+    assert fed(box, [*noisy(3.0, 10), 9.0], first=21) == []
+    assert box.state()["dumps"] == 1 and box.state()["newest"] == "step_00000031"
+
+
+def test_a_run_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    config = tiny_config(tmp_path, *QUICK)
+    box = BlackBox(config, assemble(config, torch.device("cpu")), World(), tmp_path / "gone", warnings.append)
+    box.before_step(1, [])
+    assert fed(box, [math.nan]) == []
+    assert not (tmp_path / "gone").exists() and "cannot be written" in warnings[0]
