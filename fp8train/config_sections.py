@@ -57,10 +57,12 @@ class EvalConfig:
     """Evaluation on fixed held-out windows, at the end and every so many steps.
 
     every: steps between evaluations; null: only at the end
+    first: evaluate before the first step too, as runs of a comparison always do
     bf16: evaluate in BF16 too, whatever the recipe
     """
 
     every: int | None = None
+    first: bool = False
     bf16: bool = True
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fp8train.errors import CheckpointError, TrainingError
+from fp8train.telemetry.table import COLUMNS_KEY, WHAT_IF_KEY
 
 Row = Mapping[str, Any]
 Warn = Callable[[str], None]
@@ -61,7 +62,8 @@ class JsonlSink:
 
     Raises:
         CheckpointError: the file cannot be opened.
-        TrainingError: from write and close: it cannot be written; the line may be there in part.
+        TrainingError: from write and close: it cannot be written; the line may be there in part. From write also: it
+            is not under its name any more, so that the row would go nowhere.
     """
 
     name = METRICS_FILE
@@ -75,6 +77,11 @@ class JsonlSink:
 
     def write(self, row: Row) -> None:
         line = to_json_line(row)
+        if not self._is_there():
+            raise TrainingError(
+                f"{self._path}: has been removed or renamed while the run wrote to it; needs to stay there. Leave "
+                f"the folder of a live run alone; the row of step {row['step']} is lost."
+            )
         try:
             self._file.write(line)
         except OSError as error:
@@ -93,6 +100,14 @@ class JsonlSink:
             self._file.close()
         except OSError as error:
             raise self._lost("the last rows", error) from error
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+        except OSError:  # a file system that is away for a moment: writing says more
+            return True
 
     def _lost(self, what: str, error: OSError) -> TrainingError:
         return TrainingError(
@@ -123,7 +138,7 @@ class WandbSink:
         )
 
     def write(self, row: Row) -> None:
-        self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        self._run.log({key: value for key, value in flat(row).items() if key != "step"}, step=row["step"])
 
     def close(self) -> None:
         self._run.finish()
@@ -140,9 +155,11 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def write(self, row: Row) -> None:
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+        for key, value in flat(row).items():
+            if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, row["step"])
+            elif isinstance(value, str):
+                self._writer.add_text(key, value, row["step"])
 
     def close(self) -> None:
         self._writer.close()
@@ -233,6 +250,18 @@ class Metrics:
         self._open("wandb (offline)", reopen)
         if row is not None and self._sinks and self._sinks[-1].name == "wandb (offline)":
             self._hand(self._sinks[-1], row)
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """The row with each list of telemetry as its numbers: fp8/layers.0.mlp.up_proj/x/amax, as charts want them."""
+    columns = row.get(COLUMNS_KEY)
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        if columns is not None and isinstance(value, list) and key.count("/") > 1:
+            found |= {f"{key}/{column}": one for column, one in zip(columns, value, strict=True) if one is not None}
+        elif key not in (COLUMNS_KEY, WHAT_IF_KEY):
+            found[key] = value
+    return found
 
 
 def to_json_line(row: Row) -> str:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Proves and measures the kernels on a GPU, in one call of at most nine minutes: ./launch/gpu_check.sh OUT_DIR [WHEELS_DIR]
 # Needs torch, Triton and pytest; uses no network. WHEELS_DIR holds wheels of what else is missing (hydra-core, omegaconf,
-# antlr4-python3-runtime, safetensors, matplotlib ...), made elsewhere with: pip wheel -w WHEELS_DIR hydra-core ...
+# antlr4-python3-runtime, safetensors, matplotlib, pytest-xdist, execnet ...), made elsewhere: pip wheel -w WHEELS_DIR ...
 # Every step is a process of its own with a time limit, so that one that hangs costs its own rows only. OUT_DIR gets
 # summary.md, results.json (for kernels/results/DATE.json, see kernels/README.md), logs.tar.gz and report.html. PYTHON names
-# the interpreter (python3). PARTS="tests benches entries" says what to do, all by default; TOTAL_SECONDS how long at most.
+# the interpreter (python3). PARTS="benches entries tests" says what to do, all by default; TOTAL_SECONDS how long at most.
+# First of all every kernel is proven by its check of first use, which decides whether it is measured at all; the tests
+# prove more and come last, since all of it hardly fits into one call: what is cut off, PARTS=tests makes up for.
 # Most of the time is the compilers': OUT_DIR/compiled.tar.xz holds what they made, and COMPILED names that of an earlier
 # call, on such a machine with these versions, for what has not changed since. It is unpacked where it was made, below
 # TMPDIR (/tmp): Triton finds its files by their absolute paths.
@@ -36,7 +38,7 @@ fi
 }
 
 TOTAL_SECONDS=${TOTAL_SECONDS:-530}
-PARTS=" ${PARTS:-tests benches entries} "
+PARTS=" ${PARTS:-benches entries tests} "
 CORES=$(nproc)
 failed=0
 summary=$out/summary.md
@@ -79,9 +81,6 @@ import json, sys, torch
 from fp8train.trainer.environment import environment
 json.dump(environment(torch.device('cuda')), open(sys.argv[1], 'w'), indent=2)" "$out/environment.json"
 
-# Correctness first, all at once: codes and scales bit for bit, and every entry of the GEMMs. An entry with specialised
-# warps that is wrong may never end, so each is in a process of its own. What trains needs no quiet GPU. All of it
-# compiles: started beside the admission too, on 16 cores, nearly all of it was over its limit (H200, 2026-11-27).
 by_hand() { # OPERATION PREFIX: its entries with specialised warps, PREFIX before each, by commas
   "$python" -c "
 import sys
@@ -89,31 +88,14 @@ from fp8train.backends.triton import kernel
 operation, prefix = sys.argv[1:]
 print(*(prefix + name for name in kernel(operation).CONFIGS if name.startswith(('ws_', 'gluon_'))), sep=',')" "$@"
 }
-# by itself, since what follows reads its verdicts; a process for each kernel
-step admission 240 "$python" -m fp8train.backends --all
-if [[ $PARTS == *" tests "* ]]; then
-  share=$((CORES > 8 ? CORES / 4 : 2))
-  tests test_quantisers 120 "$share" tests/kernels -k "(quantize or norm) and not compile" &
-  tests test_gemms 120 "$share" tests/kernels -k "gemm and not compile and not ws_128 and not gluon" &
-  tests test_rope 120 "$share" tests/kernels/test_rope.py tests/nn/test_fused_rope.py -k "not compile" &
-  tests test_fused 120 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
-  tests test_backends 120 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
-  tests test_sharding 120 1 tests/distributed/test_sharding.py &
-  for entry in $({ by_hand gemm "" && by_hand gemm_wgrad ""; } | tr , '\n' | sort -u); do
-    tests "test_$entry" 120 1 tests/kernels -k "gemm and $entry" &
-  done
-  step train 150 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare" &
-fi
+# Correctness first, codes bit for bit and GEMMs against FP64; by itself, since what follows reads its verdicts. A
+# process for each kernel, of which one that hangs ends after FP8TRAIN_CHECK_SECONDS.
+FP8TRAIN_CHECK_SECONDS=90 step admission 240 "$python" -m fp8train.backends --all
+
 # Four layers of the 8b shape; with its own vocabulary the head, in BF16 in both arms, would take a third of the time.
 # Four micro-batches of 8,192 tokens, as in a run that accumulates.
 layers=(model=llama3_8b model.num_layers=4 model.vocab_size=8192 experiment=null seq_len=4096 global_batch_tokens=32768
   micro_batch_samples=2 activation_checkpointing=none)
-if [[ $PARTS == *" tests "* && $PARTS == *" benches "* ]]; then # fill the compiler's cache meanwhile
-  timeout 120 "$python" -m fp8train.bench step "${layers[@]}" compile=true rounds=1 warmup=0 >"$out/compiling.log" 2>&1 &
-fi
-wait
-grep -Eq '^\| (test_[^|]*|admission|train) \| (failed|over|not)' "$summary" && failed=1
-
 # Then the time, on a quiet GPU: the benches start together, which hides their imports, and take turns with the lock.
 bench() { # NAME SECONDS ARGUMENTS...: the limit counts from its turn
   local name=$1 limit=$2
@@ -129,25 +111,52 @@ benches() {
   done
   bench step_eager 60 step "${layers[@]}" profile=true rounds=7
   bench step_one_copy 60 step "${layers[@]}" weight_copies=one rounds=7
-  bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=5
-  bench step_large 60 step "${layers[@]}" micro_batch_samples=8 rounds=5 # one of 32,768 tokens: its activations count
   wait
   bench step_compiled 150 step "${layers[@]}" compile=true profile=true rounds=7 # by itself: it compiles long
   wait
   step bench_host 30 "$python" -m fp8train.bench host out="$out/host.json"
 }
-[[ $PARTS != *" benches "* ]] || benches
-if [[ $PARTS == *" entries "* ]]; then # of the GEMMs, whether the launch table has them or not, in turn
-  for operation in gemm gemm_wgrad; do
+entries() { # of the GEMMs, whether the launch table has them or not, in turn
+  local operation gemms each
+  bench entries 60 entries # the rates of gemm_table.py
+  for operation in gemm_wgrad gemm; do
     gemms=$([[ $operation == gemm ]] && echo fprop,dgrad || echo wgrad)
     each=("backends=[cublaslt,$(by_hand "$operation" triton:)]" "gemms=[$gemms]" rounds=7)
     bench "each_$operation" 90 gemm "${each[@]}"
+    [[ $operation == gemm ]] || bench each_adding 40 gemm "${each[@]}" accumulate=true
   done
-  bench entries 60 entries # the rates of gemm_table.py
-  bench each_adding 40 gemm "${each[@]}" accumulate=true # wgrad
   wait
-fi
-grep -Eq '^\| bench_[^|]* \| (failed|over|not)' "$summary" && failed=1
+}
+more_benches() { # what says least new, last
+  bench step_large 60 step "${layers[@]}" micro_batch_samples=8 rounds=5 # one of 32,768 tokens: its activations count
+  bench step_fused 60 step "${layers[@]}" baseline=unfused rounds=5
+  wait
+}
+[[ $PARTS != *" benches "* ]] || benches
+[[ $PARTS != *" entries "* ]] || entries
+[[ $PARTS != *" benches "* ]] || more_benches
+
+# An entry with specialised warps that is wrong may never end, so each is in a process of its own. What trains needs no
+# quiet GPU. All of it compiles: started beside the admission too, on 16 cores, nearly all of it was over its limit
+# (H200, 2026-11-27).
+all_tests() {
+  local share=$((CORES > 8 ? CORES / 4 : 2)) entry
+  tests test_quantisers 200 "$share" tests/kernels -k "(quantize or norm or transpose) and not swiglu and not rmsnorm_quantize and not compile" &
+  tests test_producers 200 "$share" tests/kernels -k "(swiglu or rmsnorm_quantize) and not compile" &
+  tests test_gemms 200 "$share" tests/kernels -k "gemm and not compile and not ws_128 and not gluon" &
+  tests test_rope 200 "$share" tests/kernels/test_rope.py tests/nn/test_fused_rope.py -k "not compile" &
+  tests test_fused 200 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
+  tests test_backends 200 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
+  tests test_sharding 200 1 tests/distributed/test_sharding.py &
+  for entry in $({ by_hand gemm "" && by_hand gemm_wgrad ""; } | tr , '\n' | sort -u); do
+    tests "test_$entry" 120 1 tests/kernels -k "gemm and $entry" &
+  done
+  step train 150 "$python" -m fp8train.compare experiment=quickstart steps=100 run_dir="$out/compare" &
+  wait
+}
+[[ $PARTS != *" tests "* ]] || all_tests
+# what ran in the background could not set `failed`
+grep -Eq '^\| [^|]* \| (failed|over|not)' "$summary" && failed=1
 rm -f "$out/turn"
 
 cp "$out/compare/verdict.json" "$out/compare/report.html" "$out/" 2>/dev/null
@@ -156,10 +165,15 @@ cp "$out/compare/verdict.json" "$out/compare/report.html" "$out/" 2>/dev/null
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 parts = sorted(path for path in out.glob("*.json") if path.name != "results.json")
-content = {path.stem: json.loads(path.read_text()) for path in parts} | {"machine": (out / "machine.log").read_text()}
-(out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+content = {"machine": (out / "machine.log").read_text()}
 for path in parts:
+    try:
+        content[path.stem] = json.loads(path.read_text())
+    except ValueError as error:  # a step that was ended while it wrote: the others count
+        print(f"{path.name}: left out, {error}", file=sys.stderr)
+        continue
     path.unlink()
+(out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
 END
 XZ_OPT="-3 -T0" tar -cJf "$out/compiled.tar.xz" -C "$cache" . || rm -f "$out/compiled.tar.xz" # tar says why
 rm -rf "$out/packages" "$out/compare"

@@ -201,7 +201,7 @@ def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys
     content = json.loads(out.read_text())
     assert set(content["results"][0]["timings"]) == {"bf16", "blockwise"}
     assert content["results"][0]["config"]["model"]["hidden_size"] == 64 and "git_commit" in content["environment"]
-    assert content["results"][0]["kernels"] == {}
+    assert "kernels" not in content["results"][0]
     assert exit_code(bench.main, ["step", "baseline=unfused", "fused=always", "profile=true", *small]) == 0
     said = capsys.readouterr().out
     assert "; 3 of 3 norms and MLPs fused" in said  # the last contestant; the first has none

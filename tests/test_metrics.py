@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from fp8train.errors import CheckpointError, TrainingError
-from fp8train.metrics import METRICS_FILE, Metrics, peak_flops, read_metrics, to_json_line, truncate_metrics
+from fp8train.metrics import METRICS_FILE, Metrics, flat, peak_flops, read_metrics, to_json_line, truncate_metrics
 from fp8train.trainer.console import Console, progress_line, rate_text
 from tests.full_disk import files_of_at_most
 
@@ -205,7 +205,7 @@ class TestConsole:
 
     def test_skipped_step_is_called_so(self):
         row = {"step": 1, "loss": float("nan"), "lr": 1e-3, "grad_norm": 1.0, "step_seconds": 0.1}
-        assert "loss non-finite (skipped)" in progress_line(row | {"tokens_per_second": 10.0}, 4, None)
+        assert "loss non-finite (skipped)" in progress_line(row | {"tokens_per_second": 10.0, "skipped": True}, 4, None)
 
     def test_progress_line_has_the_agreed_form(self):
         row = {
@@ -262,3 +262,28 @@ class FakeWandb(ModuleType):
         if step == self.breaks_at:
             raise RuntimeError("broken pipe")
         self.rows.append((row, step))
+
+
+def test_rows_of_a_folder_that_is_gone_are_not_written_into_nowhere(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    metrics = Metrics(folder, warn=pytest.fail)
+    metrics.write({"step": 1})
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(TrainingError, match="has been removed or renamed.*the row of step 2 is lost"):
+        metrics.write({"step": 2})
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(TrainingError, match="has been removed or renamed"):
+        metrics.write({"step": 3})
+
+
+def test_charts_get_the_numbers_of_telemetry_one_by_one() -> None:
+    row = {
+        "step": 5, "loss": 2.0, "skipped": True, "fp8/columns": ["amax", "sqnr_db"], "fp8/what_if": ["lm_head"],
+        "fp8/seconds": 0.1, "fp8/lm_head/x": [3.0, None], "fp8/layers.0.mlp.up_proj/dy": [1.0, 31.0],
+    }  # fmt: skip
+    assert flat(row) == {
+        "step": 5, "loss": 2.0, "skipped": True, "fp8/seconds": 0.1, "fp8/lm_head/x/amax": 3.0,
+        "fp8/layers.0.mlp.up_proj/dy/amax": 1.0, "fp8/layers.0.mlp.up_proj/dy/sqnr_db": 31.0,
+    }  # fmt: skip

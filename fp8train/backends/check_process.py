@@ -17,7 +17,8 @@ import torch
 from fp8train.backends.admission_checks import check
 from fp8train.backends.machine import no_gpu
 
-SECONDS = 180  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
+# of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
+SECONDS = float(os.environ.get("FP8TRAIN_CHECK_SECONDS", "180"))
 # Exit statuses of the check: the result is wrong, the kernel raised an error; and no fault of the kernel's, like 1, an
 # error before it began.
 WRONG, FAILED, NO_GPU, UNDECIDED = 4, 5, 2, 3
@@ -42,7 +43,7 @@ def check_in_child(kernel: Kernel, index: int) -> tuple[str | None, bool]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         remedy = "if the machine was busy, `python -m fp8train.backends --again` repeats it"
-        return f"its check did not end in {SECONDS} seconds; {remedy}", True
+        return f"its check did not end in {SECONDS:g} seconds; {remedy}", True
     except OSError as error:
         return f"{UNCHECKED}: no process could be started: {error}", False
     lines = (done.stdout if done.returncode == WRONG else done.stderr).strip().splitlines()

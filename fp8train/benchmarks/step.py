@@ -59,7 +59,7 @@ def run(argv: Sequence[str], world: World) -> int:
     reason = ""
     baseline = replace(config, recipe=BASELINE) if arguments.baseline == BASELINE else replace(config, fused="never")
     for name, arm in ((arguments.baseline, baseline), (config.recipe, config)):
-        held = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0  # by the other arm
+        held = _held_bytes(world.device)
         steps[name], reason = training_step(arm, world)
         if world.device.type == "cuda":
             peaks[name] = _peak_bytes(steps[name]) - held
@@ -67,8 +67,6 @@ def run(argv: Sequence[str], world: World) -> int:
     timings = interleaved(steps, arguments, world.device)
     facts = {"model": config.model.name, "tokens": config.global_batch_tokens, "peak_bytes": peaks}
     facts |= {"config": config_to_dict(config)}
-    kernels = {name: kernel_times(step, world.device) for name, step in steps.items()} if arguments.profile else {}
-    facts["kernels"] = {name: [asdict(time) for time in times] for name, times in kernels.items()}
     result = BenchResult(title=title, timings=timings, facts=facts)
     rate = table(
         result, lambda name, timing: f"  {count_text(config.global_batch_tokens / timing.median_seconds)} tok/s"
@@ -77,8 +75,12 @@ def run(argv: Sequence[str], world: World) -> int:
     if peaks:
         sizes = ", ".join(f"{name} {bytes_text(size)}" for name, size in peaks.items())
         sys.stdout.write(f"peak memory of a step: {sizes}\n")
-    sys.stdout.write("".join(f"\n{kernel_table(name, times)}" for name, times in kernels.items()))
     write_results("step", [result], world.device, reason, arguments)
+    if arguments.profile:  # after the figures are safe
+        kernels = {name: kernel_times(step, world.device) for name, step in steps.items()}
+        sys.stdout.write("".join(f"\n{kernel_table(name, times)}" for name, times in kernels.items()))
+        result.facts["kernels"] = {name: [asdict(time) for time in times] for name, times in kernels.items()}
+        write_results("step", [result], world.device, reason, arguments)
     return 0
 
 
@@ -92,6 +94,15 @@ def training_step(config: RunConfig, world: World) -> tuple[Callable[[], Any], s
     fused = sum(row.refusal is None for row in assembly.report.producers)
     line = f"{assembly.report.backend_reason}; {fused} of {len(assembly.report.producers)} norms and MLPs fused"
     return lambda: train_step(assembly.model, optimizer, batches, world, clip=clip), line
+
+
+def _held_bytes(device: torch.device) -> int:
+    """What the other arm holds, without cuBLAS's workspaces, which each arm makes for itself."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
 
 
 def _peak_bytes(step: Callable[[], Any]) -> int:

@@ -78,6 +78,7 @@ def plan_arms(
         for name, recipe in names.items():
             arm = copy.deepcopy(config)
             arm.recipe, arm.seed, arm.resume = recipe, seed, "auto"
+            arm.eval.first = True  # what the baseline has learned is held against the margin
             arm.run_dir = str(Path(config.run_dir) / "arms" / name / f"seed_{seed}")
             runs.append(ArmRun(arm=name, seed=seed, config=arm))
     check_run_dir(Path(config.run_dir), config.resume)

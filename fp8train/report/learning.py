@@ -20,7 +20,8 @@ LEAST_STEPS = 20
 
 
 def learning(label: str, runs: Sequence[Mapping[str, Any]], margin_percent: float) -> dict[str, Any]:
-    """By how much the baseline's loss fell from its first logged step to the end, over all seeds.
+    """By how much the baseline's loss fell over the run, over all seeds: the held-out loss where it was scored before
+    the first step too, else from the training loss of the first logged step.
 
     Args:
         label: the baseline's name for people.
@@ -35,7 +36,9 @@ def learning(label: str, runs: Sequence[Mapping[str, Any]], margin_percent: floa
         scope: a sentence with steps, tokens and fall. Numbers are None where a loss is not finite.
     """
     held_out = all(run["eval_loss"] is not None for run in runs)
-    losses = [(run["first_train_loss"], run["eval_loss" if held_out else "train_loss_ema"]) for run in runs]
+    scored = held_out and all(run["first_eval_loss"] is not None for run in runs)
+    first, last = "first_eval_loss" if scored else "first_train_loss", "eval_loss" if held_out else "train_loss_ema"
+    losses = [(run[first], run[last]) for run in runs]
     steps, tokens = (min((run[key] for run in runs), key=lambda value: value or 0) for key in ("steps", "tokens_seen"))
     found: dict[str, Any] = {"quantity": HELD_OUT if held_out else TRAINING, "steps": steps, "tokens_seen": tokens}
     over = f"{count_text(steps)} step{'s' * (steps != 1)} ({count_text(tokens)} tokens)"
@@ -50,7 +53,9 @@ def learning(label: str, runs: Sequence[Mapping[str, Any]], margin_percent: floa
     found |= {"start": start, "end": end, "fell": fall.mean, "low": fall.low, "high": fall.high}
     found |= {"confidence": fall.confidence, "margin": margin, "needed": LEAST_FALL * margin}
     found |= dict.fromkeys(("in_short", "doubt")) | _doubt(label, found, margin_percent)
-    ends = f"from {loss_text(start)} at the first logged step to {loss_text(end)} at the end ({found['quantity']})"
+    quantity = found["quantity"]
+    begun = "before the first step" if scored else f"at the first logged step{' (training loss)' * held_out}"
+    ends = f"from {loss_text(start)} {begun} to {loss_text(end)} at the end ({quantity})"
     return {**found, "scope": f"Over {over} {label}'s loss {_moved(fall.mean)} nats per token, {ends}."}
 
 

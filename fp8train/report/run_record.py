@@ -43,6 +43,10 @@ class Table:
         """The value of the last row; None where it is absent or not finite."""
         return finite(self.columns[name][-1]) if len(self) else None
 
+    def first(self, name: str) -> float | None:
+        """The value of the first row; None where it is absent or not finite."""
+        return finite(self.columns[name][0]) if len(self) else None
+
     def last_of_sources(self) -> dict[str, float | None]:
         """Source of a mix -> its held-out loss in the last row; empty for one source."""
         keys = (key for key in self.columns if key.startswith(OF_SOURCE[0]))

@@ -69,6 +69,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "steps": int(finite(run.result.get("steps")) or run.train.steps[-1]),
         "tokens_seen": finite(run.result.get("tokens_seen")) or run.train.last("tokens_seen"),
         "first_train_loss": next((loss for value in losses if (loss := finite(value)) is not None), None),
+        "first_eval_loss": run.evals.first("eval_loss") if 0 in run.evals.steps else None,
         "train_loss": run.train.last("loss"),
         "train_loss_ema": finite(ema(losses)[-1]),
         "eval_loss": run.evals.last("eval_loss"),

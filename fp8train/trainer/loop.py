@@ -265,6 +265,8 @@ class Trainer:
         self.clock = SaveClock(config.checkpoint.minutes)
         if self.assembly.recipe.alarm is not None and (self.progress.step == 0 or self.resume != "auto"):
             self._save()  # an alarm before the next one goes back here
+        if config.eval.first and self.progress.step == 0 and not self.evals:
+            self._evaluate()
         while (progress := self.progress).step < config.steps:
             self.profile.before(progress.step + 1)
             try:

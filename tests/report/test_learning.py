@@ -22,7 +22,7 @@ GAPS = {"equivalent": [0.01, -0.02, 0.03], "inferior": [0.9, 1.0, 1.1], "superio
 
 def measured(start: float | None, end: float | None, *, steps: int = 300, held_out: bool = True) -> dict[str, Any]:
     losses = {"eval_loss": end if held_out else None, "train_loss_ema": 9.0 if held_out else end}
-    return {"first_train_loss": start, **losses, "steps": steps, "tokens_seen": 1000 * steps}
+    return {"first_train_loss": start, "first_eval_loss": None, **losses, "steps": steps, "tokens_seen": 1000 * steps}
 
 
 def arms_of(folder: Path, gaps: list[float], *, start: float, steps: int = 40) -> Arms:
@@ -46,8 +46,17 @@ def test_fall_and_margin_by_hand() -> None:
     assert found["doubt"] is None and found["in_short"] is None
     assert found["scope"] == (
         "Over 300 steps (300,000 tokens) BF16's loss fell by 3.4500 nats per token, from 5.5500 at the first logged "
-        "step to 2.1000 at the end (held-out loss)."
+        "step (training loss) to 2.1000 at the end (held-out loss)."
     )
+
+
+def test_what_was_held_out_is_compared_with_itself_where_it_was_scored_at_the_start() -> None:
+    """Whether the first batch is harder than the held-out text is no matter of learning."""
+    runs = [measured(2.8743, 2.6086) | {"first_eval_loss": 2.6087}, measured(2.9, 2.6) | {"first_eval_loss": 2.6001}]
+    found = learning("BF16", runs, 0.25)
+    assert found["fell"] == pytest.approx(0.0001) and found["doubt"] is not None
+    assert "from 2.6044 before the first step to 2.6043 at the end (held-out loss)" in found["scope"]
+    assert learning("BF16", [runs[0], measured(2.9, 2.6)], 0.25)["fell"] == pytest.approx(0.28285), "not of every run"
 
 
 @pytest.mark.parametrize(

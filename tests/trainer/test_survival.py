@@ -16,7 +16,7 @@ import torch
 
 from fp8train.checkpoint import find_resume, open_checkpoint, saved_steps
 from fp8train.distributed import World
-from fp8train.errors import CheckpointError, DivergedError
+from fp8train.errors import CheckpointError, DivergedError, TrainingError
 from fp8train.metrics import read_metrics
 from fp8train.trainer import Trainer
 from fp8train.trainer.blackbox import FolderWriter
@@ -105,11 +105,19 @@ class Removing(Console):
             self.folder.rename(self.folder.with_name("elsewhere"))
 
 
-def test_run_whose_folder_is_gone_says_so_and_makes_no_other(tmp_path):
+@pytest.mark.parametrize(
+    ("every", "error", "words"),
+    [
+        (1, TrainingError, "has been removed or renamed.*the row of step 3 is lost"),
+        (100, CheckpointError, "it has been removed, renamed or given to another run"),
+    ],
+    ids=["at the next row", "at the next checkpoint"],
+)
+def test_run_whose_folder_is_gone_says_so_and_makes_no_other(every, error, words, tmp_path):
     console = Removing(enabled=False)
     console.folder = tmp_path / "run"
-    with pytest.raises(CheckpointError, match="it has been removed, renamed or given to another run"):
-        tiny_train(tmp_path, console=console)
+    with pytest.raises(error, match=words):
+        tiny_train(tmp_path, f"log.every={every}", "data.holdout_fraction=0", console=console)
     assert not (tmp_path / "run").exists()
 
 
