@@ -4,6 +4,7 @@
     fp8train compare recipe=blockwise compare.seeds=3             a test across seeds, with a placebo arm beside it
     fp8train compare compare.seeds=3 compare.parallel=2           two runs at a time, each with half of the threads
     fp8train compare runs=[DIR1,DIR2]                             compares runs that are there, the baseline first
+    fp8train compare runs=DIR                                     writes the report of a comparison again
 
 Each run is a folder, run_dir/arms/ARM/seed_N, and resumes by itself; verdict.json and report.html lie in run_dir.
 A run that diverges is part of the verdict, and the others go on; the same command does not train it again: delete its
@@ -13,24 +14,25 @@ Those of an earlier comparison there, of other arms or seeds, are kept as verdic
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fp8train.arguments import flattened, parse_arguments
-from fp8train.comparison.arms import ArmRun, ComparisonProgress, check_run_dir, check_same_data, plan_arms
+from fp8train.comparison.arms import ARMS, ArmRun, ComparisonProgress, check_same_data, plan_arms
 from fp8train.comparison.crossing import cross_evaluate
+from fp8train.comparison.folders import CROSSED_FILE, VERDICT_FILE, FolderArguments, plan_folders
 from fp8train.comparison.parallel import Job, train_in_processes
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.config_sections import CompareConfig
 from fp8train.distributed import World, init, rank_exit_code
-from fp8train.errors import ConfigError, DivergedError
-from fp8train.metrics import METRICS_FILE, Metrics
+from fp8train.errors import DivergedError
+from fp8train.metrics import Metrics
 from fp8train.report import write_report
 from fp8train.report.run_record import RunRecord, read_mapping, read_run
 from fp8train.report.summary import summary
@@ -39,31 +41,9 @@ from fp8train.trainer import Trainer
 from fp8train.trainer.console import Console
 from fp8train.trainer.run_folder import RESULT_FILE, RunResult, on_main, write_file
 
-CROSSED_FILE, VERDICT_FILE, REPORT_FILE = "crossed.json", "verdict.json", "report.html"
+REPORT_FILE = "report.html"
 
 TrainArm = Callable[[RunConfig, str], RunResult]
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class FolderArguments:
-    """Compare runs that are there: they must share model, data order, token count, tokenizer, eval set, first weights.
-
-    runs: two or more run folders, those of the baseline first; a folder of seed_* folders stands for all of them
-    run_dir: folder for verdict.json and report.html; null: runs/compare-BASELINE-ARM...
-    margin_percent: largest gap of the mean held-out loss that counts as equal
-    looks: verdicts planned in this run_dir as seeds are added; they share the 5 % of the tests
-    skip_damaged: leave damaged lines of metrics out, in place of refusing the file
-    """
-
-    runs: list[str]
-    run_dir: str | None = None
-    margin_percent: float = CompareConfig().margin_percent
-    looks: int = CompareConfig().looks
-    skip_damaged: bool = False
-
-    def __post_init__(self) -> None:
-        if self.run_dir == "":  # as from run_dir=$UNSET
-            raise ConfigError("run_dir: got an empty text; needs a folder. Give run_dir=DIR, or leave it out.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: the configuration cannot be honoured, or the runs cannot be compared.
     """
     if any(argument.partition("=")[0] == "runs" for argument in argv):
-        return compare_folders(parse_arguments([a.removeprefix("compare.") for a in argv], FolderArguments))
+        own = [re.sub(r"^runs=(?!\[)(.*)", r"runs=[\1]", argument.removeprefix("compare.")) for argument in argv]
+        there = plan_folders(parse_arguments(own, FolderArguments))
+        return _conclude(there.run_dir, there.folders, there.settings, there.crossed, None)
     if any(argument in ("-h", "--help") for argument in argv):
         print(__doc__)
     config = load_config(argv, "compare")
@@ -170,68 +152,6 @@ def _without_diverged(folders: Mapping[str, Mapping[int, Path]], settings: Compa
     }
 
 
-def compare_folders(arguments: FolderArguments) -> int:
-    """Compare run folders that are there, without training.
-
-    Raises:
-        ConfigError: fewer than two arms, a folder twice, other seeds in one arm than in another, or runs that are not
-            comparable.
-        DataError: a folder is not of a run, or holds a damaged file.
-    """
-    paths = [path for folder in arguments.runs for path in _expanded(Path(folder))]
-    if len(paths) < 2:
-        raise ConfigError(f"compare: runs names {len(paths)} run; needs at least two, the baseline first. Add one.")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError(
-            f"compare: runs names a folder twice: {', '.join(map(str, paths))}; needs different ones. Correct runs."
-        )
-    if arguments.run_dir is not None:
-        check_run_dir(Path(arguments.run_dir), "auto")
-    folders = _grouped(paths, skip_damaged=arguments.skip_damaged)
-    run_dir = Path(arguments.run_dir or f"runs/compare-{'-'.join(folders)}")
-    check_run_dir(run_dir, "auto")
-    settings = CompareConfig(
-        margin_percent=arguments.margin_percent, looks=arguments.looks, skip_damaged=arguments.skip_damaged
-    )
-    return _conclude(run_dir, folders, settings, {}, None)
-
-
-def _expanded(path: Path) -> list[Path]:
-    """The run folders that a folder stands for: itself, or those of its seeds."""
-    seeds = sorted(path.glob("seed_*"), key=lambda seed: (len(seed.name), seed.name))
-    return seeds if seeds and not (path / METRICS_FILE).exists() else [path]
-
-
-def _grouped(paths: Sequence[Path], *, skip_damaged: bool) -> dict[str, dict[int, Path]]:
-    """arm -> seed -> folder: runs of one recipe and different seeds are one arm, named after the recipe.
-
-    Raises:
-        ConfigError: the arms have not the same seeds.
-    """
-    folders: dict[str, dict[int, Path]] = {}
-    recipes: dict[str, str] = {}
-    for path in paths:
-        run = read_run(path, skip_damaged=skip_damaged)
-        stem, seed = Path(str(run.config.get("recipe") or path.name)).stem, int(run.config.get("seed", 1))
-        name, number = stem, 1
-        while name in folders and (seed in folders[name] or recipes[name] != run.recipe):
-            number += 1
-            name = f"{stem}_{number}"
-        folders.setdefault(name, {})[seed] = path
-        recipes[name] = run.recipe
-    baseline, *others = folders
-    for arm in others:
-        if set(folders[arm]) != set(folders[baseline]):
-            seeds = [", ".join(map(str, sorted(folders[name]))) for name in (baseline, arm)]
-            raise ConfigError(
-                f"compare: {baseline} has seeds {seeds[0]}, {arm} has {seeds[1]}; needs a run of every arm for every "
-                "seed, since only runs of one seed share weights and data. Add or leave out runs."
-            )
-    if not others:
-        raise ConfigError(f"compare: all runs are of {baseline}; needs at least two arms, the baseline first. Add one.")
-    return folders
-
-
 def _train(config: RunConfig, label: str, world: World) -> RunResult:
     console = Console(config.steps, enabled=world.main, print_every=config.log.print_every, label=label)
     return Trainer(config, world, console).run()
@@ -296,8 +216,9 @@ def keep_earlier(run_dir: Path, verdict: Mapping[str, Any]) -> Path | None:
 
 
 def runs_of(verdict: Mapping[str, Any]) -> set[str]:
-    """Folders of the runs that a verdict is of."""
-    return {str(run["run_dir"]) for entry in verdict.get("arms", {}).values() for run in entry["runs"]}
+    """Folders of the runs that a verdict is of; those of the comparison itself as arms/ARM/seed_N, wherever it lies."""
+    folders = (Path(run["run_dir"]) for entry in verdict.get("arms", {}).values() for run in entry["runs"])
+    return {str(Path(*path.parts[-3:]) if path.parts[-3:-2] == (ARMS,) else path.resolve()) for path in folders}
 
 
 def _send_to_wandb(run_dir: Path, verdict: Mapping[str, Any], config: RunConfig) -> None:

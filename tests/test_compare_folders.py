@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fp8train.compare import FolderArguments, compare_folders, main
+from fp8train.compare import main
 from fp8train.errors import ConfigError, DataError, UserError, exit_code
 from tests.run_folders import write_diverged_run, write_run
 
@@ -40,7 +41,7 @@ def test_folder_of_the_verdict_is_named_after_the_arms_unless_given(
 
 def test_two_runs_of_one_recipe_are_told_apart(tmp_path: Path) -> None:
     runs = [str(write_run(tmp_path / name, recipe="blockwise")) for name in "abc"]
-    compare_folders(FolderArguments(runs=runs, run_dir=str(tmp_path / "out")))
+    assert main([f"runs=[{','.join(runs)}]", f"run_dir={tmp_path / 'out'}"]) == 0
     assert list(json.loads((tmp_path / "out" / "verdict.json").read_text())["arms"]) == [
         "blockwise",
         "blockwise_2",
@@ -94,9 +95,16 @@ def test_bad_arguments_for_folders_are_refused(
 def test_damaged_metrics_are_named_by_file_and_line(tmp_path: Path) -> None:
     bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
     with (fp8 / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 41, "lo')
+        file.write('{"step": 41, "lo\n')
     with pytest.raises(DataError, match=r"b/metrics.jsonl:43: damaged line"):
-        compare_folders(FolderArguments(runs=[str(bf16), str(fp8)], run_dir=str(tmp_path / "out")))
+        main([f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"])
+
+
+def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+    bf16, fp8 = write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")
+    with (fp8 / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    assert main([f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]) == 0
 
 
 def seeds_of_two_arms(folder: Path, seeds: Sequence[int] = (1, 2, 3), **changes: Any) -> dict[str, list[Path]]:
@@ -171,3 +179,41 @@ def test_folder_of_a_run_that_diverged_from_other_weights_is_refused(tmp_path: P
     fp8 = write_diverged_run(tmp_path / "b", recipe="blockwise", init_hash="other")
     with pytest.raises(ConfigError, match="initial weights differs"):
         main([f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"])
+
+
+def comparison(folder: Path) -> Path:
+    """A comparison folder of two arms and a placebo, with verdict, report and crossed losses."""
+    for seed in (1, 2):
+        for arm in ("bf16", "placebo", "blockwise"):
+            options = {"recipe": arm, "seed": seed, "init_hash": f"seed {seed}", "stream_hash": f"stream {seed}"}
+            write_run(folder / "arms" / arm / f"seed_{seed}", **options)
+    crossed = {f"blockwise seed {seed}": {"step": 40, "baseline_weights": 2.5 + seed} for seed in (1, 2)}
+    (folder / "crossed.json").write_text(json.dumps(crossed))
+    assert main([f"runs={folder}", "margin_percent=0.5"]) == 0
+    return folder
+
+
+def test_report_of_a_comparison_is_written_again_with_all_that_it_knows(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "c")
+    first = json.loads((folder / "verdict.json").read_text())
+    assert list(first["arms"]) == ["bf16", "blockwise", "placebo"] and first["seeds"] == [1, 2]
+    assert [pair["crossed"]["baseline_in_arm"] for pair in first["comparisons"]["blockwise"]["seeds"]] == [3.5, 4.5]
+    for again in ([f"runs={folder}"], [f"runs=[{folder}/arms/bf16,{folder}/arms/blockwise,{folder}/arms/placebo]"]):
+        assert main([*again, f"run_dir={folder}"]) == 0
+        assert json.loads((folder / "verdict.json").read_text()) == first, "margin and crossed losses included"
+    assert sorted(path.name for path in folder.iterdir()) == ["arms", "crossed.json", "report.html", "verdict.json"]
+
+
+def test_a_comparison_that_was_moved_is_the_same_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = comparison(tmp_path / "c").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main([f"runs={folder}"]) == 0
+    assert "kept as" not in capsys.readouterr().out
+    assert not list(folder.glob("report-*.html"))
+
+
+def test_a_comparison_with_an_unfinished_arm_is_refused(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "c")
+    shutil.rmtree(folder / "arms" / "blockwise" / "seed_2")
+    with pytest.raises(ConfigError, match="bf16 has seeds 1, 2, blockwise has 1"):
+        main([f"runs={folder}"])

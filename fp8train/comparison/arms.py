@@ -22,6 +22,7 @@ from fp8train.trainer.console import Console
 from fp8train.trainer.same_run import changed_keys
 
 BASELINE, PLACEBO = "bf16", "placebo"
+ARMS = "arms"  # folder of the runs in that of a comparison
 STARTS = {"init_hash": "initial weights", "stream_hash": "token stream"}  # key of result.json -> words for it
 
 
@@ -79,7 +80,7 @@ def plan_arms(
             arm = copy.deepcopy(config)
             arm.recipe, arm.seed, arm.resume = recipe, seed, "auto"
             arm.eval.first = True  # what the baseline has learned is held against the margin
-            arm.run_dir = str(Path(config.run_dir) / "arms" / name / f"seed_{seed}")
+            arm.run_dir = str(Path(config.run_dir) / ARMS / name / f"seed_{seed}")
             runs.append(ArmRun(arm=name, seed=seed, config=arm))
     check_run_dir(Path(config.run_dir), config.resume)
     for run in runs:

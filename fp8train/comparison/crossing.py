@@ -81,6 +81,16 @@ def cross_evaluate(
     return result
 
 
+def stored(file: Path, folders: Mapping[str, Mapping[int, Path]]) -> dict[str, dict[int, dict[str, float]]]:
+    """What cross_evaluate has written for these runs, without evaluating any."""
+    known = _read(file)
+    return {
+        arm: {seed: {key: value for key, value in known[name].items() if key != "step"}
+              for seed in runs if (name := f"{arm} seed {seed}") in known}
+        for arm, runs in list(folders.items())[1:]
+    }  # fmt: skip
+
+
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     """What is in the file; nothing if it is not there or not whole, since it can be made again."""
     try:

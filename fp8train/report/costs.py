@@ -30,7 +30,7 @@ from fp8train.units import NOTHING, bytes_text, count_text, ratio_text, seconds_
 
 EMULATION_NOTE = (
     "This backend computes the same FP8 numbers with wider instructions, because the machine has none for FP8. "
-    "The losses carry over to a GPU, the speed does not."
+    "A GPU rounds alike, but sums in another order, which moves the loss of a single run; the speed says nothing of it."
 )
 
 
@@ -49,8 +49,8 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         ]
         rows.append(run_row(verdict, arm, run, cells))
     most = max((run["ran_on"]["runs_on_device"] or 1 for _, _, run in measured_runs(verdict)), default=1)
-    how = "by itself" if most == 1 else f"with up to {most - 1} beside it"
-    caption = f"<strong>Speed</strong>, warm-up steps left out. Each run had its device {how}."
+    how = "ran one after the other" if most == 1 else f"shared their device, with up to {most - 1} beside each"
+    caption = f"<strong>Speed</strong>, warm-up steps left out. The runs of this comparison {how}."
     emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)

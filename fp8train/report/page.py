@@ -69,6 +69,7 @@ figcaption strong, caption strong { color: var(--ink); font-weight: 600; }
 svg.chart { display: block; width: 100%; height: auto; min-width: 660px; font-family: inherit; overflow: visible; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; margin: 20px 0 28px; }
 caption { text-align: left; color: var(--muted); padding-bottom: 8px; line-height: 1.5; }
+caption span { display: block; position: sticky; left: 0; max-width: min(100%, calc(100vw - 40px)); }
 th, td { text-align: left; vertical-align: baseline; padding: 7px 20px 7px 0; border-bottom: 1px solid var(--grid); }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--muted); font-weight: 500; font-size: 13px; vertical-align: bottom;
@@ -138,8 +139,8 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]
     name = html.escape(re.sub(r"<[^>]*>", "", caption), quote=True)
     content = "\n".join(lines)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>\n<caption>{caption}</caption>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{content}\n</tbody>\n</table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>\n'
+        f"<caption><span>{caption}</span></caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{content}\n</tbody>\n</table></div>"
     )
 
 

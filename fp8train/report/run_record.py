@@ -184,6 +184,8 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
     damaged = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):  # cut short by a crash, as fp8train.metrics.read_metrics has it
+                break
             try:
                 row = _parse_line(line, path, number)
                 if TRAIN_KEYS[0] in row:

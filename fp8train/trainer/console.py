@@ -167,8 +167,8 @@ def introduction(config: RunConfig, world: World, report: ConversionReport, batc
     )
 
 
-def ending(config: RunConfig, progress: Progress, stopped_by: str | None, saved: Path) -> str:
-    """How a run ended, and where its last checkpoint is."""
+def ending(config: RunConfig, progress: Progress, stopped_by: str | None, saved: Path, fp8_share: float) -> str:
+    """How a run ended, what part of its linears' FLOPs ran in FP8, and where its last checkpoint is."""
     if stopped_by is not None:
         return (
             f"stopped by {stopped_by} after step {progress.step} of {config.steps}; saved {saved}. "
@@ -178,4 +178,7 @@ def ending(config: RunConfig, progress: Progress, stopped_by: str | None, saved:
     note = f", {demoted} linears demoted to BF16 by the recipe's alarm" if demoted else ""
     if progress.skipped_steps:
         note += f", {progress.skipped_steps} steps skipped, since loss or gradient was not finite"
-    return f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{note}: {saved.parents[1]}"
+    share = f", {fp8_share:.1%} of the linears' FLOPs in FP8 (coverage.json says which)" if fp8_share else ""
+    return (
+        f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{share}{note}: {saved.parents[1]}"
+    )

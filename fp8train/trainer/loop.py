@@ -358,7 +358,7 @@ class Trainer:
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))
-        self.console.info(ending(self.config, self.progress, stopped_by, saved))
+        self.console.info(ending(self.config, self.progress, stopped_by, saved, result.fp8_flops_share))
         return result
 
     def _result(self, stopped_by: str | None, started: float, diverged: dict[str, Any] | None = None) -> RunResult:

@@ -151,7 +151,8 @@ class TestAlarm:
         words = "an alarm at step 5 put it in BF16 from step 4: loss or gradient is not finite"
         assert {fqn for fqn, text in changed.items() if text is not None} == set(demoted)
         assert changed[demoted[0]] == rows[demoted[0]]["exception"] == words
-        ending = rf"finished 6 steps in \S+ s of training, {len(demoted)} linears demoted to BF16"
+        share = r"\d+\.\d% of the linears' FLOPs in FP8 \(coverage.json says which\)"
+        ending = rf"finished 6 steps in \S+ s of training, {share}, {len(demoted)} linears demoted to BF16"
         assert re.search(ending, stream.getvalue())
         assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [
             *range(1, 7)
