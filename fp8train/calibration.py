@@ -20,7 +20,7 @@ from fp8train.nn.operands import Operand, as_matrix, gemm, quantized, requantize
 from fp8train.nn.remedies import channel_scale
 from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16, LinearPrecision
-from fp8train.telemetry.observer import named_linears, operand_specs
+from fp8train.telemetry.observer import named_linears
 from fp8train.telemetry.statistics import STATS, operand_statistics
 from fp8train.trainer.step import inputs
 
@@ -214,7 +214,7 @@ class _Probe:
         x, weight = self._treated(as_matrix(args[0].detach()))
         if len(self._ranges) < RANGE_BATCHES:
             self._ranges.append(_range(x.float()))
-        spec = operand_specs(self._rule).get("x")
+        spec = self._rule.fprop.left or self._rule.wgrad.right
         if spec is not None:
             stats = operand_statistics(x, spec, backend=linear.backend_name).tolist()
             self._stats.append(dict(zip(STATS, stats, strict=True)))

@@ -30,7 +30,7 @@ from fp8train.units import NOTHING, bytes_text, count_text, ratio_text, seconds_
 
 EMULATION_NOTE = (
     "This backend computes the same FP8 numbers with wider instructions, because the machine has none for FP8. "
-    "A GPU rounds alike, but sums in another order, which moves the loss of a single run; the speed says nothing of it."
+    "A GPU rounds alike, but sums in another order, which moves the loss of a single run; its speed is another."
 )
 
 

@@ -84,7 +84,8 @@ def _worst_table(verdict: Mapping[str, Any], arm: str, sampled: tuple[int, Seque
         cells = [_statistic(sample, name) for name in STATISTICS]
         rows.append([code(sample.fqn), sample.operand, *(typeset(cell) for cell in cells)])
     label = html.escape(verdict["arms"][arm]["label"])
-    caption = f"<strong>Worst operands</strong> of {label} at step {count_text(step)}, the largest row error first."
+    caption = f"<strong>Worst operands</strong> of {label} at step {count_text(step)}, the largest row error first. "
+    caption += "x.T and dy.T: as wgrad reads them, in blocks along the tokens."
     return page.table(caption, columns, rows)
 
 

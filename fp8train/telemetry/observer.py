@@ -19,7 +19,7 @@ from fp8train.nn.operands import as_matrix
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision, QuantSpec
 from fp8train.telemetry.statistics import as_numbers, operand_statistics
 
-OPERANDS = ("x", "w", "dy")
+OPERANDS = ("x", "w", "dy", "x.T", "w.T", "dy.T")
 
 
 def named_linears(model: nn.Module) -> dict[str, Float8Linear]:
@@ -28,13 +28,22 @@ def named_linears(model: nn.Module) -> dict[str, Float8Linear]:
 
 
 def operand_specs(precision: LinearPrecision) -> dict[str, QuantSpec]:
-    """How x, w and dy are rounded: for fprop and dgrad, else for wgrad; without those that are not."""
-    specs = {
-        "x": precision.fprop.left or precision.wgrad.right,
-        "w": precision.fprop.right or precision.dgrad.right,
-        "dy": precision.dgrad.left or precision.wgrad.left,
-    }
+    """How the GEMMs read the operands: x, w and dy for fprop and dgrad; w.T for dgrad and x.T, dy.T for wgrad where
+    blocks run along another dimension, so that they are rounded otherwise; without those that are not rounded.
+    """
+    fprop, dgrad, wgrad = precision.fprop, precision.dgrad, precision.wgrad
+    straight = {"x": fprop.left, "w": fprop.right, "dy": dgrad.left}
+    turned = {"x": wgrad.right, "w": dgrad.right, "dy": wgrad.left}
+    specs = dict(straight)
+    for operand, spec in turned.items():
+        if spec is not None and not (spec == straight[operand] and _alike_when_turned(spec)):
+            specs[f"{operand}.T"] = spec
     return {operand: spec for operand, spec in specs.items() if spec is not None}
+
+
+def _alike_when_turned(spec: QuantSpec) -> bool:
+    """Whether the blocks of x.T are those of x."""
+    return spec.block == "tensor" or (isinstance(spec.block, tuple) and spec.block[0] == spec.block[1])
 
 
 def what_if_precision(precisions: Iterable[LinearPrecision]) -> LinearPrecision:
@@ -44,7 +53,7 @@ def what_if_precision(precisions: Iterable[LinearPrecision]) -> LinearPrecision:
 
 
 class Observer:
-    """Statistics of x, w and dy of each linear, from the first forward pass that follows `begin`, and its backward.
+    """Statistics of the operands of each linear, from the first forward pass that follows `begin`, and its backward.
 
     Linears that quantise nothing are measured as if they did: `what_if` names them.
 
@@ -60,7 +69,7 @@ class Observer:
         self._rows = rows
         self._hooks: list[Any] = []
         self._values: dict[str, Tensor] = {}
-        self._last: tuple[Any, QuantSpec, Tensor] | None = None
+        self._last: tuple[Any, dict[str, QuantSpec], dict[str, Tensor]] | None = None
         self.seconds = 0.0
 
     @property
@@ -99,15 +108,22 @@ class Observer:
         self._values[key] = operand_statistics(tensor, spec, rows=self._rows, backend=backend)
         self.seconds += time.perf_counter() - begin
 
-    def measure_input(self, fqn: str, x: Tensor, spec: QuantSpec) -> None:
+    def measure_both(self, fqn: str, operand: str, tensor: Tensor, specs: Mapping[str, QuantSpec]) -> None:
+        """Take in an operand [M, K] as each GEMM reads it."""
+        for name, turned in ((operand, False), (f"{operand}.T", True)):
+            if name in specs:
+                self.measure(fqn, name, tensor.t() if turned else tensor, specs[name])
+
+    def measure_input(self, fqn: str, x: Tensor, specs: Mapping[str, QuantSpec]) -> None:
         """Take in an input; q, k and v read the same one, which is measured once."""
-        key = f"{fqn}/x"
-        if self._last is not None and self._last[0]() is x and self._last[1] == spec:
-            self._values.setdefault(key, self._last[2])
+        own = {name: spec for name, spec in specs.items() if name in ("x", "x.T")}
+        if self._last is not None and self._last[0]() is x and self._last[1] == own:
+            for name, values in self._last[2].items():
+                self._values.setdefault(f"{fqn}/{name}", values)
             return
-        self.measure(fqn, "x", as_matrix(self._linears[fqn].prepared(x.detach())), spec)
+        self.measure_both(fqn, "x", as_matrix(self._linears[fqn].prepared(x.detach())), own)
         if self._linears[fqn].remedy is None:
-            self._last = (weakref.ref(x), spec, self._values[key])
+            self._last = (weakref.ref(x), own, {name: self._values[f"{fqn}/{name}"] for name in own})
 
 
 class _Forward:
@@ -120,12 +136,10 @@ class _Forward:
         x = args[0].x if isinstance(args[0], QuantizedInput) else args[0]
         observer, fqn, specs = self._observer, self._fqn, self._specs
         with torch.autocast(x.device.type, enabled=False):
-            if "x" in specs:
-                observer.measure_input(fqn, x, specs["x"])
-            if "w" in specs:
-                observer.measure(fqn, "w", linear.prepared_weight(), specs["w"])
-        if "dy" in specs and y.requires_grad:
-            y.register_hook(lambda dy: observer.measure(fqn, "dy", as_matrix(dy), specs["dy"]))
+            observer.measure_input(fqn, x, specs)
+            observer.measure_both(fqn, "w", linear.prepared_weight(), specs)
+        if y.requires_grad and not specs.keys().isdisjoint(("dy", "dy.T")):
+            y.register_hook(lambda dy: observer.measure_both(fqn, "dy", as_matrix(dy), specs))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ class Sample:
     Args:
         step: of the run.
         fqn: module path of the linear.
-        operand: "x", "w" or "dy".
+        operand: "x", "w" or "dy"; "x.T", "w.T" or "dy.T" where wgrad or dgrad reads other blocks.
         stats: by the names of STATS; None where one is not defined.
         what_if: the linear does not quantise it; the numbers say what would happen if it did.
     """

@@ -12,8 +12,9 @@ from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.metrics import read_metrics
 from fp8train.quant.formats import BF16, BLOCKWISE
+from fp8train.recipe import load_recipe
 from fp8train.telemetry.observer import Observer, named_linears, operand_specs, uncounted, what_if_precision
-from fp8train.telemetry.statistics import as_numbers, operand_statistics
+from fp8train.telemetry.statistics import STATS, as_numbers, operand_statistics
 from fp8train.telemetry.table import Sample, samples, to_row, worst, worst_table
 from fp8train.trainer.assembly import assemble
 from fp8train.trainer.console import Console
@@ -56,13 +57,43 @@ def test_observes_the_operands_that_the_gemms_read_and_leaves_nothing_behind(mod
     model(x).sum().backward()
     values = observer.end()
     spec = operand_specs(BLOCKWISE)
-    assert list(values) == [f"{name}/{op}" for name in ("left", "right", "head") for op in ("x", "w", "dy")]
+    assert list(values) == [
+        f"{name}/{op}" for name in ("left", "right", "head") for op in ("x", "w", "dy", "x.T", "dy.T")
+    ]
     assert values["left/x"] == values["right/x"] == as_numbers(operand_statistics(x, spec["x"]))
     assert values["left/w"] == as_numbers(operand_statistics(model.left.weight, spec["w"]))
     assert observer.what_if == ["head"]
     assert values["head/dy"] == as_numbers(operand_statistics(torch.ones(32, 32), spec["dy"]))
+    assert values["left/x.T"] == values["right/x.T"] == as_numbers(operand_statistics(x.t(), spec["x.T"]))
     assert all(torch.equal(a, b.grad) for a, b in zip(plain, model.parameters(), strict=True))
     assert not any(linear._forward_hooks for linear in linears.values())
+
+
+def test_wgrad_reads_blocks_of_tokens_and_a_large_token_drowns_its_own_block_there(model: Pair):
+    observer = Observer(named_linears(model), BLOCKWISE, None)
+    observer.begin()
+    x = torch.randn(256, 128)
+    x[::128] = 1e8  # a scale of 2^18: codes of what is below 2^-10 of it are zero
+    model(x).sum().backward()
+    values = observer.end()
+    flushed = STATS.index("underflow_frac")
+    assert values["left/x"][flushed] == 0 and values["left/x.T"][flushed] == pytest.approx(127 / 128, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("document", "wanted"),
+    [
+        ({"fprop": {"x": "e4m3 tensor", "w": "e4m3 tensor"}, "wgrad": {"x": "e4m3 tensor", "dy": "e4m3 tensor"}},
+         ["x", "w", "dy.T"]),
+        ({"wgrad": {"x": "e4m3 1x128", "dy": "e4m3 1x128"}}, ["x.T", "dy.T"]),
+        ({"fprop": {"x": "e4m3 row", "w": "e4m3 row"}, "dgrad": {"dy": "e5m2 row", "w": "e4m3 row"}},
+         ["x", "w", "dy", "w.T"]),
+    ],
+    ids=["square blocks are alike when turned", "wgrad alone", "rows"],
+)  # fmt: skip
+def test_operands_are_those_that_gemms_read(document: dict, wanted: list[str]):
+    recipe = load_recipe({"version": 1, "precisions": {"fp8": document}, "rules": [{"match": "*", "use": "fp8"}]})
+    assert list(operand_specs(recipe.precisions["fp8"])) == wanted
 
 
 def test_only_the_first_pass_after_begin_counts(model: Pair):
@@ -108,7 +139,7 @@ class TestRun:
         assert [row["step"] for row in sampled] == [3, 6]
         assert not any(key.startswith("fp8/") for row in off for key in row)
         found = list(samples(sampled[-1]))
-        assert len(found) == 8 * 3 and {s.fqn for s in found if s.what_if} == {"lm_head"}
+        assert len(found) == 8 * 5 and {s.fqn for s in found if s.what_if} == {"lm_head"}
         assert all(28 < s.stats["sqnr_db"] < 36 for s in found)  # E4M3 in blocks: 31.6 dB for normal data
         out = capsys.readouterr().out
         assert "operands that lose most precision, at step 6" in out and "lm_head dy" in out
@@ -129,7 +160,7 @@ class TestRun:
     def test_bf16_run_has_what_if_values_only(self, tmp_path: Path):
         tiny_train(tmp_path, "telemetry.every=2", "steps=2", "recipe=bf16")
         row = next(r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "fp8/columns" in r)
-        assert len(list(samples(row))) == 24 and all(s.what_if for s in samples(row))
+        assert len(list(samples(row))) == 40 and all(s.what_if for s in samples(row))
 
 
 def test_table_survives_statistics_that_are_not_defined():
