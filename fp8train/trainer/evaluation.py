@@ -87,9 +87,10 @@ class EvalSet:
         model.eval()
         # A compiled model would be compiled again for the shapes and precisions of evaluation; that takes longer.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            score = self.average(lambda batch: model(*inputs(batch, self._world.device)))
+            # before the sum over ranks, or one rank would wait in it and the others in the gathering of a layer
             for batch in self._idle if is_sharded(model.parameters()) else ():
                 model(*inputs(batch, self._world.device))
+            score = self.average(lambda batch: model(*inputs(batch, self._world.device)))
         free_gathered(model)
         model.train(was_training)
         return score
