@@ -38,6 +38,7 @@ from fp8train.report.run_record import RunRecord, read_mapping, read_run
 from fp8train.report.summary import summary
 from fp8train.report.verdict import Crossed, make_verdict
 from fp8train.trainer import Trainer
+from fp8train.trainer.agreement import check_same_command
 from fp8train.trainer.console import Console
 from fp8train.trainer.run_folder import RESULT_FILE, RunResult, on_main, write_file
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(argv, "compare")
     recipe_given = any(argument.partition("=")[0] == "recipe" for argument in argv)
     with init(config.parallel.timeout_seconds) as world:
+        check_same_command(config, world)
         device, ranks = world.device.type, world.world_size
         plan = on_main(world, lambda: plan_arms(config, recipe_given=recipe_given, ranks=ranks, device_type=device))
         on_main(world, lambda: _check_data(config, plan))

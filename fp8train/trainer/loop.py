@@ -14,16 +14,16 @@ from torch import nn
 from fp8train.checkpoint import Checkpoint, find_resume, gathered_content
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
-from fp8train.data import Batcher, build_dataset, check_model_tokenizer, check_vocabulary
+from fp8train.data import Batcher
 from fp8train.distributed import World
 from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics
 from fp8train.models import count_parameters
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
+from fp8train.trainer.agreement import agreed_assembly, agreed_dataset, check_same_command
 from fp8train.trainer.assembly import (
     Assembly,
     CoverageLog,
-    assemble,
     memory_by_kind,
     model_hash,
     parameter_hash,
@@ -70,6 +70,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, console: Console | None = None) -> None:
         assert config.run_dir is not None, "load_config gives every run a folder"
+        check_same_command(config, world)
         config.check(world.world_size)
         self.config = config
         self.world = world
@@ -126,15 +127,13 @@ class Trainer:
         """Data, model, optimizer; the cheapest first, so that a mistake shows early. Writes nothing."""
         config, world = self.config, self.world
         torch.manual_seed(config.seed)
-        dataset = build_dataset(config.data, config.seq_len, config.seed)
-        check_model_tokenizer(dataset.tokenizer, config.data, config.model.init_from)
-        check_vocabulary(dataset, config.model.vocab_size, config.model.init_from)
+        dataset = agreed_dataset(config, world)
         size = config.micro_batch(world.world_size)
         self.batcher = Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size)
         self.eval_set = EvalSet(self.batcher, world) if config.data.holdout_fraction > 0 else None
         self.memory = PeakMemory(world.device)
         check_memory(config, world)
-        self.assembly: Assembly = assemble(config, world.device, world_size=world.world_size)
+        self.assembly: Assembly = agreed_assembly(config, world, self.eval_set)
         self.model = self.assembly.model
         self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model), patient=True)
         self.replica: nn.Module = spread(self.model, config, world)

@@ -7,8 +7,10 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,22 @@ def run_ranks(function: Callable[[Any], Any], world_size: int, folder: Path, tim
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout_seconds, check=True,
     )  # fmt: skip
     return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(world_size)]
+
+
+@contextmanager
+def own_folders(world: Any) -> Iterator[Path]:
+    """Each rank stands in a folder of its own, as on machines without a common file system; gives one that all see."""
+    with tempfile.TemporaryDirectory() as made:
+        shared = Path(world.broadcast_object(made))
+        before = Path.cwd()
+        own = shared / f"machine{world.rank}"
+        own.mkdir()
+        os.chdir(own)
+        try:
+            yield shared
+            world.barrier()
+        finally:
+            os.chdir(before)
 
 
 def rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
