@@ -41,6 +41,7 @@ from fp8train.trainer import Trainer
 from fp8train.trainer.agreement import check_same_command
 from fp8train.trainer.console import Console
 from fp8train.trainer.run_folder import RESULT_FILE, RunResult, on_main, write_file
+from fp8train.trainer.shared_folder import check_shared
 
 REPORT_FILE = "report.html"
 
@@ -69,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
         check_same_command(config, world)
         device, ranks = world.device.type, world.world_size
         plan = on_main(world, lambda: plan_arms(config, recipe_given=recipe_given, ranks=ranks, device_type=device))
+        if on_main(world, Path(str(config.run_dir)).is_dir):  # else the first run that makes it does so
+            check_shared(Path(str(config.run_dir)), world)
         on_main(world, lambda: _check_data(config, plan))
         return train_and_compare(config, plan, world, lambda run, label: _train(run, label, world))
 

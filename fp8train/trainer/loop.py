@@ -53,6 +53,7 @@ from fp8train.trainer.run_folder import (
 from fp8train.trainer.run_lock import claimed
 from fp8train.trainer.same_run import changes_since, check_same_run, data_facts, resume_mode
 from fp8train.trainer.saving import SaveClock, check_room, return_point, write_progress
+from fp8train.trainer.shared_folder import check_same_checkpoint
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
 from fp8train.trainer.watcher import Watcher
@@ -149,6 +150,7 @@ class Trainer:
             return None
         for line in found.skipped:
             self.console.warn(line)
+        check_same_checkpoint(found, world)
         found.check_recipe(self.assembly.recipe, allow_change=config.checkpoint.allow_recipe_change)
         check_same_run(config, data_facts(self.batcher.dataset, self.eval_set), found)
         cost = self._take_back(found)

@@ -16,6 +16,7 @@ from typing import Any
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, UserError
 from fp8train.trainer.run_folder import on_main
+from fp8train.trainer.shared_folder import check_shared
 
 LOCK_FILE = ".lock"
 
@@ -130,7 +131,7 @@ def _in_use(path: Path, holder: dict[str, Any]) -> CheckpointError:
 
 @contextmanager
 def claimed(run_dir: Path, world: World) -> Iterator[Callable[[], None]]:
-    """Inside, no other process can train in the folder; folders made for a refused run go again.
+    """Inside, no other process can train in the folder, which every rank sees; folders made for a refused run go again.
 
     Gives what rank 0 calls before it writes: lock_run_folder's check.
     """
@@ -139,6 +140,7 @@ def claimed(run_dir: Path, world: World) -> Iterator[Callable[[], None]]:
         with ExitStack() as stack:
             held: list[Callable[[], None]] = []
             on_main(world, lambda: held.append(stack.enter_context(lock_run_folder(run_dir))))
+            check_shared(run_dir, world)
             yield held[0] if held else lambda: None
     except UserError:
         _remove_empty(made)
