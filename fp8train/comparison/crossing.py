@@ -11,6 +11,7 @@ from typing import Any
 from fp8train.checkpoint import open_checkpoint
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
+from fp8train.distributed.agreement import on_every_rank
 from fp8train.recipe import load_recipe
 from fp8train.trainer.evaluation import EvalSet
 from fp8train.trainer.restored import crossed
@@ -32,14 +33,15 @@ def crossed_losses(weights: Path, arithmetics: Mapping[str, Path], world: World)
     Raises:
         UserError: a checkpoint is missing or damaged, or data, recipe or backend do not serve here.
     """
-    checkpoint = open_checkpoint(weights)
+    checkpoint = on_every_rank(world, lambda: open_checkpoint(weights))
     config = checkpoint.config
     size = config.micro_batch(world.world_size)
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     eval_set = EvalSet(Batcher(dataset, config.global_batch_samples, size, world.rank, world.world_size), world)
     found = {}
     for name, folder in arithmetics.items():
-        assembly = crossed(checkpoint, open_checkpoint(folder), world.device)
+        other = on_every_rank(world, functools.partial(open_checkpoint, folder))
+        assembly = crossed(checkpoint, other, world.device)
         found[name] = eval_set.score(assembly.model).nats
     return found
 
@@ -59,7 +61,8 @@ def cross_evaluate(
         arm -> seed -> {"baseline_weights": nats, "arm_weights": nats}; empty where a run kept no checkpoint.
     """
     baseline, *others = folders
-    if not all((path / "checkpoints").is_dir() for runs in folders.values() for path in runs.values()):
+    paths = [path / "checkpoints" for runs in folders.values() for path in runs.values()]
+    if not on_main(world, lambda: all(path.is_dir() for path in paths)):
         return {}
     known: dict[str, dict[str, Any]] = on_main(world, lambda: _read(file))
     result: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in others}
