@@ -153,19 +153,29 @@ def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict
 
 
 class CoverageLog:
-    """What the GEMMs of training ran in, counted at run time; evaluation is left out.
+    """What the GEMMs of training ran in on all ranks, counted at run time; evaluation is left out.
 
     Args:
         report: of the conversion; its coverage() reads the counts since they were last reset.
+        ranks: each of which does as much as this one, and in the same precisions.
     """
 
-    def __init__(self, report: ConversionReport) -> None:
+    def __init__(self, report: ConversionReport, ranks: int = 1) -> None:
         self._report = report
+        self._ranks = ranks
         self._total: dict[str, Any] | None = None
+        self._earlier: dict[tuple[int, str], Sequence[int]] = {}  # of all ranks, however many they were
         COUNTS.reset()
 
     def pause(self) -> None:
         """Take the counts so far; what follows does not count until `resume`."""
+        ran = COUNTS.snapshot()
+        for site, gemm in ((row.site, gemm) for row in self._report.rows for gemm in GEMMS):
+            own, earlier = ran.get(site, {}).get(gemm), self._earlier.pop((site, gemm), None)
+            if own is not None or earlier is not None:
+                numbers = zip(COUNTED, earlier or [0] * len(COUNTED), strict=True)
+                here = own or GemmCount()
+                COUNTS.put(site, gemm, GemmCount(**{key: self._ranks * getattr(here, key) + n for key, n in numbers}))
         part = self._report.coverage()
         self._total = part if self._total is None else add_coverage(self._total, part)
 
@@ -189,9 +199,8 @@ class CoverageLog:
         """Count on from what `counts` gave; steps since then were undone, or another process made those before."""
         self._total = None
         COUNTS.reset()
-        for row in self._report.rows:
-            for gemm, numbers in counts.get(row.fqn, {}).items():
-                COUNTS.put(row.site, gemm, GemmCount(**dict(zip(COUNTED, numbers, strict=True))))
+        found = ((row.site, counts.get(row.fqn, {})) for row in self._report.rows)
+        self._earlier = {(site, gemm): numbers for site, gemms in found for gemm, numbers in gemms.items()}
 
 
 def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.footprint import check_memory
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash, step_row
 from fp8train.trainer.profiling import ProfileWindow
-from fp8train.trainer.progress import Progress
+from fp8train.trainer.progress import Progress, saved_progress
 from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import (
     RunResult,
@@ -166,7 +166,7 @@ class Trainer:
     def _take_back(self, found: Checkpoint) -> str:
         """Weights, moments, counters and position in the data as saved; says what it cost."""
         found.restore(self.model, self.optimizer, self.world.rank)
-        self.progress = Progress(**found.state.progress)
+        self.progress = saved_progress(found.state)
         return self.batcher.skip_to(found.step)
 
     def _roll_back(self, request: RollBack) -> None:
@@ -208,7 +208,7 @@ class Trainer:
         found = self._restore()
         alarm = self.assembly.recipe.alarm is not None
         on_main(world, lambda: check_room(self.run_dir, config, self.progress, checkpoint_bytes(self.optimizer), alarm))
-        self.coverage = CoverageLog(self.assembly.report)
+        self.coverage = CoverageLog(self.assembly.report, world.world_size)
         own = found is not None and self.run_dir.resolve() in found.path.resolve().parents  # else of another run
         self.coverage.go_on(self.progress.coverage if own else {})
         self.speed = Speed(config.log.skip_steps)

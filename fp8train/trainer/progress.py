@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fp8train.checkpoint import TrainingState
+
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
@@ -21,7 +23,8 @@ class Progress:
     return_step: of the checkpoint that an alarm goes back to, the newest that neither clock nor stop wrote; null: not
         known
     watchers: state of each watcher, by its name
-    coverage: what CoverageLog.counts() gave, of the rank that wrote it
+    coverage: what CoverageLog.counts() gave
+    coverage_of_all_ranks: always; a checkpoint of an earlier version does not say so and has the counts of one rank
     """
 
     step: int = 0
@@ -35,3 +38,16 @@ class Progress:
     return_step: int | None = None
     watchers: dict[str, dict[str, Any]] = field(default_factory=dict)
     coverage: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    coverage_of_all_ranks: bool = True
+
+
+def saved_progress(state: TrainingState) -> Progress:
+    """How far the run of a checkpoint was; an earlier version's counts of one rank become those of all its ranks."""
+    values = dict(state.progress)
+    if "coverage_of_all_ranks" not in values:
+        ranks = max(1, len(state.random_states))
+        values["coverage"] = {
+            fqn: {gemm: [ranks * number for number in numbers] for gemm, numbers in gemms.items()}
+            for fqn, gemms in values.get("coverage", {}).items()
+        }
+    return Progress(**values)
