@@ -16,8 +16,9 @@ from fp8train.convert import convert_model
 from fp8train.data import build_dataset
 from fp8train.errors import ConfigError
 from fp8train.models import build_model
+from fp8train.nn.gathered import gather_weights
 from fp8train.recipe import load_recipe
-from fp8train.trainer.assembly import resolve_activations
+from fp8train.trainer.assembly import resolve_activations, shards
 from fp8train.trainer.console import Console
 from fp8train.trainer.same_run import changed_keys
 
@@ -86,15 +87,21 @@ def plan_arms(
     for run in runs:
         _check_begun(run)
     for run in {run.arm: run for run in runs}.values():  # now, and not after the arms before it have trained for hours
-        check_fits(run.config, device_type)
+        check_fits(run.config, device_type, ranks)
     return runs
 
 
-def check_fits(config: RunConfig, device_type: str) -> None:
-    """Refuse a recipe or backend that the model cannot have; the model is laid out without memory for it."""
+def check_fits(config: RunConfig, device_type: str, ranks: int) -> None:
+    """Refuse settings that the ranks cannot share out, and a recipe or backend that the model cannot have, sharded too.
+
+    The model is laid out without memory for it.
+    """
+    config.check(ranks)
     recipe = load_recipe(config.recipe)
     model = build_model(resolve_activations(config.model, recipe), device="meta")
     convert_model(model, recipe, backend=config.backend, device_type=device_type, fused=config.fused)
+    if shards(config, ranks):
+        gather_weights(model, model.layers)
 
 
 def _default_arms(config: RunConfig) -> list[str]:
