@@ -15,7 +15,7 @@ from fp8train.checkup import arithmetic, machine, ranks, training, weights
 from fp8train.checkup.outcome import Outcome
 from fp8train.checkup.subject import Subject
 from fp8train.config import load_config
-from fp8train.distributed import init
+from fp8train.distributed import check_single, init
 from fp8train.errors import ConfigError, UserError, exit_code
 
 CHECKS: dict[str, Callable[[Subject], Outcome]] = {
@@ -64,9 +64,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     names, as_json, overrides = _split(argv)
     config = load_config(overrides, "doctor")
+    check_single("doctor")  # it starts others itself
     with init(config.parallel.timeout_seconds) as world:
-        if world.world_size > 1:
-            raise ConfigError("doctor: got several ranks; needs one process, it starts others itself. Leave torchrun.")
         subject = Subject(config, world.device)
         show: Callable[[str], object] = (lambda line: None) if as_json else sys.stdout.write
         show(f"model {config.model.name}, recipe {config.recipe}, backend {config.backend}, device {world.device}\n")

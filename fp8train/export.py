@@ -16,6 +16,7 @@ from fp8train.data import covers
 from fp8train.data.build import configured_tokenizer
 from fp8train.data.model_tokenizer import has_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
+from fp8train.distributed import check_single
 from fp8train.errors import ConfigError, DataError, exit_code
 from fp8train.hf_fp8 import BlockPacking, packed_specs
 from fp8train.models import ModelConfig, build_model, count_parameters, hf_name, save_hf
@@ -56,6 +57,7 @@ class ExportArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0."""
+    check_single("export")
     arguments = parse_arguments(argv, ExportArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)
     for line in checkpoint.skipped:

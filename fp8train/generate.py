@@ -15,7 +15,7 @@ from fp8train.arguments import parse_arguments
 from fp8train.checkpoint import open_checkpoint
 from fp8train.data.build import configured_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
-from fp8train.distributed import init
+from fp8train.distributed import check_single, init
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import Decoder
 from fp8train.trainer.restored import restored
@@ -73,6 +73,7 @@ class GenerateArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0."""
+    check_single("generate")
     arguments = parse_arguments(argv, GenerateArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)
     for line in checkpoint.skipped:

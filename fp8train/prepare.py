@@ -29,6 +29,7 @@ from fp8train.data.corpus import encode
 from fp8train.data.shards import finished_shard, write_atomic, write_index, write_shard
 from fp8train.data.sources import Piece, plan_pieces, read_piece
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
+from fp8train.distributed import check_single
 from fp8train.errors import DataError, exit_code
 
 Report = Callable[[str], None]
@@ -106,6 +107,7 @@ def prepare(config: PrepareConfig, report: Report = lambda line: None) -> dict[s
 
 def main(argv: Sequence[str]) -> int:
     """Command line: `data=KIND data.KEY=VALUE out=DIR workers=N`."""
+    check_single("prepare")
     config = parse_arguments(_expand_group(argv), PrepareConfig)
     started = time.perf_counter()
     index = prepare(config, report=lambda line: print(line, flush=True))

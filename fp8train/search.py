@@ -23,6 +23,7 @@ from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
 from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
 from fp8train.conversion_report import ConversionReport, align
+from fp8train.distributed import check_single
 from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
@@ -110,6 +111,7 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{__doc__}\n{describe(SearchArguments)}\n{help_on_run(argv)}")
         return 0
+    check_single("search")
     arguments, config, assembly, calibration = prepare(argv, SearchArguments, "search")
     out = Path(arguments.out or DEFAULT_OUT)
     check_out(out, "search")

@@ -14,6 +14,7 @@ from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import LinearSensitivity, ranked
 from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
 from fp8train.conversion_report import align
+from fp8train.distributed import check_single
 from fp8train.errors import exit_code
 from fp8train.trainer.changed_run import help_on_run
 from fp8train.trainer.run_folder import write_file
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{describe(SensitivityArguments)}\n{help_on_run(argv)}")
         return 0
+    check_single("sensitivity")
     arguments, config, assembly, calibration = prepare(argv, SensitivityArguments, "sensitivity")
     if arguments.out is not None:
         check_out(Path(arguments.out), "sensitivity")

@@ -11,7 +11,7 @@ from typing import cast
 import torch.distributed as dist
 
 from fp8train.distributed.world import read_rendezvous
-from fp8train.errors import TrainingError, UserError, exit_code
+from fp8train.errors import ConfigError, TrainingError, UserError, exit_code
 
 Main = Callable[[Sequence[str]], int]
 
@@ -39,6 +39,19 @@ def rank_exit_code(main: Main, argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def check_single(command: str) -> None:
+    """Refuse several ranks in a command that has no part for each of them, where they would do and write all of it.
+
+    Raises:
+        ConfigError: torchrun started this process beside others.
+    """
+    ranks = read_rendezvous(os.environ)[1]
+    if ranks > 1:
+        raise ConfigError(
+            f"{command}: got {ranks} ranks; needs one process. Leave torchrun out, and unset RANK and WORLD_SIZE."
+        )
 
 
 def _yield_to_first_error(main: Main) -> Main:

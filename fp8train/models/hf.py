@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -165,9 +166,8 @@ def save_hf(
         raise CheckpointError(
             f"{directory}: exists and is not empty; needs a new or empty folder. Choose another, or delete it."
         )
-    partial = directory.with_name(f".{directory.name}.partial")
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")  # two processes may be at it
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a write that was cut off
         partial.mkdir(parents=True)
         _write_json(partial / "config.json", document)
         _write_tensors(partial, state, config, DTYPES[dtype], max_shard_bytes, packing)
@@ -176,10 +176,11 @@ def save_hf(
         _sync(partial)
         os.replace(partial, directory)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{directory}: cannot be written ({error}). Free space or choose another folder; nothing was left there."
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from fp8train.distributed import launch, rank_exit_code
 from fp8train.errors import ConfigError, TrainingError
-from tests.distributed.ranks import ROOT
+from tests.distributed.ranks import ROOT, rendezvous
 
 PROGRAM = """
 from fp8train.distributed import init, rank_exit_code
@@ -139,3 +140,11 @@ def test_launcher_refuses_a_port_in_use_in_one_line():
         f"torchrun.sh: port {port} is in use on this machine; needs a free one. Set MASTER_PORT to another, alike on "
         "every machine.\n"
     )
+
+
+@pytest.mark.parametrize("command", ["export", "prepare", "search", "sensitivity", "generate", "doctor"])
+def test_commands_of_one_process_refuse_several_ranks(command: str, monkeypatch: pytest.MonkeyPatch):
+    for name, value in rendezvous(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"^{command}: got 2 ranks; needs one process. Leave torchrun out"):
+        importlib.import_module(f"fp8train.{command}").main([])

@@ -316,6 +316,21 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_of_two_that_write_one_folder_the_first_to_end_leaves_it_whole(tmp_path, monkeypatch):
+    state, config = tiny_state()
+
+    def while_another_writes(*arguments, **options):
+        monkeypatch.undo()
+        save_hf(state, config, tmp_path / "out")
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr("fp8train.models.hf.save_file", while_another_writes)
+    with pytest.raises(CheckpointError, match="out: cannot be written"):
+        save_hf(state, config, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_state_of_another_model_is_refused(tmp_path):
     state, config = tiny_state()
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors, such as norm.weight"):
