@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from fp8train.cli import main
+import sys
+
+from fp8train.cli import COMMANDS, main
 from fp8train.errors import exit_code
 
 
 def run() -> int:
     """Entry point of the installed command; returns the exit status."""
-    return exit_code(main)
+    if not set(sys.argv[1:2]) & COMMANDS.keys():
+        return exit_code(main)
+    from fp8train.distributed import rank_exit_code  # imports torch, as commands do and help does not
+
+    return rank_exit_code(main)
 
 
 if __name__ == "__main__":

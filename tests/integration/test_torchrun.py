@@ -105,8 +105,10 @@ def test_metrics_that_rank_0_cannot_write_end_every_rank(tmp_path: Path):
     assert "another rank is gone" not in done.stderr, "both ranks raise what rank 0 met"
 
 
-def test_error_of_the_configuration_is_shown_once(tmp_path: Path):
-    done = torchrun("fp8train.train", *tiny_arguments(tmp_path, "recipe=blockwize"))
+@pytest.mark.parametrize("command", [["fp8train.train"], ["fp8train", "train"]], ids=" ".join)
+def test_error_of_the_configuration_is_shown_once(tmp_path: Path, command: list[str]):
+    done = torchrun(*command, *tiny_arguments(tmp_path, "recipe=blockwize"))
     assert done.returncode != 0
     assert done.stderr.count("fp8train: error: ") == 1
+    assert "RecipeError: " in done.stderr.partition("Root Cause (first observed failure):")[2]
     assert not (tmp_path / "run").exists()
