@@ -39,6 +39,13 @@ def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
     return structure(arguments, _literal(parse_assignments(argv, arguments)), who="arguments")
 
 
+def with_key(argv: Sequence[str], key: str) -> list[str]:
+    """`fp8train eval runs/a` as `checkpoint=runs/a`: the first argument, if it is neither `key=value` nor an option."""
+    first, *rest = argv or [""]
+    bare = first != "" and "=" not in first and not first.startswith("-")
+    return [f"{key}={first}", *rest] if bare else list(argv)
+
+
 def _literal(value: Any) -> Any:
     """The same with ${...} as text: an argument, such as a prompt, refers to no other."""
     if isinstance(value, dict):

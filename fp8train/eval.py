@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8train.arguments import describe, parse_arguments
+from fp8train.arguments import describe, parse_arguments, with_key
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset, check_vocabulary
@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     taken too: data.eval_windows, seq_len, backend, micro_batch_samples, model.activations and the like; recipe=NAME
     scores the same weights in another arithmetic.
     """
+    argv = with_key(argv, "checkpoint")
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{describe(EvalArguments)}\n{help_on_run(argv)}")
         return 0

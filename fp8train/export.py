@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fp8train.arguments import nearest, parse_arguments
+from fp8train.arguments import nearest, parse_arguments, with_key
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.data import covers
 from fp8train.data.build import configured_tokenizer
@@ -57,6 +57,7 @@ class ExportArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0."""
+    argv = with_key(argv, "checkpoint")
     check_single("export")
     arguments = parse_arguments(argv, ExportArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)

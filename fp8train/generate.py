@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8train.arguments import parse_arguments
+from fp8train.arguments import parse_arguments, with_key
 from fp8train.checkpoint import open_checkpoint
 from fp8train.data.build import configured_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
@@ -73,6 +73,7 @@ class GenerateArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0."""
+    argv = with_key(argv, "checkpoint")
     check_single("generate")
     arguments = parse_arguments(argv, GenerateArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)

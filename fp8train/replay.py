@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fp8train.arguments import parse_arguments
+from fp8train.arguments import parse_arguments, with_key
 from fp8train.calibration_setup import check_out
 from fp8train.checkup.rerun import OWN, Measured, Rerun, find_dump
 from fp8train.distributed import init
@@ -53,8 +53,7 @@ class Verdict:
 
 def main(argv: Sequence[str]) -> int:
     """Replay and print what was found; 0."""
-    named = [a if "=" in a or a.startswith("-") else f"path={a}" for a in argv]
-    arguments = parse_arguments(named, ReplayArguments)
+    arguments = parse_arguments(with_key(argv, "path"), ReplayArguments)
     if arguments.out is not None:
         check_out(Path(arguments.out), "replay")
     with init() as world:

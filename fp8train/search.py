@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fp8train.arguments import describe
+from fp8train.arguments import describe, with_key
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
 from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
@@ -108,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: an argument does not fit, no linear is quantised, the budget needs more than max_fraction, or the
             file exists.
     """
+    argv = with_key(argv, "checkpoint")
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{__doc__}\n{describe(SearchArguments)}\n{help_on_run(argv)}")
         return 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fp8train.arguments import describe
+from fp8train.arguments import describe, with_key
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import LinearSensitivity, ranked
 from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
     Keys of a run are taken too: recipe, model, data, seq_len, seed and the like.
     """
+    argv = with_key(argv, "checkpoint")
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{describe(SensitivityArguments)}\n{help_on_run(argv)}")
         return 0

@@ -89,8 +89,8 @@ operation, prefix = sys.argv[1:]
 print(*(prefix + name for name in kernel(operation).CONFIGS if name.startswith(('ws_', 'gluon_'))), sep=',')" "$@"
 }
 # Correctness first, codes bit for bit and GEMMs against FP64; by itself, since what follows reads its verdicts. A
-# process for each kernel, of which one that hangs ends after FP8TRAIN_CHECK_SECONDS.
-FP8TRAIN_CHECK_SECONDS=90 step admission 240 "$python" -m fp8train.backends --all
+# process for each kernel, of which one that hangs ends after 90 s.
+step admission 240 "$python" -m fp8train.backends --all --seconds 90
 
 # Four layers of the 8b shape; with its own vocabulary the head, in BF16 in both arms, would take a third of the time.
 # Four micro-batches of 8,192 tokens, as in a run that accumulates.

@@ -38,6 +38,12 @@ def test_scores_are_those_that_the_run_logged(folder: Path, tmp_path: Path, caps
     assert f"{row['eval_loss']:.4f}" in text and f"{row['eval_loss_bf16']:.4f}" in text and "512 tokens" in text
 
 
+def test_a_bare_path_is_the_checkpoint(folder: Path, tmp_path: Path):
+    row = score(folder, tmp_path / "out.json")
+    assert command.main([str(folder / "run"), f"out={tmp_path / 'again.json'}"]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == row
+
+
 def test_perplexity_and_bits_follow_from_loss_and_counts(folder: Path, tmp_path: Path):
     row = score(folder, tmp_path / "out.json")
     assert row["perplexity"] == pytest.approx(math.exp(row["eval_loss"]))

@@ -32,7 +32,7 @@ from fp8train.backends.admission_checks import (
     STREAM,
     TRANSPOSES,
 )
-from fp8train.backends.check_process import NO_GPU, WRONG, Kernel, check_here, check_in_child, says_no_gpu
+from fp8train.backends.check_process import NO_GPU, SECONDS, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder, write_whole
 
@@ -76,6 +76,7 @@ def verdicts(
     *,
     alone: bool = False,
     again: bool = False,
+    seconds: float = SECONDS,
 ) -> dict[Kernel, str | None]:
     """Why each kernel is refused on a GPU, or None; from the cache, or checked now and, where decided, put there.
 
@@ -85,6 +86,7 @@ def verdicts(
         settled: kernels that this process has an answer for, also where that is not kept.
         alone: only for these, and for what the cache has.
         again: forget what the cache has against kernels.
+        seconds: for one check.
     """
     path = cache_folder() / f"kernels_{fingerprint(index)}.json"
     with path.with_suffix(".lock").open("w") as lock:
@@ -95,7 +97,8 @@ def verdicts(
         missing = [kernel for kernel in asked if kernel not in found and kernel not in settled]
         made: dict[Kernel, tuple[str | None, bool]] = {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            checks = {pool.submit(check_in_child, kernel, index): kernel for kernel in sorted(missing, key=_must_end)}
+            first = sorted(missing, key=_must_end)
+            checks = {pool.submit(check_in_child, kernel, index, seconds): kernel for kernel in first}
             try:
                 for check in as_completed(checks):
                     reason, final = made[checks[check]] = check.result()
@@ -176,13 +179,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="launch entries and quantisers too that others come before")
     parser.add_argument("--again", action="store_true", help="check anew what was refused before")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for one check; what takes longer is refused")
     arguments = parser.parse_args(argv)
     if arguments.entry is not None:
         return check_here((arguments.operation, arguments.entry), arguments.device)
     if says_no_gpu():
         return NO_GPU
     wanted = _entries(arguments.device) if arguments.all else ()
-    found = verdicts(arguments.device, wanted, again=arguments.again)
+    found = verdicts(arguments.device, wanted, again=arguments.again, seconds=arguments.seconds)
     own = importlib.import_module("fp8train.backends.launch_rates").measured(arguments.device)
     sys.stdout.write("" if own is None else f"launch table: measured on this machine, {own.date}\n")
     for (operation, entry), reason in sorted(found.items()):

@@ -17,8 +17,7 @@ import torch
 from fp8train.backends.admission_checks import check
 from fp8train.backends.machine import no_gpu
 
-# of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
-SECONDS = float(os.environ.get("FP8TRAIN_CHECK_SECONDS", "180"))
+SECONDS = 180.0  # of which about 30 for the imports and the compilations; the arithmetic takes milliseconds
 # Exit statuses of the check: the result is wrong, the kernel raised an error; and no fault of the kernel's, like 1, an
 # error before it began.
 WRONG, FAILED, NO_GPU, UNDECIDED = 4, 5, 2, 3
@@ -33,17 +32,17 @@ MEMORY_BYTES = 2**29  # that must be free on the GPU for a check to begin
 Kernel = tuple[str, str]  # operation and entry
 
 
-def check_in_child(kernel: Kernel, index: int) -> tuple[str | None, bool]:
-    """(reason against the kernel or None, whether that is decided for good)."""
+def check_in_child(kernel: Kernel, index: int, seconds: float = SECONDS) -> tuple[str | None, bool]:
+    """(reason against the kernel or None, whether that is decided for good); one that takes longer has a reason."""
     # the child finds what this process found, wherever that was put on sys.path, and with -P nothing but that
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = ["env", f"PYTHONPATH={paths}", sys.executable, "-P", "-m", "fp8train.backends", *kernel]
     command += ["--device", str(index)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         remedy = "if the machine was busy, `python -m fp8train.backends --again` repeats it"
-        return f"its check did not end in {SECONDS:g} seconds; {remedy}", True
+        return f"its check did not end in {seconds:g} seconds; {remedy}", True
     except OSError as error:
         return f"{UNCHECKED}: no process could be started: {error}", False
     lines = (done.stdout if done.returncode == WRONG else done.stderr).strip().splitlines()

@@ -82,15 +82,16 @@ def _of_codes(x: Tensor, q: QTensor, nonfinite: Tensor) -> list[Tensor]:
     # a block of zeros has scale 1 whatever its neighbours have, one with a NaN has none
     used = (blocks > 0) & q.scale_inv.isfinite()
     power, noise = row_norm.square().sum(), row_error.square().sum()
+    undefined = torch.where(good.any(), 0.0, math.nan)  # where no block is finite, no share and no error is defined
     values = [
         torch.where(used, q.scale_inv, math.inf).amin(),
         torch.where(used, q.scale_inv, -math.inf).amax(),
-        ((decoded == 0) & (x != 0)).double().mean(),
-        saturated.double().mean(),
+        ((decoded == 0) & (x != 0)).double().mean() + undefined,
+        saturated.double().mean() + undefined,
         nonfinite,
         torch.where(noise > 0, 10 * (power / noise).log10(), math.nan),
-        p99,
-        relative[-1],
+        p99 + undefined,
+        relative[-1] + undefined,
         _kurtosis(x, good),
     ]
     return [value.double() for value in values]

@@ -62,6 +62,18 @@ def samples(row: Mapping[str, Any]) -> Iterator[Sample]:
             yield Sample(step=row["step"], fqn=fqn, operand=operand, stats=stats, what_if=fqn in what_if)
 
 
+def first_nonfinite(found: Sequence[Sample]) -> Sample | None:
+    """The sample at which non-finite numbers turn up first; None if there are none.
+
+    Args:
+        found: of one pass, in the order of the model.
+    """
+    broken = [sample for sample in found if sample.stats["nonfinite"]]
+    backward = [sample for sample in broken if sample.operand.startswith("dy")]
+    forward = [sample for sample in broken if sample not in backward]
+    return forward[0] if forward else backward[-1] if backward else None
+
+
 def worst(found: Iterable[Sample], count: int) -> list[Sample]:
     """The samples that lose most, worst first; ties in the order of their names."""
     return sorted(found, key=lambda s: (-s.badness[0], -s.badness[1], s.fqn, s.operand))[:count]

@@ -11,7 +11,7 @@ from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.shards import is_sharded
 from fp8train.telemetry.observer import Observer, named_linears, what_if_precision
-from fp8train.telemetry.table import to_row, worst_table
+from fp8train.telemetry.table import first_nonfinite, samples, to_row, worst_table
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.step import StepResult
@@ -69,9 +69,20 @@ class TelemetryWatcher(Watcher):
             seconds = self._apart_seconds if self._compiled else self._observer.seconds
             row = to_row(values, self._observer.what_if, seconds)
             self._last = {"step": step, **row}
+            self._tell_nonfinite()
         if self._last and (result.stop or step == self._steps):
             self._info(
                 f"operands that lose most precision, at step {self._last['step']} (telemetry.every={self.every}):\n"
                 + worst_table(self._last)
             )
         return row
+
+    def _tell_nonfinite(self) -> None:
+        found = list(samples(self._last))
+        first = first_nonfinite(found)
+        if first is not None:
+            count = sum(bool(sample.stats["nonfinite"]) for sample in found)
+            self._info(
+                f"step {self._last['step']}: {count} of {len(found)} operands on rank 0 are not finite, first in the "
+                f"order of the model {first.operand} of {first.fqn}"
+            )

@@ -288,8 +288,9 @@ def test_two_by_two_table_shows_what_was_crossed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_report_of_100k_steps_is_small_and_quick(tmp_path: Path) -> None:
-    losses = 2.2 + 3.3 * np.exp(-np.arange(100_000) / 9000) + np.random.default_rng(0).normal(0, 0.05, 100_000)
+def test_report_of_a_long_run_is_small_and_quick(tmp_path: Path) -> None:
+    steps = 25_000
+    losses = 2.2 + 3.3 * np.exp(-np.arange(steps) / 2250) + np.random.default_rng(0).normal(0, 0.05, steps)
     base = write_run(tmp_path / "bf16", losses=losses)
     other = write_run(tmp_path / "blockwise", recipe="blockwise")
     shutil.copy(base / "metrics.jsonl", other)
@@ -297,8 +298,8 @@ def test_report_of_100k_steps_is_small_and_quick(tmp_path: Path) -> None:
     begin = time.process_time()  # not wall time: the machine may be busy with other tests
     arms: Arms = {"bf16": {1: read_run(base)}, "blockwise": {1: read_run(other)}}
     write_report(tmp_path / "report.html", verdict_of(arms), arms)
-    assert time.process_time() - begin < 20
-    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    assert time.process_time() - begin < 6
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize(

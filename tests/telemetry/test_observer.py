@@ -11,11 +11,11 @@ from fp8train.convert import convert_model
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.metrics import read_metrics
-from fp8train.quant.formats import BF16, BLOCKWISE
+from fp8train.quant.formats import BF16, BLOCKWISE, QuantSpec
 from fp8train.recipe import load_recipe
 from fp8train.telemetry.observer import Observer, named_linears, operand_specs, uncounted, what_if_precision
 from fp8train.telemetry.statistics import STATS, as_numbers, operand_statistics
-from fp8train.telemetry.table import Sample, samples, to_row, worst, worst_table
+from fp8train.telemetry.table import Sample, first_nonfinite, samples, to_row, worst, worst_table
 from fp8train.trainer.assembly import assemble
 from fp8train.trainer.console import Console
 from fp8train.trainer.step import train_step
@@ -127,6 +127,34 @@ def sample(fqn: str, error: float | None, nonfinite: float = 0.0) -> Sample:
 def test_worst_are_non_finite_ones_then_large_errors_then_by_name():
     found = [sample("b", 0.1), sample("a", 0.1), sample("c", 0.5), sample("nan", 0.01, nonfinite=3), sample("d", 0.01)]
     assert [s.fqn for s in worst(found, 4)] == ["nan", "c", "a", "b"]
+
+
+def test_non_finite_numbers_begin_in_forward_or_last_in_the_model_in_backward():
+    def broken(*pairs: tuple[str, str]) -> list[Sample]:
+        return [
+            Sample(step=1, fqn=fqn, operand=operand, stats={"nonfinite": float((fqn, operand) in pairs)}, what_if=False)
+            for fqn in "abc"
+            for operand in ("x", "w", "dy", "x.T", "dy.T")
+        ]
+
+    for pairs, first in (
+        ([("b", "w"), ("c", "x"), ("a", "dy")], ("b", "w")),
+        ([("a", "dy"), ("b", "dy"), ("b", "dy.T")], ("b", "dy.T")),
+        ([], None),
+    ):
+        found = first_nonfinite(broken(*pairs))
+        assert (None if found is None else (found.fqn, found.operand)) == first
+
+
+def test_of_an_operand_without_a_finite_block_no_error_is_told():
+    x = torch.ones(4, 128)
+    x[1, 3] = torch.inf
+    values = dict(zip(STATS, as_numbers(operand_statistics(x, operand_specs(BLOCKWISE)["x"])), strict=True))
+    assert values["row_error_p99"] == 0 and values["nonfinite"] == 1
+    tensor = QuantSpec.parse("e4m3 tensor")
+    values = dict(zip(STATS, as_numbers(operand_statistics(x, tensor)), strict=True))
+    undefined = ("row_error_p99", "row_error_max", "underflow_frac", "saturated_frac", "sqnr_db")
+    assert [values[name] for name in undefined] == [None] * 5 and values["nonfinite"] == 1
 
 
 class TestRun:
