@@ -24,6 +24,7 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batch
 from fp8train.distributed import World
+from fp8train.distributed.agreement import ranks_text
 from fp8train.errors import CheckpointError
 from fp8train.nn.weights import converted_linears
 from fp8train.shards import is_sharded, whole
@@ -123,6 +124,8 @@ class BlackBox(Watcher):
         if kind is None or step < self._quiet_until:
             return {}
         what = "a step that is not finite" if kind == "nonfinite" else f"loss {result.loss:.4g}, above {limit:.4g}"
+        if result.bad_ranks:
+            what += f", by the loss of {ranks_text(result.bad_ranks)}"
         # a run that has diverged needs no dump of each step, and with each beyond `keep` they come more rarely
         late = max(0, self._dumps + 1 - self._config.blackbox.keep)
         self._quiet_until = step + self._config.blackbox.window * 2 ** min(late, MOST_DOUBLINGS)
@@ -185,6 +188,7 @@ class BlackBox(Watcher):
             statistics={
                 "parameters": described,
                 "micro_batches": [token_statistics(batch) for batch in self._rank.batches],
+                "bad_ranks": list(result.bad_ranks),
             },
             config=config_to_dict(self._config),
             recipe_document=self._assembly.recipe.document,

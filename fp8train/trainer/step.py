@@ -25,6 +25,7 @@ class StepResult:
     updated: false where loss or norm was not finite: weights and moments are as before
     stop: some rank asked to stop after this step
     save: some rank asked for a checkpoint of it
+    bad_ranks: of several, those whose own loss was not finite
     """
 
     loss: float
@@ -33,6 +34,7 @@ class StepResult:
     updated: bool
     stop: bool
     save: bool = False
+    bad_ranks: tuple[int, ...] = ()
 
 
 def train_step(
@@ -84,6 +86,7 @@ def train_step(
     if updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    bad = [] if updated else world.all_gather_object(not bool(loss_sum.isfinite()))
     return StepResult(
         loss=mean_loss,
         grad_norm=float(norm),
@@ -91,6 +94,7 @@ def train_step(
         updated=updated,
         stop=stops > 0,
         save=saves > 0,
+        bad_ranks=tuple(rank for rank, own in enumerate(bad) if own and world.world_size > 1),
     )
 
 
