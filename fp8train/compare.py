@@ -248,7 +248,7 @@ def wandb_row(verdict: Mapping[str, Any]) -> dict[str, Any]:
     for arm, comparison in verdict["comparisons"].items():
         mean = flattened(comparison["mean"])
         row |= {f"compare/{arm}/{key}": value for key, value in mean.items() if value is not None}
-        for part in ("test", "against_placebo", "speed"):
+        for part in ("test", "against_placebo", "speed", "memory"):
             values = flattened({f"compare/{arm}/{part}": comparison[part]}) if comparison[part] else {}
             row |= {key: value for key, value in values.items() if isinstance(value, str | int | float)}
     return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fp8train.report.statistics import ALPHA, MAX_SEEDS, Interval, equivalence, interval, ratio_interval, seeds_needed
@@ -20,7 +20,7 @@ STEADY_SPREAD = 1.2  # below, two arms whose speeds overlap are equally fast; ab
 LEAST_TIMED = 11
 NOT_COMPARABLE = "not comparable"
 # What two runs must share for the ratio of their speeds to be about precision: key of environment.json -> words for it.
-SPEED_FACTS = {
+MACHINE_FACTS = {
     "host": "host",
     "device.name": "device",
     "cpu.name": "CPU",
@@ -32,6 +32,20 @@ SPEED_FACTS = {
     "cpu_kernels": "C++ kernels",
     "runs_on_device": "runs at a time on its device",
 }
+# The same of the way in which they were run: key of config.yaml, and of a derived micro-batch its size.
+WAY_FACTS = {
+    "parallel.strategy": "parallel",
+    "micro_batch_samples": "micro-batch",
+    "activation_checkpointing": "activation_checkpointing",
+    "compile": "compile",
+    "weight_copies": "weight_copies",
+    "fused": "fused",
+    "backend": "backend",
+    "deterministic": "deterministic",
+}
+SPEED_FACTS = MACHINE_FACTS | WAY_FACTS
+# Of them those that decide what a run keeps in memory.
+MEMORY_FACTS = ("device.name", "world_size", *list(WAY_FACTS)[:5])
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
 
@@ -107,8 +121,8 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     """
     if any((run["ran_on"]["runs_on_device"] or 1) > 1 for arm in arms for run in arm["runs"]):
         return "runs shared a device (compare.parallel), the last of them perhaps with fewer"
-    if differences := [text for key in SPEED_FACTS if (text := _difference(key, arms))]:
-        return "the arms ran on other machines or software, " + "; ".join(differences)
+    if differences := _differences(SPEED_FACTS, arms):
+        return differences
     ranges = [speed_range(arm["runs"]) for arm in arms]
     known = [found for found in ranges if found is not None]
     if len(known) < 2:
@@ -128,6 +142,21 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     if spreads[widest] > STEADY_SPREAD and max(low for low, _ in known) <= min(high for _, high in known):
         return f"{varied}, more than the arms are apart"
     return None
+
+
+def memory_doubt(*arms: Mapping[str, Any]) -> str | None:
+    """Why the ratio of two arms' peak memory says nothing about them, in words; None where it can be quoted."""
+    return _differences(MEMORY_FACTS, arms)
+
+
+def _differences(keys: Iterable[str], arms: Sequence[Mapping[str, Any]]) -> str | None:
+    """In which of those facts the arms differ, in words; None where in none."""
+    found = {key: text for key in keys if (text := _difference(key, arms))}
+    machines = "; ".join(text for key, text in found.items() if key in MACHINE_FACTS)
+    ways = "; ".join(text for key, text in found.items() if key in WAY_FACTS)
+    words = [f"the arms ran on other machines or software, {machines}"] if machines else []
+    words += [f"the arms ran in other ways, {ways}"] if ways else []
+    return "; ".join(words) or None
 
 
 def _difference(key: str, arms: Sequence[Mapping[str, Any]]) -> str:

@@ -40,7 +40,7 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     rows = []
     for arm, index, run in measured_runs(verdict):
         pair = pair_of(verdict, arm, index)
-        ratio = NOT_COMPARABLE if _doubt(verdict, arm) else ratio_text(pair.get("tokens_per_second_ratio"))
+        ratio = NOT_COMPARABLE if _doubt(verdict, arm, "speed") else ratio_text(pair.get("tokens_per_second_ratio"))
         cells = [
             count_text(run["tokens_per_second"]),
             f"{count_text(run['tokens_per_second_p10'])} to {count_text(run['tokens_per_second_p90'])}",
@@ -55,17 +55,17 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)
     for arm in verdict["comparisons"]:
-        if doubt := _doubt(verdict, arm):
+        if doubt := _doubt(verdict, arm, "speed"):
             text = f"speed {NOT_COMPARABLE}, and neither is the time to the same loss: {doubt}."
             note += page.paragraph(f"{verdict['arms'][arm]['label']}: {text}", "alert")
-    doubted = any(_doubt(verdict, arm) for arm in verdict["comparisons"])
+    doubted = any(_doubt(verdict, arm, "speed") for arm in verdict["comparisons"])
     over_time = "" if doubted else _time_figure(verdict, arms)  # it is drawn from the speeds
     return [note, _speed_figure(verdict, arms), table, over_time, _time_table(verdict)]
 
 
-def _doubt(verdict: Mapping[str, Any], arm: str) -> str | None:
-    """Why the arm's speed is not held against the baseline's; None where it is, and for the baseline itself."""
-    doubt: str | None = verdict["comparisons"][arm]["speed"]["not_quoted"] if arm in verdict["comparisons"] else None
+def _doubt(verdict: Mapping[str, Any], arm: str, kind: str) -> str | None:
+    """Why the arm's speed or memory is not held against the baseline's; None where it is, and for the baseline."""
+    doubt: str | None = verdict["comparisons"][arm][kind]["not_quoted"] if arm in verdict["comparisons"] else None
     return doubt
 
 
@@ -146,7 +146,7 @@ def _at_tenth(curve: Curve) -> float:
 
 def _time_words(verdict: Mapping[str, Any], arm: str) -> str:
     ratio = ratio_text(verdict["comparisons"][arm]["mean"]["time_to_loss_ratio"])
-    return f"{verdict['arms'][arm]['label']} {NOT_COMPARABLE if _doubt(verdict, arm) else ratio}"
+    return f"{verdict['arms'][arm]['label']} {NOT_COMPARABLE if _doubt(verdict, arm, 'speed') else ratio}"
 
 
 def _time_table(verdict: Mapping[str, Any]) -> str:
@@ -158,7 +158,7 @@ def _time_table(verdict: Mapping[str, Any]) -> str:
         tokens = [pair["tokens_to_loss"] for pair in finished(comparison["seeds"])]
         ratios = [_average([_at(found, share) for found in tokens]) for share in TARGETS]
         ratios.append(_average([found["common"]["ratio"] for found in tokens]))
-        found = (None if _doubt(verdict, arm) else comparison["speed"][key] for key in ("raw", "time_to_loss"))
+        found = (None if _doubt(verdict, arm, "speed") else comparison["speed"][key] for key in ("raw", "time_to_loss"))
         raw, timed = (_ratio_cells(ratio) for ratio in found)
         cells = [*raw, *(_precise(ratio) for ratio in ratios), *timed]
         rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
@@ -203,7 +203,8 @@ def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     rows = []
     for arm, index, run in entries:
         pair, size = pair_of(verdict, arm, index), run["peak_memory_bytes"]
-        cells = [bytes_text(size), or_baseline(pair, ratio_text(pair.get("peak_memory_ratio")))]
+        ratio = NOT_COMPARABLE if _doubt(verdict, arm, "memory") else ratio_text(pair.get("peak_memory_ratio"))
+        cells = [bytes_text(size), or_baseline(pair, ratio)]
         cells += [bytes_text(by_kind[arm, run["seed"]].get(kind)) for kind in kinds]
         rows.append(run_row(verdict, arm, run, cells))
     bars = []
@@ -219,4 +220,10 @@ def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     columns = run_columns(verdict, "Peak", "Ratio", *(kind.replace("_", " ").capitalize() for kind in kinds))
     table = page.table("<strong>Memory</strong> of each arm.", columns, rows)
     most = "; the most of the seeds" if len(verdict["seeds"]) > 1 else ""
-    return [page.figure(chart, f"<strong>Peak memory</strong> of the training process, {counted}{most}."), table]
+    notes = [
+        page.paragraph(f"{verdict['arms'][arm]['label']}: memory {NOT_COMPARABLE}: {doubt}.", "alert")
+        for arm in verdict["comparisons"]
+        if (doubt := _doubt(verdict, arm, "memory"))
+    ]
+    figure = page.figure(chart, f"<strong>Peak memory</strong> of the training process, {counted}{most}.")
+    return [*notes, figure, table]

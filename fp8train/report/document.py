@@ -90,7 +90,10 @@ def _tiles(verdict: Mapping[str, Any]) -> str:
     speed_tile = (speed, f"{ratio_text(average['time_to_loss_ratio'])} to the same loss")
     if doubt is not None:
         speed_tile = (_sentence_case(NOT_COMPARABLE), doubt)
+    memory = ratio_text(average["peak_memory_ratio"])
     sizes = f"{bytes_text(new['peak_memory_bytes'])} against {bytes_text(base['peak_memory_bytes'])}"
+    if (different := comparison["memory"]["not_quoted"]) is not None:
+        memory, sizes = _sentence_case(NOT_COMPARABLE), f"{sizes}: {different}"
     largest, final = percent_text(error["ema_max_percent"]), percent_text(error["ema_final_percent"], signed=True)
     seeds = len(finished(comparison["seeds"]))
     means = f"; means of {seeds} seeds" if seeds > 1 else ""
@@ -102,7 +105,7 @@ def _tiles(verdict: Mapping[str, Any]) -> str:
             ("Held-out loss gap", percent_text(gap["percent"], signed=True), detail),
             ("Largest relative loss error", largest, f"{final} at the end{means}"),
             ("Tokens per second", *speed_tile),
-            ("Peak memory", ratio_text(average["peak_memory_ratio"]), sizes),
+            ("Peak memory", memory, sizes),
             ("Ran in FP8", percent_text(share, digits=1), "of the FLOPs of all linears"),
         ]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,8 @@ import yaml
 
 from fp8train.arguments import flattened
 from fp8train.backends import get_backend
-from fp8train.errors import BackendError, DataError
+from fp8train.config import config_from_dict
+from fp8train.errors import BackendError, ConfigError, DataError
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
 EARLIER = "config.until_step_*.yaml"  # configuration of a run's first steps, where it went on with another
@@ -95,6 +97,19 @@ class RunRecord:
         found = {float(file.stem.rpartition("_")[2]): read_mapping(file) for file in self.path.glob(EARLIER)}
         parts = [*sorted(found.items()), (math.inf, self.config)]
         return {step: flattened(config.get("optim") or {}) for step, config in parts}
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """How and on what it ran: keys of config.yaml and environment.json; a derived micro-batch by its size.
+
+        What an earlier version did not record is absent, or None.
+        """
+        way = flattened(self.config) | flattened(self.environment)
+        if "micro_batch_samples" in way and way["micro_batch_samples"] is None:
+            ranks = int(way.get("world_size") or self.result.get("world_size") or 1)
+            with contextlib.suppress(ConfigError):  # the configuration of another version
+                way["micro_batch_samples"] = config_from_dict(self.config).micro_batch(ranks)
+        return way
 
     @property
     def noise(self) -> float:

@@ -40,16 +40,24 @@ def sentence(verdict: Mapping[str, Any], arm: str) -> str:
             "inconclusive": f"is not yet told from {base_label} at a margin of {margin}",
         }[test["status"]]
         text = f"{label} {claim}: {gap} ({_interval_words(test)} over {test['count']} seeds) {after}"
-    return f"{text}{_cost_words(average, comparison['speed']['not_quoted'])}."
+    return f"{text}{_cost_words(average, comparison)}."
 
 
-def _cost_words(average: Mapping[str, Any], doubt: str | None) -> str:
-    """Speed and memory against the baseline; in place of a speed that cannot be quoted, why not."""
-    speed, memory = average["tokens_per_second_ratio"], average["peak_memory_ratio"]
-    cost = [f"{ratio_text(speed)} its tokens per second"] if speed is not None and doubt is None else []
-    cost += [f"{ratio_text(memory)} its peak memory"] if memory is not None else []
+def _cost_words(average: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+    """Speed and memory against the baseline; in place of what cannot be quoted, why not."""
+    names = {"speed": ("tokens_per_second_ratio", "tokens per second"), "memory": ("peak_memory_ratio", "peak memory")}
+    doubts = {name: comparison[name]["not_quoted"] for name in names}
+    cost = [
+        f"{ratio_text(average[key])} its {what}"
+        for name, (key, what) in names.items()
+        if average[key] is not None and doubts[name] is None
+    ]
     words = f", at {' and '.join(cost)}" if cost else ""
-    return words if doubt is None else f"{words}; speed {NOT_COMPARABLE}: {doubt}"
+    of_reason: dict[str, list[str]] = {}
+    for name, doubt in doubts.items():
+        if doubt is not None:
+            of_reason.setdefault(doubt, []).append(name)
+    return words + "".join(f"; {' and '.join(of)} {NOT_COMPARABLE}: {doubt}" for doubt, of in of_reason.items())
 
 
 def _interval_words(test: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fp8train.report.conclusion import NOT_COMPARABLE, interval_text, mean
@@ -31,8 +31,8 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
         comparison = verdict["comparisons"].get(arm)
         pair = comparison and comparison["mean" if several else "seeds"]
         pair = pair if several or pair is None else pair[0]
-        doubt = comparison and comparison["speed"]["not_quoted"]
-        columns.append(_column(mean(finished(verdict["arms"][arm]["runs"])), pair, several, doubt is not None))
+        doubted = {kind for kind in ("speed", "memory") if comparison and comparison[kind]["not_quoted"] is not None}
+        columns.append(_column(mean(finished(verdict["arms"][arm]["runs"])), pair, several, doubted))
     heading = f"mean of {len(verdict['seeds'])} seeds" if several else ""
     some = any(map(diverged_seeds, verdict["arms"].values()))
     heading += ", of those that did not diverge" * (several and some)
@@ -58,9 +58,12 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
 
 
 def _column(
-    run: Mapping[str, Any], pair: Mapping[str, Any] | None, several: bool, speed_in_doubt: bool
+    run: Mapping[str, Any], pair: Mapping[str, Any] | None, several: bool, doubted: Collection[str]
 ) -> dict[str, str]:
-    """One arm's numbers in words, by the name of their row; what is a difference stays empty for the baseline."""
+    """One arm's numbers in words, by the name of their row; what is a difference stays empty for the baseline.
+
+    doubted: those of "speed" and "memory" that are not comparable.
+    """
     error, gap = (pair[key] if pair else {} for key in ("relative_loss_error", "heldout_gap"))
     share = run["fp8_flops_share"]
     gap_words = f"{signed_text(gap.get('nats'))} ({percent_text(gap.get('percent'), signed=True)})"
@@ -70,8 +73,8 @@ def _column(
         of_source = f" ({percent_text(gaps[name], signed=True)})" if name in gaps else ""
         by_source[f"  of {name}"] = loss_text(loss) + of_source
     speeds = (pair[key] if pair else None for key in ("tokens_per_second_ratio", "time_to_loss_ratio"))
-    speed, to_loss = (NOT_COMPARABLE if speed_in_doubt else ratio_text(ratio) for ratio in speeds)
-    memory_ratio = f" ({ratio_text(pair['peak_memory_ratio'])})" if pair else ""
+    speed, to_loss = (NOT_COMPARABLE if "speed" in doubted else ratio_text(ratio) for ratio in speeds)
+    memory = NOT_COMPARABLE if "memory" in doubted else ratio_text(pair["peak_memory_ratio"] if pair else None)
     return {
         "held-out loss, nats/token": loss_text(run["eval_loss"]),
         "  gap": gap_words if pair else "",
@@ -85,7 +88,7 @@ def _column(
         "tokens per second": count_text(run["tokens_per_second"]) + f" ({speed})" * bool(pair),
         "  to the same loss": to_loss if pair else "",
         "training time": seconds_text(run["train_seconds"]),
-        "peak memory": bytes_text(run["peak_memory_bytes"]) + memory_ratio,
+        "peak memory": bytes_text(run["peak_memory_bytes"]) + f" ({memory})" * bool(pair),
     }
 
 

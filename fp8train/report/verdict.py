@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fp8train.arguments import flattened
 from fp8train.errors import ConfigError
 from fp8train.recipe import load_recipe
 from fp8train.report import trajectory
@@ -22,6 +21,7 @@ from fp8train.report.conclusion import (
     gap_test,
     interval_text,
     mean,
+    memory_doubt,
     speed_doubt,
     speed_ratios,
 )
@@ -62,7 +62,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
     """
     speed = steady(run.train, "tokens_per_second")
     low, median, high = np.percentile(speed, (10, 50, 90)).tolist() if len(speed) else (None, None, None)
-    losses, environment = run.train.columns["loss"], flattened(run.environment)
+    losses = run.train.columns["loss"]
     found = {
         "run_dir": str(run.path),
         "diverged": run.diverged,
@@ -90,7 +90,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "fp8_flops_share": finite(run.coverage.get("fp8_flops_share")),
         "backend": run.coverage.get("backend"),
         "emulates": run.emulates,
-        "ran_on": {key: environment.get(key) for key in SPEED_FACTS},
+        "ran_on": {key: run.way.get(key) for key in SPEED_FACTS},
     }
     return found if run.diverged is None else found | dict.fromkeys(LOSSES) | {"eval_losses": {}}
 
@@ -239,8 +239,8 @@ def make_verdict(
     Returns:
         status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
         arm label, noise and `runs` per seed; learning: the baseline's; comparisons: per other arm its `seeds`, their
-        mean, the test, the difference from the placebo and speed ratios (not_quoted: why no text has them); shared:
-        facts of each seed.
+        mean, the test, the difference from the placebo and speed ratios (not_quoted: why no text has them), and
+        the same of memory; shared: facts of each seed.
 
     Raises:
         ConfigError: the runs of a seed are not comparable (check_comparable).
@@ -297,12 +297,13 @@ def _comparison(
     """One arm against the baseline of the verdict, over all seeds that both finished."""
     left, base = finished(pairs), verdict["arms"][verdict["baseline"]]
     seeds = {pair["seed"] for pair in left}
-    sides = ({**entry, "runs": [run for run in entry["runs"] if run["seed"] in seeds]} for entry in (base, own))
+    sides = [{**entry, "runs": [run for run in entry["runs"] if run["seed"] in seeds]} for entry in (base, own)]
     average, speed = mean(left), speed_ratios(left) | {"not_quoted": speed_doubt(*sides)}
     for name, key in SPEED_KEYS.items():  # ratios have a geometric mean
         average[key] = speed[name] and speed[name]["mean"]
     test = judged(gap_test(pairs, verdict["margin_percent"], verdict["learning"]["doubt"], verdict["alpha"]), base, own)
-    return {"seeds": list(pairs), "mean": average, "test": test, "speed": speed}
+    memory = {"not_quoted": memory_doubt(*sides)}
+    return {"seeds": list(pairs), "mean": average, "test": test, "speed": speed, "memory": memory}
 
 
 def arm_label(arm: str, runs: Mapping[int, RunRecord]) -> str:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
+from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import ConfigError
 from fp8train.report import build_report
 from fp8train.report.results import drawn
 from fp8train.report.run_record import Arms, read_run
+from fp8train.report.summary import summary
 from fp8train.trainer import environment as facts
 from fp8train.trainer.assembly import COUNTED, GEMMS, add_coverage
 from tests.run_folders import ENVIRONMENT, verdict_of, write_run
@@ -76,6 +78,48 @@ def test_speed_of_runs_that_shared_a_device_is_not_quoted(tmp_path: Path) -> Non
         report, doubt = build_report(verdict, arms), verdict["comparisons"]["blockwise"]["speed"]["not_quoted"]
         assert (doubt is None) == (number == 2) == ("of this comparison ran one after the other" in report)
         assert ("with up to 1 beside each" in report) == (number != 2) == ("Loss over time" not in report)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "memory_too"),
+    [
+        ({"parallel": {"strategy": "fsdp"}}, "parallel BF16 ddp, FP8 blockwise fsdp", True),
+        ({"compile": True}, "compile BF16 False, FP8 blockwise True", True),
+        ({"activation_checkpointing": "full"}, "activation_checkpointing BF16 none, FP8 blockwise full", True),
+        ({"micro_batch_samples": 2}, "micro-batch BF16 8, FP8 blockwise 2", True),
+        ({"weight_copies": "one"}, "weight_copies BF16 both, FP8 blockwise one", True),
+        ({"fused": "never"}, "fused BF16 auto, FP8 blockwise never", False),
+        ({"backend": "reference"}, "backend BF16 auto, FP8 blockwise reference", False),
+        ({"deterministic": True}, "deterministic BF16 False, FP8 blockwise True", False),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_speed_and_memory_of_arms_that_were_run_in_other_ways_are_not_quoted(
+    tmp_path: Path, change: dict, words: str, memory_too: bool
+) -> None:
+    way = config_to_dict(RunConfig())  # 8 sequences a step
+    del way["optim"], way["model"]
+    folders = [write_run(tmp_path / recipe, recipe=recipe) for recipe in ("bf16", "blockwise")]
+    for folder in folders:
+        edited(folder, "config.yaml", **way)
+    alike = {folder.name: {1: read_run(folder)} for folder in folders}
+    assert verdict_of(alike)["sentence"].endswith("its peak memory.")
+    edited(folders[1], "config.yaml", **change)
+    arms = {folder.name: {1: read_run(folder)} for folder in folders}
+    verdict = verdict_of(arms)
+    comparison, reason = verdict["comparisons"]["blockwise"], f"the arms ran in other ways, {words}"
+    assert comparison["speed"]["not_quoted"] == reason
+    assert comparison["memory"]["not_quoted"] == (reason if memory_too else None)
+    what = "speed and memory" if memory_too else "speed"
+    assert verdict["sentence"].endswith(f"; {what} not comparable: {reason}.")
+    report, text = build_report(verdict, arms), summary(verdict, arms)
+    assert (f"FP8 blockwise: memory not comparable: {reason}." in report) == memory_too
+    assert ("(1.00x)" in text.partition("peak memory")[2]) != memory_too
+
+
+def test_a_way_that_an_earlier_version_did_not_record_counts_as_the_same(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path, compile=True, parallel={"strategy": "fsdp"}, micro_batch_samples=None)
+    assert verdict_of(arms)["sentence"].endswith("its peak memory.")
 
 
 def test_a_process_says_how_many_runs_share_its_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,8 @@ def test_speed_of_arms_on_unlike_machines_is_not_quoted(tmp_path: Path, change: 
     verdict = verdict_of(arms := {"bf16": {1: base}, "blockwise": {1: other}})
     reason = f"the arms ran on other machines or software, {words}"
     assert verdict["comparisons"]["blockwise"]["speed"]["not_quoted"] == reason
-    assert verdict["sentence"].endswith(f"; speed not comparable: {reason}.")
+    what = "speed and memory" if change.keys() & {"device", "world_size"} else "speed"
+    assert verdict["sentence"].endswith(f"; {what} not comparable: {reason}.")
     report = build_report(verdict, arms)
     assert "the environment differs in" in report and "so is the environment" not in report
     for key in change:
