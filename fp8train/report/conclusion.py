@@ -123,6 +123,9 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
         return "runs shared a device (compare.parallel), the last of them perhaps with fewer"
     if differences := _differences(SPEED_FACTS, arms):
         return differences
+    for arm in arms:
+        for key, values in ((key, values) for run in arm["runs"] for key, values in run["moved"].items()):
+            return f"{MACHINE_FACTS[key]} of {arm['label']} changed during a run, {' then '.join(map(str, values))}"
     ranges = [speed_range(arm["runs"]) for arm in arms]
     known = [found for found in ranges if found is not None]
     if len(known) < 2:

@@ -19,7 +19,8 @@ from fp8train.config import config_from_dict
 from fp8train.errors import BackendError, ConfigError, DataError
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
-EARLIER = "config.until_step_*.yaml"  # configuration of a run's first steps, where it went on with another
+# configuration and environment of a run's first steps, where it went on with another
+EARLIER, EARLIER_PLACE = "config.until_step_*.yaml", "environment.until_step_*.json"
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
 NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
@@ -110,6 +111,12 @@ class RunRecord:
             with contextlib.suppress(ConfigError):  # the configuration of another version
                 way["micro_batch_samples"] = config_from_dict(self.config).micro_batch(ranks)
         return way
+
+    @property
+    def places(self) -> list[dict[str, Any]]:
+        """environment.json of each part of the run, with dotted keys, in the order of the steps."""
+        files = sorted(self.path.glob(EARLIER_PLACE), key=lambda file: int(file.stem.rpartition("_")[2]))
+        return [flattened(part) for part in (*map(read_mapping, files), self.environment)]
 
     @property
     def noise(self) -> float:

@@ -15,6 +15,7 @@ from fp8train.errors import ConfigError
 from fp8train.recipe import load_recipe
 from fp8train.report import trajectory
 from fp8train.report.conclusion import (
+    MACHINE_FACTS,
     SPEED_FACTS,
     SPEED_KEYS,
     against_placebo,
@@ -90,9 +91,17 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "fp8_flops_share": finite(run.coverage.get("fp8_flops_share")),
         "backend": run.coverage.get("backend"),
         "emulates": run.emulates,
+        "moved": _moved(run),
         "ran_on": {key: run.way.get(key) for key in SPEED_FACTS},
     }
     return found if run.diverged is None else found | dict.fromkeys(LOSSES) | {"eval_losses": {}}
+
+
+def _moved(run: RunRecord) -> dict[str, list[Any]]:
+    """Facts of MACHINE_FACTS that changed during a run -> their values in order; what was not recorded is no change."""
+    places = run.places
+    found = {key: [place[key] for place in places if place.get(key) is not None] for key in MACHINE_FACTS}
+    return {key: values for key, values in found.items() if len(set(values)) > 1}
 
 
 def pair_measures(baseline: RunRecord, other: RunRecord, crossed: Mapping[str, float] | None = None) -> dict[str, Any]:

@@ -34,6 +34,9 @@ RECORD = (
     METRICS_FILE, EVENTS_FILE, "blackbox", "tensorboard", "wandb_id", "config.yaml", "recipe.yaml", "environment.json",
 )  # fmt: skip
 
+# Facts of environment.json that say when and by which command a process began, not where it ran.
+OF_THIS_START = ("date", "command", "resumed_step", "git_dirty")
+
 
 @dataclass(kw_only=True, slots=True)
 class RunResult:
@@ -193,10 +196,12 @@ def write_run_files(
         CheckpointError: the folder cannot be written to.
     """
     (path / RESULT_FILE).unlink(missing_ok=True)  # of an earlier, shorter run: this one is not finished
+    place = dict(facts) | environment(device)
     _keep_earlier(path, config, recipe, found)
+    _keep_place(path, place, found)
     write_file(path / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False))
     write_file(path / "recipe.yaml", recipe.text)
-    write_file(path / "environment.json", json.dumps(dict(facts) | environment(device), indent=1))
+    write_file(path / "environment.json", json.dumps(place, indent=1))
 
 
 def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoint | None) -> None:
@@ -204,7 +209,7 @@ def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoi
 
     Those of steps that the run goes back behind are removed.
     """
-    for file in path.glob("*.until_step_*.yaml"):
+    for file in [*path.glob("*.until_step_*.yaml"), *path.glob("environment.until_step_*.json")]:
         number = file.stem.rpartition("_")[2]
         if number.isdecimal() and (found is None or int(number) > found.step):  # else it is no file of ours
             file.unlink()
@@ -213,6 +218,23 @@ def _keep_earlier(path: Path, config: RunConfig, recipe: Recipe, found: Checkpoi
         write_file(path / f"config.until_step_{found.step}.yaml", text)
     if found is not None and found.recipe_hash != recipe.hash:
         write_file(path / f"recipe.until_step_{found.step}.yaml", found.state.recipe_text)
+
+
+def _keep_place(path: Path, place: Mapping[str, Any], found: Checkpoint | None) -> None:
+    """Keep environment.json as environment.until_step_30.json, where the steps after the checkpoint run elsewhere.
+
+    What an attempt that saved nothing since recorded is not kept: its steps are gone.
+    """
+    file = path / "environment.json"
+    if found is None or not file.is_file():
+        return
+    kept = path / f"environment.until_step_{found.step}.json"
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # damaged: it says nothing of those steps
+        return
+    if not kept.exists() and any(before.get(key) != place[key] for key in place if key not in OF_THIS_START):
+        file.rename(kept)
 
 
 def set_aside(path: Path) -> str | None:

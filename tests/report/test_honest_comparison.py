@@ -117,6 +117,18 @@ def test_speed_and_memory_of_arms_that_were_run_in_other_ways_are_not_quoted(
     assert ("(1.00x)" in text.partition("peak memory")[2]) != memory_too
 
 
+def test_speed_of_a_run_that_changed_its_number_of_ranks_is_not_quoted(tmp_path: Path) -> None:
+    arms = arms_of(tmp_path)
+    for name in ("bf16", "fp8"):
+        edited(tmp_path / name, "environment.json", world_size=1)
+    for step, ranks in ((10, 2), (4, 4)):
+        early = tmp_path / "fp8" / f"environment.until_step_{step}.json"
+        early.write_text(json.dumps(ENVIRONMENT | {"world_size": ranks, "host": None}))
+    arms = {"bf16": {1: read_run(tmp_path / "bf16")}, "blockwise": {1: read_run(tmp_path / "fp8")}}
+    speed = verdict_of(arms)["comparisons"]["blockwise"]["speed"]
+    assert speed["not_quoted"] == "ranks of FP8 blockwise changed during a run, 4 then 2 then 1"
+
+
 def test_a_way_that_an_earlier_version_did_not_record_counts_as_the_same(tmp_path: Path) -> None:
     arms = arms_of(tmp_path, compile=True, parallel={"strategy": "fsdp"}, micro_batch_samples=None)
     assert verdict_of(arms)["sentence"].endswith("its peak memory.")

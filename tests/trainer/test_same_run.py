@@ -136,6 +136,22 @@ class TestChangedSettings:
             "steps: 6 -> 7 from step 7", "parallel.strategy: ddp -> fsdp from step 7", "ranks: 2 -> 1 from step 7"
         ]  # fmt: skip
 
+    def test_the_environment_of_the_steps_before_stays_where_it_was_another(self, copied: Path):
+        file, kept_file = copied / "run" / "environment.json", copied / "run" / "environment.until_step_6.json"
+        go_on(copied, "steps=7")
+        assert not kept_file.exists(), "it was the same"
+        for name, step in (("step_00000006", 6), ("step_00000003", 3)):
+            shutil.rmtree(copied / "run" / "checkpoints" / "step_00000007", ignore_errors=True)
+            (copied / "run" / "result.json").unlink()
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": 4}))
+            go_on(copied, "steps=7")
+            assert {path.name for path in file.parent.glob("environment.*")} == {
+                "environment.json", f"environment.until_step_{step}.json"
+            }  # fmt: skip
+            assert json.loads(file.with_name(f"environment.until_step_{step}.json").read_text())["world_size"] == 4
+            assert json.loads(file.read_text())["world_size"] == 1
+            shutil.rmtree(copied / "run" / "checkpoints" / name)
+
     def test_going_back_drops_what_was_kept_of_the_steps_undone(self, copied: Path):
         go_on(copied, "steps=9", "optim.lr=0.01")
         shutil.rmtree(copied / "run" / "checkpoints" / "step_00000009")
