@@ -29,7 +29,10 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
         TrainingError: training started and could not go on.
     """
     with init(config.parallel.timeout_seconds) as world:
-        return Trainer(config, world, console).run()
+        trainer = Trainer(config, world, console)
+        if config.parallel.strategy == "fsdp" and world.world_size == 1:
+            trainer.console.info("parallel=fsdp on one rank shards nothing: weights, gradients and moments stay whole")
+        return trainer.run()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -44,6 +44,13 @@ class TestCli:
         assert caught.value.code == 0
         assert "global_batch_tokens: 512" in capsys.readouterr().out
 
+    def test_one_rank_is_told_that_fsdp_shards_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        for strategy in ("ddp", "fsdp"):
+            command = tiny_arguments(tmp_path, "steps=1", f"parallel={strategy}", f"run_dir={tmp_path / strategy}")
+            assert cli.main(["train", *command]) == 0
+            told = "parallel=fsdp on one rank shards nothing" in capsys.readouterr().out
+            assert told == (strategy == "fsdp")
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
