@@ -26,6 +26,8 @@ MACHINE_FACTS = {
     "cpu.name": "CPU",
     "torch_threads": "threads of torch",
     "world_size": "ranks",
+    "fp8train": "fp8train",
+    "git_commit": "commit of fp8train",
     "torch": "torch",
     "cuda": "CUDA",
     "triton": "Triton",
@@ -168,7 +170,8 @@ def _difference(key: str, arms: Sequence[Mapping[str, Any]]) -> str:
     # seed by seed, as the ratios are; what a run does not say counts as the same
     if not any(None not in pair and len(set(pair)) > 1 for pair in zip(*found, strict=True)):
         return ""
-    texts = [" and ".join(dict.fromkeys(map(str, values))) for values in found]
+    short = 12 if key == "git_commit" else None
+    texts = [" and ".join(dict.fromkeys(str(value)[:short] for value in values)) for values in found]
     return f"{SPEED_FACTS[key]} " + ", ".join(f"{arm['label']} {text}" for arm, text in zip(arms, texts, strict=True))
 
 

@@ -80,6 +80,16 @@ def test_speed_of_runs_that_shared_a_device_is_not_quoted(tmp_path: Path) -> Non
         assert ("with up to 1 beside each" in report) == (number != 2) == ("Loss over time" not in report)
 
 
+def test_speed_of_two_versions_of_the_program_is_not_quoted(tmp_path: Path) -> None:
+    old, new = (ENVIRONMENT | {"git_commit": letter * 40} for letter in "ab")
+    bf16 = write_run(tmp_path / "bf16", environment=old)
+    for number, (other, doubted) in enumerate([(new, True), (old, False), (ENVIRONMENT | {"git_commit": None}, False)]):
+        fp8 = write_run(tmp_path / f"fp8-{number}", recipe="blockwise", environment=other)
+        verdict = verdict_of({"bf16": {1: read_run(bf16)}, "blockwise": {1: read_run(fp8)}})
+        words = "commit of fp8train BF16 aaaaaaaaaaaa, FP8 blockwise bbbbbbbbbbbb"
+        assert (words in verdict["sentence"]) == doubted
+
+
 @pytest.mark.parametrize(
     ("change", "words", "memory_too"),
     [
