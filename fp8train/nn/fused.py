@@ -20,7 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fp8train.backends import fused_ops as _fused_ops  # noqa: F401  registers the operators
 from fp8train.nn.inputs import QuantizedInput
-from fp8train.nn.linear import Float8Linear, Plan
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import Plan
 from fp8train.nn.operands import Operand
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 

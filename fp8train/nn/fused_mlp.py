@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from fp8train.nn.fused import Fused, input_specs, quantized_input, refusal, taking_over, trains, unwritten, watched
 from fp8train.nn.inputs import QuantizedInput
-from fp8train.nn.linear import Float8Linear, InplaceGrad, Plan, weight_grad, wgrad_operand
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import InplaceGrad, Plan, weight_grad, wgrad_operand
 from fp8train.nn.operands import OPS, LaterOperand, Operand, as_matrix, gemm, refuse_transforms
 from fp8train.quant.formats import QuantSpec
 

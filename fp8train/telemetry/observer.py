@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fp8train.backends.coverage import NOT_COUNTED
 from fp8train.nn.inputs import QuantizedInput
-from fp8train.nn.linear import Float8Linear, Plan
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import Plan
 from fp8train.nn.operands import as_matrix
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision, QuantSpec
 from fp8train.telemetry.statistics import as_numbers, operand_statistics

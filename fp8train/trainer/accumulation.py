@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fp8train.nn.linear import Float8Linear, InplaceGrad
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.weights import LocalWeight, converted_linears, own_weights
 
 

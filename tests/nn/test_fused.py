@@ -21,7 +21,8 @@ from fp8train.nn.fused_layouts import NORMS, full_name
 from fp8train.nn.fused_mlp import FusedMLP, fused_mlp, mlp_refusal
 from fp8train.nn.fused_norm import FusedRMSNorm, fused_norm
 from fp8train.nn.inputs import InputCache, QuantizedInput
-from fp8train.nn.linear import Float8Linear, InplaceGrad
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.remedies import InputRemedy
 from fp8train.quant.formats import BF16, BLOCKWISE, GemmPrecision, LinearPrecision
 from tests.kernels.products import DEVICE

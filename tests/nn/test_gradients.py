@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8train.backends import get_backend
 from fp8train.backends.coverage import COUNTS
-from fp8train.nn.linear import Float8Linear, InplaceGrad
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.weights import converted_linears, install_weight_hooks
 from fp8train.quant.formats import BF16, BLOCKWISE, LinearPrecision
 from tests.nn.precisions import PRECISIONS, made, normal, precisions, run

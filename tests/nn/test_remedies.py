@@ -9,7 +9,8 @@ from torch import nn
 
 from fp8train.convert import convert_model
 from fp8train.errors import RecipeError
-from fp8train.nn.linear import Float8Linear, InplaceGrad
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.remedies import channel_scale, fold_channel_scale
 from fp8train.quant.formats import BF16, BLOCKWISE
 from fp8train.recipe import load_recipe

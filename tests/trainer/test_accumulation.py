@@ -13,8 +13,9 @@ from torch import Tensor
 from fp8train.benchmarks.step import training_step
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
-from fp8train.nn import linear as linear_module
-from fp8train.nn.linear import Float8Linear, InplaceGrad
+from fp8train.nn import linear_function
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import converted_linears
 from fp8train.optim import build_optimizer
@@ -45,13 +46,13 @@ def weights_after(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Calls of the GEMM that adds to a gradient, as a list with one number."""
-    calls, add = [0], linear_module.gemm_add_
+    calls, add = [0], linear_function.gemm_add_
 
     def adding(*arguments: object, **options: object) -> None:
         calls[0] += 1
         add(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(linear_module, "gemm_add_", adding)
+    monkeypatch.setattr(linear_function, "gemm_add_", adding)
     return calls
 
 

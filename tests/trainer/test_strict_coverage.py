@@ -14,7 +14,7 @@ from fp8train.backends.producers import Producers
 from fp8train.conversion_report import exception
 from fp8train.convert import convert_model
 from fp8train.errors import TrainingError
-from fp8train.nn import linear as linear_module
+from fp8train.nn import linear_function
 from fp8train.quant.formats import BF16
 from fp8train.trainer import assembly as assembly_module
 from fp8train.trainer.strict_coverage import StepAudit, raise_problems, swapped_precisions
@@ -117,15 +117,15 @@ def test_module_that_was_replaced_after_conversion_is_a_problem() -> None:
 
 
 def test_gemm_that_runs_in_high_precision_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    gemm = linear_module.gemm
+    gemm = linear_function.gemm
 
     def fall_back(left, right, **options):
         if options["name"] != "wgrad":
             return gemm(left, right, **options)
-        wide = [linear_module.Operand(torch.ones(q.data.shape, dtype=torch.bfloat16)) for q in (left, right)]
+        wide = [linear_function.Operand(torch.ones(q.data.shape, dtype=torch.bfloat16)) for q in (left, right)]
         return gemm(*wide, **options)
 
-    monkeypatch.setattr(linear_module, "gemm", fall_back)
+    monkeypatch.setattr(linear_function, "gemm", fall_back)
     problems, _ = audited()
     assert [p.split(" was")[0] for p in problems] == ["wgrad of first", "wgrad of second"]
     assert all("ran 8 rows in high precision" in problem for problem in problems)
