@@ -29,6 +29,7 @@ from fp8train.nn.weights import BUFFERS, COPIES, LocalWeight, install_weight_hoo
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
+from fp8train.shards import is_sharded
 
 FUSED = ("auto", "always", "never")
 _NEVER = "fused=never"
@@ -179,6 +180,10 @@ def _check(found: _Found, assigned: Mapping[str, Assignment], source: str) -> No
             raise ConfigError(
                 f"convert_model: {fqn}.{name} is {parameter.dtype}; needs torch.float32, the master that the GEMMs' "
                 "copies are made from. Call model.float() first, or load with dtype=torch.float32."
+            )
+        if is_sharded([] if parameter is None else [parameter]):
+            raise ConfigError(
+                f"convert_model: {fqn}.{name} is sharded; needs a plain tensor. Convert first, then shard."
             )
     if type(module) is nn.Linear:
         _check_replaceable(module, fqn)

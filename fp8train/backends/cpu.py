@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp8train.backends import cpu_library
 from fp8train.backends.device_gemm import exact_in_bf16, fp32_product, sum_of_blocks
@@ -185,6 +186,11 @@ def _fp32_matmul(precision: str) -> Iterator[None]:
 
 def _matrix(x: Tensor) -> tuple[int, bool, int, int, int]:
     """x as the C functions take it."""
+    if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
+        raise TypeError(
+            f"backend cpu: x is a {type(x).__name__}, whose memory is not the matrix; needs a plain tensor. "
+            "Pass x.to_local() or x.full_tensor()."
+        )
     return x.data_ptr(), x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.stride(0)
 
 

@@ -6,10 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp8train.errors import ConfigError
 from fp8train.nn.operands import LaterOperand, Operand
 from fp8train.nn.weights import COPIES, converted_linears, weight_operand
+from fp8train.shards import is_sharded
 
 if TYPE_CHECKING:
     from fp8train.nn.linear import Float8Linear
@@ -39,6 +41,12 @@ class GatheredWeight:
 
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand | LaterOperand]:
         """w [N, K] for fprop, and w.T [K, N] for dgrad, or what makes it once the weight is whole again."""
+        if is_sharded((linear.weight,)):
+            raise ConfigError(
+                "Float8Linear: weight is a DTensor while its layer computes; needs a plain tensor, which fully_shard "
+                "makes of it for forward. Call the module that was sharded, and keep nn.Linear where "
+                "parallelize_module splits a layer."
+            )
         if not self._keep:
             return weight_operand(linear, False), LaterOperand(partial(_gathered, linear))
         if self._held is None:
@@ -51,6 +59,29 @@ class GatheredWeight:
 def _gathered(linear: Float8Linear, *_: Tensor | None) -> Operand:
     """w.T from the weight, which is whole again."""
     return weight_operand(linear, True)
+
+
+def follow_sharding(linear: Float8Linear) -> None:
+    """Give a linear whose weight was sharded after its conversion the provider of such weights.
+
+    Raises:
+        ConfigError: its recipe treats its input (`swiglu`), which needs weights of other linears too.
+        ValueError: its weight is of another tensor class that holds no matrix itself.
+    """
+    if not is_traceable_wrapper_subclass(linear.weight) or isinstance(linear.provider, GatheredWeight):
+        return
+    if not is_sharded((linear.weight,)):
+        raise ValueError(
+            f"Float8Linear: weight is a {type(linear.weight).__name__}; needs a plain tensor, whose memory the kernels "
+            "read. Keep nn.Linear for this layer."
+        )
+    if linear.remedy is not None:
+        raise ConfigError(
+            "Float8Linear: weight is sharded and the recipe treats the linear's input (swiglu); needs a recipe that "
+            "does not. Take `swiglu` out of it."
+        )
+    linear.provider = GatheredWeight()
+    linear.forget_weight()
 
 
 def gather_weights(model: nn.Module, layers: nn.Module) -> None:

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp8train.backends import select_backend
+from fp8train.nn.gathered import GatheredWeight, follow_sharding
 from fp8train.nn.inputs import InputCache, QuantizedInput
 from fp8train.nn.linear_function import APPLY, InplaceGrad, LinearFunction, Plan
 from fp8train.nn.operands import refuse_transforms
 from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import BUFFERS, LocalWeight, SeenWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
-
-if TYPE_CHECKING:
-    from fp8train.nn.gathered import GatheredWeight
 
 HIGH = (torch.bfloat16, torch.float32)  # dtypes of an input
 _SITES = itertools.count(1)  # 0 is coverage.NOT_COUNTED
@@ -144,18 +142,21 @@ class Float8Linear(nn.Linear):
         self.refresh_weight()
 
     def refresh_weight(self) -> None:
-        """Make the weight's operands from the master now.
+        """Make the weight's operands from the master now; those of a weight that is sharded, when they are needed.
 
         Raises:
-            ValueError: the weight is not FP32.
+            ValueError: the weight is not FP32, or of a class that gives no whole matrix.
+            ConfigError: the weight is sharded, and the recipe treats the input (`swiglu`).
         """
         if self.weight.is_meta:
             return
         if self.weight.dtype is not torch.float32:
             raise ValueError(
                 f"Float8Linear: weight is {self.weight.dtype}; needs torch.float32, the master of its codes. "
-                "Cast the activations instead of the model, or call model.float()."
+                "Cast the activations instead of the model, or call model.float(); under fully_shard leave "
+                "MixedPrecisionPolicy's param_dtype None."
             )
+        follow_sharding(self)
         # not as inference tensors, even if an evaluation asks first: training will save them for backward
         with torch.inference_mode(False), torch.no_grad():
             self.provider.refresh(self)
