@@ -25,7 +25,7 @@ from fp8train.nn.fused_rope import fused_rope
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.remedies import InputRemedy
-from fp8train.nn.weights import BUFFERS, COPIES, LocalWeight, install_weight_hooks, keep_from_fast_paths
+from fp8train.nn.weights import COPIES, LocalWeight, install_weight_hooks, keep_from_fast_paths
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
@@ -98,7 +98,6 @@ def convert_model(
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
     keep_from_fast_paths(model)
-    _keep_from_ddp(model)
     return ConversionReport(
         recipe=recipe.name, recipe_hash=recipe.hash,
         backend=selection.backend.name, backend_reason=selection.reason,
@@ -263,14 +262,6 @@ def _set_remedies(model: nn.Module, swiglu: SwigluRemedy | None, treated: Collec
             remedy = InputRemedy(clamp=swiglu.clamp, smooth=smooth)
         if remedy != module.remedy:
             module.set_remedy(remedy)
-
-
-def _keep_from_ddp(model: nn.Module) -> None:
-    """Tell DistributedDataParallel to leave the operands alone: gloo cannot send FP8, and each rank makes its own."""
-    paths = [path for path, module in model.named_modules() if isinstance(module, Float8Linear)]
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    ignored |= {f"{path}.{name}".lstrip(".") for path in paths for name in BUFFERS}
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
 def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

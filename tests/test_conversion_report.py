@@ -17,6 +17,7 @@ from fp8train.backends.device_gemm import decoded_mm
 from fp8train.backends.triton import TritonBackend
 from fp8train.conversion_report import collapse, index_ranges
 from fp8train.convert import convert_model
+from fp8train.nn.weights import OPERANDS
 from fp8train.quant.formats import BLOCKWISE
 from fp8train.recipe import available_recipes, load_recipe
 from tests.convertible_model import EVERYTHING, Model
@@ -24,16 +25,16 @@ from tests.recipe_documents import document
 
 
 @pytest.mark.parametrize("name", available_recipes())
-def test_bytes_in_the_report_are_those_of_the_buffers(name: str) -> None:
+def test_bytes_in_the_report_are_those_of_the_operands(name: str) -> None:
     model = Model()
     model.lm_head = model.head
     del model.head
     report = convert_model(model, name, backend="cpu_torch")
     for row in report.rows:
         linear = model.get_submodule(row.fqn)
-        buffers = dict(linear.named_buffers())
-        scales = sum(b.numel() * b.element_size() for key, b in buffers.items() if "scale" in key and b is not None)
-        codes = sum(b.numel() * b.element_size() for key, b in buffers.items() if "scale" not in key and b is not None)
+        held = {name: operand for name in OPERANDS if (operand := getattr(linear, name)) is not None}
+        scales = sum(b.numel() * b.element_size() for key, b in held.items() if "scale" in key)
+        codes = sum(b.numel() * b.element_size() for key, b in held.items() if "scale" not in key)
         assert (row.code_bytes, row.scale_bytes) == (codes, scales), row.fqn
         assert row.master_bytes == sum(p.numel() * p.element_size() for p in linear.parameters())
 

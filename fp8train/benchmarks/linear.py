@@ -15,7 +15,7 @@ from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved,
 from fp8train.distributed import World
 from fp8train.errors import ConfigError
 from fp8train.nn.linear import Float8Linear
-from fp8train.nn.weights import BUFFERS
+from fp8train.nn.weights import OPERANDS
 from fp8train.quant.formats import BF16
 from fp8train.recipe import load_recipe
 from fp8train.units import bytes_text
@@ -76,7 +76,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that autograd keeps for backward, each storage once; parameters and weight codes do not count."""
     kept = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     for module in model.modules():
-        held = [buffer for name in BUFFERS if (buffer := getattr(module, name, None)) is not None]
+        held = [buffer for name in OPERANDS if (buffer := getattr(module, name, None)) is not None]
         kept |= {buffer.untyped_storage().data_ptr() for buffer in held}
     sizes: dict[int, int] = {}
 

@@ -21,7 +21,7 @@ from fp8train.nn.inputs import InputCache, QuantizedInput
 from fp8train.nn.linear_function import APPLY, InplaceGrad, LinearFunction, Plan
 from fp8train.nn.operands import refuse_transforms
 from fp8train.nn.remedies import InputRemedy
-from fp8train.nn.weights import BUFFERS, LocalWeight, SeenWeight, keep_current
+from fp8train.nn.weights import OPERANDS, LocalWeight, SeenWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
 
 HIGH = (torch.bfloat16, torch.float32)  # dtypes of an input
@@ -99,8 +99,8 @@ class Float8Linear(nn.Linear):
         self.provider: LocalWeight | GatheredWeight = LocalWeight()
         self.grad_sink: InplaceGrad | None = None
         self.remedy: InputRemedy | None = None
-        for name in BUFFERS:
-            self.register_buffer(name, None, persistent=False)
+        for name in OPERANDS:
+            setattr(self, name, None)
         self.register_load_state_dict_post_hook(_after_load)
         self._seen = ()
         self.refresh_weight()
@@ -113,6 +113,8 @@ class Float8Linear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or an unpickled linear, counts for itself and follows its own optimizer."""
         super().__setstate__(state)
+        for name in OPERANDS:  # one that was pickled when they were buffers has them there
+            self.__dict__.setdefault(name, self._buffers.pop(name, None))
         self.plan = Plan(self.plan.precision, self.plan.backend, next(_SITES))
         keep_current(self)
 
@@ -197,9 +199,15 @@ class Float8Linear(nn.Linear):
 
     def forget_weight(self) -> None:
         """Drop the weight's operands, and what it was when they were made."""
-        for name in BUFFERS:
+        for name in OPERANDS:
             setattr(self, name, None)
         self._seen = ()
+
+    def _replicate_for_data_parallel(self) -> Float8Linear:
+        """A replica of nn.DataParallel makes the operands of its own device."""
+        replica: Float8Linear = super()._replicate_for_data_parallel()
+        replica.forget_weight()
+        return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
         """Moving or casting drops the operands: codes must not be cast, and are made anew on the new device."""

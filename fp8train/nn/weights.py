@@ -1,6 +1,7 @@
 """The weight as GEMM operands: made from the FP32 master once per optimizer step, reused by every micro-batch.
 
-Codes live in non-persistent buffers of the linear and are rewritten in place, eagerly and outside any compiled graph:
+Codes are attributes of the linear, not buffers, which others average, send and check as if they were numbers of the
+model. They are rewritten in place, eagerly and outside any compiled graph:
 after an optimizer step, after a state dict is loaded, after `weights_changed`, and at the next forward after any
 in-place edit that autograd's version counter sees and any exchange of `.data`; in a compiled graph the operator of
 fprop looks for itself, unless CUDA replays a recorded graph, or the input is scaled by other weights (`smooth`). A
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from fp8train.nn.linear import Float8Linear
 
 COPIES = ("both", "one")  # of an FP8 weight that are kept from step to step; see LocalWeight
-BUFFERS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high", "channel_scale")
+OPERANDS = ("w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv", "w_high", "channel_scale")
 
 
 # every linear of the process by its site, however it came to be (made, copied, unpickled); the same order on all ranks
@@ -109,9 +110,9 @@ class LocalWeight:
         self.copies = copies
 
     def refresh(self, linear: Float8Linear) -> None:
-        """Make the operands anew from linear.weight, into the linear's buffers."""
+        """Make the operands anew from linear.weight, into the linear's attributes."""
         precision, weight = linear.precision, linear.weight.detach()
-        made: dict[str, Tensor | None] = dict.fromkeys(BUFFERS)
+        made: dict[str, Tensor | None] = dict.fromkeys(OPERANDS)
         if precision.quantized and linear.remedy is not None and linear.remedy.smooth is not None:
             gate, up = linear.remedy.smooth
             made["channel_scale"] = scale = channel_scale(gate.weight, up.weight).to(weight.device)
@@ -131,7 +132,7 @@ class LocalWeight:
         precision = linear.plan.precision
         fprop, dgrad = precision.fprop.right, precision.dgrad.right
         wt: Operand | LaterOperand
-        held: dict[str, Any] = linear._buffers  # an attribute of a module is looked up in Python, for 1 us or more each
+        held: dict[str, Any] = linear.__dict__
         if fprop is None or dgrad is None:
             high = held["w_high"] if _has_high_copy(precision) else linear.weight.detach()
         w = Operand(high) if fprop is None else Operand(held["w_qdata"], held["w_scale_inv"], fprop)
@@ -173,11 +174,11 @@ def _quantized_weight(
 ) -> tuple[QTensor | None, QTensor | None]:
     """Codes of w for fprop and, if `both`, of w.T for dgrad; None for an operand that stays in high precision.
 
-    They may be the linear's buffers, written anew.
+    They may be those that the linear holds, written anew.
     """
     fprop, dgrad, backend = precision.fprop.right, precision.dgrad.right, get_backend(linear.backend_name)
     if fprop is not None and fprop == dgrad and fprop.transposable:
-        w, w_scale, wt, wt_scale = (getattr(linear, name) for name in BUFFERS[:4])
+        w, w_scale, wt, wt_scale = (getattr(linear, name) for name in OPERANDS[:4])
         held = None if w is None else QTensor(w, w_scale, fprop)
         held_t = None if wt is None else QTensor(wt, wt_scale, fprop)
         out = None if held is None or both == (held_t is None) else (held, held_t)
@@ -189,7 +190,7 @@ def _quantized_weight(
 
 
 def _rewrite(linear: Float8Linear, name: str, value: Tensor | None) -> None:
-    """Set a buffer in place where it can hold the value, so that compiled graphs keep its address."""
+    """Set an operand in place where it can hold the value, so that compiled graphs keep its address."""
     held = getattr(linear, name)
     if held is value and held is not None:
         torch.autograd.graph.increment_version(held)  # a backend's kernel has written it, which autograd has not seen
@@ -197,7 +198,7 @@ def _rewrite(linear: Float8Linear, name: str, value: Tensor | None) -> None:
     if held is not None and value is not None and held.shape == value.shape and held.dtype == value.dtype:
         held.copy_(value)
     else:
-        linear.register_buffer(name, value, persistent=False)
+        setattr(linear, name, value)
 
 
 def converted_linears(model: nn.Module) -> list[Float8Linear]:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World, init
-from fp8train.nn.weights import BUFFERS, converted_linears
+from fp8train.nn.weights import OPERANDS, converted_linears
 from fp8train.shards import local
 from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import assemble, parameter_hash, spread
@@ -60,8 +60,8 @@ def gradients(config: RunConfig, world: World) -> tuple[float, dict[str, torch.T
     }
     optimizer = KeepGradients(model)
     result = train_step(replica, optimizer, batcher.micro_batches(0), world, clip=None)
-    held = [buffer for linear in converted_linears(model) for buffer in map(linear._buffers.get, BUFFERS)]
-    return result.loss, optimizer.gradients, facts | {"holds_codes": any(buffer is not None for buffer in held)}
+    held = [getattr(linear, name) for linear in converted_linears(model) for name in OPERANDS]
+    return result.loss, optimizer.gradients, facts | {"holds_codes": any(operand is not None for operand in held)}
 
 
 def compiled(config: RunConfig, world: World) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fp8train._layout import folder
 from fp8train.convert import convert_model
+from fp8train.nn.weights import OPERANDS
 from tests.nn.precisions import normal
 from tests.nn.test_weights import edit_in_place, is_current, model_of
 
@@ -71,3 +72,34 @@ def test_a_copy_has_the_gradients_of_every_shipped_recipe(recipe: str, copied: C
         y.backward(normal(6, 20, seed=1))
         results.append([y, x.grad, *(parameter.grad for parameter in each.parameters())])
     assert all(map(torch.equal, *results))
+
+
+def test_operands_are_no_buffers_which_others_average_send_and_check() -> None:
+    model = model_of()
+    assert list(model.buffers()) == []
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(2):
+        edit_in_place(model[0])
+        average.update_parameters(model)
+        average(normal(6, 130))
+        assert is_current(average.module[0])
+
+
+def test_a_linear_pickled_while_operands_were_buffers_is_read() -> None:
+    model = model_of()
+    x = normal(6, 130)
+    expected = model(x)
+    for name in OPERANDS:
+        operand = model[0].__dict__.pop(name)
+        model[0].register_buffer(name, operand, persistent=False)
+    other = reloaded(model)
+    assert list(other.buffers()) == []
+    assert torch.equal(other[0].w_qdata.view(torch.uint8), model[0].w_qdata.view(torch.uint8))
+    assert torch.equal(other(x), expected)
+
+
+def test_a_replica_of_data_parallel_makes_operands_of_its_own() -> None:
+    linear = model_of()[0]
+    replica = linear._replicate_for_data_parallel()
+    assert all(getattr(replica, name) is None for name in OPERANDS)
+    assert is_current(linear)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fp8train.nn.inputs import InputCache
 from fp8train.nn.linear import Float8Linear
-from fp8train.nn.weights import BUFFERS
+from fp8train.nn.weights import OPERANDS
 from fp8train.quant.formats import BF16, BLOCKWISE, LinearPrecision
 from tests.nn.precisions import PRECISIONS, made, normal
 
@@ -18,7 +18,7 @@ from tests.nn.precisions import PRECISIONS, made, normal
 def saved_bytes(linears: list[Float8Linear], forward: Callable[[], object]) -> int:
     """Bytes of all storages that backward will read, each once."""
     own = [linear.weight for linear in linears] + [linear.bias for linear in linears if linear.bias is not None]
-    own += [getattr(linear, name) for linear in linears for name in BUFFERS if getattr(linear, name) is not None]
+    own += [getattr(linear, name) for linear in linears for name in OPERANDS if getattr(linear, name) is not None]
     theirs = {tensor.untyped_storage().data_ptr() for tensor in own}
     saved: dict[int, int] = {}
     kept = []

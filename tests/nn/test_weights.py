@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fp8train
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import (
-    BUFFERS,
+    OPERANDS,
     LocalWeight,
     converted_linears,
     evaluation_precision,
@@ -247,11 +247,11 @@ def test_moving_the_module_makes_codes_anew_and_casts_none(precision: LinearPrec
     model = model_of(precision)
     x = normal(6, 130)
     expected = model(x)
-    held = {name: buffer.dtype for name, buffer in model[0].named_buffers()}
+    held = {name: getattr(getattr(model[0], name), "dtype", None) for name in OPERANDS}
     for move in (lambda: model.to("cpu"), model.float, lambda: model.to(torch.float32), model.cpu):
         move()
         # at once: the next forward may be a compiled one
-        assert {name: buffer.dtype for name, buffer in model[0].named_buffers()} == held
+        assert {name: getattr(getattr(model[0], name), "dtype", None) for name in OPERANDS} == held
         assert torch.equal(model(x), expected)
 
 
@@ -336,7 +336,7 @@ def test_refresh_between_forward_and_backward_is_not_silently_used() -> None:
 @pytest.mark.parametrize("name", ["blockwise", "bf16", "fp32", "weight-only", "fp8-beside-fp32", "tensorwise"])
 def test_only_the_copies_that_the_precision_reads_are_kept(name: str) -> None:
     linear = made(1, 140, 130, PRECISIONS[name])
-    held = {buffer for buffer in BUFFERS if getattr(linear, buffer) is not None}
+    held = {operand for operand in OPERANDS if getattr(linear, operand) is not None}
     codes = {"w_qdata", "w_scale_inv", "wt_qdata", "wt_scale_inv"}
     assert held == {"bf16": {"w_high"}, "fp32": set()}.get(name, codes)
 
