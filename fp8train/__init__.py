@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fp8train.convert import convert_model
     from fp8train.functional import quantize, scaled_mm
     from fp8train.nn.linear import Float8Linear
-    from fp8train.nn.weights import weights_changed
+    from fp8train.nn.weights import check_weights, weights_changed
     from fp8train.quant.qtensor import QTensor
     from fp8train.recipe import load_recipe
 
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Float8Linear",
     "QTensor",
+    "check_weights",
     "convert_model",
     "load_recipe",
     "quantize",
@@ -32,6 +33,7 @@ __all__ = [
 _HOME = {
     "Float8Linear": "fp8train.nn.linear",
     "QTensor": "fp8train.quant.qtensor",
+    "check_weights": "fp8train.nn.weights",
     "convert_model": "fp8train.convert",
     "load_recipe": "fp8train.recipe",
     "quantize": "fp8train.functional",

@@ -54,6 +54,7 @@ class Float8Linear(nn.Linear):
     w_high: Tensor
     channel_scale: Tensor | None
     _seen: tuple[SeenWeight, ...]  # the weights that the operands were made from
+    _trained: bool  # whether that was in training
 
     def __init__(
         self,
@@ -163,15 +164,20 @@ class Float8Linear(nn.Linear):
         with torch.inference_mode(False), torch.no_grad():
             self.provider.refresh(self)
         self._seen = tuple(SeenWeight(weight, self.provider.exchanges) for weight in self._sources())
+        self._trained = self.training
 
     def refresh_if_stale(self) -> None:
-        """As refresh_weight, where the weight was replaced or written in place since."""
+        """As refresh_weight, where the weight was replaced or written in place since.
+
+        Or where train() or eval() was called: with these go writes through `.data` that nobody sees, such as an
+        exchange of the weights for their average.
+        """
         if self.remedy is None and len(self._seen) == 1:  # the usual case, without a list
-            if not self._seen[0].is_that(self._parameters.get("weight")):
+            if self.training is not self._trained or not self._seen[0].is_that(self._parameters.get("weight")):
                 self.refresh_weight()
             return
-        weights = self._sources()
-        if len(weights) != len(self._seen) or not all(map(SeenWeight.is_that, self._seen, weights)):
+        weights, switched = self._sources(), len(self._seen) > 0 and self.training is not self._trained
+        if switched or len(weights) != len(self._seen) or not all(map(SeenWeight.is_that, self._seen, weights)):
             self.refresh_weight()
 
     def _sources(self) -> tuple[Tensor, ...]:
@@ -215,6 +221,7 @@ class Float8Linear(nn.Linear):
         super()._apply(fn, recurse)
         if self.weight.dtype is torch.float32:  # here and not at the next forward, which may be a compiled one
             self.refresh_weight()
+            self._seen = ()  # for to_empty: what will be written, no version counts if it is through `.data`
         return self
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:

@@ -1,12 +1,12 @@
 """The weight as GEMM operands: made from the FP32 master once per optimizer step, reused by every micro-batch.
 
 Codes are attributes of the linear, not buffers, which others average, send and check as if they were numbers of the
-model. They are rewritten in place, eagerly and outside any compiled graph:
-after an optimizer step, after a state dict is loaded, after `weights_changed`, and at the next forward after any
-in-place edit that autograd's version counter sees and any exchange of `.data`; in a compiled graph the operator of
-fprop looks for itself, unless CUDA replays a recorded graph, or the input is scaled by other weights (`smooth`). A
-write through `.data`, by torch.distributed (broadcast, receive) or by numpy is invisible to that counter: announce it
-with `weights_changed`.
+model. They are rewritten in place, eagerly and outside any compiled graph: after an optimizer step, after a state dict
+is loaded, after `weights_changed`; at the first forward after the linear was moved, or changed between training and
+evaluation; and at the next forward after any in-place edit that autograd's version counter sees and any exchange of
+`.data`. In a compiled graph the operator of fprop looks for itself, unless CUDA replays a recorded graph, or the input
+is scaled by other weights (`smooth`). Any other write through `.data`, by torch.distributed (broadcast, receive) or by
+numpy is invisible: announce it with `weights_changed`; `check_weights` finds it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,16 @@ def keep_current(linear: Float8Linear) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # by identity, not by version: fused optimizers do not move the version counter of what they write
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = {_memory(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for linear in list(_LIVE.values()):
         linear.inputs.clear()  # an input may itself be a parameter that was stepped
-        if id(linear.weight) in stepped:
+        if _memory(linear.weight) in stepped:
             linear.refresh_weight()
+
+
+def _memory(weight: Tensor) -> int:
+    """Tells apart what is stored apart: a weight may be a part of the flat parameter that is stepped."""
+    return weight.untyped_storage()._cdata if type(weight) in (Tensor, nn.Parameter) else id(weight)
 
 
 def _follow(site: int) -> None:
@@ -111,21 +116,25 @@ class LocalWeight:
 
     def refresh(self, linear: Float8Linear) -> None:
         """Make the operands anew from linear.weight, into the linear's attributes."""
+        for name, tensor in self.made(linear).items():
+            _rewrite(linear, name, tensor)
+
+    def made(self, linear: Float8Linear, anew: bool = False) -> dict[str, Tensor | None]:
+        """Operands of linear.weight by name; unless `anew` they may be those that the linear holds, rewritten."""
         precision, weight = linear.precision, linear.weight.detach()
         made: dict[str, Tensor | None] = dict.fromkeys(OPERANDS)
         if precision.quantized and linear.remedy is not None and linear.remedy.smooth is not None:
             gate, up = linear.remedy.smooth
             made["channel_scale"] = scale = channel_scale(gate.weight, up.weight).to(weight.device)
             weight = weight / scale
-        fprop, dgrad = _quantized_weight(weight, precision, linear, self.copies == "both")
+        fprop, dgrad = _quantized_weight(weight, precision, linear, self.copies == "both", anew)
         if fprop is not None:
             made["w_qdata"], made["w_scale_inv"] = fprop.qdata, fprop.scale_inv
         if dgrad is not None:
             made["wt_qdata"], made["wt_scale_inv"] = dgrad.qdata, dgrad.scale_inv
         if None in (precision.fprop.right, precision.dgrad.right) and _has_high_copy(precision):
             made["w_high"] = quantized(weight, None, precision.high, False, linear.backend_name, precision.noise).data
-        for name, tensor in made.items():
-            _rewrite(linear, name, tensor)
+        return made
 
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand | LaterOperand]:
         """(w [N, K] for fprop, w.T [K, N] for dgrad, or what makes it)."""
@@ -170,18 +179,18 @@ def _has_high_copy(precision: LinearPrecision) -> bool:
 
 
 def _quantized_weight(
-    weight: Tensor, precision: LinearPrecision, linear: Float8Linear, both: bool
+    weight: Tensor, precision: LinearPrecision, linear: Float8Linear, both: bool, anew: bool
 ) -> tuple[QTensor | None, QTensor | None]:
     """Codes of w for fprop and, if `both`, of w.T for dgrad; None for an operand that stays in high precision.
 
-    They may be those that the linear holds, written anew.
+    Unless `anew` they may be those that the linear holds, rewritten.
     """
     fprop, dgrad, backend = precision.fprop.right, precision.dgrad.right, get_backend(linear.backend_name)
     if fprop is not None and fprop == dgrad and fprop.transposable:
         w, w_scale, wt, wt_scale = (getattr(linear, name) for name in OPERANDS[:4])
         held = None if w is None else QTensor(w, w_scale, fprop)
         held_t = None if wt is None else QTensor(wt, wt_scale, fprop)
-        out = None if held is None or both == (held_t is None) else (held, held_t)
+        out = None if anew or held is None or both == (held_t is None) else (held, held_t)
         return backend.quantize_square(weight, fprop, out, both)
     return (
         None if fprop is None else backend.quantize(weight, fprop, False),
@@ -228,6 +237,42 @@ def weights_changed(model: nn.Module) -> None:
     """
     for linear in converted_linears(model):
         linear.refresh_weight()
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise where codes are not those of the weights; costs a quantisation of each.
+
+    What the next forward makes anew in any case counts as made. Codes of gathered weights (FSDP2) are not looked at.
+
+    Args:
+        model: a converted model; its linears may be anywhere below it.
+
+    Raises:
+        ValueError: codes are of other weights; the message names the linears.
+    """
+    linears = converted_linears(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    stale = [paths[id(linear)] for linear in linears if not _is_current(linear)]
+    if stale:
+        raise ValueError(
+            f"check_weights: codes of {len(stale)} of {len(linears)} linears are of other weights: {', '.join(stale)}; "
+            "needs those of the weights. Call fp8train.weights_changed(model) after writes through .data."
+        )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _is_current(linear: Float8Linear) -> bool:
+    """Whether what the next forward would multiply with is made from the weight as it is."""
+    if linear.weight.is_meta or not isinstance(linear.provider, LocalWeight):
+        return True
+    linear.refresh_if_stale()
+    made = {name: tensor for name, tensor in linear.provider.made(linear, anew=True).items() if tensor is not None}
+    return all(torch.equal(_bytes(tensor), _bytes(getattr(linear, name))) for name, tensor in made.items())
+
+
+def _bytes(operand: Tensor) -> Tensor:
+    return operand.contiguous().view(torch.uint8)  # NaN is not equal to NaN
 
 
 def install_weight_hooks(model: nn.Module) -> None:
