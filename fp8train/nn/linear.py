@@ -153,6 +153,9 @@ class Float8Linear(nn.Linear):
         """
         if self.weight.is_meta:
             return
+        if self.weight.dim() != 2:  # between two forwards a part of FSDP1's flat parameter
+            self.forget_weight()
+            return
         if self.weight.dtype is not torch.float32:
             raise ValueError(
                 f"Float8Linear: weight is {self.weight.dtype}; needs torch.float32, the master of its codes. "

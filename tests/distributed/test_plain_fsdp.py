@@ -1,4 +1,4 @@
-"""FSDP2 as torch has it, on a converted model that nothing else was told about."""
+"""FSDP as torch has it, on a converted model that nothing else was told about."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _message(call: Callable[[], object]) -> str:
 
 def _on_ranks(world):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
@@ -59,6 +59,10 @@ def _on_ranks(world):
         if name != "plain":
             fully_shard(model, mesh=mesh, mp_policy=policy)
         found[name] = _message(lambda: model(x)) if name == "rounded" else _train(model, x)  # noqa: B023
+    flat = _model()
+    convert_model(flat, EVERYTHING, backend="cpu")
+    cpu = torch.device("cpu")
+    found["fsdp1"] = _train(FullyShardedDataParallel(flat, use_orig_params=True, device_id=cpu), x)
     split = _model()
     fully_shard(split, mesh=mesh)
     found["sharded_first"] = _message(lambda: convert_model(split, EVERYTHING, backend="cpu"))
@@ -76,7 +80,7 @@ def ranks(tmp_path_factory):
     return run_ranks(_on_ranks, 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", ["layers", "root"])
+@pytest.mark.parametrize("name", ["layers", "root", "fsdp1"])
 def test_a_model_sharded_after_its_conversion_computes_what_it_did(ranks, name):
     for result in ranks:
         assert len(result[name]) == 4
