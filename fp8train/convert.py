@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,16 +36,14 @@ FUSED = ("auto", "always", "never")
 _NEVER = "fused=never"
 _PLAIN_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta")))
 _GATED = ("gate_proj", "up_proj")  # what a SwiGLU calls the two factors of its product
-_HOOKS = tuple(sorted(name for name in _PLAIN_ATTRIBUTES if name.endswith("_hooks")))
 
 
 @dataclass(slots=True, kw_only=True)
 class _Found:
-    """A linear of the model: the paths that lead to it, and the (parent, name) slots that hold it."""
+    """A linear of the model, and the paths that lead to it."""
 
     module: nn.Linear
     paths: list[str] = field(default_factory=list)
-    slots: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
 def convert_model(
@@ -58,9 +57,9 @@ def convert_model(
     """Give every nn.Linear of a model the precision that a recipe names, in place.
 
     Each nn.Linear becomes a Float8Linear, also where it is to run in BF16 or FP32: two recipes differ in the GEMMs, and
-    in what `fused` joins to their casts. Parameter objects, state-dict names, tied weights and shared modules stay;
-    works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP and
-    before hooks are registered on linears. A second conversion changes precisions and replaces no module.
+    in what `fused` joins to their casts. The objects stay, linears and parameters, and so do state-dict names and
+    hooks; works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP.
+    A second conversion changes precisions.
     A model class may declare `keep_high_precision`, a tuple of globs on module paths relative to it; such a linear
     stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear, which may
     have a forward of its own, is left as it is where its rule says bf16 or fp32, and refused elsewhere.
@@ -90,6 +89,7 @@ def convert_model(
     assigned = recipe.resolve(shapes, _kept(model, shapes))
     for found in linears:
         _check(found, assigned, recipe.source)
+    _check_methods(model, linears)
     swappable = [found for found in linears if _swappable(found.module)]
     precisions = [assigned[found.paths[0]].precision for found in swappable]
     selection = select_backend(backend, device_type or _device_type(model), dict.fromkeys(precisions))
@@ -119,8 +119,8 @@ def _find_linears(model: nn.Module) -> list[_Found]:
     kind = type(model).__name__
     if isinstance(model, nn.Linear):
         raise ConfigError(
-            f"convert_model: the model itself is a {kind}; needs one that contains it, since linears are replaced in "
-            "their parent. Pass nn.Sequential(linear)."
+            f"convert_model: the model itself is a {kind}; needs one that contains it, since recipes match paths below "
+            "the model. Pass nn.Sequential(linear)."
         )
     found: dict[int, _Found] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -128,10 +128,6 @@ def _find_linears(model: nn.Module) -> list[_Found]:
             found.setdefault(id(module), _Found(module=module)).paths.append(path)
     if not found:
         raise ConfigError(f"convert_model: {kind} has no nn.Linear; needs at least one. Pass a module that has.")
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if id(child) in found:
-                found[id(child)].slots.append((parent, name))
     return list(found.values())
 
 
@@ -189,16 +185,28 @@ def _check(found: _Found, assigned: Mapping[str, Assignment], source: str) -> No
 
 
 def _check_replaceable(module: nn.Linear, fqn: str) -> None:
-    """Refuse an nn.Linear that carries something which a replacement would lose."""
-    carried = [name.strip("_").replace("_", " ") for name in _HOOKS if getattr(module, name)]
-    carried += [f"parameter {name!r}" for name in module._parameters if name not in ("weight", "bias")]
+    """Refuse an nn.Linear that carries something which a Float8Linear would not compute with."""
+    carried = [f"parameter {name!r}" for name in module._parameters if name not in ("weight", "bias")]
     carried += [f"buffer {name!r}" for name in module._buffers] + [f"module {name!r}" for name in module._modules]
     carried += ["a forward of its own"] if "forward" in vars(module) else []
     if carried:
         raise ConfigError(
-            f"convert_model: {fqn!r} carries {', '.join(carried)}; needs a bare nn.Linear, since its replacement would "
-            "lose that. Convert first and add it afterwards."
+            f"convert_model: {fqn!r} carries {', '.join(carried)}; needs a bare nn.Linear, since a Float8Linear may "
+            "not compute with that. Convert first and add it afterwards."
         )
+
+
+def _check_methods(model: nn.Module, linears: Sequence[_Found]) -> None:
+    """Refuse an attribute of the model that holds a method of an nn.Linear: it would compute in FP32 ever after."""
+    paths = {id(found.module): found.paths[0] for found in linears if type(found.module) is nn.Linear}
+    for fqn, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, MethodType) and value.__name__ == "forward" and id(value.__self__) in paths:
+                owner, linear = fqn or "the model", paths[id(value.__self__)]
+                raise ConfigError(
+                    f"convert_model: {name!r} of {owner!r} is the forward of {linear!r} as nn.Linear has it; "
+                    "needs the module, whose forward will be another. Set it after converting."
+                )
 
 
 def _device_type(model: nn.Module) -> str:
@@ -210,7 +218,7 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], backend: str, copies: str) -> None:
-    """Put a Float8Linear in every slot of every nn.Linear; change the precision of those that are one already."""
+    """Turn every nn.Linear into a Float8Linear; change the precision of those that are one already."""
     converted = [found.module for found in linears if isinstance(found.module, Float8Linear)]
     inputs = converted[0].inputs if converted else InputCache()
     replacements = [
@@ -218,10 +226,9 @@ def _swap(linears: Sequence[_Found], precisions: Sequence[LinearPrecision], back
         for found, precision in zip(linears, precisions, strict=True)
     ]
     # nothing of the model has been written to up to here, and nothing below refuses
-    for found, linear, precision in zip(linears, replacements, precisions, strict=True):
+    for found, made, precision in zip(linears, replacements, precisions, strict=True):
+        linear = made if made is found.module else Float8Linear.take_place(found.module, made)
         linear.inputs = inputs
-        for parent, name in found.slots if linear is not found.module else ():
-            setattr(parent, name, linear)
         if (linear.precision, linear.backend_name, linear.provider.copies) != (precision, backend, copies):
             if isinstance(linear.provider, LocalWeight):
                 linear.provider = LocalWeight(copies)
@@ -353,7 +360,7 @@ def _no_kernel(backend: Backend) -> str:
 
 
 def _replacement(found: _Found, precision: LinearPrecision, backend: str) -> Float8Linear:
-    """A Float8Linear with the parameters of an nn.Linear and the attributes that others have set on it."""
+    """What an nn.Linear will be; others may have set attributes on it, but none that a Float8Linear has."""
     linear = Float8Linear.from_linear(found.module, precision, backend)
     for name in vars(found.module).keys() - _PLAIN_ATTRIBUTES:  # e.g. transformers marks what it has initialised
         if hasattr(linear, name):
@@ -361,18 +368,15 @@ def _replacement(found: _Found, precision: LinearPrecision, backend: str) -> Flo
                 f"convert_model: {found.paths[0]!r} has an attribute {name!r} of its own; needs a name that is free in "
                 "Float8Linear. Rename it."
             )
-        setattr(linear, name, getattr(found.module, name))
     return linear
 
 
 def _row(found: _Found, chosen: Assignment, selection: Selection) -> ConversionRow:
-    fqn, *other_names = found.paths
-    parent, name = found.slots[0]
-    linear = getattr(parent, name)  # what is in the model after the conversion
+    (fqn, *other_names), linear = found.paths, found.module
     numbers: LinearPrecision | None = None
     copies = COPIES[0]
     reason, backend, site = f"{chosen.reason}; a {type(linear).__name__} is left as it is", "torch", NOT_COUNTED
-    if _swappable(linear):
+    if isinstance(linear, Float8Linear):
         numbers, reason, backend, site = chosen.precision, chosen.reason, selection.backend.name, linear.site
         copies = linear.provider.copies
     return ConversionRow(

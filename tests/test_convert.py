@@ -54,6 +54,22 @@ def test_parameters_and_their_state_stay(model: Model) -> None:
     assert model.head.mark == "set by somebody"
 
 
+def test_what_else_refers_to_a_linear_has_the_converted_one_and_hooks_stay(model: Model) -> None:
+    calls: list[str] = []
+    beside = model.beside = [model.head]
+    model.head.register_forward_hook(lambda *_: calls.append("forward"))
+    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))
+    model.head.register_load_state_dict_post_hook(lambda *_: calls.append("load"))
+    convert_model(model, EVERYTHING, backend="cpu_torch")
+    assert beside[0] is model.head and type(model.head) is Float8Linear
+    model(torch.randn(6, 24)).sum().backward()
+    assert calls == ["forward", "backward"]
+    with torch.no_grad():
+        expected = model.layers[0].up(torch.ones(1, 24))
+        model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+        assert calls[2:] == ["load"] and not torch.equal(model.layers[0].up(torch.ones(1, 24)), expected)
+
+
 def test_linears_share_one_input_cache(model: Model) -> None:
     convert_model(model, EVERYTHING, backend="cpu_torch")
     assert len({id(module.inputs) for module in model.modules() if isinstance(module, Float8Linear)}) == 1
@@ -149,12 +165,8 @@ def _half(model: Model) -> None:
     model.head.to(torch.bfloat16)
 
 
-def _hook(model: Model) -> None:
-    model.head.register_forward_hook(lambda *_: None)
-
-
-def _backward_hook(model: Model) -> None:
-    model.head.register_full_backward_hook(lambda *_: None)
+def _kept_forward(model: Model) -> None:
+    model.call = model.head.forward
 
 
 def _patched_forward(model: Model) -> None:
@@ -189,9 +201,12 @@ def _lazy(model: Model) -> None:
     ("spoil", "message"),
     [
         pytest.param(_half, "head.weight is torch.bfloat16; needs torch.float32.*model.float", id="dtype"),
-        pytest.param(_hook, "'head' carries forward hooks; needs a bare nn.Linear.*Convert first", id="hook"),
-        pytest.param(_backward_hook, "'head' carries backward hooks", id="backward hook"),
-        pytest.param(_patched_forward, "'head' carries a forward of its own", id="patched forward"),
+        pytest.param(_kept_forward, "'call' of 'the model' is the forward of 'head' as nn.Linear", id="method"),
+        pytest.param(
+            _patched_forward,
+            "'head' carries a forward of its own; needs a bare nn.Linear.*Convert first",
+            id="patched forward",
+        ),
         pytest.param(_buffer, "'head' carries buffer 'mask'", id="buffer"),
         pytest.param(_extra_parameter, "'head' carries parameter 'gain'", id="parameter"),
         pytest.param(_taken_name, "'head' has an attribute 'site' of its own", id="attribute"),

@@ -94,6 +94,19 @@ class Float8Linear(nn.Linear):
         made._setup(precision, backend)
         return made
 
+    @classmethod
+    def take_place(cls, linear: nn.Linear, made: Float8Linear) -> Float8Linear:
+        """Turn `linear` itself into what `made` is, which was made from it and is not used again.
+
+        Whatever else refers to it, such as a list beside the module tree, has the Float8Linear then; its hooks stay.
+        """
+        linear.__dict__.update({name: value for name, value in vars(made).items() if name not in vars(linear)})
+        linear.__class__ = cls
+        assert isinstance(linear, Float8Linear)
+        linear.register_load_state_dict_post_hook(_after_load)
+        keep_current(linear)
+        return linear
+
     def _setup(self, precision: LinearPrecision, backend: str) -> None:
         self.plan = Plan(precision, backend, next(_SITES))
         self.inputs = InputCache()
