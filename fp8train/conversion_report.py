@@ -12,7 +12,8 @@ from fp8train.backends import get_backend
 from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
 from fp8train.nn.weights import COPIES
 from fp8train.quant.formats import LinearPrecision
-from fp8train.units import bytes_text
+from fp8train.units import bytes_text, percent_text
+from fp8train.unreached import UnreachedRow, joined
 
 AS_IS = "as is"
 
@@ -194,7 +195,7 @@ class ConversionReport:
         backend: name of the backend.
         backend_reason: one line: why this one, and why not the others.
         rows: one for each linear, in the order of the model.
-        others: (module path, class) of modules with matrices that are no nn.Linear: recipes do not reach them.
+        others: modules with matrices that are no nn.Linear: recipes do not reach them.
         producers: norms and MLPs of known classes.
         ropes: rotary embeddings of known classes.
     """
@@ -204,7 +205,7 @@ class ConversionReport:
     backend: str
     backend_reason: str
     rows: tuple[ConversionRow, ...]
-    others: tuple[tuple[str, str], ...] = ()
+    others: tuple[UnreachedRow, ...] = ()
     producers: tuple[ProducerRow, ...] = ()
     ropes: tuple[RopeRow, ...] = ()
 
@@ -217,7 +218,10 @@ class ConversionReport:
         return flops[True] / max(sum(flops.values()), 1)
 
     def table(self, *, every: bool = False) -> str:
-        """A line for each linear, or (default) each group that differs in indices only: layers.{0..31}.mlp.up_proj."""
+        """A line for each linear, or (default) each group that differs in indices only: layers.{0..31}.mlp.up_proj.
+
+        Below them a line for what the recipe does not reach, with its share of all matrices but embeddings.
+        """
         groups = [(row.fqn, 1, row) for row in self.rows] if every else collapse(self.rows)
         lines = [[_HEADER[key] for key in _HEADER]]
         for label, count, row in groups:
@@ -234,7 +238,16 @@ class ConversionReport:
                     *(bytes_text(count * size) for size in (row.master_bytes, row.code_bytes, row.scale_bytes)),
                 ]
             )
-        return align(lines, right=("count", "master", "copies", "scales"))
+        text = align(lines, right=("count", "master", "copies", "scales"))
+        return "\n".join([text, *(f"not reached: {line}" for line in self._not_reached())])
+
+    def _not_reached(self) -> list[str]:
+        groups, of_linears = joined(self.others), sum(row.out_features * row.in_features for row in self.rows)
+        whole = of_linears + sum(groups.values())
+        return [
+            f"{path} ({kind}), {percent_text(100 * elements / max(whole, 1), digits=1)} of the matrix parameters"
+            for (path, kind), elements in groups.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -245,7 +258,7 @@ class ConversionReport:
             "backend_reason": self.backend_reason,
             "planned_fp8_share": self.planned_fp8_share(),
             "linears": [row.to_dict() for row in self.rows],
-            "not_linears": [{"fqn": fqn, "class": kind} for fqn, kind in self.others],
+            "not_linears": [{"fqn": row.fqn, "class": row.kind} for row in self.others],
             "producers": [row.to_dict() for row in self.producers],
             "ropes": [row.to_dict() for row in self.ropes],
         }
@@ -253,10 +266,11 @@ class ConversionReport:
     def coverage(self) -> dict[str, Any]:
         """What the GEMMs ran in since the counts were last reset, as the ops counted; FLOPs = 2 * rows * N * K.
 
-        fp8_flops_share is of the FLOPs of what is counted; uncounted: subclasses of nn.Linear that were left as they
-        are, whose GEMMs are not. decoded: GEMMs for which no kernel passed, so that torch multiplies decoded numbers.
-        refused_kernels: those that failed the check on their first use so far, each with the reason. precision, rule
-        and reason of a linear are the recipe's; changed: what schedule or alarm made of it since, or null.
+        fp8_flops_share is of the FLOPs of the linears that are counted; uncounted: subclasses of nn.Linear that were
+        left as they are, whose GEMMs are not. not_reached: matrices of what is no linear, in words. decoded: GEMMs for
+        which no kernel passed, so that torch multiplies decoded numbers. refused_kernels: those that failed the check
+        on their first use so far, each with the reason. precision, rule, reason of a linear are the recipe's; changed:
+        what schedule or alarm made of it since, or null.
         """
         counts = COUNTS.snapshot()
         fp8_flops = other_flops = 0
@@ -288,6 +302,7 @@ class ConversionReport:
             "fp8_flops_share": fp8_flops / max(fp8_flops + other_flops, 1),
             "linears": linears,
             "uncounted": [row.fqn for row in self.rows if row.numbers is None],
+            "not_reached": self._not_reached(),
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +31,7 @@ from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
 from fp8train.shards import is_sharded
+from fp8train.unreached import paths_in_words, unreached
 
 FUSED = ("auto", "always", "never")
 _NEVER = "fused=never"
@@ -83,10 +84,10 @@ def convert_model(
         BackendError: the backend cannot run here, or cannot serve a precision of the recipe.
     """
     _check_choices(fused=(fused, FUSED), weight_copies=(weight_copies, COPIES))
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    linears = _find_linears(model)
+    recipe, linears = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), _find_linears(model)
     shapes = {path: (found.module.out_features, found.module.in_features) for found in linears for path in found.paths}
-    assigned = recipe.resolve(shapes, _kept(model, shapes))
+    others = tuple(unreached(model))
+    assigned = recipe.resolve(shapes, _kept(model, shapes), paths_in_words(others))
     for found in linears:
         _check(found, assigned, recipe.source)
     _check_methods(model, linears)
@@ -102,7 +103,7 @@ def convert_model(
         recipe=recipe.name, recipe_hash=recipe.hash,
         backend=selection.backend.name, backend_reason=selection.reason,
         rows=tuple(_row(found, assigned[found.paths[0]], selection) for found in linears),
-        others=tuple(_others(model)),
+        others=others,
         producers=tuple(_fuse(model, fused, selection.backend)),
         ropes=tuple(_fuse_ropes(model, fused, selection.backend)),
     )  # fmt: skip
@@ -383,11 +384,3 @@ def _row(found: _Found, chosen: Assignment, selection: Selection) -> ConversionR
         fqn=fqn, shape=(linear.out_features, linear.in_features), has_bias=linear.bias is not None, numbers=numbers,
         backend=backend, rule=chosen.rule, reason=reason, site=site, copies=copies, other_names=tuple(other_names),
     )  # fmt: skip
-
-
-def _others(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Modules that own matrices and are neither linears nor embeddings: recipes do not reach them."""
-    for fqn, module in model.named_modules():
-        matrices = any(parameter is not None and parameter.dim() >= 2 for parameter in module._parameters.values())
-        if matrices and not isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
-            yield fqn or "(the model)", type(module).__name__

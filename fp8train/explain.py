@@ -216,7 +216,7 @@ def _operands(precision: LinearPrecision, gemm: str) -> str:
 
 
 def _remarks(report: ConversionReport) -> list[str]:
-    """Why linears stay out of FP8, and what the recipe does not reach."""
+    """Why linears stay out of FP8, which are one module, and what was fused."""
     reasons = Counter(row.reason for row in report.rows if row.numbers is None or not row.numbers.any_fp8)
     lines = []
     if any(row.numbers is not None and row.numbers.any_fp8 for row in report.rows) and reasons:
@@ -224,11 +224,6 @@ def _remarks(report: ConversionReport) -> list[str]:
             "not in FP8:",
             *(f"  {count} linear{'s' if count > 1 else ''}: {why}" for why, count in reasons.items()),
         ]
-    if report.others:
-        kinds = Counter(kind for _, kind in report.others)
-        first = {kind: fqn for fqn, kind in reversed(report.others)}
-        lines.append("not linears, out of the recipe's reach (their own matrices stay as they are):")
-        lines += [f"  {count} {kind}, e.g. {first[kind]}" for kind, count in kinds.items()]
     shared = [row for row in report.rows if row.other_names]
     lines += [f"one module: {row.fqn} = {' = '.join(row.other_names)}" for row in shared]
     lines += _swap_lines(

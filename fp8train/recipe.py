@@ -129,7 +129,10 @@ class Recipe:
         return yaml.safe_dump(self.document, sort_keys=False, default_flow_style=None, width=120)
 
     def resolve(
-        self, linears: Mapping[str, tuple[int, ...]], keep_high_precision: Mapping[str, str] | None = None
+        self,
+        linears: Mapping[str, tuple[int, ...]],
+        keep_high_precision: Mapping[str, str] | None = None,
+        others: Mapping[str, str] | None = None,
     ) -> dict[str, Assignment]:
         """Decide the precision of every linear; the first rule that covers it wins.
 
@@ -139,6 +142,7 @@ class Recipe:
         Args:
             linears: module path -> weight shape [N, K], or [E, N, K] for a grouped linear.
             keep_high_precision: module path -> who keeps it, e.g. {"lm_head": "Decoder.keep_high_precision"}.
+            others: path of what holds matrices and is no linear -> what it is, for messages, e.g. "a Conv1D".
 
         Returns:
             dict[str, Assignment]: one for each linear, in their order.
@@ -149,7 +153,7 @@ class Recipe:
         """
         positions = layer_positions(linears)
         for rule in self.rules:
-            self._check_matches(rule, positions)
+            self._check_matches(rule, positions, others or {})
             self._check_decides(rule, positions)
         kept = keep_high_precision or {}
         return {fqn: self._decide(fqn, positions[fqn], kept.get(fqn)) for fqn in linears}
@@ -167,7 +171,7 @@ class Recipe:
             return Assignment(precision=BF16, rule=label, reason=reason)
         return Assignment(precision=precision, rule=label, reason=f"{rule} says {rule.use}")
 
-    def _check_matches(self, rule: Rule, positions: Mapping[str, Position | None]) -> None:
+    def _check_matches(self, rule: Rule, positions: Mapping[str, Position | None], others: Mapping[str, str]) -> None:
         """Refuse a rule that covers nothing; what earlier rules take away from it does not count."""
         if rule.layers is not None:
             num_layers = max((position[1] for position in positions.values() if position is not None), default=0)
@@ -178,10 +182,18 @@ class Recipe:
                 )
         if rule.optional or rule.selector == "*" or any(rule.covers(fqn, place) for fqn, place in positions.items()):
             return
+        other = next(
+            (
+                f"It matches {path!r}, {what}, but only an nn.Linear can be reached. "
+                for path, what in others.items()
+                if rule.covers(path, None)
+            ),
+            "",
+        )
         near = ", ".join(nearest_paths(rule.selector, positions)) or "none"
         raise RecipeError(
             f"{self.source}: {rule} matches none of the {len(positions)} linears; needs at least one. "
-            f"Closest module paths: {near}. Correct the rule, delete it, or add 'optional: true'."
+            f"{other}Closest module paths: {near}. Correct the rule, delete it, or add 'optional: true'."
         )
 
     def _check_decides(self, rule: Rule, positions: Mapping[str, Position | None]) -> None:

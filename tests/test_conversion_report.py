@@ -17,6 +17,7 @@ from fp8train.backends.device_gemm import decoded_mm
 from fp8train.backends.triton import TritonBackend
 from fp8train.conversion_report import collapse, index_ranges
 from fp8train.convert import convert_model
+from fp8train.errors import RecipeError
 from fp8train.nn.weights import OPERANDS
 from fp8train.quant.formats import BLOCKWISE
 from fp8train.recipe import available_recipes, load_recipe
@@ -110,7 +111,24 @@ def test_row_names_the_operands() -> None:
 
 def test_matrices_outside_linears_are_listed() -> None:
     model = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "embed": nn.Embedding(4, 4), "out": nn.Linear(4, 4)})
-    assert convert_model(model, EVERYTHING, backend="cpu_torch").others == (("conv", "Conv1d"),)
+    report = convert_model(model, EVERYTHING, backend="cpu_torch")
+    assert [(row.fqn, row.kind) for row in report.others] == [("conv", "Conv1d")]
+    line = "conv (Conv1d), 75.0 % of the matrix parameters"
+    assert report.table().splitlines()[-1] == f"not reached: {line}"
+    assert report.coverage()["not_reached"] == [line]
+
+
+def test_experts_of_all_layers_are_one_line_and_a_rule_for_them_is_told_why_it_matches_none() -> None:
+    model = Model()
+    for layer in model.layers:
+        layer.experts = nn.Module()
+        layer.experts.gate_up_proj = nn.Parameter(torch.ones(2, 24, 80))
+    for match in ("*experts", "*experts.gate_up_proj"):
+        with pytest.raises(RecipeError, match=r"matches none of the 7 linears.*It matches 'layers.0.experts.*Module"):
+            convert_model(model, document({"match": match, "use": "fp8"}, {"match": "*", "use": "fp8"}))
+    table = convert_model(model, EVERYTHING, backend="cpu_torch").table()
+    # 7680 of them and 2 * 2 * 960 + 2 * 72 + 240 of linears
+    assert table.splitlines()[-1] == "not reached: layers.*.experts (Module), 64.5 % of the matrix parameters"
 
 
 def test_table_joins_layers_that_are_alike() -> None:
