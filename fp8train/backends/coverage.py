@@ -1,8 +1,8 @@
 """Which GEMMs ran in which precision, counted by the ops themselves as they run.
 
-The ops are opaque to torch.compile, so this count is what was executed, compiled or not, recomputation included. What
-a run reports is of its own steps, over interruptions, each once: CoverageLog (trainer/assembly.py) takes steps out that
-an alarm undid.
+The ops are opaque to torch.compile, so this count is what was executed, compiled or not; what activation checkpointing
+repeats in backward is left out, so that a share of FLOPs is the same with it and without. What a run reports is of its
+own steps, over interruptions, each once: CoverageLog (trainer/assembly.py) takes steps out that an alarm undid.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def scaled_mm(
     bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str,
 ) -> Tensor:  # fmt: skip
     """a [M, K] @ b [N, K].T, both FP8; contiguous, as the fake promises: cuBLASLt's may be part of a padded one."""
-    COUNTS.add(site, gemm, _rows(gemm, a), True)
+    _count(site, gemm, a, fp8=True)
     left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
     bias = None if bias is None else bias.contiguous()  # a column of a matrix may be a Parameter
     run = get_backend(backend).scaled_mm
@@ -113,7 +113,7 @@ def scaled_mm_add_(
     backend: str, site: int, gemm: str,
 ) -> None:  # fmt: skip
     """out [M, N] fp32 += a @ b.T, both FP8."""
-    COUNTS.add(site, gemm, _rows(gemm, a), True)
+    _count(site, gemm, a, fp8=True)
     left, right = QTensor(a, a_scale, as_spec(a_spec)), QTensor(b, b_scale, as_spec(b_spec))
     with _own_dtypes(a):
         get_backend(backend).scaled_mm(left, right, None, out, True, torch.float32)
@@ -121,14 +121,14 @@ def scaled_mm_add_(
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str) -> Tensor:
     """a [M, K] @ b [N, K].T in high precision."""
-    COUNTS.add(site, gemm, _rows(gemm, a), False)
+    _count(site, gemm, a, fp8=False)
     with _own_dtypes(a):
         return get_backend(backend).mm(a, b, bias, None, False, out_dtype).contiguous()
 
 
 def mm_add_(out: Tensor, a: Tensor, b: Tensor, backend: str, site: int, gemm: str) -> None:
     """out [M, N] fp32 += a @ b.T in high precision."""
-    COUNTS.add(site, gemm, _rows(gemm, a), False)
+    _count(site, gemm, a, fp8=False)
     with _own_dtypes(a):
         get_backend(backend).mm(a, b, None, out, True, torch.float32)
 
@@ -158,6 +158,13 @@ def as_spec(spec: str | QuantSpec) -> QuantSpec:
 def _own_dtypes(a: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The caller's autocast must not reach the matmuls that a backend is made of: it would round their FP32 sums."""
     return torch.autocast(a.device.type, enabled=False) if _AUTOCASTS() else _NOTHING
+
+
+def _count(site: int, gemm: str, a: Tensor, *, fp8: bool) -> None:
+    """Record a GEMM. An fprop inside of backward is one that activation checkpointing repeats, and counts nothing."""
+    # torch.utils.checkpoint knows by the same number whether backward is running
+    if gemm != "fprop" or torch._C._current_graph_task_id() == -1:
+        COUNTS.add(site, gemm, _rows(gemm, a), fp8)
 
 
 def _rows(gemm: str, a: Tensor) -> int:

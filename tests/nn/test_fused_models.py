@@ -287,7 +287,7 @@ def test_observers_see_what_they_see_in_the_plain_model() -> None:
         observer.begin()
         losses = train(model, steps=1)
         seen.append((observer.end(), losses[0]))
-    assert seen[0] == seen[1] and len(seen[0][0]) == 3 * len(named_linears(decoder("never")[0])) - 3
+    assert seen[0] == seen[1] and len(seen[0][0]) == 5 * len(named_linears(decoder("never")[0])) - 5
 
 
 def test_strict_audits_leave_fused_modules_fused(monkeypatch: pytest.MonkeyPatch) -> None:

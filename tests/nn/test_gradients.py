@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp8train.backends import get_backend
-from fp8train.backends.coverage import COUNTS
+from fp8train.backends.coverage import COUNTS, GEMMS
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.weights import converted_linears, install_weight_hooks
@@ -125,12 +125,15 @@ def test_activation_checkpointing_changes_no_bit(name: str, reentrant: bool) -> 
         assert torch.equal(one, other)
 
 
-def test_checkpointing_counts_the_recomputed_forward() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_what_checkpointing_repeats_is_not_counted_again(reentrant: bool, compiled: bool) -> None:
     model = model_of()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
     COUNTS.reset()
-    checkpoint(model, normal(6, 130).requires_grad_(True), use_reentrant=False).sum().backward()
+    checkpoint(forward, normal(6, 130).requires_grad_(True), use_reentrant=reentrant).sum().backward()
     counts = COUNTS.snapshot()[model[0].site]
-    assert counts["fprop"].fp8_calls == 2 and counts["wgrad"].fp8_calls == 1
+    assert {gemm: (count.fp8_calls, count.fp8_rows) for gemm, count in counts.items()} == dict.fromkeys(GEMMS, (1, 6))
 
 
 def train_step(model: nn.Module, forward: nn.Module, x: Tensor) -> list[Tensor]:

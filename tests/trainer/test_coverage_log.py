@@ -27,6 +27,11 @@ def test_a_run_that_goes_on_counts_the_steps_of_before(tmp_path: Path) -> None:
     assert parts.fp8_flops_share == whole.fp8_flops_share > 0
 
 
+def test_activation_checkpointing_does_not_change_the_share(tmp_path: Path) -> None:
+    plain, full = (tiny_train(tmp_path, "steps=1", f"activation_checkpointing={c}", run=c) for c in ("none", "full"))
+    assert plain.fp8_flops_share == full.fp8_flops_share > 0
+
+
 def test_a_run_that_begins_at_the_checkpoint_of_another_counts_its_own(tmp_path: Path) -> None:
     tiny_train(tmp_path, "steps=2", run="first")
     checkpoint = tmp_path / "first" / "checkpoints" / "step_00000002"
