@@ -27,20 +27,22 @@ from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import EVENTS_FILE, write_file
 from fp8train.trainer.step import StepResult
-from fp8train.trainer.suspect import OUTSIDE, find_culprit, finite_in_bf16, loss_of
+from fp8train.trainer.suspect import OUTSIDE, find_culprit, finite_in_bf16, local, loss_of
 from fp8train.trainer.watcher import Watcher
 
 PROBE_ROWS = 1024
+BROKEN = "a weight is not finite"
 
 
 class AlarmWatcher(Watcher):
     """Decides from numbers that are the same on every rank; the worst linear is that of all ranks together.
 
-    The step's micro-batches run once more in BF16. Where a step was not finite and is not in BF16 either, or the loss
-    has risen in BF16 too while the last step without cause reads as it did, FP8 has not done it and nothing is demoted.
-    Else the worst is the linear at which the first non-finite number was made (suspect.py); with none, the one whose
-    operands lose most by the 99th percentile of their rows' errors. Linears that read the same input are demoted with
-    it. What happened is a line of events.jsonl.
+    The step's micro-batches run once more in BF16. Where a step was not finite and is not in BF16 either, or its loss
+    reads as in BF16 while the last step without cause still reads as it did, FP8 has not done it and nothing is
+    demoted. Else the worst is the linear at which the first non-finite number was made (suspect.py); with none, the one
+    whose operands lose most by the 99th percentile of their rows' errors. Linears that read the same input are demoted
+    with it. Where a weight is not finite the run goes back without a demotion, which counts as one. What happened is a
+    line of events.jsonl.
 
     Args:
         alarm: the recipe's.
@@ -98,6 +100,10 @@ class AlarmWatcher(Watcher):
         candidates = {fqn: linear for fqn, linear in self._control.linears.items() if linear.precision.quantized}
         if not candidates:
             return self._spared(step, result, cause, "nothing left to demote")
+        if not result.updated and self._weights_broken():
+            self._demotions += 1
+            self._pending = {"event": "return", **self._facts(step, cause, result), "demoted": [], "why": BROKEN}
+            raise RollBack(f"{cause}; {BROKEN}")
         innocent = self._innocent(result)
         if innocent is not None:
             return self._spared(step, result, cause, f"not by FP8: {innocent}")
@@ -166,11 +172,18 @@ class AlarmWatcher(Watcher):
             return None if finite_in_bf16(self._model, self._batches, *args) else "BF16 is not finite either"
         if not self._before:
             return None
-        limit = statistics.fmean(self._losses) + self._alarm.spike_nats
-        high, before = (loss_of(self._model, part, *args, BF16) for part in (self._batches, self._before))
-        if high > limit >= before:
-            return f"in BF16 the loss is {high:.4g}, and {before:.4g} for the tokens before"
+        usual = statistics.fmean(self._losses)
+        before = loss_of(self._model, self._before, *args, BF16)
+        # both on the weights after the step, which has learned of these very tokens
+        own, high = (loss_of(self._model, self._batches, *args, precision) for precision in (None, BF16))
+        if own - high <= (result.loss - usual) / 2 and before <= usual + self._alarm.spike_nats:
+            return f"after the step it reads {own:.4g}, BF16 {high:.4g} and {before:.4g} for the tokens before"
         return None
+
+    def _weights_broken(self) -> bool:
+        """Whether a weight is not finite on some rank: no precision helps, only an earlier checkpoint."""
+        bad = [not bool(local(p.detach()).isfinite().all()) for p in self._model.parameters()]
+        return self._world.all_reduce_sum(float(sum(bad))) > 0
 
     def _worst(
         self, step: int, result: StepResult, candidates: Mapping[str, Float8Linear]

@@ -37,8 +37,9 @@ class Trace:
     order: list[str] = field(default_factory=list)
     finite: dict[tuple[str, str], bool] = field(default_factory=dict)
 
-    def culprit(self, quantised: Collection[str]) -> str | None:
-        """The linear that made the first non-finite number; OUTSIDE for one that none made; None if there is none.
+    def culprit(self, quantised: Collection[str], sums: bool = False) -> tuple[int, str] | None:
+        """The linear that made the first non-finite number, OUTSIDE for one that none made, behind the phase in which
+        it was made: forward 0, backward 1, sums over ranks 2. None if there is none.
 
         That is the first one with finite operands and another result. What first turns up in the operand of one was
         made between it and the linear before it, in the order of computation, that does not share its input. One that
@@ -46,17 +47,20 @@ class Trace:
 
         Args:
             quantised: linears that do.
+            sums: dw is a sum over ranks, of which another may have made it.
         """
         if any(not finite for (_, operand), finite in self.finite.items() if operand == "w"):
-            return OUTSIDE
-        for order, operand, result in ((self.order, "x", "y"), (self.order[::-1], "dy", "dw")):
+            return 0, OUTSIDE
+        backward = self.order[::-1]
+        passes = [(0, self.order, "x", "y"), (1, backward, "dy", "" if sums else "dw"), (2, backward, "", "dw")]
+        for phase, order, operand, result in passes:
             for place, fqn in enumerate(order):
                 given, made = (self.finite.get((fqn, name), True) for name in (operand, result))
                 if given and made:
                     continue
                 spared = [] if given else group_of(fqn, self.order)
                 before = (other for other in order[place::-1] if other in quantised and other not in spared)
-                return next(before, OUTSIDE)
+                return phase, next(before, OUTSIDE)
         return None
 
 
@@ -86,7 +90,9 @@ def finite_in_bf16(model: nn.Module, batches: Sequence[Batch], world: World, lin
 
 
 def find_culprit(model: nn.Module, batches: Sequence[Batch], world: World, linears: Linears) -> str | None:
-    """Trace.culprit of the first micro-batch in which, on any rank, there is one; the first rank's of several."""
+    """Trace.culprit of the first micro-batch in which, on any rank, there is one: of the earliest phase, and of several
+    ranks' the first's.
+    """
     quantised = {fqn for fqn, linear in linears.items() if linear.precision.quantized}
     for batch in batches:
         trace = Trace()
@@ -95,9 +101,10 @@ def find_culprit(model: nn.Module, batches: Sequence[Batch], world: World, linea
         trace.finite = {key: bool(flag) for key, flag in flags.items()}
         weights = {id(linear.weight): fqn for fqn, linear in linears.items()}
         trace.finite |= {(weights[one], "dw"): False for one in broken if one in weights}
-        found = [culprit for culprit in world.all_gather_object(trace.culprit(quantised)) if culprit is not None]
+        own = trace.culprit(quantised, sums=is_sharded(model.parameters()))
+        found = [culprit for culprit in world.all_gather_object(own) if culprit is not None]
         if found:
-            return next((culprit for culprit in found if culprit != OUTSIDE), OUTSIDE)
+            return min(found, key=lambda culprit: (culprit[0], culprit[1] == OUTSIDE))[1]
     return None
 
 
@@ -117,13 +124,13 @@ def _pass(model: nn.Module, batch: Batch, world: World, linears: Linears) -> tup
     broken = [
         id(parameter)
         for parameter, gradient in zip(parameters, gradients, strict=True)
-        if gradient is not None and not bool(_local(gradient).isfinite().all())
+        if gradient is not None and not bool(local(gradient).isfinite().all())
     ]
     return float(mean.detach()), broken
 
 
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+def local(gradient: Tensor) -> Tensor:
+    return gradient.tolocal() if hasattr(gradient, "to_local") else gradient
 
 
 @contextlib.contextmanager
@@ -155,4 +162,4 @@ class _Note:
             y.register_hook(lambda dy: self._note("dy", dy))
 
     def _note(self, name: str, tensor: Tensor) -> None:
-        self._flags.setdefault((self._fqn, name), _local(tensor.detach()).isfinite().all())
+        self._flags.setdefault((self._fqn, name), local(tensor.detach()).isfinite().all())
