@@ -30,6 +30,7 @@ from fp8train.nn.weights import COPIES, LocalWeight, install_weight_hooks, keep_
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Assignment, Recipe, load_recipe
 from fp8train.recipe_options import SwigluRemedy
+from fp8train.replaceable import check_bare, computes_as_linear, read_only_linears, subclasses_refused
 from fp8train.shards import is_sharded
 from fp8train.unreached import paths_in_words, unreached
 
@@ -44,7 +45,14 @@ class _Found:
     """A linear of the model, and the paths that lead to it."""
 
     module: nn.Linear
+    read_only: bool = False  # its owner does not call it
     paths: list[str] = field(default_factory=list)
+
+    @property
+    def swappable(self) -> bool:
+        """Whether a Float8Linear may take its place: a subclass may compute something else than nn.Linear."""
+        kind = type(self.module)
+        return not self.read_only and (kind is Float8Linear or computes_as_linear(kind))
 
 
 def convert_model(
@@ -62,8 +70,9 @@ def convert_model(
     hooks; works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP.
     A second conversion changes precisions.
     A model class may declare `keep_high_precision`, a tuple of globs on module paths relative to it; such a linear
-    stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear, which may
-    have a forward of its own, is left as it is where its rule says bf16 or fp32, and refused elsewhere.
+    stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear that
+    adds more than an __init__ is left as it is where its rule says bf16 or fp32, and refused elsewhere; out_proj of
+    nn.MultiheadAttention, which reads the weight and calls nothing, is left as it is.
 
     Args:
         model: any module that contains nn.Linear modules with FP32 weights.
@@ -88,10 +97,8 @@ def convert_model(
     shapes = {path: (found.module.out_features, found.module.in_features) for found in linears for path in found.paths}
     others = tuple(unreached(model))
     assigned = recipe.resolve(shapes, _kept(model, shapes), paths_in_words(others))
-    for found in linears:
-        _check(found, assigned, recipe.source)
-    _check_methods(model, linears)
-    swappable = [found for found in linears if _swappable(found.module)]
+    _check(model, linears, assigned, recipe.source)
+    swappable = [found for found in linears if found.swappable]
     precisions = [assigned[found.paths[0]].precision for found in swappable]
     selection = select_backend(backend, device_type or _device_type(model), dict.fromkeys(precisions))
     treated = _swiglu_blocks(model, recipe)
@@ -124,9 +131,11 @@ def _find_linears(model: nn.Module) -> list[_Found]:
             "the model. Pass nn.Sequential(linear)."
         )
     found: dict[int, _Found] = {}
+    read_only = read_only_linears(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            found.setdefault(id(module), _Found(module=module)).paths.append(path)
+            fresh = _Found(module=module, read_only=id(module) in read_only)
+            found.setdefault(id(module), fresh).paths.append(path)
     if not found:
         raise ConfigError(f"convert_model: {kind} has no nn.Linear; needs at least one. Pass a module that has.")
     return list(found.values())
@@ -146,12 +155,27 @@ def _kept(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
     return kept
 
 
-def _swappable(module: nn.Module) -> bool:
-    """Whether the module computes what nn.Linear computes: a subclass may not."""
-    return type(module) in (nn.Linear, Float8Linear)
+def _check_subclasses(linears: Sequence[_Found], assigned: Mapping[str, Assignment], source: str) -> None:
+    """Refuse linears that are to be quantised and may compute something else, all at once."""
+    chosen = {found.paths[0]: assigned[found.paths[0]] for found in linears}
+    refused = {
+        fqn: found.module for found, (fqn, choice) in zip(linears, chosen.items(), strict=True)
+        if not (found.swappable or found.read_only) and choice.precision not in (BF16, FP32)
+    }  # fmt: skip
+    if refused:
+        first = chosen[next(iter(refused))]
+        raise RecipeError(f"{source}: {subclasses_refused(refused, first.rule, first.precision.name)}")
 
 
-def _check(found: _Found, assigned: Mapping[str, Assignment], source: str) -> None:
+def _check(model: nn.Module, linears: Sequence[_Found], assigned: Mapping[str, Assignment], source: str) -> None:
+    """Refuse what cannot be converted, before anything is changed."""
+    _check_subclasses(linears, assigned, source)
+    for found in linears:
+        _check_one(found, assigned, source)
+    _check_methods(model, linears)
+
+
+def _check_one(found: _Found, assigned: Mapping[str, Assignment], source: str) -> None:
     """Refuse a linear that cannot have the precision assigned to it."""
     module, fqn = found.module, found.paths[0]
     chosen = assigned[fqn]
@@ -162,14 +186,7 @@ def _check(found: _Found, assigned: Mapping[str, Assignment], source: str) -> No
                 f"{source}: {fqn!r} and {other!r} are one module; rule {chosen.rule!r} gives {chosen.precision.name} "
                 f"and rule {theirs.rule!r} gives {theirs.precision.name}; needs one precision. Let one rule cover both."
             )
-    if not _swappable(module):
-        if chosen.precision not in (BF16, FP32):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise RecipeError(
-                f"{source}: {fqn!r} is a {kind}, a subclass of nn.Linear whose forward may be its own; "
-                f"{chosen.precision.name} needs an nn.Linear. Put {{match: '{fqn}', use: bf16}} before rule "
-                f"{chosen.rule!r} to leave it as it is, or make it an nn.Linear."
-            )
+    if not found.swappable:
         return
     for name, parameter in (("weight", module.weight), ("bias", module.bias)):
         if parameter is not None and parameter.dtype is not torch.float32:
@@ -181,25 +198,13 @@ def _check(found: _Found, assigned: Mapping[str, Assignment], source: str) -> No
             raise ConfigError(
                 f"convert_model: {fqn}.{name} is sharded; needs a plain tensor. Convert first, then shard."
             )
-    if type(module) is nn.Linear:
-        _check_replaceable(module, fqn)
-
-
-def _check_replaceable(module: nn.Linear, fqn: str) -> None:
-    """Refuse an nn.Linear that carries something which a Float8Linear would not compute with."""
-    carried = [f"parameter {name!r}" for name in module._parameters if name not in ("weight", "bias")]
-    carried += [f"buffer {name!r}" for name in module._buffers] + [f"module {name!r}" for name in module._modules]
-    carried += ["a forward of its own"] if "forward" in vars(module) else []
-    if carried:
-        raise ConfigError(
-            f"convert_model: {fqn!r} carries {', '.join(carried)}; needs a bare nn.Linear, since a Float8Linear may "
-            "not compute with that. Convert first and add it afterwards."
-        )
+    if not isinstance(module, Float8Linear):
+        check_bare(module, fqn)
 
 
 def _check_methods(model: nn.Module, linears: Sequence[_Found]) -> None:
     """Refuse an attribute of the model that holds a method of an nn.Linear: it would compute in FP32 ever after."""
-    paths = {id(found.module): found.paths[0] for found in linears if type(found.module) is nn.Linear}
+    paths = {id(found.module): found.paths[0] for found in linears if not isinstance(found.module, Float8Linear)}
     for fqn, module in model.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, MethodType) and value.__name__ == "forward" and id(value.__self__) in paths:
@@ -245,7 +250,8 @@ def _swiglu_blocks(model: nn.Module, recipe: Recipe) -> list[str]:
     ]
     for fqn in found:
         parent = model.get_submodule(fqn.rpartition(".")[0])
-        if not all(type(getattr(parent, name, None)) in (nn.Linear, Float8Linear) for name in _GATED):
+        beside: list[type[Any]] = [type(getattr(parent, name, None)) for name in _GATED]
+        if not all(kind is Float8Linear or computes_as_linear(kind) for kind in beside):
             raise RecipeError(
                 f"{recipe.source}: swiglu: {fqn!r} has no {' and '.join(_GATED)} beside it; needs the down projection "
                 "of a SwiGLU. Correct match."
@@ -377,6 +383,8 @@ def _row(found: _Found, chosen: Assignment, selection: Selection) -> ConversionR
     numbers: LinearPrecision | None = None
     copies = COPIES[0]
     reason, backend, site = f"{chosen.reason}; a {type(linear).__name__} is left as it is", "torch", NOT_COUNTED
+    if found.read_only:
+        reason = "nn.MultiheadAttention reads its weight and does not call it, so that it is left as it is"
     if isinstance(linear, Float8Linear):
         numbers, reason, backend, site = chosen.precision, chosen.reason, selection.backend.name, linear.site
         copies = linear.provider.copies

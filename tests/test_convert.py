@@ -283,8 +283,41 @@ def test_subclass_is_left_as_it_is_where_its_rule_says_bf16(model: Model) -> Non
 
 
 def test_attention_module_of_torch_is_not_half_converted() -> None:
-    """nn.MultiheadAttention reads out_proj.weight without calling it: a swap would have no effect, so it is refused."""
+    """nn.MultiheadAttention reads out_proj.weight without calling it: a swap would have no effect."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "mlp": nn.Linear(8, 8)})
-    with pytest.raises(RecipeError, match="'attention.out_proj' is a .*NonDynamicallyQuantizableLinear"):
+    model["attention"].out_proj = nn.Linear(8, 8)
+    report = convert_model(model, EVERYTHING, backend="cpu_torch")
+    assert type(model["attention"].out_proj) is nn.Linear and type(model["mlp"]) is Float8Linear
+    assert [row.precision for row in report.rows] == ["as is", "fp8"]
+
+
+class Initialised(nn.Linear):
+    """nn.Linear in all but its beginning."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        nn.init.ones_(self.weight)
+
+
+def test_a_subclass_that_adds_no_more_than_a_beginning_is_converted(model: Model) -> None:
+    model.head = Initialised(24, 10)
+    convert_model(model, EVERYTHING, backend="cpu_torch")
+    assert type(model.head) is Float8Linear and float(model.head.weight.detach().sum()) == 240
+
+
+def test_subclasses_are_refused_all_at_once_with_globs(model: Model) -> None:
+    model.head = Own(24, 10)
+    for layer in model.layers:
+        layer.up = Own(24, 40)
+    pattern = r"'layers.0.up', 'layers.1.up', 'head' are tests.test_convert.Own, .*'layers.\*.up', use.*'head', use"
+    with pytest.raises(RecipeError, match=pattern):
         convert_model(model, EVERYTHING, backend="cpu_torch")
-    assert type(model["mlp"]) is nn.Linear
+
+
+def test_an_encoder_of_torch_is_converted_but_for_what_its_attention_reads() -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    report = convert_model(model, EVERYTHING, backend="cpu_torch")
+    assert [row.precision for row in report.rows] == 2 * ["as is", "fp8", "fp8"]
+    assert "reads its weight and does not call it" in report.rows[0].reason
+    model(torch.randn(2, 5, 32)).sum().backward()

@@ -214,7 +214,8 @@ def test_reason_of_a_gemm_without_tokens_is_the_right_one() -> None:
 
 def test_linears_that_were_left_alone_are_said_not_to_be_counted() -> None:
     class Own(nn.Linear):
-        pass
+        def forward(self, x):
+            return super().forward(x)
 
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(128, 128)]), "own": Own(128, 128)})
     report = convert_model(model, "blockwise", "cpu_torch")
