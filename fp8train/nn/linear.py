@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fp8train.backends import select_backend
 from fp8train.nn.gathered import GatheredWeight, follow_sharding
@@ -253,6 +254,11 @@ class Float8Linear(nn.Linear):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             refuse_transforms()
+            if "weight" not in self._parameters:
+                if not parametrize._cache_enabled:
+                    with parametrize.cached():  # one weight for codes and gradients, though it is made in each look
+                        return self.forward(x)
+                _ = self.weight  # made here, with its graph, and not first where there is no gradient
             self.refresh_if_stale()
         tensor = x.x if isinstance(x, QuantizedInput) else x
         out_dtype = self.checked_input(tensor)

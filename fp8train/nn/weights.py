@@ -50,7 +50,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {_memory(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for linear in list(_LIVE.values()):
         linear.inputs.clear()  # an input may itself be a parameter that was stepped
-        if _memory(linear.weight) in stepped:
+        weight = linear._parameters.get("weight")
+        if weight is not None and _memory(weight) in stepped:
             linear.refresh_weight()
 
 
@@ -309,7 +310,8 @@ def _refresh_stale(model: nn.Module, args: Any) -> None:
         return
     for linear in converted_linears(model):
         linear.inputs.clear()
-        linear.refresh_if_stale()
+        if "weight" in linear._parameters:  # one that is made in each look is looked at by its linear, once
+            linear.refresh_if_stale()
 
 
 @contextlib.contextmanager
