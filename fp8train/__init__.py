@@ -13,6 +13,7 @@ from fp8train._layout import mount
 if TYPE_CHECKING:
     from fp8train.convert import convert_model
     from fp8train.functional import quantize, scaled_mm
+    from fp8train.live_report import report_of
     from fp8train.nn.linear import Float8Linear
     from fp8train.nn.weights import check_weights, weights_changed
     from fp8train.quant.qtensor import QTensor
@@ -26,6 +27,7 @@ __all__ = [
     "convert_model",
     "load_recipe",
     "quantize",
+    "report_of",
     "scaled_mm",
     "weights_changed",
 ]
@@ -37,6 +39,7 @@ _HOME = {
     "convert_model": "fp8train.convert",
     "load_recipe": "fp8train.recipe",
     "quantize": "fp8train.functional",
+    "report_of": "fp8train.live_report",
     "scaled_mm": "fp8train.functional",
     "weights_changed": "fp8train.nn.weights",
 }

@@ -16,7 +16,7 @@ LAYERS = (
     {"backends"},
     {"nn"},
     {"recipe_document", "recipe_options", "recipe"},
-    {"replaceable", "unreached", "conversion_report", "convert", "functional", "hf_fp8"},
+    {"replaceable", "unreached", "conversion_report", "convert", "live_report", "functional", "hf_fp8"},
     {"telemetry"},
     {"models", "data", "optim", "distributed"},
     {"config_sections", "config"},
