@@ -235,9 +235,22 @@ def weights_changed(model: nn.Module) -> None:
 
     Args:
         model: a converted model; its linears may be anywhere below it.
+
+    Raises:
+        ValueError: the model has no Float8Linear.
     """
-    for linear in converted_linears(model):
+    for linear in _some_linears(model, "weights_changed"):
         linear.refresh_weight()
+
+
+def _some_linears(model: nn.Module, who: str) -> list[Float8Linear]:
+    """The Float8Linear modules of a model, which must have one."""
+    linears = converted_linears(model)
+    if not linears:
+        raise ValueError(
+            f"{who}: {type(model).__name__} has no Float8Linear; needs one or more. Pass a converted model."
+        )
+    return linears
 
 
 def check_weights(model: nn.Module) -> None:
@@ -249,9 +262,9 @@ def check_weights(model: nn.Module) -> None:
         model: a converted model; its linears may be anywhere below it.
 
     Raises:
-        ValueError: codes are of other weights; the message names the linears.
+        ValueError: codes are of other weights; the message names the linears. Or the model has no Float8Linear.
     """
-    linears = converted_linears(model)
+    linears = _some_linears(model, "check_weights")
     paths = {id(module): path for path, module in model.named_modules()}
     stale = [paths[id(linear)] for linear in linears if not _is_current(linear)]
     if stale:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +78,12 @@ def test_check_weights_names_the_linears_whose_codes_are_of_other_weights() -> N
         check_weights(model)
     weights_changed(model)
     check_weights(model)
+
+
+@pytest.mark.parametrize("call", [weights_changed, check_weights])
+def test_a_model_that_was_not_converted_is_refused(call: Callable[[nn.Module], None]) -> None:
+    with pytest.raises(ValueError, match=f"{call.__name__}: Model has no Float8Linear; needs one or more. Pass"):
+        call(Model())
 
 
 @pytest.mark.parametrize("name", available_recipes())
