@@ -249,7 +249,7 @@ class Float8Linear(nn.Linear):
 
         Raises:
             ValueError: the last dimension, the dtype or the ready-made codes of x do not fit; autocast is on in FP16.
-            RuntimeError: a transform of torch.func is active.
+            RuntimeError: a transform of torch.func or torch.jit.trace is active.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -281,6 +281,13 @@ class Float8Linear(nn.Linear):
         w, wt = self.provider.operands(self)
         apply = LinearFunction.apply if compiling else APPLY
         return apply(tensor, weight, bias, (row, col, w, wt), plan, out_dtype, self.grad_sink)
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """What nn.Module calls in place of forward under torch.jit.trace, and only there."""
+        raise RuntimeError(
+            "Float8Linear: torch.jit.trace is active; needs torch.export.export or torch.compile, since the codes of "
+            "this input would be constants of the trace. Export the model instead."
+        )
 
     def checked_input(self, x: Tensor) -> torch.dtype:
         """Raise ValueError unless x fits; gives the dtype of the result."""

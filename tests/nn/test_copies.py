@@ -103,3 +103,8 @@ def test_a_replica_of_data_parallel_makes_operands_of_its_own() -> None:
     replica = linear._replicate_for_data_parallel()
     assert all(getattr(replica, name) is None for name in OPERANDS)
     assert is_current(linear)
+
+
+def test_a_trace_that_would_hold_codes_as_constants_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace is active; needs torch.export"):
+        torch.jit.trace(model_of(), normal(6, 130))
