@@ -338,7 +338,7 @@ def _why_plain(
     if fused == "never":
         return _NEVER
     if len(linears) < len(producer.linears):
-        return "one of its linears is a subclass of nn.Linear that was left as it is"
+        return "one of its linears was wrapped or left as it is, and is no Float8Linear"
     if why := (mlp_refusal(*linears) if producer.norm is None else refusal(linears)):
         return why
     made = [(linears[-1].precision.fprop.left, linears[-1].precision.wgrad.right)]
