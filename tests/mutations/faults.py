@@ -15,7 +15,7 @@ from fp8train.backends.hopper import HopperBackend
 from fp8train.checkpoint import Checkpoint
 from fp8train.data import Batcher
 from fp8train.models import decoder
-from fp8train.nn import inputs, linear, weights
+from fp8train.nn import inputs, linear, linear_function, weights
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.operands import Operand
 from fp8train.quant import reference
@@ -61,13 +61,13 @@ def input_by_address(patch: pytest.MonkeyPatch) -> None:
 
 
 def gemm_without_bias(patch: pytest.MonkeyPatch) -> None:
-    gemm = linear.gemm
-    patch.setattr(linear, "gemm", lambda *args, **options: gemm(*args, **options | {"bias": None}))
+    gemm = linear_function.gemm
+    patch.setattr(linear_function, "gemm", lambda *args, **options: gemm(*args, **options | {"bias": None}))
 
 
 def bf16_weight_gradient(patch: pytest.MonkeyPatch) -> None:
-    weight_grad = linear.weight_grad
-    patch.setattr(linear, "weight_grad", lambda *args: weight_grad(*args).bfloat16().float())
+    weight_grad = linear_function.weight_grad
+    patch.setattr(linear_function, "weight_grad", lambda *args: weight_grad(*args).bfloat16().float())
 
 
 def bf16_accumulation(patch: pytest.MonkeyPatch) -> None:
@@ -82,13 +82,13 @@ def bf16_accumulation(patch: pytest.MonkeyPatch) -> None:
 
 
 def square_blocks_on_dy(patch: pytest.MonkeyPatch) -> None:
-    quantized_grad = linear._quantized_grad
+    quantized_grad = linear_function._quantized_grad
 
     def rounded(dy: Tensor, *args: Any) -> Any:
         square = reference.quantize(dy, QuantSpec(E4M3, (128, 128)))
         return quantized_grad(reference.dequantize(square, dy.dtype), *args)
 
-    patch.setattr(linear, "_quantized_grad", rounded)
+    patch.setattr(linear_function, "_quantized_grad", rounded)
 
 
 def wgrad_of_rounded_input(patch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def gradient_doubled_by_recompute(patch: pytest.MonkeyPatch) -> None:
 
 
 def recompute_counted_twice(patch: pytest.MonkeyPatch) -> None:
-    run_layer, weight_grad = decoder.run_layer, linear.weight_grad
+    run_layer, weight_grad = decoder.run_layer, linear_function.weight_grad
     recomputes = []
 
     def noting(choice: str, layer: nn.Module, *args: Any) -> Tensor:
@@ -131,7 +131,7 @@ def recompute_counted_twice(patch: pytest.MonkeyPatch) -> None:
         return weight_grad(*args)
 
     patch.setattr(decoder, "run_layer", noting)
-    patch.setattr(linear, "weight_grad", twice)
+    patch.setattr(linear_function, "weight_grad", twice)
 
 
 def eval_in_bf16(patch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def replaced_after_conversion(patch: pytest.MonkeyPatch) -> None:
 
 
 def first_micro_batch_only(patch: pytest.MonkeyPatch) -> None:
-    gemm, calls = linear.gemm, []
+    gemm, calls = linear_function.gemm, []
 
     def tiring(left: Operand, right: Operand, **options: Any) -> Tensor:
         calls.append(1)
@@ -248,7 +248,7 @@ def first_micro_batch_only(patch: pytest.MonkeyPatch) -> None:
             left, right = (Operand(decoded(q)) for q in (left, right))
         return gemm(left, right, **options)
 
-    patch.setattr(linear, "gemm", tiring)
+    patch.setattr(linear_function, "gemm", tiring)
 
 
 def decoded(operand: Operand) -> Tensor:
