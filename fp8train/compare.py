@@ -80,7 +80,7 @@ def _check_data(config: RunConfig, plan: Sequence[ArmRun]) -> None:
     """Refuse to train on other text than the runs that have ended."""
     ended = {str(run.config.run_dir): facts for run in plan if (facts := _ended_facts(run)) is not None}
     if 0 < len(ended) < len(plan):
-        check_same_data(config, {folder: facts["data_hash"] for folder, facts in ended.items()})
+        check_same_data(config, ended)
 
 
 def train_and_compare(config: RunConfig, plan: Sequence[ArmRun], world: World, train: TrainArm) -> int:
@@ -181,7 +181,7 @@ def _conclude(
         crossed=crossed,
         parallel=settings.parallel,
         looks=settings.looks,
-        earlier=read_mapping(run_dir / VERDICT_FILE),
+        earlier=[read_mapping(file) for file in sorted(run_dir.glob("verdict*.json"))],  # of other arms too
     )
     kept = keep_earlier(run_dir, verdict)
     write_file(run_dir / VERDICT_FILE, json.dumps(verdict, indent=1, allow_nan=False) + "\n")

@@ -215,5 +215,58 @@ def test_a_comparison_that_was_moved_is_the_same_one(tmp_path: Path, capsys: pyt
 def test_a_comparison_with_an_unfinished_arm_is_refused(tmp_path: Path) -> None:
     folder = comparison(tmp_path / "c")
     shutil.rmtree(folder / "arms" / "blockwise" / "seed_2")
+    with pytest.raises(DataError, match="seed_2 is not a folder"):
+        main([f"runs={folder}"])
+    (folder / "verdict.json").unlink()
     with pytest.raises(ConfigError, match="bf16 has seeds 1, 2, blockwise has 1"):
         main([f"runs={folder}"])
+
+
+def test_other_things_among_the_runs_of_a_comparison_are_no_runs(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "c")
+    shutil.copytree(folder / "arms" / "bf16" / "seed_1", folder / "arms" / "bf16" / "seed_1.bak")
+    (folder / "arms" / "foo").mkdir()
+    (folder / "arms" / "bf16" / "seed_notes.txt").touch()
+    write_run(folder / "arms" / "rowwise" / "seed_1", recipe="rowwise", init_hash="seed 1", stream_hash="stream 1")
+    first = json.loads((folder / "verdict.json").read_text())
+    assert main([f"runs={folder}"]) == 0
+    assert json.loads((folder / "verdict.json").read_text()) == first, "the arms that it was of"
+    (folder / "verdict.json").unlink()
+    shutil.rmtree(folder / "arms" / "rowwise")
+    assert main([f"runs={folder}"]) == 0
+    assert list(json.loads((folder / "verdict.json").read_text())["arms"]) == ["bf16", "blockwise", "placebo"]
+
+
+@pytest.mark.parametrize("argument", ["margin_percent=0", "looks=0"])
+def test_zero_is_refused_and_not_taken_for_nothing(argument: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=argument.partition("=")[0]):
+        main([f"runs={comparison(tmp_path / 'c')}", argument])
+
+
+def test_losses_crossed_at_another_step_are_left_out(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "c")
+    crossed = json.loads((folder / "crossed.json").read_text())
+    crossed["blockwise seed 2"]["step"] = 10
+    (folder / "crossed.json").write_text(json.dumps(crossed))
+    assert main([f"runs={folder}"]) == 0
+    pairs = json.loads((folder / "verdict.json").read_text())["comparisons"]["blockwise"]["seeds"]
+    assert [pair["crossed"]["baseline_in_arm"] for pair in pairs] == [3.5, None]
+
+
+def test_a_look_counts_although_other_arms_were_compared_in_between(tmp_path: Path) -> None:
+    def look(seeds: int, *arms: str) -> dict[str, Any]:
+        runs = []
+        for arm in arms:
+            for seed in range(1, seeds + 1):
+                path = tmp_path / arm / f"seed_{seed}"
+                options = {"recipe": arm, "seed": seed, "init_hash": f"seed {seed}", "stream_hash": f"stream {seed}"}
+                if not path.exists():
+                    write_run(path, eval_loss=2.25 + 0.001 * seed * (arm != "bf16"), **options)
+                runs.append(str(path))
+        assert main([f"runs=[{','.join(runs)}]", f"run_dir={tmp_path / 'out'}"]) == 0
+        return json.loads((tmp_path / "out" / "verdict.json").read_text())
+
+    look(3, "bf16", "blockwise")
+    assert len(look(2, "bf16", "rowwise")["looks"]) == 1
+    again = look(4, "bf16", "blockwise")
+    assert [one["seeds"] for one in again["looks"]] == [3, 4] and "up to 10 % together" in again["sentence"]

@@ -20,6 +20,7 @@ from fp8train.nn.gathered import gather_weights
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import resolve_activations, shards
 from fp8train.trainer.console import Console
+from fp8train.trainer.evaluation import held_out_hashes
 from fp8train.trainer.same_run import changed_keys
 
 BASELINE, PLACEBO = "bf16", "placebo"
@@ -201,18 +202,26 @@ def check_run_dir(path: Path, resume: str) -> None:
         )
 
 
-def check_same_data(config: RunConfig, hashes: Mapping[str, str]) -> None:
-    """Refuse text that has changed since runs of this comparison were trained, before others are trained on it.
+def check_same_data(config: RunConfig, ended: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse text that has changed since runs of this comparison were trained, before others are trained on it; and
+    mixes that were scored by another mean.
 
     Args:
-        hashes: run folder -> data_hash of its result.json.
+        ended: run folder -> its result.json.
     """
-    own = build_dataset(config.data, config.seq_len, config.seed).fingerprint
-    for folder, other in hashes.items():
-        if other != own:
+    dataset = build_dataset(config.data, config.seq_len, config.seed)
+    windows, weighed = held_out_hashes(dataset.held_out()) if config.data.holdout_fraction > 0 else ("", "")
+    for folder, facts in ended.items():
+        if facts["data_hash"] != dataset.fingerprint:
             raise ConfigError(
-                f"compare: text, tokenizer or split of {folder} ({other[:12]}) are not those of now ({own[:12]}); "
-                "needs the same for all arms. Restore what was changed since, or give another run_dir."
+                f"compare: text, tokenizer or split of {folder} ({facts['data_hash'][:12]}) are not those of now "
+                f"({dataset.fingerprint[:12]}); needs the same for all arms. Restore what was changed since, or give "
+                "another run_dir."
+            )
+        if windows != weighed and facts.get("eval_hash") == windows:
+            raise ConfigError(
+                f"compare: {folder} was scored by an earlier version, whose held-out loss of a mix is the mean over "
+                "windows and not by the shares; needs one mean for all arms. Give another run_dir, or delete that run."
             )
 
 

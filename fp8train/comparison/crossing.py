@@ -13,9 +13,10 @@ from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.distributed.agreement import on_every_rank
 from fp8train.recipe import load_recipe
+from fp8train.report.run_record import read_mapping
 from fp8train.trainer.evaluation import EvalSet
 from fp8train.trainer.restored import crossed
-from fp8train.trainer.run_folder import on_main, write_file
+from fp8train.trainer.run_folder import RESULT_FILE, on_main, write_file
 
 
 def crossed_losses(weights: Path, arithmetics: Mapping[str, Path], world: World) -> dict[str, float]:
@@ -85,13 +86,16 @@ def cross_evaluate(
 
 
 def stored(file: Path, folders: Mapping[str, Mapping[int, Path]]) -> dict[str, dict[int, dict[str, float]]]:
-    """What cross_evaluate has written for these runs, without evaluating any."""
-    known = _read(file)
-    return {
-        arm: {seed: {key: value for key, value in known[name].items() if key != "step"}
-              for seed in runs if (name := f"{arm} seed {seed}") in known}
-        for arm, runs in list(folders.items())[1:]
-    }  # fmt: skip
+    """What cross_evaluate has written for these runs as they are, without evaluating any."""
+    known, (baseline, *others) = _read(file), folders
+    result: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in others}
+    for seed, path in folders[baseline].items():
+        step = read_mapping(path / RESULT_FILE).get("steps")
+        for arm in others:
+            entry = known.get(f"{arm} seed {seed}", {})
+            if entry.get("step") == step:
+                result[arm][seed] = {key: value for key, value in entry.items() if key != "step"}
+    return result
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:

@@ -69,11 +69,11 @@ def plan_folders(arguments: FolderArguments) -> FolderPlan:
     _check_seeds(folders)
     run_dir = Path(arguments.run_dir or whole or f"runs/compare-{'-'.join(folders)}")
     check_run_dir(run_dir, "auto")
-    before = read_mapping(run_dir / VERDICT_FILE)
-    standard, alpha = CompareConfig(), before.get("alpha", ALPHA)
+    before, standard = read_mapping(run_dir / VERDICT_FILE), CompareConfig()
+    margin, looks = arguments.margin_percent, arguments.looks
     settings = CompareConfig(
-        margin_percent=arguments.margin_percent or before.get("margin_percent", standard.margin_percent),
-        looks=arguments.looks or round(ALPHA / alpha),
+        margin_percent=before.get("margin_percent", standard.margin_percent) if margin is None else margin,
+        looks=round(ALPHA / before.get("alpha", ALPHA)) if looks is None else looks,
         parallel=before.get("parallel", standard.parallel),
         skip_damaged=arguments.skip_damaged,
     )
@@ -84,14 +84,18 @@ def plan_folders(arguments: FolderArguments) -> FolderPlan:
 
 
 def _runs_of_comparison(folder: Path) -> dict[str, dict[int, Path]]:
-    """arm -> seed -> folder, as the comparison's verdict.json has them, else the baseline first."""
-    known = list(read_mapping(folder / VERDICT_FILE).get("arms", ()))
-    there = sorted(path.name for path in (folder / ARMS).iterdir() if path.is_dir())
-    rank = {arm: place for place, arm in enumerate(dict.fromkeys([*known, BASELINE]))}
-    return {
-        arm: {int(path.name.removeprefix("seed_")): path for path in _expanded(folder / ARMS / arm)}
-        for arm in sorted(there, key=lambda name: rank.get(name, len(rank)))
-    }
+    """arm -> seed -> folder: the runs that the comparison's verdict.json is of; without one all that are there, the
+    baseline first.
+    """
+    arms = read_mapping(folder / VERDICT_FILE).get("arms", {})
+    if arms:
+        return {
+            arm: {run["seed"]: folder / ARMS / arm / f"seed_{run['seed']}" for run in entry["runs"]}
+            for arm, entry in arms.items()
+        }
+    there = sorted((folder / ARMS).iterdir(), key=lambda path: (path.name != BASELINE, path.name))
+    found = {path.name: {int(seed.name.removeprefix("seed_")): seed for seed in _seeds(path)} for path in there}
+    return {arm: seeds for arm, seeds in found.items() if seeds}
 
 
 def _check_runs(paths: Sequence[Path]) -> None:
@@ -105,8 +109,14 @@ def _check_runs(paths: Sequence[Path]) -> None:
 
 def _expanded(path: Path) -> list[Path]:
     """The run folders that a folder stands for: itself, or those of its seeds."""
-    seeds = sorted(path.glob("seed_*"), key=lambda seed: (len(seed.name), seed.name))
+    seeds = _seeds(path)
     return seeds if seeds and not (path / METRICS_FILE).exists() else [path]
+
+
+def _seeds(path: Path) -> list[Path]:
+    """Folders seed_N in a folder, by N."""
+    found = (seed for seed in path.glob("seed_*") if seed.name.removeprefix("seed_").isdecimal() and seed.is_dir())
+    return sorted(found, key=lambda seed: int(seed.name.removeprefix("seed_")))
 
 
 def _grouped(paths: Sequence[Path], *, skip_damaged: bool) -> dict[str, dict[int, Path]]:

@@ -194,9 +194,9 @@ def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for key, first in rows[0].items():
-        values = [row[key] for row in rows]
+        values: list[Any] = [row.get(key) for row in rows]
         if isinstance(first, Mapping):
-            result[key] = mean(values)
+            result[key] = mean([value or {} for value in values])
         elif key not in ("seed", "step", "ema_max_step", "from_step") and all(
             value is None or type(value) in (int, float) for value in values
         ):

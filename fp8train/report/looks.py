@@ -13,17 +13,18 @@ Look = Mapping[str, Any]
 SAME = ("seeds", "steps", "margin_percent")  # what two verdicts that are one look share
 
 
-def looks_made(verdict: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[dict[str, Any]]:
+def looks_made(verdict: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every look at a comparison so far: `seeds` (how many), `steps`, `margin_percent`, `alpha` of each test.
 
     Args:
         verdict: of this look, with its comparisons.
-        earlier: that of the look before; its looks count where it was of the same two arms.
+        earlier: those of looks before; they count where they were at the same two arms.
     """
     looks: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if all(earlier.get(key) == verdict[key] for key in ("baseline", "primary")):
-        former = earlier["looks"] if "looks" in earlier else looks_made({**earlier, "alpha": ALPHA}, {})
-        looks = {tuple(look[key] for key in SAME): dict(look) for look in former}
+    for other in earlier:
+        if all(other.get(key) == verdict[key] for key in ("baseline", "primary")):
+            former = other["looks"] if "looks" in other else looks_made({**other, "alpha": ALPHA}, ())
+            looks |= {tuple(look[key] for key in SAME): dict(look) for look in former}
     test = verdict["comparisons"][verdict["primary"]]["test"]
     if test["sd"] is not None and test["status"] != "undecided":  # else nothing was tested
         steps = max(run["steps"] for run in verdict["arms"][verdict["baseline"]]["runs"])

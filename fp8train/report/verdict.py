@@ -232,7 +232,7 @@ def make_verdict(
     crossed: Crossed | None = None,
     parallel: int = 1,
     looks: int = 1,
-    earlier: Mapping[str, Any] | None = None,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of verdict.json.
 
@@ -243,7 +243,7 @@ def make_verdict(
         crossed: held-out losses of one arm's weights in another's arithmetic.
         parallel: runs that were trained at a time.
         looks: verdicts that are planned, which share the 5 % between them.
-        earlier: verdict.json of an earlier look at this comparison.
+        earlier: verdict.json of earlier looks.
 
     Returns:
         status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
@@ -278,7 +278,7 @@ def make_verdict(
     }
     verdict["comparisons"] = _comparisons(arms, verdict, crossed or {})
     test = verdict["comparisons"][verdict["primary"]]["test"]
-    verdict["looks"] = looks_made(verdict, earlier or {})
+    verdict["looks"] = looks_made(verdict, earlier)
     verdict |= {"status": test["status"], "reason": _reason(verdict, test)}
     named = [arm for arm in others if arm != placebo] or others
     verdict["sentence"] = " ".join([*(sentence(verdict, arm) for arm in named), *looks_words(verdict["looks"])])

@@ -16,7 +16,8 @@ from fp8train.trainer.assembly import Assembly, assemble
 from fp8train.trainer.evaluation import EvalSet
 
 # Each rank has its own clock; they agree in every step on whether to stop or to save.
-OF_EACH_RANK = ("time_limit_seconds", "checkpoint.minutes")
+# Data may lie elsewhere on each machine, if its fingerprint is the same.
+OF_EACH_RANK = ("time_limit_seconds", "checkpoint.minutes", "data.path")
 
 
 def check_same_command(config: RunConfig, world: World) -> None:

@@ -131,12 +131,12 @@ class BlackBox(Watcher):
         self._quiet_until = step + self._config.blackbox.window * 2 ** min(late, MOST_DOUBLINGS)
         path = self._folder / f"step_{step:08d}"
         self._dumps += 1
-        if late and self._newest is not None and self._world.main:
-            shutil.rmtree(self._folder / self._newest, ignore_errors=True)
         failed = self._write(path, step, kind, result, limit)
         if failed is not None:
             self._warn(f"{what}: black box {path} cannot be written ({failed}); training goes on without it")
             return {}
+        if late and self._newest not in (None, path.name) and self._world.main:
+            shutil.rmtree(self._folder / str(self._newest), ignore_errors=True)
         self._newest = path.name
         self._warn(f"{what}: black box {path}; `fp8train replay {path}` names the cause")
         return {"blackbox": kind}
@@ -149,9 +149,8 @@ class BlackBox(Watcher):
             self._history = [*self._history, result.loss][-window:]
         elif len(self._spikes) > NEW_LEVEL * window:
             self._history, self._spikes = [], []
-            self._warn(
-                f"step {step}: the loss has stayed near {result.loss:.4g}, which is its usual level from here on"
-            )
+            share = f"more than {NEW_LEVEL:.0%} of the last {window} losses lay far above the usual level"
+            self._warn(f"step {step}: {share}; what is usual is learned anew")
         usual = math.exp(statistics.fmean(self._norms)) if len(self._norms) == window else math.inf
         norm = result.grad_norm
         if norm > GRADIENT_LEAP * usual and step >= self._norm_quiet_until:
@@ -228,7 +227,8 @@ class BlackBox(Watcher):
         """Take them back."""
         self._take_back(state)
         self._dumps = state.get("dumps", 0)
-        self._newest = state.get("newest")
+        there = sorted(path.name for path in self._folder.glob("step_*"))
+        self._newest = state.get("newest", there[-1] if there else None)
         self._quiet_until = state.get("quiet_until", 0)
 
     def roll_back(self, step: int, state: dict[str, Any]) -> None:

@@ -20,16 +20,17 @@ def count_step(progress: Progress, result: StepResult, warn: Callable[[str], Non
     progress.loss = result.loss if math.isfinite(result.loss) else None
     progress.nonfinite_in_a_row = 0 if result.updated else progress.nonfinite_in_a_row + 1
     progress.recent_skips = [one for one in progress.recent_skips if one > step - SHARE_WINDOW]
+    if len(progress.recent_skips) < progress.told_skips / 2:
+        progress.told_skips = 0
     if result.updated:
         return
     progress.skipped_steps += 1
     progress.recent_skips.append(step)
-    if len(progress.recent_skips) in TOLD:
+    count = len(progress.recent_skips)
+    if count in TOLD and count > progress.told_skips:
+        progress.told_skips = count
         last = min(step, SHARE_WINDOW)
-        warn(
-            f"step {step}: {len(progress.recent_skips)} of the last {last} steps were skipped, since loss or gradient "
-            "was not finite"
-        )
+        warn(f"step {step}: {count} of the last {last} steps were skipped, since loss or gradient was not finite")
 
 
 def check_diverged(progress: Progress, result: StepResult, limits: OptimConfig, *, fp8: bool) -> None:
@@ -53,7 +54,7 @@ def check_diverged(progress: Progress, result: StepResult, limits: OptimConfig, 
         return
     reason = f"loss is {result.loss}" if not math.isfinite(result.loss) else f"gradient norm is {result.grad_norm}"
     raise DivergedError(
-        f"train: loss or gradient norm was not finite in {count}, up to step {progress.step} "
+        f"train: {count} had a loss or gradient norm that is not finite, up to step {progress.step} "
         f"(loss {result.loss}, norm {result.grad_norm}); needs finite ones. {remedy(fp8=fp8)}.",
         first,
         reason,

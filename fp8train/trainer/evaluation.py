@@ -65,7 +65,7 @@ class EvalSet:
         self._world = world
         self._names = [part.name for part in parts]
         self._shares = [part.share for part in parts]
-        self.windows_hash, self.hash = _hashes(parts)
+        self.windows_hash, self.hash = held_out_hashes(parts)
         self._batches = batcher.eval_batches(parts)
         # the ranks of a sharded model must call it equally often: who has fewer windows reads one that does not count
         calls = int(world.all_max(float(len(self._batches))))
@@ -112,8 +112,8 @@ class EvalSet:
         return Score(nats=nats, tokens=self.tokens, bytes=bytes_, sources=means)
 
 
-def _hashes(parts: Sequence[HeldOut]) -> tuple[str, str]:
-    """Of the windows, and of the windows with their weights."""
+def held_out_hashes(parts: Sequence[HeldOut]) -> tuple[str, str]:
+    """EvalSet.windows_hash and EvalSet.hash."""
     windows = hashlib.sha256(b"".join(s.tokens.astype("<i8").tobytes() for part in parts for s in part.samples))
     weighed = windows.copy()
     if len(parts) > 1:

@@ -90,7 +90,7 @@ class Trainer:
 
         Raises:
             UserError: the configuration, data, folder or machine does not serve; nothing has been written then.
-            DivergedError: optim.max_nonfinite_steps steps in a row were not finite; result.json says so.
+            DivergedError: too many steps were not finite (check_diverged); result.json says so.
             TrainingError: strict coverage found a GEMM outside FP8, or metrics.jsonl cannot be written.
         """
         started = time.monotonic()
@@ -159,7 +159,7 @@ class Trainer:
         self.console.info(f"resumed from {found.path} at step {found.step}; {cost}")
         if self.resume == "auto" and config.resume == found.state.config.get("resume") != "auto":
             self.console.info(f"this run has gone on from {config.resume}; delete the checkpoints since to do so again")
-        for line in changes_since(config, self.assembly.recipe, found, world.world_size):
+        for line in changes_since(config, self.assembly.recipe, found, world.world_size, self.eval_set):
             self.console.info(line)
         return found
 

@@ -16,6 +16,7 @@ class Progress:
     skipped_steps: steps whose loss or gradient was not finite
     nonfinite_in_a_row: of them, those at the end
     recent_skips: of them, those among the last 100 steps, by their numbers
+    told_skips: how many of those the console has told of
     train_seconds: time in steps
     loss: of the last step; null where it was not finite
     stream_sum: StreamHash of all steps, over all ranks
@@ -31,6 +32,7 @@ class Progress:
     skipped_steps: int = 0
     nonfinite_in_a_row: int = 0
     recent_skips: list[int] = field(default_factory=list)
+    told_skips: int = 0
     train_seconds: float = 0.0
     loss: float | None = None
     stream_sum: int = 0

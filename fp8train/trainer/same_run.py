@@ -98,6 +98,7 @@ def data_facts(dataset: Dataset, eval_set: EvalSet | None) -> dict[str, Any]:
         "fingerprint": dataset.fingerprint,
         "thresholds": [split.threshold for split in dataset.splits],
         "eval_hash": None if eval_set is None else eval_set.windows_hash,
+        "scored_by": None if eval_set is None else eval_set.hash,
         "former": list(getattr(dataset, "former_fingerprints", ())),
     }
 
@@ -153,10 +154,13 @@ def _beside_places(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "data": {**read, "mix": mix}}
 
 
-def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint, ranks: int) -> list[str]:
+def changes_since(
+    config: RunConfig, recipe: Recipe, found: Checkpoint, ranks: int, eval_set: EvalSet | None = None
+) -> list[str]:
     """One line for each setting that is another from the checkpoint on: `optim.lr: 0.0015 -> 0.01 from step 31`.
 
-    Strategy and number of ranks are among them: sums over other ranks are of the same terms in another order.
+    Strategy and number of ranks are among them: sums over other ranks are of the same terms in another order. So is the
+    held-out loss of a mix, which earlier versions did not weigh by the shares.
     """
     begun = found.state.config
     changes = _with_recipe(
@@ -168,6 +172,9 @@ def changes_since(config: RunConfig, recipe: Recipe, found: Checkpoint, ranks: i
     before = len(found.state.random_states)  # of every rank; a checkpoint without them does not say how many
     if before and before != ranks:
         changes["ranks"] = (str(before), str(ranks))
+    mix = eval_set is not None and eval_set.hash != eval_set.windows_hash
+    if mix and "scored_by" not in found.state.data_position:
+        changes["held-out loss"] = ("mean over the windows", "weighed by the shares of the mix")
     return [f"{key}: {old} -> {new} from step {found.step + 1}" for key, (old, new) in changes.items()]
 
 

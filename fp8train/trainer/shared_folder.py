@@ -53,7 +53,7 @@ def check_same_checkpoint(found: Checkpoint, world: World) -> None:
     """
     if world.world_size == 1:
         return
-    wanted = world.broadcast_object(_record(found.path) if world.main else {})
+    wanted = on_main(world, lambda: _record(found.path))
     seen = _everywhere(world, lambda: _apart(found.path, wanted))
     if (fault := _fault(seen)) is not None:
         raise CheckpointError(f"resume: {found.path} of rank 0 {fault}; needs the same weights on every rank. {REMEDY}")

@@ -129,8 +129,9 @@ def _pass(model: nn.Module, batch: Batch, world: World, linears: Linears) -> tup
     return float(mean.detach()), broken
 
 
-def local(gradient: Tensor) -> Tensor:
-    return gradient.tolocal() if hasattr(gradient, "to_local") else gradient
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; another as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @contextlib.contextmanager

@@ -76,8 +76,8 @@ def test_speed_of_runs_that_shared_a_device_is_not_quoted(tmp_path: Path) -> Non
         }
         verdict = verdict_of(arms, parallel=1)
         report, doubt = build_report(verdict, arms), verdict["comparisons"]["blockwise"]["speed"]["not_quoted"]
-        assert (doubt is None) == (number == 2) == ("of this comparison ran one after the other" in report)
-        assert ("with up to 1 beside each" in report) == (number != 2) == ("Loss over time" not in report)
+        assert (doubt is None) == (number == 2) == ("of the comparison shared their device" not in report)
+        assert ("up to 1 beside each" in report) == (number != 2) == ("Loss over time" not in report)
 
 
 def test_speed_of_two_versions_of_the_program_is_not_quoted(tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def arms_of(folder: Path, seeds: int) -> Arms:
 
 def test_a_second_look_that_was_not_planned_says_how_much_it_errs(tmp_path: Path) -> None:
     first = verdict_of(arms_of(tmp_path, 3))
-    again = verdict_of(arms_of(tmp_path, 3), earlier=first)
+    again = verdict_of(arms_of(tmp_path, 3), earlier=[first])
     assert len(first["looks"]) == len(again["looks"]) == 1, "the same runs again are no other look"
     assert first["sentence"] == again["sentence"] and "look" not in first["sentence"]
-    second = verdict_of(arms_of(tmp_path, 6), earlier=again)
+    second = verdict_of(arms_of(tmp_path, 6), earlier=[again])
     assert [look["seeds"] for look in second["looks"]] == [3, 6]
     assert second["sentence"].endswith(
         "This is look 2 at these arms: its answer and those before it are wrong with up to 10 % together, not 5 %."
@@ -44,34 +44,34 @@ def test_a_second_look_that_was_not_planned_says_how_much_it_errs(tmp_path: Path
 
 def test_planned_looks_share_the_level(tmp_path: Path) -> None:
     first = verdict_of(arms_of(tmp_path, 3), looks=2)
-    second = verdict_of(arms_of(tmp_path, 6), looks=2, earlier=first)
+    second = verdict_of(arms_of(tmp_path, 6), looks=2, earlier=[first])
     test = second["comparisons"]["blockwise"]["test"]
     assert test["confidence"] == pytest.approx(0.95) and "95 % interval" in second["sentence"]
     reach = t_quantile(0.975, 5) * test["sd"] / np.sqrt(6)
     assert test["high"] - test["mean"] == pytest.approx(reach)
     assert "look" not in second["sentence"] and sum(look["alpha"] for look in second["looks"]) == pytest.approx(ALPHA)
-    third = verdict_of(arms_of(tmp_path, 5), looks=2, earlier=second)
+    third = verdict_of(arms_of(tmp_path, 5), looks=2, earlier=[second])
     assert "up to 7.5 % together" in third["sentence"]
 
 
 def test_another_margin_afterwards_is_a_look_and_one_seed_is_none(tmp_path: Path) -> None:
     one = verdict_of(arms_of(tmp_path, 1))
     assert one["looks"] == [] and one["alpha"] == ALPHA
-    first = verdict_of(arms_of(tmp_path, 3), earlier=one)
+    first = verdict_of(arms_of(tmp_path, 3), earlier=[one])
     assert len(first["looks"]) == 1
     first["margin_percent"] = first["looks"][0]["margin_percent"] = 0.2
-    assert len(verdict_of(arms_of(tmp_path, 3), earlier=first)["looks"]) == 2
+    assert len(verdict_of(arms_of(tmp_path, 3), earlier=[first])["looks"]) == 2
 
 
 def test_a_verdict_of_an_earlier_version_was_a_look(tmp_path: Path) -> None:
     first = verdict_of(arms_of(tmp_path, 3))
     del first["looks"], first["alpha"]
-    assert [look["seeds"] for look in verdict_of(arms_of(tmp_path, 6), earlier=first)["looks"]] == [3, 6]
+    assert [look["seeds"] for look in verdict_of(arms_of(tmp_path, 6), earlier=[first])["looks"]] == [3, 6]
 
 
 def test_looks_at_other_arms_do_not_count(tmp_path: Path) -> None:
     first = verdict_of(arms_of(tmp_path, 3))
-    assert len(verdict_of(arms_of(tmp_path, 6), earlier=first | {"primary": "mine"})["looks"]) == 1
+    assert len(verdict_of(arms_of(tmp_path, 6), earlier=[first | {"primary": "mine"}])["looks"]) == 1
 
 
 def test_error_over_two_looks_where_the_gap_lies_at_the_margin() -> None:

@@ -27,7 +27,7 @@ def fed(pattern: list[bool], **limits: float) -> tuple[Progress, list[str]]:
 
 
 def test_four_of_five_steps_end_the_run_although_never_ten_in_a_row() -> None:
-    with pytest.raises(DivergedError, match=r"was not finite in 51 of the last 63 steps, up to step 63") as error:
+    with pytest.raises(DivergedError, match=r"51 of the last 63 steps had a loss .*, up to step 63") as error:
         fed([n % 5 != 4 for n in range(100)])
     assert (error.value.step, error.value.reason) == (1, "gradient norm is nan")
 
@@ -44,8 +44,15 @@ def test_only_the_last_hundred_steps_count_and_the_share_is_the_users() -> None:
         fed(every_other, max_nonfinite_share=0.3)
 
 
+def test_the_same_share_of_skipped_steps_is_told_once_until_it_falls() -> None:
+    _, told = fed([n % 40 == 0 for n in range(2000)])
+    assert len(told) == 1
+    _, told = fed([n % 40 == 0 and not 400 < n < 700 for n in range(1200)])
+    assert len(told) == 2
+
+
 def test_ten_in_a_row_end_it_as_before() -> None:
-    with pytest.raises(DivergedError, match="in 10 steps in a row, up to step 15"):
+    with pytest.raises(DivergedError, match="10 steps in a row had a loss .*, up to step 15"):
         fed([False] * 5 + [True] * 10)
 
 
