@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fp8train.errors import CheckpointError, TrainingError
-from fp8train.telemetry.table import COLUMNS_KEY, WHAT_IF_KEY
 
 Row = Mapping[str, Any]
 Warn = Callable[[str], None]
@@ -254,6 +253,8 @@ class Metrics:
 
 def flat(row: Row) -> dict[str, Any]:
     """The row with each list of telemetry as its numbers: fp8/layers.0.mlp.up_proj/x/amax, as charts want them."""
+    from fp8train.telemetry.table import COLUMNS_KEY, WHAT_IF_KEY  # needs torch, which `fp8train prepare` does without
+
     columns = row.get(COLUMNS_KEY)
     found: dict[str, Any] = {}
     for key, value in row.items():

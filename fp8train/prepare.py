@@ -29,7 +29,6 @@ from fp8train.data.corpus import encode
 from fp8train.data.shards import finished_shard, write_atomic, write_index, write_shard
 from fp8train.data.sources import Piece, plan_pieces, read_piece
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
-from fp8train.distributed import check_single
 from fp8train.errors import DataError, exit_code
 
 Report = Callable[[str], None]
@@ -107,6 +106,8 @@ def prepare(config: PrepareConfig, report: Report = lambda line: None) -> dict[s
 
 def main(argv: Sequence[str]) -> int:
     """Command line: `data=KIND data.KEY=VALUE out=DIR workers=N`."""
+    from fp8train.distributed import check_single  # needs torch, which the workers start without
+
     check_single("prepare")
     config = parse_arguments(_expand_group(argv), PrepareConfig)
     started = time.perf_counter()
