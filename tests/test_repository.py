@@ -107,16 +107,31 @@ def test_readme_file_tree_equals_the_files() -> None:
         assert got[folder] == names, f"{folder}/: missing {names - got[folder]}, extra {got[folder] - names}"
 
 
-def test_readme_links_and_commands_lead_somewhere() -> None:
-    text = (ROOT / "README.md").read_text()
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
-    targets += re.findall(r"\./(launch/\w+\.\w+)", text)
-    assert targets
-    assert not [target for target in targets if not (ROOT / target).exists()]
+def pages() -> list[Path]:
+    return [ROOT / path for path in files() if path.suffix == ".md" and not path.parts[0].startswith(".")]
 
 
-def test_readme_is_finished() -> None:
-    assert not re.findall(r"TO BE FILLED|TODO|FIXME|XXX", (ROOT / "README.md").read_text())
+def anchors(page: Path) -> set[str]:
+    """The names that links give to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_and_scripts_of_every_page_lead_somewhere() -> None:
+    assert {page.parent.name for page in pages()} >= {ROOT.name, "kernels", "launch", "nn", "recipes", "report"}
+    lost = []
+    for page in pages():
+        text = page.read_text()
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+            where = page.parent / target if target else page
+            if not where.exists() or (anchor and anchor not in anchors(where)):
+                lost.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
+        lost += [script for script in re.findall(r"\./(launch/\w+\.\w+)", text) if not (ROOT / script).exists()]
+    assert not lost
+
+
+def test_every_page_is_finished() -> None:
+    assert not [page for page in pages() if re.search(r"TO BE FILLED|TODO|FIXME|XXX", page.read_text())]
 
 
 def test_readme_example_converts_and_trains_a_model() -> None:
@@ -151,10 +166,12 @@ def test_readme_commands_exist_and_their_settings_are_accepted(tmp_path: Path) -
         vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1, max_seq_len=512
     )
     save_hf(build_model(config).state_dict(), config, tmp_path / "hf")
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    text = "".join(page.read_text() for page in pages())
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in "".join(blocks).splitlines()]
     used = [words[1:] for words in lines if words and words[0] == "fp8train"]
     used += [["train", *words[4:]] for words in lines if "fp8train.train" in words]
+    used += [["train", *words[1:]] for words in lines if words and words[0] == "./launch/torchrun.sh"]
     assert {name for name, *_ in used} == set(COMMANDS)
     for name, *overrides in used:
         if name == "explain":
