@@ -112,7 +112,7 @@ def test_nan_counts_as_total_disagreement() -> None:
     assert gemm.calc_diff(ones * float("nan"), ones) == 1.0
 
 
-def test_quantize_bench_checks_every_result_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_bench_checks_every_result(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["quantize", "shapes=[[300,260]]", "rounds=1", "warmup=0"]
     assert exit_code(bench.main, arguments) == 0
 
@@ -122,9 +122,16 @@ def test_quantize_bench_checks_every_result_bitwise(monkeypatch: pytest.MonkeyPa
             qt.qdata.view(torch.uint8)[3, 5] ^= 1
             return q, qt
 
+        def rms_norm_backward(self, *args):  # type: ignore[no-untyped-def]
+            dx, dweight, branch = super().rms_norm_backward(*args)
+            return dx, dweight * (1 + 1e-4), branch
+
+        def rope(self, *args):  # type: ignore[no-untyped-def]
+            return super().rope(*args).neg()
+
     monkeypatch.setattr(quantize, "get_backend", lambda name: OffByOne())
     assert exit_code(bench.main, [*arguments, "cases=[row]"]) == 0
-    for case in ("both", "rmsnorm", "swiglu", "swiglu_backward"):
+    for case in ("both", "rmsnorm", "swiglu", "swiglu_backward", "rmsnorm_backward", "rope"):
         assert exit_code(bench.main, [*arguments, f"cases=[{case}]"]) == 1, case
 
 
@@ -228,6 +235,7 @@ def test_step_bench_times_a_training_step_of_both_recipes(tmp_path: Path, capsys
         (["gemm", "shapes=[[1,2,3]]"], "[N, K]"),
         (["gemm", "backends=[triton]"], "triton cannot be used"),
         (["quantize", "cases=[rows]"], "rows"),
+        (["quantize", "cases=[rope]", "shapes=[[8,33]]"], "even number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

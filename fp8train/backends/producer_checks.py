@@ -54,6 +54,49 @@ def rstd_is_off(made: Tensor, x: Tensor) -> bool:
     return not bool(((made.double() - exact).abs() <= RSTD_ERROR * exact).all())
 
 
+def wrong_norm_gradient(
+    made: tuple[Tensor, Tensor, Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dtotal: Tensor | None = None,
+) -> str | None:
+    """What of RMSNorm's gradients is not the formula's in FP64, or None.
+
+    Args:
+        made: dx, dweight, and dx in the dtype of the branch or None: what `rms_norm_backward` of a backend returns.
+        dy, x: [M, K] bf16 or fp32, of numbers of one magnitude.
+        weight, rstd: [K] and [M] fp32.
+        dtotal: [M, K] in the dtype of x that was added to dx.
+    """
+    dx, dweight, branch = made
+    exact_dweight = torch.zeros_like(weight, dtype=torch.float64)
+    for start in range(0, dy.shape[0], 1024):
+        rows = slice(start, start + 1024)
+        wide, scale = x[rows].double(), rstd[rows, None].double()
+        g = dy[rows].double() * weight
+        exact = g * scale - wide * scale**3 * (g * wide).mean(1, keepdim=True)
+        exact_dweight += (dy[rows].double() * wide * scale).sum(0)
+        rounded = exact.abs()
+        if dtotal is not None:
+            exact = exact + dtotal[rows].double()
+            rounded = rounded + exact.abs()
+        if _is_off(dx[rows], exact, rounded):
+            return "dx differs from the formula" if dtotal is None else "sum with dtotal differs from the formula"
+    if _is_off(dweight, exact_dweight, exact_dweight.abs()):
+        return "dweight differs from the formula"
+    if branch is not None and not torch.equal(branch, dx.to(branch.dtype)):
+        return "sum rounded to the branch's dtype is another"
+    return None
+
+
+def _is_off(made: Tensor, exact: Tensor, rounded: Tensor) -> bool:
+    """Whether an error is larger than half a place of each BF16 rounding, and a few 2^-24 of FP32 sums of 4096."""
+    limit = rounded * (2.0**-8 if made.dtype is torch.bfloat16 else 0) + 1e-5 * exact.abs().max()
+    return not bool(((made.double() - exact).abs() <= limit).all())
+
+
 def check_producer(operation: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """What a fused kernel computes otherwise than the definition, its quantiser left out; or None.
 

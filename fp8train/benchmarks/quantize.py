@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from fp8train.arguments import parse_arguments
 from fp8train.backends import BACKENDS, get_backend
 from fp8train.backends.interface import Backend, Copies
+from fp8train.backends.producer_checks import EPS, wrong_norm_gradient
+from fp8train.backends.producers import rotated
 from fp8train.backends.triton import TritonBackend
 from fp8train.benchmarks.timing import (
     BenchArguments,
@@ -34,14 +36,27 @@ BASELINE = "copy"
 CASES = {
     "row": (False,), "column": (True,), "both": (False, True), "weight": (False, True), "transpose": (True,),
     "rmsnorm": (False, True), "add_rmsnorm": (False, True), "swiglu": (False, True),
-    "swiglu_backward": (False, True, False, True),
+    "swiglu_backward": (False, True, False, True), "rmsnorm_backward": (), "rope": (),
 }  # fmt: skip
 SHAPES = ((8192, 4096), (8192, 7168), (32768, 4096), (16384, 14336))
-INPUTS = {"add_rmsnorm": 2, "swiglu": 2, "swiglu_backward": 3}
-STREAM = ("weight", "rmsnorm", "add_rmsnorm")  # cases whose first input is in FP32
+INPUTS = {"add_rmsnorm": 2, "swiglu": 2, "swiglu_backward": 3, "rmsnorm_backward": 3}
+STREAM = ("weight", "rmsnorm", "add_rmsnorm", "rmsnorm_backward")  # cases whose first input is in FP32
 WITH_WORDS = ("both", "rmsnorm", "add_rmsnorm", "swiglu", "swiglu_backward")
-EPS = 1e-5
+HEAD_DIM = 128
 CHECKED_ROWS = 512  # of each result are compared with the definition, which is slow
+
+
+class Operation(NamedTuple):
+    """What is timed.
+
+    call: makes the results
+    moved: bytes that have to be read and written for results
+    right: whether results are the definition's
+    """
+
+    call: Callable[[], Any]
+    moved: Callable[[Any], int]
+    right: Callable[[Any], bool]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,10 +64,12 @@ class QuantizeArguments(BenchArguments):
     """Quantisers: row copy, transposed column copy, both from one read, a weight's codes with their transpose, and that
     transpose from the codes (weight_copies=one); and what makes the input or the gradient that it rounds: RMSNorm of an
     FP32 stream whose rstd is known; the same behind the sum that the stream is, which is two kernels; SwiGLU, SwiGLU's
-    backward.
+    backward. And what a step has besides, with nothing to round: RMSNorm's backward with the stream's own gradient, and
+    rotated queries or keys, of heads of 128 where the columns are so many.
 
     backend: auto takes the first of triton and cpu that runs here
-    cases: of row, column, both, weight, transpose, rmsnorm, add_rmsnorm, swiglu, swiglu_backward
+    cases: of row, column, both, weight, transpose, rmsnorm, add_rmsnorm, swiglu, swiglu_backward, rmsnorm_backward and
+        rope
     shapes: [rows, columns]; null: activations of 4096 to 14336 channels
     plain: time the Triton kernels that take words of two numbers without them too, in the same rounds
     """
@@ -64,10 +81,10 @@ class QuantizeArguments(BenchArguments):
 
 
 def run(argv: Sequence[str], world: World) -> int:
-    """Check against the definition bit for bit, then time; returns 1 if some code or scale was wrong.
+    """Check against the definition (bit for bit but for gradients of RMSNorm), then time; returns 1 if one was wrong.
 
     Raises:
-        ConfigError: no such case, or a shape that is not [rows, columns].
+        ConfigError: no such case, or a shape that is not [rows, columns], or halves of whose heads rope cannot rotate.
     """
     arguments = parse_arguments(argv, QuantizeArguments)
     shapes = [tuple(shape) for shape in arguments.shapes] if arguments.shapes is not None else SHAPES
@@ -75,6 +92,8 @@ def run(argv: Sequence[str], world: World) -> int:
         raise ConfigError(f"bench: cases has {', '.join(sorted(unknown))}; needs some of {', '.join(CASES)}.")
     if any(len(shape) != 2 for shape in shapes):
         raise ConfigError(f"bench: shapes is {arguments.shapes}; needs a list of [rows, columns].")
+    if "rope" in arguments.cases and (odd := [shape for shape in shapes if shape[1] % 2]):
+        raise ConfigError(f"bench: shapes has {list(odd[0])}; rope needs an even number of columns.")
     name = arguments.backend if arguments.backend != "auto" else _first(("triton", "cpu"), world.device)
     backend = get_backend(name)
     sys.stdout.write(machine_lines(world.device, f"{name}: {backend.note}", arguments))
@@ -84,10 +103,10 @@ def run(argv: Sequence[str], world: World) -> int:
             result, traffic = _compare(case, rows, cols, backend, arguments, world.device)
             results.append(result)
             sys.stdout.write("\n" + table(result, _rate(traffic)))
-            if not result.facts["bitwise"]:
-                sys.stdout.write("WRONG: codes or scales differ from the definition\n")
+            if not result.facts["right"]:
+                sys.stdout.write("WRONG: not what the definition gives\n")
     write_results("quantize", results, world.device, f"{name}: {backend.note}", arguments)
-    return int(not all(result.facts["bitwise"] for result in results))
+    return int(not all(result.facts["right"] for result in results))
 
 
 def _rate(traffic: Mapping[str, float]) -> Callable[[str, Timing], str]:
@@ -117,28 +136,70 @@ def _compare(
     target = torch.empty_like(inputs[0])
     spec = BLOCKWISE.fprop.right if case in ("weight", "transpose") else BLOCKWISE.fprop.left
     assert spec is not None
-    call, sources = _quantiser(case, backend, inputs, spec)
-    made = call()
-    written = sum(q.qdata.nbytes + 4 * q.scale_inv.numel() for q in made)
-    written += 2 * target.nbytes if case == "add_rmsnorm" else 0  # the sum, which the second kernel reads
-    read = written if case == "transpose" else sum(x.nbytes for x in inputs)
-    traffic = {BASELINE: 2.0 * target.nbytes, case: float(read + written)}
-    calls: dict[str, Callable[[], object]] = {BASELINE: lambda: target.copy_(inputs[0]), case: call}
+    operation = _operation(case, backend, inputs, spec)
+    made = operation.call()
+    traffic = {BASELINE: 2.0 * target.nbytes, case: float(operation.moved(made))}
+    calls: dict[str, Callable[[], object]] = {BASELINE: lambda: target.copy_(inputs[0]), case: operation.call}
     if arguments.plain and backend.name == "triton" and case in WITH_WORDS:
-        calls[f"{case}, plain"] = _quantiser(case, TritonBackend(words=False), inputs, spec)[0]
+        calls[f"{case}, plain"] = _operation(case, TritonBackend(words=False), inputs, spec).call
         traffic[f"{case}, plain"] = traffic[case]
     timings = interleaved(calls, arguments, device, kernels_only=True)
     share = traffic[case] / timings[case].median_seconds / (traffic[BASELINE] / timings[BASELINE].median_seconds)
-    of = [source for source in sources() for _ in range(2)]
     facts: dict[str, Any] = {
         "case": case,
         "rows": rows,
         "cols": cols,
         "bytes": traffic,
         "share_of_copy_bandwidth": share,
-        "bitwise": all(_as_defined(*result, spec) for result in zip(made, CASES[case], of, strict=False)),
+        "right": operation.right(made),
     }
     return BenchResult(title=f"quantize {case}, {rows} x {cols} {dtype}", timings=timings, facts=facts), traffic
+
+
+def _operation(case: str, backend: Backend, inputs: Sequence[Tensor], spec: QuantSpec) -> Operation:
+    if case == "rmsnorm_backward":
+        return _norm_gradients(backend, *inputs)
+    if case == "rope":
+        return _rotation(backend, inputs[0])
+    call, sources = _quantiser(case, backend, inputs, spec)
+
+    def moved(made: Sequence[QTensor]) -> int:
+        written = sum(q.qdata.nbytes + 4 * q.scale_inv.numel() for q in made)
+        if case == "transpose":
+            return 2 * written
+        summed = 2 * inputs[0].nbytes if case == "add_rmsnorm" else 0  # the sum, which the second kernel reads
+        return sum(x.nbytes for x in inputs) + written + summed
+
+    def right(made: Sequence[QTensor]) -> bool:
+        of = [source for source in sources() for _ in range(2)]
+        return all(_as_defined(*result, spec) for result in zip(made, CASES[case], of, strict=False))
+
+    return Operation(call, moved, right)
+
+
+def _norm_gradients(backend: Backend, x: Tensor, dy: Tensor, dtotal: Tensor) -> Operation:
+    """As in a decoder: dy of the linears and the branch in BF16, the stream and its gradient in FP32."""
+    weight, rstd = torch.linspace(0.5, 1.5, x.shape[1], device=x.device), backend.rstd(x, EPS)
+    given = (dy, x, weight, rstd, dtotal.to(x.dtype))
+    return Operation(
+        lambda: backend.rms_norm_backward(*given, torch.bfloat16),
+        lambda made: sum(tensor.nbytes for tensor in (*given, *made)),
+        lambda made: wrong_norm_gradient(made, *given) is None,
+    )
+
+
+def _rotation(backend: Backend, x: Tensor) -> Operation:
+    """Of one sequence, as a projection gives queries; cosines and sines are read once, from L2 after that."""
+    rows, cols = x.shape
+    head_dim = HEAD_DIM if cols % HEAD_DIM == 0 else cols
+    heads = x.view(1, rows, cols // head_dim, head_dim).transpose(1, 2)
+    angles = torch.arange(rows, device=x.device).outer(torch.logspace(0, -4, head_dim // 2, device=x.device))
+    given = (heads, angles.cos(), angles.sin(), x.dtype, False)
+    return Operation(
+        lambda: backend.rope(*given),
+        lambda made: sum(tensor.nbytes for tensor in (*given[:3], made)),
+        lambda made: torch.equal(made, rotated(*given)),
+    )
 
 
 def _quantiser(
