@@ -23,27 +23,17 @@ Warn = Callable[[str], None]
 METRICS_FILE = "metrics.jsonl"
 WANDB_INIT_SECONDS = 15  # wandb's own default blocks for 90 s where there is a key but no network
 
-# Dense tensor-core peaks in FLOP/s (BF16, FP8) by a part of the device name, the longer name first; without sparsity.
-# FP8 is None where the chip has none. Source: NVIDIA data sheets.
-PEAK_FLOPS: dict[str, tuple[float, float | None]] = {
-    "H100 PCIe": (756e12, 1513e12),
-    "H100 NVL": (835e12, 1671e12),
-    "H200 NVL": (835e12, 1671e12),
-    "GH200": (989.4e12, 1978.9e12),
-    "H100": (989.4e12, 1978.9e12),
-    "H200": (989.4e12, 1978.9e12),
-    "B200": (2250e12, 4500e12),
-    "A100": (312e12, None),
-    "L40S": (362e12, 733e12),
-}
+# Dense BF16 peaks in FLOP/s by a part of the device name, the longer name first; without sparsity.
+# Source: NVIDIA data sheets.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GH200": 989.4e12, "H100": 989.4e12, "H200": 989.4e12,
+    "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
 
 
-def peak_flops(device_name: str, *, fp8: bool = False) -> float | None:
-    """Dense peak of a device in FLOP/s, or None where it is not known (every CPU)."""
-    for part, (bf16_peak, fp8_peak) in PEAK_FLOPS.items():
-        if part in device_name:
-            return fp8_peak if fp8 else bf16_peak
-    return None
+def peak_flops(device_name: str) -> float | None:
+    """Dense BF16 peak of a device in FLOP/s, or None where it is not known (every CPU)."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 class Sink(Protocol):

@@ -227,8 +227,8 @@ def layer_positions(paths: Iterable[str]) -> dict[str, Position | None]:
     return {path: None if hit is None else (int(hit[1]), sizes[path[: hit.start(1)]]) for path, hit in found.items()}
 
 
-def nearest_paths(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
-    """The module paths most like a pattern; of those that differ only in their indices, the first that is."""
+def nearest_paths(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The three module paths most like a pattern; of those that differ only in their indices, the first that is."""
     literal = re.sub(r"[*?\\^$()\[\]|+]", "", pattern.removeprefix("re:"))
 
     def likeness(path: str) -> float:
@@ -240,7 +240,7 @@ def nearest_paths(pattern: str, paths: Iterable[str], count: int = 3) -> list[st
         kind, like = re.sub(r"\d+", "0", path), likeness(path)
         if kind not in best or like > best[kind][0]:
             best[kind] = like, path
-    return [path for _, path in sorted(best.values(), key=lambda pair: (-pair[0], pair[1]))[:count]]
+    return [path for _, path in sorted(best.values(), key=lambda pair: (-pair[0], pair[1]))[:3]]
 
 
 def available_recipes() -> list[str]:

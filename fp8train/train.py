@@ -9,17 +9,15 @@ from fp8train.config import RunConfig, load_config
 from fp8train.distributed import init, rank_exit_code
 from fp8train.errors import TrainingError
 from fp8train.trainer import Trainer
-from fp8train.trainer.console import Console
 from fp8train.trainer.divergence import remedy
 from fp8train.trainer.run_folder import RunResult
 
 
-def run_training(config: RunConfig, console: Console | None = None) -> RunResult:
+def run_training(config: RunConfig) -> RunResult:
     """Train as configured, in this process and those that torchrun started beside it.
 
     Args:
         config: with a run_dir.
-        console: where progress is shown; None is standard output, on rank 0.
 
     Returns:
         RunResult: as in result.json, with evals and coverage.
@@ -29,7 +27,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
         TrainingError: training started and could not go on.
     """
     with init(config.parallel.timeout_seconds) as world:
-        trainer = Trainer(config, world, console)
+        trainer = Trainer(config, world)
         if config.parallel.strategy == "fsdp" and world.world_size == 1:
             trainer.console.info("parallel=fsdp on one rank shards nothing: weights, gradients and moments stay whole")
         return trainer.run()

@@ -151,17 +151,12 @@ class Rerun:
     def _dataset(self) -> Dataset:
         return build_dataset(self.config.data, self.config.seq_len, self.config.seed)
 
-    def batcher(self, rank: int = 0) -> Batcher:
-        """The data of the run, read again.
+    def step_batches(self, step: int) -> list[Batch]:
+        """Micro-batches of all ranks of a step (counted from 0), read again.
 
         Raises:
-            UserError: it is not there any more.
+            UserError: the data is not there any more.
         """
-        config, ranks = self.config, self.dump.world_size
-        return Batcher(self._dataset, config.global_batch_samples, config.micro_batch(ranks), rank, ranks)
-
-    def step_batches(self, step: int) -> list[Batch]:
-        """Micro-batches of all ranks of a step (counted from 0), read again."""
         ranks = self.dump.world_size
         # in the order of the samples, since a stream would start again to go back
         batches = Batcher(

@@ -46,7 +46,7 @@ class Dataset(Protocol):
 
     def sample(self, index: int) -> Sample: ...
 
-    def held_out(self, n: int | None = None) -> list[HeldOut]: ...
+    def held_out(self) -> list[HeldOut]: ...
 
     def skip_to(self, index: int) -> str: ...
 
@@ -122,9 +122,9 @@ class PackedDataset:
         wanted = min(n or self._eval_windows, count)
         return [self._eval.read(i * count // wanted * self.seq_len, self.seq_len + 1) for i in range(wanted)]
 
-    def held_out(self, n: int | None = None) -> list[HeldOut]:
-        """eval_samples(n), as the one source that there is."""
-        return [HeldOut(name=self.corpus.name, share=1.0, samples=self.eval_samples(n))]
+    def held_out(self) -> list[HeldOut]:
+        """eval_samples(), as the one source that there is."""
+        return [HeldOut(name=self.corpus.name, share=1.0, samples=self.eval_samples())]
 
     def skip_to(self, index: int) -> str:
         """Nothing to skip: the position is computed."""

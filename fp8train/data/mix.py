@@ -73,11 +73,9 @@ class MixedDataset:
         before = int(np.count_nonzero(order[:place] == source))
         return source, block * self._quotas[source] + before
 
-    def held_out(self, n: int | None = None) -> list[HeldOut]:
-        """About n (None: data.eval_windows) held-out windows: of each source its share, at least one, at most what it
-        holds out.
-        """
-        windows, total = eval_shares(self._quotas, n or self._eval_windows), len(self._pattern)
+    def held_out(self) -> list[HeldOut]:
+        """About data.eval_windows windows: of each source its share, at least one, and at most what it holds out."""
+        windows, total = eval_shares(self._quotas, self._eval_windows), len(self._pattern)
         sources = zip(self._datasets, self._names, self._quotas, windows, strict=True)
         return [
             HeldOut(name=name, share=quota / total, samples=dataset.eval_samples(count))

@@ -94,9 +94,9 @@ class StreamedDataset:
             self._eval[wanted] = self._read_held_out(wanted)
         return self._eval[wanted]
 
-    def held_out(self, n: int | None = None) -> list[HeldOut]:
-        """eval_samples(n), as the one source that there is."""
-        return [HeldOut(name=self._name, share=1.0, samples=self.eval_samples(n))]
+    def held_out(self) -> list[HeldOut]:
+        """eval_samples(), as the one source that there is."""
+        return [HeldOut(name=self._name, share=1.0, samples=self.eval_samples())]
 
     def largest_token(self) -> int:
         """Largest id that the tokenizer can give: the stream itself is not known in advance."""

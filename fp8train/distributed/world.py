@@ -71,15 +71,15 @@ class World:
         """Whether the flag is set on at least one rank."""
         return self.all_reduce_sum(float(flag)) > 0
 
-    def broadcast_object(self, value: T, src: int = 0, *, patient: bool = False) -> T:
-        """Rank src's value, on every rank; what the others pass is ignored. Pickled: for small things.
+    def broadcast_object(self, value: T, *, patient: bool = False) -> T:
+        """Rank 0's value, on every rank; what the others pass is ignored. Pickled: for small things.
 
         patient: wait PATIENCE for it, and not only the timeout of the other calls; a rank that dies ends the wait.
         """
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=src, group=self.patient if patient else None)
+        dist.broadcast_object_list(box, src=0, group=self.patient if patient else None)
         return box[0]
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -88,10 +88,6 @@ class World:
         if self.world_size > 1:
             dist.all_gather_object(every, value)
         return every
-
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        self.all_reduce_sum(0.0)
 
     def close(self) -> None:
         """Leave the group; the world must not be used afterwards."""

@@ -32,11 +32,6 @@ class Format:
         return 2 ** (self.exponent_bits - 1) - 1
 
     @property
-    def min_subnormal(self) -> float:
-        """Smallest positive magnitude."""
-        return 2.0 ** (1 - self.bias - self.mantissa_bits)
-
-    @property
     def nan_code(self) -> int:
         """The byte that stands for a NaN of positive sign, the one that quantisers write."""
         return 0x7F

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -134,8 +133,3 @@ def _half_top_step(fmt: Format) -> float:
 def as_numbers(values: Tensor) -> list[float | None]:
     """Statistics as plain numbers of four digits; None for those that are not defined or not finite."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
-
-
-def named(values: Sequence[float | None]) -> dict[str, float | None]:
-    """A list of statistics by name."""
-    return dict(zip(STATS, values, strict=True))

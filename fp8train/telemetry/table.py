@@ -79,12 +79,12 @@ def worst(found: Iterable[Sample], count: int) -> list[Sample]:
     return sorted(found, key=lambda s: (-s.badness[0], -s.badness[1], s.fqn, s.operand))[:count]
 
 
-def worst_table(row: Mapping[str, Any], count: int = 10, what_if_count: int = 3) -> str:
+def worst_table(row: Mapping[str, Any]) -> str:
     """The operands that lose most precision in a sampled row, and those in BF16 that would lose most."""
     every = list(samples(row))
     lines = [["operand", "precision", "amax", "flushed %", "saturated %", "non-finite", "SQNR dB", "row error p99 %",
               "max %", "kurtosis"]]  # fmt: skip
-    chosen = worst([s for s in every if not s.what_if], count) + worst([s for s in every if s.what_if], what_if_count)
+    chosen = worst([s for s in every if not s.what_if], 10) + worst([s for s in every if s.what_if], 3)
     for sample in chosen:
         stats = sample.stats
         numbers = [

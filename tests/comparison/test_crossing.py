@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from fp8train.comparison.crossing import cross_evaluate
 from fp8train.distributed import World
@@ -19,7 +20,7 @@ def evaluations(world: World) -> tuple[dict, str]:
             for runs in folders.values():
                 (runs[1] / "checkpoints").mkdir(parents=True)
         without = cross_evaluate(Path("crossed.json"), folders, world, print)
-        world.barrier()
+        dist.barrier()
         for recipe in folders:
             if world.main:
                 tiny_train(shared, "steps=2", f"recipe={recipe}", f"run_dir={recipe}")

@@ -15,9 +15,9 @@ from fp8train.errors import DataError
 from tests.data.test_dataset import make_dataset, make_documents
 
 
-def make_mix(weights: list[float], seed: int = 1) -> MixedDataset:
+def make_mix(weights: list[float], seed: int = 1, **options: int) -> MixedDataset:
     datasets = [make_dataset(make_documents(40 + 20 * n, seed=n), seed=seed + n) for n in range(len(weights))]
-    return MixedDataset(datasets, weights, [f"source {n}" for n in range(len(weights))], seed=seed)
+    return MixedDataset(datasets, weights, [f"source {n}" for n in range(len(weights))], seed=seed, **options)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,7 @@ def test_small_source_starts_again_while_the_large_one_goes_on() -> None:
 
 
 def test_held_out_windows_follow_the_shares() -> None:
-    mix = make_mix([0.75, 0.25])
-    large, small = mix.held_out(8)
+    large, small = make_mix([0.75, 0.25], eval_windows=8).held_out()
     assert [(part.name, part.share, len(part.samples)) for part in (large, small)] == [
         ("source 0", 0.75, 6),
         ("source 1", 0.25, 2),

@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,7 +44,7 @@ def own_folders(world: Any) -> Iterator[Path]:
         os.chdir(own)
         try:
             yield shared
-            world.barrier()
+            dist.barrier()
         finally:
             os.chdir(before)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from fp8train.nn.linear import Float8Linear
@@ -29,7 +30,7 @@ def trained(world: Any, strategy: str) -> dict[str, Any]:
     if world.main:
         recipe.write_text(yaml.safe_dump(load_recipe("blockwise").document | {"alarm": {"on": ["nonfinite"]}}))
         tiny_config(folder)  # writes the text
-    world.barrier()
+    dist.barrier()
     options = (f"recipe={recipe}", f"parallel={strategy}", "checkpoint.every=2", "steps=5", "fused=never")
     warnings: list[str] = []
     console = Console(enabled=False)

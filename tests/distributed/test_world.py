@@ -32,9 +32,7 @@ def _collectives(world):
         "any_one": world.any(world.rank == 1),
         "any_none": world.any(False),
         "broadcast": world.broadcast_object({"from": world.rank}),
-        "broadcast_last": world.broadcast_object(world.rank, src=1),
         "gather": world.all_gather_object(f"r{world.rank}"),
-        "barrier": world.barrier(),
     }
 
 
@@ -46,7 +44,7 @@ def two_ranks(tmp_path_factory):
 POINT_ONE = torch.tensor(0.1, dtype=torch.float32).item()
 EXPECTED = {
     "sum_number": 3.0, "sum_tensor": [3.0, 2 * POINT_ONE], "max_number": 2.0, "max_tensor": [2, -1], "any_one": True,
-    "any_none": False, "broadcast": {"from": 0}, "broadcast_last": 1, "gather": ["r0", "r1"],
+    "any_none": False, "broadcast": {"from": 0}, "gather": ["r0", "r1"],
 }  # fmt: skip
 
 
@@ -77,7 +75,7 @@ def test_single_process_is_a_world_of_one():
     assert torch.equal(world.all_reduce_sum(tensor), tensor)
     assert (world.broadcast_object("x"), world.all_gather_object("x")) == ("x", ["x"])
     with world:
-        world.barrier()
+        pass
 
 
 def test_init_without_torchrun_needs_no_variables(monkeypatch):

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from fp8train import compare
 from fp8train.checkpoint import checkpoint_path
@@ -24,7 +25,7 @@ def told_of_checkpoints(world: World) -> dict[str, str]:
         if world.main:
             for seed in (1, 2):
                 tiny_train(shared, "steps=2", run=f"run{seed}")
-        world.barrier()
+        dist.barrier()
         for name in ("missing", "stale", "cut"):
             own = Path(name)
             if world.main or name != "missing":
@@ -69,7 +70,7 @@ def told_of_folders(world: World) -> list[str]:
         found.append(str(refused.value))
         (shared / "run").mkdir(exist_ok=True)
         shared_folder.check_shared(shared / "run", world)
-        world.barrier()
+        dist.barrier()
         assert not list((shared / "run").iterdir()) and not list(Path("comparison").iterdir())
     return found
 
