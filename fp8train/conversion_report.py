@@ -223,7 +223,7 @@ class ConversionReport:
         Below them a line for what the recipe does not reach, with its share of all matrices but embeddings.
         """
         groups = [(row.fqn, 1, row) for row in self.rows] if every else collapse(self.rows)
-        lines = [[_HEADER[key] for key in _HEADER]]
+        lines = [["module", "count", "weight", "precision", *GEMMS, "rule", "backend", "master", "copies", "scales"]]
         for label, count, row in groups:
             N, K = row.shape
             lines.append(
@@ -319,14 +319,6 @@ def exception(row: ConversionRow, gemm: str, count: GemmCount, forward: GemmCoun
         return None
     tokens = "no tokens reached it" if not forward.fp8_rows + forward.other_rows else "no gradient was asked of it"
     return COUNTS.reason(row.site, gemm) or tokens
-
-
-_HEADER = {
-    name: name
-    for name in (
-        "module", "count", "weight", "precision", *GEMMS, "rule", "backend", "master", "copies", "scales",
-    )
-}  # fmt: skip
 
 
 def collapse(rows: Iterable[ConversionRow]) -> list[tuple[str, int, ConversionRow]]:

@@ -311,7 +311,8 @@ def test_runs_in_parallel_processes_stopped_and_resumed_are_those_of_one_process
     assert "0 of 2 runs are finished; the same command goes on" in capfd.readouterr().out
     assert main(parallel) == 0
     verdicts = [json.loads((tmp_path / name / "verdict.json").read_text()) for name in ("one", "many")]
-    assert verdicts[1]["parallel"] == 2
+    places = [json.loads(next((tmp_path / name).rglob("environment.json")).read_text()) for name in ("one", "many")]
+    assert [place["runs_on_device"] for place in places] == [1, 2] and verdicts[1]["parallel"] == 2
     for arm in ("bf16", "blockwise"):
         losses = [[run["train_loss"] for run in verdict["arms"][arm]["runs"]] for verdict in verdicts]
         assert losses[0] == losses[1]

@@ -212,7 +212,7 @@ def check_codes(
             for scale in ("pow2", "fp32"):
                 inputs = [_matrix(rows, cols, 3 * number + part, dtype, device) for part in range(3)]
                 for name, q, x, transposed in _copies(operation, variant, inputs, scale):
-                    if not _same(q, quantize(x.cpu(), q.spec, transpose=transposed)):
+                    if not q.same_bits(quantize(x.cpu(), q.spec, transpose=transposed)):
                         return f"its {name} differs from the definition for {what} with {scale} scales"
     return None
 
@@ -372,10 +372,3 @@ def _copies(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _same(q: QTensor, wanted: QTensor) -> bool:
-    """Whether codes and scales are equal, bit for bit; any NaN equals any other."""
-    codes = q.qdata.contiguous().view(torch.uint8).cpu(), wanted.qdata.contiguous().view(torch.uint8)
-    scales = q.scale_inv.cpu(), wanted.scale_inv
-    return torch.equal(*codes) and torch.equal(*(torch.nan_to_num(x, nan=-1.0, posinf=-2.0) for x in scales))

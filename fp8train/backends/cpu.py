@@ -34,7 +34,6 @@ class CpuBackend(Producers):
 
     name = "cpu"
     emulates = True
-    decoded: tuple[str, ...] = ()
 
     def __init__(self, compiled: bool = True) -> None:
         """Load the C++ kernels; compiled=False computes in torch even if there is a compiler."""

@@ -29,9 +29,7 @@ def mm(
 
 def fp32_product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] @ b [N, K].T in FP32, without rounding the sums on the way."""
-    if a.dtype is torch.float32 or 0 in (*a.shape, b.shape[0]):
-        return a.to(torch.float32) @ b.to(torch.float32).T
-    if a.is_cuda:
+    if a.is_cuda and a.dtype is not torch.float32 and 0 not in (*a.shape, b.shape[0]):
         return torch.mm(a, b.T, out_dtype=torch.float32)
     return a.to(torch.float32) @ b.to(torch.float32).T  # torch has no CPU kernel for out_dtype
 

@@ -164,12 +164,7 @@ def _count(site: int, gemm: str, a: Tensor, *, fp8: bool) -> None:
     """Record a GEMM. An fprop inside of backward is one that activation checkpointing repeats, and counts nothing."""
     # torch.utils.checkpoint knows by the same number whether backward is running
     if gemm != "fprop" or torch._C._current_graph_task_id() == -1:
-        COUNTS.add(site, gemm, _rows(gemm, a), fp8)
-
-
-def _rows(gemm: str, a: Tensor) -> int:
-    """Tokens that a GEMM works on: its rows, or for wgrad its contracted dimension."""
-    return a.shape[1] if gemm == "wgrad" else a.shape[0]
+        COUNTS.add(site, gemm, a.shape[1 if gemm == "wgrad" else 0], fp8)  # tokens: what wgrad contracts, others' rows
 
 
 def _codes_like(x: Tensor, spec: QuantSpec, rows: int, cols: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ class ReferenceBackend(Producers):
     name = "reference"
     note = "the definition, FP64 partial sums; slow"
     emulates = True
-    decoded: tuple[str, ...] = ()
 
     def unavailable(self, device_type: str) -> str | None:
         """None: it runs everywhere."""

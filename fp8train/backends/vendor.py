@@ -21,7 +21,6 @@ class VendorBackend(DequantBackend):
     """Quantises and rotates by our kernels where Triton can compile them, else by the definition: the same bits."""
 
     emulates = False
-    decoded: tuple[str, ...] = ()
 
     @functools.cached_property
     def quantisers(self) -> Backend:

@@ -251,6 +251,4 @@ def _as_defined(q: QTensor, transposed: bool, x: Tensor, spec: QuantSpec) -> boo
     """Whether the first rows of a result equal the definition's, bit for bit."""
     part = x[:, :CHECKED_ROWS] if transposed else x[:CHECKED_ROWS]
     wanted = reference.quantize(part, spec, transpose=transposed)
-    codes, scales = q.qdata[: wanted.shape[0]], q.scale_inv[: wanted.scale_inv.shape[0]]
-    same_codes = torch.equal(codes.view(torch.uint8), wanted.qdata.view(torch.uint8))
-    return same_codes and torch.equal(scales.contiguous(), wanted.scale_inv)
+    return QTensor(q.qdata[: wanted.shape[0]], q.scale_inv[: wanted.scale_inv.shape[0]], spec).same_bits(wanted)

@@ -98,7 +98,7 @@ def quantiser_codes(subject: Subject) -> Outcome:
     for spec in specs(assembly):
         for seed, x in enumerate(_matrices()):
             for got, want in _quantised(backend, x.to(subject.device), spec):
-                same = _same(got, want)
+                same = got.same_bits(want)
                 good, total = good + same, total + 1
                 where = where if same else where or f"{spec}, matrix {seed}"
     return Outcome(
@@ -129,14 +129,6 @@ def _quantised(backend: Backend, x: Tensor, spec: QuantSpec) -> Iterator[tuple[Q
     yield from zip(backend.quantize_dual(x, spec, spec), (row, col), strict=True)
     if spec.transposable:
         yield from zip(backend.quantize_square(x, spec), (row, col), strict=True)
-
-
-def _same(got: QTensor, want: QTensor) -> bool:
-    """Whether codes and scales agree bit for bit; a NaN scale is a NaN of any payload."""
-    if got.shape != want.shape or got.scale_inv.shape != want.scale_inv.shape:
-        return False
-    scales = torch.equal(torch.nan_to_num(got.scale_inv, nan=-1.0), torch.nan_to_num(want.scale_inv, nan=-1.0))
-    return scales and torch.equal(got.qdata.view(torch.uint8), want.qdata.view(torch.uint8))
 
 
 def scale_equivariance(subject: Subject) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -12,11 +11,12 @@ import numpy as np
 import torch
 
 from fp8train.backends import cpu_library
+from fp8train.backends.machine import FP8_CAPABILITY
+from fp8train.backends.triton import BELOW, OLDEST
 from fp8train.checkup.outcome import Outcome
+from fp8train.trainer.environment import installed
 
 OLDEST_TORCH = (2, 11)
-TRITON = ((3, 6), (3, 10))  # from, below: what the kernels are compiled with in the tests
-FP8_CAPABILITY = (8, 9)
 
 
 def version(text: str | None) -> tuple[int, int]:
@@ -35,14 +35,6 @@ def driver_cuda_version() -> str | None:
         return None
     found = re.search(r"CUDA Version:\s*([\d.]+)", said)
     return found[1] if found else None
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _torch() -> Outcome:
@@ -97,9 +89,9 @@ def _triton() -> Outcome | None:
         return None
     found = installed("triton")
     return Outcome(
-        passed=found is not None and TRITON[0] <= version(found) < TRITON[1],
+        passed=found is not None and OLDEST <= version(found) < BELOW,
         first=f"triton {found or 'is not installed'}",
-        second=f"needs {'.'.join(map(str, TRITON[0]))} to {TRITON[1][0]}.{TRITON[1][1] - 1}",
+        second=f"needs {OLDEST[0]}.{OLDEST[1]} to {BELOW[0]}.{BELOW[1] - 1}",
         meaning="the FP8 kernels are compiled with other versions; backend=auto falls back to cublaslt or BF16 units. "
         "Install the Triton that came with torch.",
     )

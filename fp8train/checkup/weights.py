@@ -83,14 +83,6 @@ def codes_are_defined(linear: Float8Linear) -> bool:
             continue
         want = reference.quantize(weight, spec, transpose=transpose)
         assert operand.scale_inv is not None
-        if not _equal(QTensor(operand.data, operand.scale_inv, spec), want):
+        if not QTensor(operand.data, operand.scale_inv, spec).same_bits(want):
             return False
     return True
-
-
-def _equal(got: QTensor, want: QTensor) -> bool:
-    return (
-        got.shape == want.shape
-        and torch.equal(got.qdata.view(torch.uint8), want.qdata.view(torch.uint8))
-        and torch.equal(got.scale_inv, want.scale_inv)
-    )

@@ -20,7 +20,6 @@ from fp8train.config import RunConfig
 from fp8train.distributed import World
 from fp8train.errors import DivergedError, TrainingError, UserError
 from fp8train.trainer.console import Console
-from fp8train.trainer.environment import share_device
 from fp8train.trainer.loop import Trainer
 from fp8train.trainer.run_folder import RESULT_FILE
 from fp8train.trainer.stopping import StopRequest
@@ -145,17 +144,17 @@ def _ended(live: list[_Worker]) -> Iterator[None]:
 def _work(job: Job, slot: int, threads: int, processes: int, outcome: Connection, told: Connection) -> None:
     """Body of a process: it saves and stops when the parent closes its end of `told`, or dies."""
     torch.set_num_threads(threads)
-    device = (
-        torch.device("cuda", slot % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
-    share_device(-(-processes // torch.cuda.device_count()) if device.type == "cuda" else processes)
-    if device.type == "cuda":
+    device, sharing = torch.device("cpu"), processes
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        device, sharing = torch.device("cuda", slot % gpus), -(-processes // gpus)
         torch.cuda.set_device(device)
     config = job.config
     lines = _Lines(sys.stdout)
     console = Console(config.steps, print_every=config.log.print_every, label=job.label, stream=lines)  # type: ignore[arg-type]
     try:
-        result = Trainer(config, World(device=device), console).run(lambda: "its comparison" if told.poll() else None)
+        trainer = Trainer(config, World(device=device), console, runs_on_device=sharing)
+        result = trainer.run(lambda: "its comparison" if told.poll() else None)
         value: dict[str, Any] | Exception = {name: getattr(result, name) for name in FACTS}
     except DivergedError:
         content = json.loads((Path(str(config.run_dir)) / RESULT_FILE).read_text(encoding="utf-8"))

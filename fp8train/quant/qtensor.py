@@ -45,6 +45,13 @@ class QTensor:
 
         return dequantize(self, dtype)
 
+    def same_bits(self, other: QTensor) -> bool:
+        """Whether codes and scales are equal, bit for bit, on whatever devices they are; any NaN equals any other."""
+        codes = (q.qdata.contiguous().view(torch.uint8).cpu() for q in (self, other))
+        nans = [q.scale_inv.cpu().isnan() for q in (self, other)]
+        scales = (q.scale_inv.cpu().masked_fill(nan, 0) for q, nan in zip((self, other), nans, strict=True))
+        return torch.equal(*codes) and torch.equal(*nans) and torch.equal(*scales)
+
     def transpose(self) -> QTensor:
         """The same codes for x.T, K-major again (a byte transpose).
 

@@ -37,14 +37,9 @@ def operand_specs(precision: LinearPrecision) -> dict[str, QuantSpec]:
     turned = {"x": wgrad.right, "w": dgrad.right, "dy": wgrad.left}
     specs = dict(straight)
     for operand, spec in turned.items():
-        if spec is not None and not (spec == straight[operand] and _alike_when_turned(spec)):
+        if spec is not None and not (spec == straight[operand] and spec.transposable):
             specs[f"{operand}.T"] = spec
     return {operand: spec for operand, spec in specs.items() if spec is not None}
-
-
-def _alike_when_turned(spec: QuantSpec) -> bool:
-    """Whether the blocks of x.T are those of x."""
-    return spec.block == "tensor" or (isinstance(spec.block, tuple) and spec.block[0] == spec.block[1])
 
 
 def what_if_precision(precisions: Iterable[LinearPrecision]) -> LinearPrecision:

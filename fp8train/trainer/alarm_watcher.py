@@ -19,16 +19,16 @@ from fp8train.nn.linear import Float8Linear
 from fp8train.nn.shared_inputs import group_of
 from fp8train.quant.formats import BF16, BLOCKWISE
 from fp8train.recipe_options import Alarm
+from fp8train.shards import local
 from fp8train.telemetry.observer import Observer
 from fp8train.telemetry.table import samples, to_row, worst
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.precision_control import PrecisionControl, demotions
 from fp8train.trainer.probe import pass_apart
-from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import EVENTS_FILE, write_file
 from fp8train.trainer.step import StepResult
-from fp8train.trainer.suspect import OUTSIDE, find_culprit, finite_in_bf16, local, loss_of
-from fp8train.trainer.watcher import Watcher
+from fp8train.trainer.suspect import OUTSIDE, find_culprit, finite_in_bf16, loss_of
+from fp8train.trainer.watcher import RollBack, Watcher
 
 PROBE_ROWS = 1024
 BROKEN = "a weight is not finite"

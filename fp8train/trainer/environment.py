@@ -22,14 +22,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-_RUNS_ON_DEVICE = [1]
-
-
-def share_device(runs: int) -> None:
-    """Record from now on that this process trains beside others of its comparison, `runs` in all on its device."""
-    _RUNS_ON_DEVICE[0] = runs
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware, code and command line of this process; plain values.
 
@@ -49,21 +41,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _triton_version(),
+        "triton": installed("triton"),
         "platform": platform.platform(),
         "host": platform.node(),
         "device": {"name": name, "memory_bytes": memory},
         "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "memory_bytes": host_bytes},
         "torch_threads": torch.get_num_threads(),
-        "runs_on_device": _RUNS_ON_DEVICE[0],
         "cpu_kernels": library.functions is not None,
         "cpu_kernels_reason": library.reason,
     }
 
 
-def _triton_version() -> str | None:
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
-        return importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

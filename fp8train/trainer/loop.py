@@ -21,14 +21,7 @@ from fp8train.metrics import Metrics
 from fp8train.models import count_parameters
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
 from fp8train.trainer.agreement import agreed_assembly, agreed_dataset, check_same_command
-from fp8train.trainer.assembly import (
-    Assembly,
-    CoverageLog,
-    memory_by_kind,
-    model_hash,
-    parameter_hash,
-    spread,
-)
+from fp8train.trainer.assembly import Assembly, CoverageLog, memory_by_kind, model_hash, parameter_hash, spread
 from fp8train.trainer.console import Console, ending, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.divergence import check_diverged, count_step
@@ -38,7 +31,6 @@ from fp8train.trainer.footprint import check_memory
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash, step_row
 from fp8train.trainer.profiling import ProfileWindow
 from fp8train.trainer.progress import Progress, saved_progress
-from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.run_folder import (
     RunResult,
     check_folder,
@@ -56,7 +48,7 @@ from fp8train.trainer.saving import SaveClock, check_room, return_point, write_p
 from fp8train.trainer.shared_folder import check_same_checkpoint
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
-from fp8train.trainer.watcher import Watcher
+from fp8train.trainer.watcher import RollBack, Watcher
 from fp8train.trainer.watchers import NOTED, after_step, build_watchers
 
 
@@ -67,15 +59,19 @@ class Trainer:
         config: checked against world here.
         world: the ranks that train together.
         console: None writes to standard output on rank 0.
+        runs_on_device: of a comparison, how many train on its device at a time.
     """
 
-    def __init__(self, config: RunConfig, world: World, console: Console | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, console: Console | None = None, *, runs_on_device: int = 1
+    ) -> None:
         assert config.run_dir is not None, "load_config gives every run a folder"
         check_same_command(config, world)
         config.check(world.world_size)
         self.config = config
         self.world = world
         self.run_dir = Path(config.run_dir)
+        self.runs_on_device = runs_on_device
         self.console = console or Console(config.steps, enabled=world.main, print_every=config.log.print_every)
         self.progress = Progress()
         self.metrics: Metrics | None = None
@@ -217,6 +213,7 @@ class Trainer:
         facts = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "world_size": world.world_size,
+            "runs_on_device": self.runs_on_device,
             "resumed_step": self.progress.step,
             "init_hash": self.progress.init_hash,
             "data_hash": self.batcher.dataset.fingerprint,

@@ -19,7 +19,7 @@ from fp8train.nn.linear import Float8Linear
 from fp8train.nn.shared_inputs import group_of
 from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16, LinearPrecision
-from fp8train.shards import is_sharded
+from fp8train.shards import is_sharded, local
 from fp8train.telemetry.observer import uncounted
 from fp8train.trainer.step import inputs
 
@@ -127,11 +127,6 @@ def _pass(model: nn.Module, batch: Batch, world: World, linears: Linears) -> tup
         if gradient is not None and not bool(local(gradient).isfinite().all())
     ]
     return float(mean.detach()), broken
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; another as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @contextlib.contextmanager

@@ -9,6 +9,17 @@ from fp8train.data import Batch
 from fp8train.trainer.step import StepResult
 
 
+class RollBack(Exception):
+    """What after_step raises, on every rank alike, to go back to the last checkpoint of the run.
+
+    reason: for the console.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Watcher:
     """Called on every rank, in the same order everywhere, so that it may communicate."""
 

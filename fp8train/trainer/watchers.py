@@ -13,12 +13,11 @@ from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.blackbox import BlackBox
 from fp8train.trainer.console import Console
 from fp8train.trainer.precision_control import PrecisionControl
-from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.schedule_watcher import ScheduleWatcher
 from fp8train.trainer.step import StepResult
 from fp8train.trainer.strict_coverage import StrictCoverage
 from fp8train.trainer.telemetry_watcher import TelemetryWatcher
-from fp8train.trainer.watcher import Watcher
+from fp8train.trainer.watcher import RollBack, Watcher
 
 NOTED = ("alarm", "blackbox")  # what a watcher adds to a row that must not be lost between two that are due
 

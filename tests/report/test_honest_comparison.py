@@ -17,7 +17,6 @@ from fp8train.report import build_report
 from fp8train.report.results import drawn
 from fp8train.report.run_record import Arms, read_run
 from fp8train.report.summary import summary
-from fp8train.trainer import environment as facts
 from fp8train.trainer.assembly import COUNTED, GEMMS, add_coverage
 from tests.run_folders import ENVIRONMENT, verdict_of, write_run
 
@@ -142,15 +141,6 @@ def test_speed_of_a_run_that_changed_its_number_of_ranks_is_not_quoted(tmp_path:
 def test_a_way_that_an_earlier_version_did_not_record_counts_as_the_same(tmp_path: Path) -> None:
     arms = arms_of(tmp_path, compile=True, parallel={"strategy": "fsdp"}, micro_batch_samples=None)
     assert verdict_of(arms)["sentence"].endswith("its peak memory.")
-
-
-def test_a_process_says_how_many_runs_share_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(facts, "_RUNS_ON_DEVICE", [1])
-    found = [facts.environment(torch.device("cpu"))["runs_on_device"]]
-    facts.share_device(3)
-    assert [*found, facts.environment(torch.device("cpu"))["runs_on_device"]] == [1, 3]
 
 
 def test_steps_are_those_of_the_run_not_of_its_last_logged_row(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from fp8train.trainer.alarm_watcher import AlarmWatcher
 from fp8train.trainer.assembly import assemble
 from fp8train.trainer.console import Console
 from fp8train.trainer.precision_control import PrecisionControl
-from fp8train.trainer.rollback import RollBack
 from fp8train.trainer.step import StepResult
+from fp8train.trainer.watcher import RollBack
 from tests.tiny_run import tiny_config, tiny_train
 
 DOWN = "layers.0.mlp.down_proj"
