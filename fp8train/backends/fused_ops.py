@@ -6,6 +6,9 @@ and what else is said. `col` null: no column copy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -109,18 +112,6 @@ def _fake_copies(x: Tensor, row: str, col: str | None, backend: str) -> list[Ten
     return [*quantize(x, row, False, backend), *([] if col is None else quantize(x, col, True, backend))]
 
 
-def _fake_rstd(x: Tensor, eps: float, backend: str) -> Tensor:
-    return x.new_empty(x.shape[:1], dtype=torch.float32)
-
-
-def _fake_add_rstd(x: Tensor, branch: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
-
-
-def _fake_rms_norm(x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
 def _fake_rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None, branch: torch.dtype | None, backend: str
 ) -> list[Tensor]:
@@ -128,44 +119,17 @@ def _fake_rms_norm_backward(
     return made + ([] if branch is None else [x.new_empty(x.shape, dtype=branch)])
 
 
-def _fake_rmsnorm_quantize(
-    x: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype, row: str, col: str | None, backend: str
-) -> list[Tensor]:
-    return _fake_copies(x, row, col, backend)
-
-
-def _fake_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, inverse: bool, backend: str) -> Tensor:
-    return x.new_empty(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
-
-
-def _fake_swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-def _fake_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-
-
-def _fake_swiglu_quantize(gate: Tensor, up: Tensor, row: str, col: str | None, backend: str) -> list[Tensor]:
-    return _fake_copies(gate, row, col, backend)
-
-
-def _fake_swiglu_backward_quantize(
-    dh: Tensor, gate: Tensor, up: Tensor, row: str, col: str | None, backend: str
-) -> list[Tensor]:
-    return _fake_copies(gate, row, col, backend) + _fake_copies(gate, row, col, backend)
-
-
-for _implementation, _fake in (
-    (rstd, _fake_rstd),
-    (add_rstd, _fake_add_rstd),
-    (rms_norm, _fake_rms_norm),
-    (rms_norm_backward, _fake_rms_norm_backward),
-    (rmsnorm_quantize, _fake_rmsnorm_quantize),
-    (rope, _fake_rope),
-    (swiglu, _fake_swiglu),
-    (swiglu_backward, _fake_swiglu_backward),
-    (swiglu_quantize, _fake_swiglu_quantize),
-    (swiglu_backward_quantize, _fake_swiglu_backward_quantize),
-):
+_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
+    rstd: lambda x, *_: x.new_empty(x.shape[:1], dtype=torch.float32),
+    add_rstd: lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)),
+    rms_norm: lambda x, weight, rstd, dtype, backend: x.new_empty(x.shape, dtype=dtype),
+    rms_norm_backward: _fake_rms_norm_backward,
+    rmsnorm_quantize: lambda x, weight, rstd, dtype, *copies: _fake_copies(x, *copies),
+    rope: lambda x, cos, sin, dtype, *_: x.new_empty(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2),
+    swiglu: lambda gate, *_: gate.new_empty(gate.shape),
+    swiglu_backward: lambda dh, gate, *_: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+    swiglu_quantize: lambda gate, up, *copies: _fake_copies(gate, *copies),
+    swiglu_backward_quantize: lambda dh, gate, up, *copies: _fake_copies(gate, *copies) + _fake_copies(gate, *copies),
+}
+for _implementation, _fake in _FAKES.items():
     register(_implementation.__name__, _SCHEMAS[_implementation.__name__], _implementation, _fake)

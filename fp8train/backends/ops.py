@@ -188,57 +188,29 @@ def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple
     return _codes_like(x, parsed, rows, cols)
 
 
-def _fake_quantize_dual(x: Tensor, row: str, col: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (*_fake_quantize(x, row, False, backend), *_fake_quantize(x, col, True, backend))
-
-
-def _fake_requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -> tuple[Tensor, Tensor]:
-    return _fake_quantize(q, to, True, backend)
-
-
-def _fake_transpose_codes(
-    q: Tensor, scale_inv: Tensor, spec: str, after: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _fake_quantize(q, spec, True, backend)
-
-
-def _fake_dequantize(q: Tensor, scale_inv: Tensor, spec: str, dtype: torch.dtype, backend: str) -> Tensor:
-    return q.new_empty(q.shape, dtype=dtype)
-
-
-def _fake_noisy(x: Tensor, rms: float, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-def _fake_scaled_mm(
-    a: Tensor, a_scale: Tensor, a_spec: str, b: Tensor, b_scale: Tensor, b_spec: str,
-    bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str,
-) -> Tensor:  # fmt: skip
+def _fake_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-
-
-def _fake_mm(
-    a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backend: str, site: int, gemm: str
-) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-
-
-def _fake_in_place(*args: Any) -> None:
-    return None
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize": (quantize, _fake_quantize),
-    "quantize_dual": (quantize_dual, _fake_quantize_dual),
-    "requantize": (requantize, _fake_requantize),
-    "transpose_codes": (transpose_codes, _fake_transpose_codes),
-    "dequantize": (dequantize, _fake_dequantize),
-    "noisy": (noisy, _fake_noisy),
-    "scaled_mm": (scaled_mm, _fake_scaled_mm),
-    "scaled_mm_add_": (scaled_mm_add_, _fake_in_place),
-    "mm": (mm, _fake_mm),
-    "mm_add_": (mm_add_, _fake_in_place),
-}
+    "quantize_dual": (
+        quantize_dual,
+        lambda x, row, col, backend: (*_fake_quantize(x, row, False, backend), *_fake_quantize(x, col, True, backend)),
+    ),
+    "requantize": (requantize, lambda q, scale_inv, spec, to, backend: _fake_quantize(q, to, True, backend)),
+    "transpose_codes": (
+        transpose_codes, lambda q, scale_inv, spec, after, backend: _fake_quantize(q, spec, True, backend),
+    ),
+    "dequantize": (dequantize, lambda q, scale_inv, spec, dtype, backend: q.new_empty(q.shape, dtype=dtype)),
+    "noisy": (noisy, lambda x, rms, dtype: x.new_empty(x.shape, dtype=dtype)),
+    "scaled_mm": (
+        scaled_mm, lambda a, a_scale, a_spec, b, b_scale, b_spec, bias, out_dtype, *_: _fake_product(a, b, out_dtype),
+    ),
+    "scaled_mm_add_": (scaled_mm_add_, lambda *_: None),
+    "mm": (mm, lambda a, b, bias, out_dtype, *_: _fake_product(a, b, out_dtype)),
+    "mm_add_": (mm_add_, lambda *_: None),
+}  # fmt: skip
 
 LIBRARY = torch.library.Library("fp8train", "DEF")
 OPS = SimpleNamespace()
