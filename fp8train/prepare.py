@@ -79,15 +79,14 @@ def prepare(config: PrepareConfig, report: Report = lambda line: None) -> dict[s
             "Prepare each source into its own folder and mix the folders in training."
         )
     tokenizer = build_tokenizer(source.tokenizer, source.separator)
-    streamed = source.kind == "hf" and source.hf_streaming
-    if streamed and config.workers not in (None, 1):
+    if source.streamed and config.workers not in (None, 1):
         raise DataError(f"workers: is {config.workers}; a stream is read in order by one. Set workers=1 or stream off.")
-    pieces = [] if streamed else plan_pieces(source, config.shard_bytes)
+    pieces = [] if source.streamed else plan_pieces(source, config.shard_bytes)
     folder = Path(config.out).expanduser()
     try:
         with _locked(folder):
             _compare_plan(folder, _plan(config, pieces, tokenizer))
-            if streamed:
+            if source.streamed:
                 shards = _write_stream(folder, config, tokenizer, report)
             else:
                 shards = _write_pieces(folder, config, pieces, tokenizer, report)

@@ -11,13 +11,14 @@ import torch
 
 from fp8train import generate as command
 from fp8train.arguments import parse_arguments
-from fp8train.checkpoint import TrainingState, save_checkpoint
+from fp8train.checkpoint import TrainingState
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data.config import DataConfig
 from fp8train.data.tokenizers import FileTokenizer, build_tokenizer
 from fp8train.errors import ConfigError
 from fp8train.models import Decoder, ModelConfig, build_model, initialize
 from fp8train.recipe import load_recipe
+from tests.checkpoint.tiny_checkpoint import save_checkpoint
 
 MODEL = ModelConfig(
     name="tiny", vocab_size=257, vocab_multiple=64, hidden_size=128, intermediate_size=128, num_layers=1, num_heads=2,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.checkpoint.content import Content, gathered_content, optimizer_names, shapes
+from fp8train.checkpoint.content import Content, optimizer_names, shapes
 from fp8train.checkpoint.files import (
     MARKER,
     Marker,
@@ -173,21 +173,6 @@ class Checkpoint:
                 f"{self.path}: does not fit the {what}: {problems[0]}{more}; needs the model that it was saved from. "
                 "Take the checkpoint's own configuration or another checkpoint."
             )
-
-
-def save_checkpoint(
-    run_dir: str | Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    *,
-    keep_last: int | None = None,
-    keep_every: int | None = None,
-) -> Path:
-    """write_checkpoint of what a model and an optimizer hold; not of sharded ones, whose every rank must gather."""
-    content = gathered_content(model, optimizer)
-    return write_checkpoint(run_dir, step, content, state, keep_last=keep_last, keep_every=keep_every)
 
 
 def write_checkpoint(

@@ -38,23 +38,17 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     """
     if seq_len < 1:
         raise DataError(f"seq_len: is {seq_len}; needs at least 1.")
-    entries = _entries(config)
-    if not entries:
-        raise DataError(
-            "data.mix: has no entries; needs at least one source. Add data.mix=[{kind: stdlib, weight: 1}]."
-        )
+    entries = config.sources
+    weights = [entry.weight for entry in entries] if config.kind == "mix" else [1.0]
+    windows = eval_shares(quotas(weights), config.eval_windows)
     tokenizer = configured_tokenizer(config)
     texts = [source_files(entry) for entry in entries if entry.kind == "text"]
     text_files = sum(map(len, texts))
     text_bytes = sum(file.stat().st_size for files in texts for file in files)
-    corpora = [
-        None if _is_stream(entry) else read_corpus(entry, tokenizer, text_bytes, text_files) for entry in entries
-    ]
+    corpora = [None if entry.streamed else read_corpus(entry, tokenizer, text_bytes, text_files) for entry in entries]
     fixed, fraction = fixed_threshold(config.holdout_fraction), config.holdout_fraction
     thresholds = [fixed if corpus is None else threshold_for(corpus, fraction, seq_len) for corpus in corpora]
     parts = splits([None if corpus is None else corpus.hashes for corpus in corpora], thresholds, fixed)
-    weights = [entry.weight for entry in entries] if config.kind == "mix" else [1.0]
-    windows = eval_shares(quotas(weights), config.eval_windows)
     datasets = [
         _dataset(
             config, entry, corpus, tokenizer,
@@ -132,18 +126,10 @@ def configured_tokenizer(config: DataConfig) -> Tokenizer:
         DataError: it cannot be read.
     """
     if config.tokenizer == "auto":
-        for entry in _entries(config):
+        for entry in config.sources:
             if entry.kind == "tokens":
                 return shard_tokenizer(shard_folders(entry)[0])
     return build_tokenizer(config.tokenizer, config.separator)
-
-
-def _entries(config: DataConfig) -> list[SourceConfig]:
-    return list(config.mix) if config.kind == "mix" else [config]
-
-
-def _is_stream(source: SourceConfig) -> bool:
-    return source.kind == "hf" and source.hf_streaming
 
 
 def _dataset(

@@ -97,6 +97,11 @@ class SourceConfig:
             return []
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether its documents come as a stream, whose end is not known."""
+        return self.kind == "hf" and self.hf_streaming
+
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig(SourceConfig):
@@ -117,6 +122,11 @@ class DataConfig(SourceConfig):
     eval_windows: int = 64
     document_mask: bool = False
     mix: list[SourceConfig] = field(default_factory=list)
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """The entries of a mix; of every other kind the one source that this is."""
+        return list(self.mix) if self.kind == "mix" else [self]
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)

@@ -62,5 +62,4 @@ def check_model_tokenizer(tokenizer: Tokenizer, config: DataConfig, init_from: s
 
 
 def _of_shards(config: DataConfig) -> bool:
-    entries = config.mix if config.kind == "mix" else [config]
-    return any(entry.kind == "tokens" for entry in entries)
+    return any(source.kind == "tokens" for source in config.sources)

@@ -65,11 +65,7 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
 
 def same_text(one: DataConfig, other: DataConfig) -> bool:
     """Whether two configurations name the same text, however they cut and read it and whatever they hold out."""
-    return one.kind == other.kind and sorted(map(_text_of, _sources(one))) == sorted(map(_text_of, _sources(other)))
-
-
-def _sources(data: DataConfig) -> list[SourceConfig]:
-    return [data, *data.mix]
+    return one.kind == other.kind and sorted(map(_text_of, one.sources)) == sorted(map(_text_of, other.sources))
 
 
 def _text_of(source: SourceConfig) -> str:
@@ -104,7 +100,7 @@ def _check_held_out(checkpoint: Checkpoint, data: DataConfig, command: str) -> N
     if not data.holdout_fraction:
         remedy = OTHER_TEXT if own else "set data.holdout_fraction=0.9"
         raise ConfigError(f"{command}: data.holdout_fraction is 0; needs some text held out. To go on, {remedy}.")
-    cuts = [[source.document_bytes for source in _sources(one)] for one in (data, checkpoint.config.data)]
+    cuts = [[source.document_bytes for source in one.sources] for one in (data, checkpoint.config.data)]
     if own and cuts[0] != cuts[1]:
         raise ConfigError(
             f"{command}: data.document_bytes is not what the run cut its text with, so that other documents would be "

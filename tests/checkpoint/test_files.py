@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fp8train.checkpoint import files, find_resume, save_checkpoint
+from fp8train.checkpoint import files, find_resume
 from fp8train.checkpoint.files import FolderWriter
 from fp8train.errors import CheckpointError
-from tests.checkpoint.tiny_checkpoint import save, saved_steps, start, training_state
+from tests.checkpoint.tiny_checkpoint import save, save_checkpoint, saved_steps, start, training_state
 from tests.full_disk import files_of_at_most
 
 

@@ -14,12 +14,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fp8train.checkpoint import open_checkpoint, save_checkpoint
+from fp8train.checkpoint import open_checkpoint
 from fp8train.checkpoint.random_state import random_state, restore_random_state
 from fp8train.errors import CheckpointError
 from fp8train.optim import OptimConfig, build_optimizer
 from fp8train.recipe import load_recipe
-from tests.checkpoint.tiny_checkpoint import DAMAGE, Tiny, save, saved_steps, start, train, training_state
+from tests.checkpoint.tiny_checkpoint import (
+    DAMAGE,
+    Tiny,
+    save,
+    save_checkpoint,
+    saved_steps,
+    start,
+    train,
+    training_state,
+)
 
 MOMENTS = ["fp32", "bf16"]
 
