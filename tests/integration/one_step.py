@@ -7,26 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
+from fp8train.checkup.subject import KeepGradients
 from fp8train.config import load_config
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import init, unwrap
-from fp8train.shards import whole
 from fp8train.trainer.assembly import assemble, spread
 from fp8train.trainer.step import train_step
-
-
-class KeepGradients(torch.optim.Optimizer):
-    """Keeps what it is given and moves nothing."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model.parameters(), {})
-        self.gradients: dict[str, torch.Tensor] = {}
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    def step(self, closure=None) -> None:
-        for parameter in self.param_groups[0]["params"]:
-            if parameter.grad is not None:
-                self.gradients[self._names[id(parameter)]] = whole(parameter.grad).clone()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
+from fp8train.checkup.subject import KeepGradients
 from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World, init
@@ -21,7 +22,6 @@ from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import assemble, parameter_hash, spread
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.telemetry_watcher import TelemetryWatcher
-from tests.integration.one_step import KeepGradients
 from tests.tiny_run import tiny_config
 
 CASES = {

@@ -76,6 +76,12 @@ def run(linear: Float8Linear, x: Tensor, dy: Tensor) -> Pass:
     return result
 
 
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Results and gradients by name: the same ones, each the same numbers."""
+    assert one.keys() == other.keys() and len(one) > 1
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
 def made(M: int, N: int, K: int, precision: LinearPrecision, *, seed: int = 0, **options: Any) -> Float8Linear:
     """A linear with N(0, 1/K) weights and N(0, 1) bias."""
     linear = Float8Linear(K, N, precision=precision, **options)

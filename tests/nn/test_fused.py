@@ -26,7 +26,7 @@ from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.remedies import InputRemedy
 from fp8train.quant.formats import BF16, BLOCKWISE, GemmPrecision, LinearPrecision
 from tests.kernels.products import DEVICE
-from tests.nn.precisions import PRECISIONS, normal
+from tests.nn.precisions import PRECISIONS, assert_same, normal
 
 K, INNER, TOKENS = 136, 200, (2, 33)
 FITTING = ("blockwise", "fp32-scales", "requant", "requant-fp32-scales", "gradients-in-e5m2", "tensorwise", "1x32")
@@ -86,11 +86,6 @@ def step(part: nn.Module, x: Tensor, dy: Tensor, call: Callable[[Tensor], Tensor
     found |= {name: parameter.grad for name, parameter in part.named_parameters() if parameter.grad is not None}
     part.zero_grad(set_to_none=True)
     return found  # type: ignore[return-value]
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def spied(part: Part) -> list[tuple[str, type]]:

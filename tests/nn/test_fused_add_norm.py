@@ -17,7 +17,7 @@ from fp8train.nn.inputs import InputCache, QuantizedInput
 from fp8train.nn.linear import Float8Linear
 from fp8train.quant.formats import BLOCKWISE
 from tests.kernels.products import DEVICE
-from tests.nn.precisions import normal
+from tests.nn.precisions import assert_same, normal
 
 K, TOKENS = 136, (2, 33)
 BACKEND = "cpu" if DEVICE == "cpu" else "triton"
@@ -61,11 +61,6 @@ def step(stream: Stream, tensors: list[Tensor | None], **more: bool) -> dict[str
     out.backward(normal(*TOKENS, K, seed=3).to(DEVICE, out.dtype))
     named = {"x": tensors[0], "branch": tensors[1]} | dict(stream.named_parameters())
     return {"out": out.detach()} | {name: tensor.grad for name, tensor in named.items() if tensor is not None}
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys() and all(tensor is not None for tensor in one.values())
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def step_in_parts(stream: Stream, tensors: list[Tensor | None]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from fp8train.quant.formats import BF16, BLOCKWISE
 from fp8train.recipe import load_recipe
 from fp8train.telemetry.observer import Observer, named_linears
 from fp8train.trainer.strict_coverage import StepAudit
+from tests.nn import precisions
 from tests.tiny_run import tiny_train
 
 SIZES = {"vocab_size": 64, "hidden_size": 136, "intermediate_size": 200, "num_heads": 4, "num_kv_heads": 2}
@@ -66,8 +67,8 @@ def train(
 
 
 def assert_same(one: tuple[list[float], dict[str, Tensor]], other: tuple[list[float], dict[str, Tensor]]) -> None:
-    assert one[0] == other[0] and one[1].keys() == other[1].keys()
-    assert [name for name in one[1] if not torch.equal(one[1][name], other[1][name])] == []
+    assert one[0] == other[0]
+    precisions.assert_same(one[1], other[1])
 
 
 def fused_modules(model: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ from fp8train.models import Decoder, ModelConfig, build_model, initialize  # noq
 from fp8train.models.attention import Rope, apply_rope  # noqa: E402
 from fp8train.nn.fused_rope import FusedRope, fused_rope  # noqa: E402
 from tests.kernels.products import DEVICE  # noqa: E402
+from tests.nn.precisions import assert_same  # noqa: E402
 
 recipes = pytest.mark.parametrize("recipe", ["bf16", "blockwise"])
 
@@ -51,11 +52,6 @@ def step(model: nn.Module, documents: Tensor | None = None) -> dict[str, Tensor]
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach()} | gradients
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys() and len(one) > 1
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 @recipes

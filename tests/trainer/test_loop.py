@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,23 +32,6 @@ from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
 
 def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A finished run of six steps, with an evaluation and a checkpoint after three."""
-    folder = tmp_path_factory.mktemp("trained")
-    stream = io.StringIO()
-    console = Console(6, print_every=1, stream=stream)
-    result = tiny_train(folder, "checkpoint.every=3", "eval.every=3", console=console)
-    return SimpleNamespace(folder=folder, run_dir=folder / "run", result=result, output=stream.getvalue())
-
-
-@pytest.fixture
-def copied(trained: SimpleNamespace, tmp_path: Path) -> Path:
-    """A copy of the finished run's parent folder, free to be changed."""
-    shutil.copytree(trained.folder, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 class TestRunFolder:

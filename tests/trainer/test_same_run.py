@@ -19,21 +19,6 @@ from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_train
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A finished run of six steps, with a checkpoint after three."""
-    folder = tmp_path_factory.mktemp("trained")
-    result = tiny_train(folder, "checkpoint.every=3", "eval.every=3")
-    return SimpleNamespace(folder=folder, run_dir=folder / "run", result=result)
-
-
-@pytest.fixture
-def copied(trained: SimpleNamespace, tmp_path: Path) -> Path:
-    """A copy of the finished run's parent folder, free to be changed."""
-    shutil.copytree(trained.folder, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 class TestFinished:
     @pytest.mark.parametrize(
         ("override", "message"),
