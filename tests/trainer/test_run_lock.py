@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,39 +18,38 @@ from fp8train.errors import CheckpointError
 from fp8train.trainer import run_lock
 from fp8train.trainer.run_lock import LOCK_FILE, lock_run_folder
 
-HOLD = """
-import sys
-from fp8train.trainer.run_lock import lock_run_folder
-with lock_run_folder(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(folder: Path, pipe: Connection) -> None:
+    """Hold a folder until the other end of the pipe says something."""
+    with lock_run_folder(folder):
+        pipe.send("held")
+        pipe.recv()
 
 
 @pytest.fixture
 def other_process(tmp_path):
-    """Another process that holds tmp_path until it is ended."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "held\n"
-    yield process
+    """Another process that holds tmp_path until it is ended, and the pipe to it; forked: torch is imported already."""
+    context = multiprocessing.get_context("fork")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(tmp_path, theirs))
+    process.start()
+    assert pipe.recv() == "held"
+    yield process, pipe
     process.kill()
-    process.communicate()
+    process.join()
 
 
 def test_second_live_run_is_refused_and_told_who_holds_the_folder(tmp_path, other_process):
-    want = f"in use by process {other_process.pid} on {socket.gethostname()}"
+    want = f"in use by process {other_process[0].pid} on {socket.gethostname()}"
     with pytest.raises(CheckpointError, match=want), lock_run_folder(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, None], ids=["killed", "ended"])
+@pytest.mark.parametrize("how", ["killed", "ended"])
 def test_folder_is_free_when_its_run_is_gone(tmp_path, other_process, how):
-    if how is not None:
-        other_process.send_signal(how)
-    other_process.communicate("")
+    process, pipe = other_process
+    process.kill() if how == "killed" else pipe.send("end")
+    process.join()
     with lock_run_folder(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
 
