@@ -13,11 +13,11 @@ from fp8train.arguments import parse_arguments
 from fp8train.benchmarks.kernel_times import kernel_table, kernel_times
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
 from fp8train.config import RunConfig, config_to_dict, load_config
-from fp8train.data import Batcher, build_dataset
+from fp8train.data import Batch, Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.errors import ConfigError
 from fp8train.optim import build_optimizer
-from fp8train.trainer.assembly import assemble
+from fp8train.trainer.assembly import Assembly, assemble
 from fp8train.trainer.step import train_step
 from fp8train.units import bytes_text, count_text
 
@@ -84,12 +84,18 @@ def run(argv: Sequence[str], world: World) -> int:
     return 0
 
 
-def training_step(config: RunConfig, world: World) -> tuple[Callable[[], Any], str]:
-    """A step on the first global batch, and the line that says which backend runs it and what is fused."""
+def prepared(config: RunConfig, world: World) -> tuple[Assembly, torch.optim.Optimizer, list[Batch]]:
+    """The model of a run, its optimizer, and the micro-batches of the first step."""
     assembly = assemble(config, world.device)
     optimizer = build_optimizer(assembly.model, config.optim, assembly.recipe.moments)
     dataset = build_dataset(config.data, config.seq_len, config.seed)
-    batches = Batcher(dataset, config.global_batch_samples, config.micro_batch(1), 0, 1).micro_batches(0)
+    batches = Batcher(dataset, config.global_batch_samples, config.micro_batch(1)).micro_batches(0)
+    return assembly, optimizer, batches
+
+
+def training_step(config: RunConfig, world: World) -> tuple[Callable[[], Any], str]:
+    """A step on the first global batch, and the line that says which backend runs it and what is fused."""
+    assembly, optimizer, batches = prepared(config, world)
     clip = config.optim.clip_grad_norm
     fused = sum(row.refusal is None for row in assembly.report.producers)
     line = f"{assembly.report.backend_reason}; {fused} of {len(assembly.report.producers)} norms and MLPs fused"

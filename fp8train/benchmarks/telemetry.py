@@ -6,18 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from fp8train.arguments import parse_arguments
+from fp8train.benchmarks.step import prepared
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
 from fp8train.config import RunConfig, config_to_dict, load_config
-from fp8train.data import Batch, Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.errors import ConfigError
-from fp8train.optim import build_optimizer
-from fp8train.trainer.assembly import assemble
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.telemetry_watcher import TelemetryWatcher
 from fp8train.units import count_text
-
-OWN_KEYS = ("rounds", "warmup", "threads", "out")
 
 
 def run(argv: Sequence[str], world: World) -> int:
@@ -26,7 +22,7 @@ def run(argv: Sequence[str], world: World) -> int:
     Raises:
         ConfigError: telemetry.every is null.
     """
-    own = [argument for argument in argv if argument.partition("=")[0] in OWN_KEYS]
+    own = [argument for argument in argv if argument.partition("=")[0] in BenchArguments.__dataclass_fields__]
     arguments = parse_arguments(own, BenchArguments)
     config = load_config([argument for argument in argv if argument not in own], "bench")
     if config.telemetry.every is None:
@@ -49,14 +45,10 @@ class _Step:
     """A training step on the first global batch, sampled or not."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        assembly = assemble(config, world.device)
+        assembly, self._optimizer, self._batches = prepared(config, world)
         self.reason = assembly.report.backend_reason
         self.watcher = TelemetryWatcher(config, assembly, world, lambda text: None)
         self._model, self._world, self._clip = assembly.model, world, config.optim.clip_grad_norm
-        self._optimizer = build_optimizer(assembly.model, config.optim, assembly.recipe.moments)
-        dataset = build_dataset(config.data, config.seq_len, config.seed)
-        batcher = Batcher(dataset, config.global_batch_samples, config.micro_batch(1), 0, 1)
-        self._batches: Sequence[Batch] = batcher.micro_batches(0)
 
     def __call__(self, sampled: bool) -> StepResult:
         number = self.watcher.every if sampled else self.watcher.every + 1

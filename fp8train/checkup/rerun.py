@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.checkpoint import Checkpoint, open_checkpoint
+from fp8train.checkpoint import Checkpoint, checkpoint_path, open_checkpoint, saved_steps
 from fp8train.checkpoint.files import read_tensors
 from fp8train.checkpoint.random_state import restore_random_state
 from fp8train.config import RunConfig, config_from_dict
@@ -238,13 +239,9 @@ class _NoteNonfinite:
 
 def nearest_checkpoint(run_dir: Path, step: int) -> Checkpoint | None:
     """The latest whole checkpoint of a run at or before a step; None if there is none."""
-    for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
-        number = path.name.removeprefix("step_")
-        if number.isdecimal() and int(number) <= step:
-            try:
-                return open_checkpoint(path)
-            except CheckpointError:  # damaged: an earlier one serves as well, it only takes more steps
-                continue
+    for saved in sorted((saved for saved in saved_steps(run_dir) if saved <= step), reverse=True):
+        with contextlib.suppress(CheckpointError):  # damaged: an earlier one serves as well, it only takes more steps
+            return open_checkpoint(checkpoint_path(run_dir, saved))
     return None
 
 
