@@ -75,8 +75,8 @@ class LogConfig:
 
     every: steps between rows of metrics.jsonl and the other sinks
     print_every: steps between console lines (a terminal shows a progress bar in between)
-    skip_steps: first steps of a process left out of the throughput of console and result.json; a report leaves out
-        a twentieth of the run's rows, at most 20
+    skip_steps: first steps left out of every throughput: of a process on the console and in result.json, of a run
+        in a report
     wandb: off, offline or online
     wandb_project: project that the run appears under
     tensorboard: write event files to run_dir/tensorboard

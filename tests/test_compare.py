@@ -63,7 +63,7 @@ def text_file(folder: Path) -> Path:
 
 
 def tiny_arguments(folder: Path, out: str) -> list[str]:
-    data = ["data=text", f"data.path={text_file(folder)}", "steps=4", "optim.warmup_steps=1"]
+    data = ["data=text", f"data.path={text_file(folder)}", "steps=4", "log.skip_steps=2", "optim.warmup_steps=1"]
     return [*TINY, *data, f"run_dir={folder / out}"]
 
 
@@ -193,6 +193,9 @@ def test_real_arms_share_weights_and_tokens_and_a_second_call_trains_nothing(
     bf16, fp8 = (verdict["arms"][arm]["runs"][0] for arm in ("bf16", "blockwise"))
     assert bf16["fp8_flops_share"] == 0 and fp8["fp8_flops_share"] > 0.5
     assert bf16["train_loss"] != fp8["train_loss"], "the arms differ in their arithmetic"
+    for arm, run in (("bf16", bf16), ("blockwise", fp8)):  # of the same steps in report and result.json
+        result = json.loads((out / "arms" / arm / "seed_1" / "result.json").read_text())
+        assert run["tokens_per_second"] == pytest.approx(result["tokens_per_second"])
     first = [
         next(row["loss"] for row in read_metrics(out / "arms" / arm / "seed_1" / "metrics.jsonl") if "loss" in row)
         for arm in verdict["arms"]

@@ -128,16 +128,15 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     for arm in arms:
         for key, values in ((key, values) for run in arm["runs"] for key, values in run["moved"].items()):
             return f"{MACHINE_FACTS[key]} of {arm['label']} changed during a run, {' then '.join(map(str, values))}"
-    ranges = [speed_range(arm["runs"]) for arm in arms]
-    known = [found for found in ranges if found is not None]
-    if len(known) < 2:
-        return None  # there is no ratio either
     timed = [min(run["timed_steps"] for run in arm["runs"]) for arm in arms]
     if min(timed) < LEAST_TIMED:
         steps = f"{min(timed)} logged step{'s' * (min(timed) != 1)}"
         return (
             f"{arms[timed.index(min(timed))]['label']} was timed over {steps} after warm-up, fewer than {LEAST_TIMED}"
         )
+    known = [found for arm in arms if (found := speed_range(arm["runs"])) is not None]
+    if len(known) < 2:
+        return None  # there is no ratio either
     spreads = [high / low for low, high in known]
     widest = spreads.index(max(spreads))
     times = f"{spreads[widest]:,.0f}x" if spreads[widest] >= 10 else ratio_text(spreads[widest])

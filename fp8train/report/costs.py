@@ -50,7 +50,7 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         rows.append(run_row(verdict, arm, run, cells))
     most = max((run["ran_on"]["runs_on_device"] or 1 for _, _, run in measured_runs(verdict)), default=1)
     how = f" Runs of the comparison shared their device, up to {most - 1} beside each." if most > 1 else ""
-    caption = f"<strong>Speed</strong>, warm-up steps left out.{how}"
+    caption = f"<strong>Speed</strong>, without the first {first_run(arms).skip_steps} steps (log.skip_steps).{how}"
     emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)

@@ -16,6 +16,7 @@ import yaml
 from fp8train.arguments import flattened
 from fp8train.backends import get_backend
 from fp8train.config import config_from_dict
+from fp8train.config_sections import LogConfig
 from fp8train.errors import BackendError, ConfigError, DataError
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
@@ -91,6 +92,17 @@ class RunRecord:
         if self.result.get("diverged") is None and table.last(column) is None:
             return {"step": int(table.steps[-1]), "reason": f"{what} is not finite"}
         return self.result.get("diverged")
+
+    @property
+    def speeds(self) -> np.ndarray:
+        """Tokens per second of the logged steps after the first log.skip_steps, as result.json counts them too."""
+        speed = self.train.columns["tokens_per_second"][self.train.steps > self.skip_steps]
+        return speed[np.isfinite(speed)]
+
+    @property
+    def skip_steps(self) -> int:
+        """First steps that no speed is taken from; a run that does not say has the default."""
+        return int((self.config.get("log") or {}).get("skip_steps", LogConfig().skip_steps))
 
     @property
     def optimizers(self) -> dict[float, dict[str, Any]]:

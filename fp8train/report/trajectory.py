@@ -231,12 +231,5 @@ def spikes(table: Table) -> int:
 
 
 def warmup_rows(count: int) -> int:
-    """Rows at the start that no speed or norm is taken from: a twentieth, at least one and at most MAX_WARMUP_ROWS."""
+    """Rows at the start that no norm or curve is taken from: a twentieth, at least one and at most MAX_WARMUP_ROWS."""
     return min(MAX_WARMUP_ROWS, max(1, math.ceil(WARMUP_FRACTION * count))) if count > 3 else 0
-
-
-def steady(table: Table, column: str) -> np.ndarray:
-    """Finite values of a column after the warm-up."""
-    values = table.columns[column]
-    values = values[warmup_rows(len(values)) :]
-    return values[np.isfinite(values)]

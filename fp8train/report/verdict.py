@@ -32,7 +32,7 @@ from fp8train.report.looks import looks_made, looks_words
 from fp8train.report.run_record import Arms, RunRecord, finite
 from fp8train.report.sentence import sentence
 from fp8train.report.statistics import ALPHA
-from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap, steady
+from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap
 
 BASELINES = ("bf16", "fp32")
 
@@ -61,7 +61,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
     """What one run reached: losses, speed, memory, share of FLOPs in FP8, what it ran on. None where a number is
     absent or not finite; no loss is that of a run that diverged.
     """
-    speed = steady(run.train, "tokens_per_second")
+    speed = run.speeds
     low, median, high = np.percentile(speed, (10, 50, 90)).tolist() if len(speed) else (None, None, None)
     losses = run.train.columns["loss"]
     found = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fp8train.config_sections import LogConfig
 from fp8train.report import build_report
 from fp8train.report.conclusion import LEAST_TIMED
 from fp8train.report.learning import LEAST_FALL, LEAST_STEPS, learning
@@ -17,6 +18,7 @@ from fp8train.report.statistics import interval
 from fp8train.report.summary import summary
 from tests.run_folders import verdict_of, write_run
 
+SKIPPED = LogConfig().skip_steps
 GAPS = {"equivalent": [0.01, -0.02, 0.03], "inferior": [0.9, 1.0, 1.1], "superior": [-0.9, -1.0, -1.1]}
 
 
@@ -136,13 +138,15 @@ def test_seed_that_diverged_is_the_reason_even_where_nothing_was_learned(tmp_pat
     assert verdict["status"] == "diverged" and "in 1 seed in which BF16" in verdict["reason"]
 
 
-@pytest.mark.parametrize(("steps", "quoted"), [(1, False), (LEAST_TIMED, False), (LEAST_TIMED + 1, True)])
+@pytest.mark.parametrize(
+    ("steps", "quoted"), [(1, False), (SKIPPED + LEAST_TIMED - 1, False), (SKIPPED + LEAST_TIMED, True)]
+)
 def test_speed_of_a_few_steps_is_not_quoted(tmp_path: Path, steps: int, quoted: bool) -> None:
-    arms = arms_of(tmp_path, [0.0, 0.0], start=5.5, steps=steps)  # the first step is warm-up
+    arms = arms_of(tmp_path, [0.0, 0.0], start=5.5, steps=steps)
     verdict = verdict_of(arms)
     doubt = verdict["comparisons"]["blockwise"]["speed"]["not_quoted"]
     assert (doubt is None) == quoted == ("x its tokens per second" in verdict["sentence"])
     if not quoted:
-        timed = "1 logged step" if steps == 1 else f"{LEAST_TIMED - 1} logged steps"
+        timed = "0 logged steps" if steps == 1 else f"{LEAST_TIMED - 1} logged steps"
         assert doubt == f"BF16 was timed over {timed} after warm-up, fewer than {LEAST_TIMED}"
         assert doubt in summary(verdict, arms) and doubt in build_report(verdict, arms)

@@ -13,7 +13,6 @@ from fp8train.report.trajectory import (
     gap_slope,
     grad_norm_ratio,
     spikes,
-    steady,
     tokens_to_loss,
     warmup_rows,
 )
@@ -98,4 +97,3 @@ def test_spikes_are_of_finite_losses_only() -> None:
 @pytest.mark.parametrize(("rows", "skipped"), [(3, 0), (4, 1), (100, 5), (10_000, 20)])
 def test_warm_up_is_a_twentieth_within_limits(rows: int, skipped: int) -> None:
     assert warmup_rows(rows) == skipped
-    assert len(steady(curve(np.ones(rows)), "loss")) == rows - skipped
