@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves and measures the kernels on a GPU, in one call of at most nine minutes: ./launch/gpu_check.sh OUT_DIR [WHEELS_DIR]
 # Needs torch, Triton and pytest; uses no network. WHEELS_DIR holds wheels of what else is missing (hydra-core, omegaconf,
-# antlr4-python3-runtime, safetensors, matplotlib, pytest-xdist, execnet ...), made elsewhere: pip wheel -w WHEELS_DIR ...
+# antlr4-python3-runtime, safetensors, pytest-xdist, execnet ...), made elsewhere: pip wheel -w WHEELS_DIR ...
 # Every step is a process of its own with a time limit, so that one that hangs costs its own rows only. OUT_DIR gets
 # summary.md, results.json (for kernels/results/DATE.json, see kernels/README.md), logs.tar.gz and report.html. PYTHON names
 # the interpreter (python3). PARTS="benches entries tests" says what to do, all by default; TOTAL_SECONDS how long at most.

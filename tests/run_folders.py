@@ -45,6 +45,11 @@ def verdict_of(arms: Arms, **given: Any) -> dict[str, Any]:
     return make_verdict(arms, baseline="bf16", margin_percent=0.25, **given)
 
 
+def words_of(verdict: Mapping[str, Any]) -> str:
+    """All that a verdict says in words: headline, numbers, caveats."""
+    return " ".join([verdict["sentence"], *verdict["numbers"], *verdict["caveats"]])
+
+
 def write_run(
     folder: Path,
     *,

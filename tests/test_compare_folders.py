@@ -269,4 +269,4 @@ def test_a_look_counts_although_other_arms_were_compared_in_between(tmp_path: Pa
     look(3, "bf16", "blockwise")
     assert len(look(2, "bf16", "rowwise")["looks"]) == 1
     again = look(4, "bf16", "blockwise")
-    assert [one["seeds"] for one in again["looks"]] == [3, 4] and "up to 10 % together" in again["sentence"]
+    assert [one["seeds"] for one in again["looks"]] == [3, 4] and "up to 10 % together" in again["caveats"][-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,18 @@ from fp8train.units import count_text
 LONG_RUN_ROWS = 2000  # from here the first steps would flatten the rest of the loss curve
 
 
-def runs_of(arms: Arms) -> Iterable[tuple[int, str, int, RunRecord]]:
-    """(colour slot of the arm, arm, index of the seed, run) of every run."""
-    for slot, (arm, runs) in enumerate(arms.items()):
-        for index, run in enumerate(runs.values()):
-            yield slot, arm, index, run
+def slots(verdict: Mapping[str, Any]) -> dict[str, int]:
+    """Arm -> number of its colour: 0 the baseline, 2 the placebo, 1 the arm that is judged, wherever each stands; from
+    3 on further arms.
+    """
+    fixed = {verdict["primary"]: 1, verdict["placebo"]: 2, verdict["baseline"]: 0}
+    further = itertools.cycle((3, 4, 5))
+    return {arm: fixed[arm] if arm in fixed else next(further) for arm in verdict["arms"]}
+
+
+def runs_of(arms: Arms) -> Iterable[tuple[str, int, RunRecord]]:
+    """(arm, index of the seed, run) of every run."""
+    return ((arm, index, run) for arm, runs in arms.items() for index, run in enumerate(runs.values()))
 
 
 def whole(runs: Mapping[int, RunRecord]) -> Mapping[int, RunRecord]:
@@ -43,8 +51,8 @@ def run_columns(verdict: Mapping[str, Any], *names: str) -> list[Column]:
 
 def arm_name(verdict: Mapping[str, Any], arm: str) -> str:
     """The arm's label behind a swatch of its colour, as HTML."""
-    slot = list(verdict["arms"]).index(arm)
-    name = f'<span class="swatch series-{slot % 6}"></span>{html.escape(verdict["arms"][arm]["label"])}'
+    color = f"background:var(--series-{slots(verdict)[arm]})"
+    name = f'<span class="swatch" style="{color}"></span>{html.escape(verdict["arms"][arm]["label"])}'
     return f'<span class="key">{name}</span>'
 
 

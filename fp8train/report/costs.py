@@ -16,15 +16,17 @@ from fp8train.report.arm_rows import (
     run_columns,
     run_row,
     runs_of,
+    slots,
     thinned,
     whole,
 )
-from fp8train.report.charts import Bars, Curve, bar_chart, line_chart
+from fp8train.report.charts import Bar, Curve, bar_chart, line_chart
 from fp8train.report.conclusion import NOT_COMPARABLE
 from fp8train.report.divergence import finished
 from fp8train.report.page import Column, typeset
 from fp8train.report.results import banded
 from fp8train.report.run_record import Arms, first_run
+from fp8train.report.sentence import judged_arms
 from fp8train.report.trajectory import TARGETS, ema
 from fp8train.units import NOTHING, bytes_text, count_text, ratio_text, seconds_text
 
@@ -54,10 +56,7 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)
-    for arm in verdict["comparisons"]:
-        if doubt := _doubt(verdict, arm, "speed"):
-            text = f"speed {NOT_COMPARABLE}, and neither is the time to the same loss: {doubt}."
-            note += page.paragraph(f"{verdict['arms'][arm]['label']}: {text}", "alert")
+    note += _doubts(verdict, "speed")
     doubted = any(_doubt(verdict, arm, "speed") for arm in verdict["comparisons"])
     over_time = "" if doubted else _time_figure(verdict, arms)  # it is drawn from the speeds
     return [note, _speed_figure(verdict, arms), table, over_time, _time_table(verdict)]
@@ -69,10 +68,19 @@ def _doubt(verdict: Mapping[str, Any], arm: str, kind: str) -> str | None:
     return doubt
 
 
+def _doubts(verdict: Mapping[str, Any], kind: str) -> str:
+    """Why arms have no ratio; the caveats at the top say it of those that are judged."""
+    others = [arm for arm in verdict["comparisons"] if arm not in judged_arms(verdict)]
+    doubts = {arm: doubt for arm in others if (doubt := _doubt(verdict, arm, kind))}
+    lines = (f"{verdict['arms'][arm]['label']}: {kind} {NOT_COMPARABLE}: {doubt}." for arm, doubt in doubts.items())
+    return "".join(page.paragraph(line, "note") for line in lines)
+
+
 def _speed_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     curves: list[Curve] = []
     words = []
-    for slot, arm, index, run in runs_of(arms):
+    for arm, index, run in runs_of(arms):
+        slot = slots(verdict)[arm]
         speed, entry = run.train.columns["tokens_per_second"], verdict["arms"][arm]
         curves.append(Curve(label="", slot=slot, steps=run.train.steps, values=speed, faint=True))
         median = entry["runs"][index]["tokens_per_second"]
@@ -84,7 +92,6 @@ def _speed_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     highest = max((float(np.percentile(values, 99.5)) for values in finite if len(values)), default=1.0)
     chart = line_chart(
         curves,
-        name="speed",
         title=f"Tokens per second over the training steps; median: {', '.join(words)}",
         y_label="tokens per second",
         y_range=(0, 1.12 * highest),
@@ -92,7 +99,7 @@ def _speed_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
         y_format=count_text,
     )
     thin = f"Thin: each logged step{thinned(arms)}."
-    caption = f"<strong>Throughput.</strong> {thin} Bold: the median after warm-up. The axis starts at zero."
+    caption = f"<strong>Throughput.</strong> {thin} Bold: the median without the first steps. The axis starts at zero."
     return page.figure(chart, caption)
 
 
@@ -100,7 +107,8 @@ def _time_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     """Smoothed training loss against the time that each arm takes at its median speed."""
     longest = 0.0
     found = []
-    for slot, (arm, runs) in enumerate(arms.items()):
+    for arm, slot in slots(verdict).items():
+        runs = arms[arm]
         speeds = [run["tokens_per_second"] for run in finished(verdict["arms"][arm]["runs"])]
         if any(speed is None for speed in speeds):
             return ""
@@ -120,7 +128,6 @@ def _time_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     margin = 0.08 * (high - low) or 0.1
     chart = line_chart(
         found,
-        name="time",
         title="Smoothed training loss over training time at each arm's median speed; time to the same loss: "
         + "; ".join(_time_words(verdict, arm) for arm in verdict["comparisons"]),
         y_label="training loss, smoothed (EMA 0.9), nats per token",
@@ -151,16 +158,17 @@ def _time_words(verdict: Mapping[str, Any], arm: str) -> str:
 
 def _time_table(verdict: Mapping[str, Any]) -> str:
     """Raw and capability-matched speed ratio of every arm, with intervals over the seeds."""
-    names = ["Raw speed", "95 % interval", *(f"Tokens to loss at {share:.0%}" for share in TARGETS)]
-    names += ["Tokens to last loss", "Time to loss", "95 % interval"]
+    names = [*(f"Tokens to loss at {share:.0%}" for share in TARGETS), "Tokens to last loss"]
+    quoted = [arm for arm in verdict["comparisons"] if not _doubt(verdict, arm, "speed")]
+    names += ["Raw speed", "95 % interval", "Time to loss", "95 % interval"] if quoted else []
     rows = []
     for arm, comparison in verdict["comparisons"].items():
         tokens = [pair["tokens_to_loss"] for pair in finished(comparison["seeds"])]
         ratios = [_average([_at(found, share) for found in tokens]) for share in TARGETS]
         ratios.append(_average([found["common"]["ratio"] for found in tokens]))
-        found = (None if _doubt(verdict, arm, "speed") else comparison["speed"][key] for key in ("raw", "time_to_loss"))
-        raw, timed = (_ratio_cells(ratio) for ratio in found)
-        cells = [*raw, *(_precise(ratio) for ratio in ratios), *timed]
+        cells = [_precise(ratio) for ratio in ratios]
+        for key in ("raw", "time_to_loss") if quoted else ():
+            cells += _ratio_cells(comparison["speed"][key] if arm in quoted else None)
         rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
     columns = [Column(heading="Arm"), *(Column(heading=name, number=True) for name in names)]
     caption = (
@@ -208,11 +216,13 @@ def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         cells += [bytes_text(by_kind[arm, run["seed"]].get(kind)) for kind in kinds]
         rows.append(run_row(verdict, arm, run, cells))
     bars = []
-    for slot, entry in enumerate(verdict["arms"].values()):
+    for arm, entry in verdict["arms"].items():
         size = max(run["peak_memory_bytes"] for run in entry["runs"])
-        bars.append(Bars(label=entry["label"], parts=[(size, slot, bytes_text(size))]))
-    words = ", ".join(f"{bar.label} {bar.parts[0][2]}" for bar in bars)
-    chart = bar_chart(bars, name="memory", title=f"Peak memory: {words}", total=1.02 * max(sizes))
+        bars.append(
+            Bar(label=entry["label"], share=size / max(sizes), slot=slots(verdict)[arm], words=bytes_text(size))
+        )
+    words = ", ".join(f"{bar.label} {bar.words}" for bar in bars)
+    chart = bar_chart(bars, title=f"Peak memory: {words}")
     on_gpu = str(first_run(arms).result.get("device") or "cpu") != "cpu"
     counted = "as the GPU allocator counted it"
     if not on_gpu:
@@ -220,10 +230,5 @@ def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     columns = run_columns(verdict, "Peak", "Ratio", *(kind.replace("_", " ").capitalize() for kind in kinds))
     table = page.table("<strong>Memory</strong> of each arm.", columns, rows)
     most = "; the most of the seeds" if len(verdict["seeds"]) > 1 else ""
-    notes = [
-        page.paragraph(f"{verdict['arms'][arm]['label']}: memory {NOT_COMPARABLE}: {doubt}.", "alert")
-        for arm in verdict["comparisons"]
-        if (doubt := _doubt(verdict, arm, "memory"))
-    ]
     figure = page.figure(chart, f"<strong>Peak memory</strong> of the training process, {counted}{most}.")
-    return [*notes, figure, table]
+    return [_doubts(verdict, "memory"), figure, table]

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import interval_text
-from fp8train.units import percent_text
-
 Rows = Sequence[Mapping[str, Any]]  # measures or pairs of verdict.json, one a seed, each with `seed` and `diverged`
 
 
@@ -47,7 +44,7 @@ def judged(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, A
         return dict(test)
     worse = len(own_seeds - base_seeds)
     if base_seeds < own_seeds:
-        status, where = "diverged", f"in {worse} seed{'s' * (worse > 1)}"
+        status, where = "diverged", f"diverged in {worse} seed{'s' * (worse > 1)}"
         reason = f"{where} in which {base['label']}, with the same weights and tokens, did not"
     else:
         status = "inconclusive"
@@ -56,15 +53,3 @@ def judged(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, A
             " too" * bool(own_seeds) + ", so that the settings may be the cause, and not the precision: lower optim.lr"
         )
     return {**test, "status": status, "reason": reason, "seeds_needed": None, "seeds_needed_if_equal": None}
-
-
-def diverged_sentence(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Which runs of an arm and of its baseline diverged, and the gap over the seeds that are left."""
-    text = f"{own['label']} diverged in {count_words(own)}, {base['label']} in {count_words(base)}"
-    if test["mean"] is None:
-        return f"{text}."
-    left = f"{test['count']} seed{'s' * (test['count'] > 1)} that both finished"
-    gap = f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
-    if test["low"] is not None:
-        gap += f" ({100 * test['confidence']:.0f} % interval {interval_text(test)})"
-    return f"{text}; over the {left}: {gap}."

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp8train.report import page
-from fp8train.report.arm_rows import arm_name, measured_runs, pair_of, run_columns, run_row
+from fp8train.report.arm_rows import arm_name, measured_runs, pair_of, run_columns, run_row, slots
 from fp8train.report.conclusion import interval_text, more_seeds
 from fp8train.report.divergence import finished
 from fp8train.report.interval_chart import Gaps, interval_chart
@@ -24,7 +24,8 @@ def gap_section(verdict: Mapping[str, Any]) -> list[str]:
 
 def _interval_figure(verdict: Mapping[str, Any]) -> str:
     rows, words = [], []
-    for slot, (arm, entry) in enumerate(verdict["arms"].items()):
+    for arm, slot in slots(verdict).items():
+        entry = verdict["arms"][arm]
         test = verdict["comparisons"].get(arm, {}).get("test")
         if test is None or test["mean"] is None:
             continue
@@ -38,7 +39,6 @@ def _interval_figure(verdict: Mapping[str, Any]) -> str:
     first = next(iter(verdict["comparisons"].values()))["test"]
     chart = interval_chart(
         rows,
-        name="gaps",
         title=f"Gap of the {first['quantity']} against the baseline: " + "; ".join(words),
         x_label=f"gap of the {first['quantity']}, %",
         margin=verdict["margin_percent"],
@@ -51,7 +51,7 @@ def _interval_figure(verdict: Mapping[str, Any]) -> str:
         reading = f"Where the bars lie decides nothing here: {typeset(verdict['learning']['in_short'])}."
     caption = (
         "<strong>Gap across seeds.</strong> Circles: one seed each, the arm against the baseline of the same weights "
-        f"and tokens. Diamond and bar: their mean and its {100 * first['confidence']:.0f}\u202f% interval. {reading}"
+        f"and tokens. Filled, with a bar: their mean and its {100 * first['confidence']:.0f}\u202f% interval. {reading}"
     )
     return page.figure(chart, caption)
 
@@ -99,26 +99,39 @@ def _seeds_text(test: Mapping[str, Any]) -> str:
 
 def _trend_table(verdict: Mapping[str, Any]) -> str:
     """What happens to the gap on the way, one row a run."""
-    names = ("Rise over last half", "Gap at peak LR", "Gap in LR decay", "Gradient norm", "Spikes", "Skipped steps")
+    names = ("Rise over last half", "Gap at peak LR", "Gap in LR decay")
     rows = []
     for arm, index, run in measured_runs(verdict):
-        pair = pair_of(verdict, arm, index)
-        slope, decay = (pair.get(key, {}) for key in ("gap_slope", "decay_gap"))
+        if pair := pair_of(verdict, arm, index):
+            slope, decay = pair["gap_slope"], pair["decay_gap"]
+            shown = (slope["percent_over_half"], decay["before_percent"], decay["inside_percent"])
+            rows.append(run_row(verdict, arm, run, [percent_text(value, signed=True) for value in shown]))
+    caption = (
+        "<strong>Trend of the training loss gap</strong>, unsmoothed, in percent of the baseline's loss. A gap that "
+        "rises, or that opens in the decay of the learning rate, would grow with a longer run."
+    )
+    return page.table(caption, run_columns(verdict, *names), rows)
+
+
+def stability_section(verdict: Mapping[str, Any]) -> list[str]:
+    """How every run ended, and what it met on the way."""
+    names = ("Steps done", "Skipped steps", "Spikes", "Gradient norm, ratio", "End")
+    rows = []
+    for arm, index, run in measured_runs(verdict):
+        pair, end = pair_of(verdict, arm, index), run["diverged"]
         cells = [
-            percent_text(slope.get("percent_over_half"), signed=True) if pair else "baseline",
-            percent_text(decay.get("before_percent"), signed=True) if pair else "baseline",
-            percent_text(decay.get("inside_percent"), signed=True) if pair else "baseline",
-            ratio_text(pair["grad_norm_ratio"]) if pair else "baseline",
-            count_text(run["spikes"]),
+            count_text(run["steps"]),
             count_text(run["nonfinite_losses"] if run["skipped_steps"] is None else run["skipped_steps"]),
+            count_text(run["spikes"]),
+            ratio_text(pair["grad_norm_ratio"]) if pair else "baseline",
+            f"diverged at step {count_text(end['step'])}" if end else "finished",
         ]
         rows.append(run_row(verdict, arm, run, cells))
     caption = (
-        "<strong>Trend of the training loss gap</strong>, unsmoothed, in percent of the baseline's loss. A gap that "
-        "rises, "
-        "or that opens in the decay of the learning rate, would grow with a longer run. Gradient norm: median ratio."
+        "<strong>How each run went.</strong> Skipped: loss or gradient was not finite. Gradient norm: before clipping, "
+        "median over the steps of its ratio to the baseline's."
     )
-    return page.table(caption, run_columns(verdict, *names), rows)
+    return [page.table(caption, run_columns(verdict, *names), rows)]
 
 
 def _crossed_table(verdict: Mapping[str, Any]) -> str:

@@ -1,26 +1,24 @@
-"""Chart of the gaps: for every arm a dot for each seed, the interval of their mean, and the margin behind."""
+"""Chart of the gaps: for every arm a circle for each seed, the interval of their mean, and the margin behind."""
 
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+import numpy as np
 
-from fp8train.report.charts import WIDTH
-from fp8train.report.svg import GRID, INK, MUTED, PAPER, SERIES, TEXT_SIZE, style, to_inline
+from fp8train.report.charts import key
+from fp8train.report.drawing import GRID, MUTED, SERIES, Drawing, ticks
+from fp8train.report.page import typeset
 
-LEFT, RIGHT, TOP, BOTTOM, ROW = 150, 172, 30, 34, 58
+ROW = 64  # pixels
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Gaps:
-    """One row: label at its left, colour slot, a value for each seed, mean and interval (None for one seed), words at
-    its right.
-    """
+    """One row: label, colour slot, a value for each seed, mean and interval (None for one seed), words for it."""
 
     label: str
     slot: int
@@ -31,51 +29,43 @@ class Gaps:
     words: str
 
 
-def interval_chart(rows: Sequence[Gaps], *, name: str, title: str, x_label: str, margin: float) -> str:
+def interval_chart(rows: Sequence[Gaps], *, title: str, x_label: str, margin: float) -> str:
     """Rows from the top, on one scale with zero and the band of +-margin.
 
     Args:
-        name: prefix of the element ids, unique on the page.
         title: text alternative: what the chart shows, with its main number.
 
     Returns:
-        str: one <svg> element.
+        str: one element.
     """
-    height = TOP + BOTTOM + ROW * len(rows)
     edges = [edge for row in rows for edge in (*row.values, row.low, row.high) if edge is not None]
     reach = 1.08 * max([1.5 * margin, *(abs(edge) for edge in edges if math.isfinite(edge))])
-    with style():
-        figure = Figure(figsize=(WIDTH / 72, height / 72))
-        axes = figure.add_axes(
-            (LEFT / WIDTH, BOTTOM / height, (WIDTH - LEFT - RIGHT) / WIDTH, (height - TOP - BOTTOM) / height)
+    drawing = Drawing((-reach, reach), (len(rows), 0.0))
+    whole = np.array([0.0, len(rows)])
+    drawing.box((-margin, margin), (len(rows), 0.0), GRID, opacity=0.8)
+    drawing.line(np.zeros(2), whole, MUTED, width=1)
+    drawing.line(np.array([-reach, reach]), np.full(2, float(len(rows))), MUTED, width=1)
+    names = []
+    for index, row in enumerate(rows):
+        color = SERIES[row.slot % len(SERIES)]
+        if row.low is not None and row.high is not None:
+            ends, at = np.array([row.low, row.high]), np.full(2, index + 0.56)
+            drawing.line(ends, at, color, width=7, opacity=0.45)
+        drawing.dots(np.array([row.mean]), np.array([index + 0.56]), color, filled=True)
+        drawing.dots(np.array(row.values), np.full(len(row.values), index + 0.82), color)
+        words = (
+            f'<span class="row" style="top:{ROW * index + 3}px">{html.escape(row.label)}: {typeset(row.words)}</span>'
         )
-        axes.set_xlim(-reach, reach)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        for side in ("top", "left", "right"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(MUTED)
-        axes.set_yticks([])
-        axes.tick_params(axis="x", colors=MUTED, length=0, pad=6, labelsize=TEXT_SIZE)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _signed(value)))
-        axes.axvspan(-margin, margin, color=GRID, alpha=0.7, linewidth=0, zorder=0.5)
-        axes.axvline(0, color=MUTED, linewidth=1, zorder=1)
-        at: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "color": MUTED}
-        axes.annotate(x_label, (0, 1), xytext=(-LEFT + 2, 14), va="baseline", **at)
-        axes.annotate(f"margin \u00b1{margin:g}\u202f%", (0.5, 1), xytext=(0, 14), va="baseline", ha="center", **at)
-        for index, row in enumerate(rows):
-            color = SERIES[row.slot % len(SERIES)]
-            if row.low is not None and row.high is not None:
-                axes.plot([row.low, row.high], [index - 0.14] * 2, color=color, linewidth=7, alpha=0.45, zorder=2)
-            axes.plot([row.mean], [index - 0.14], marker="D", markersize=7, color=color, zorder=4)
-            axes.plot(
-                row.values, [index + 0.2] * len(row.values), linestyle="none", marker="o", markersize=6, zorder=3,
-                markerfacecolor=PAPER, markeredgecolor=color, markeredgewidth=1.6,
-            )  # fmt: skip
-            middle: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
-            axes.annotate(row.label, (-reach, index), xytext=(-12, 0), ha="right", color=INK, **middle)
-            axes.annotate(row.words, (reach, index), xytext=(12, 0), ha="left", color=INK, **middle)
-        return to_inline(figure, name, title)
+        names.append(words)
+    return drawing.html(
+        title,
+        height=ROW * len(rows),
+        head=f'<div class="head">{key([(GRID, typeset(f"margin +-{margin:g} %"))])}</div>',
+        x_ticks=[(at, _signed(at)) for at in ticks(-reach, reach, 6)],
+        x_name=x_label,
+        rows="".join(names),
+        kind="rows",
+    )
 
 
 def _signed(value: float) -> str:

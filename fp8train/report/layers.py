@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fp8train.report import page
-from fp8train.report.arm_rows import arm_name
+from fp8train.report.arm_rows import arm_name, slots
+from fp8train.report.drawing import ALERT, SERIES, Drawing
 from fp8train.report.page import Column, code, typeset
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.telemetry.table import Sample, samples, worst
@@ -18,7 +19,7 @@ from fp8train.units import NOTHING, count_text, percent_text
 
 SHOWN = 10
 MOST_COLUMNS = 48  # sampled steps of the picture; of more, the worst of each stretch is shown
-LEFT, CELL, WIDTH = 150, 18, 920
+CELL = 18  # pixels
 STATISTICS = {
     "row_error_p99": ("Row error, p99", 100.0, " %"),
     "row_error_max": ("largest", 100.0, " %"),
@@ -33,12 +34,12 @@ STATISTICS = {
 def layers_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Worst operands and the picture layer x step of every arm that rounds; a note where none was sampled."""
     parts = []
-    for slot, (arm, runs) in enumerate(arms.items()):
+    for arm, runs in arms.items():
         seed, run = next(iter(runs.items()))
         sampled = [(row["step"], kept) for row in run.telemetry if (kept := [s for s in samples(row) if not s.what_if])]
         if sampled:
             label = verdict["arms"][arm]["label"] + (f", seed {seed}" if len(runs) > 1 else "")
-            parts += [_picture(label, slot, sampled), _worst_table(verdict, arm, sampled[-1])]
+            parts += [_picture(label, slots(verdict)[arm], sampled), _worst_table(verdict, arm, sampled[-1])]
     if not parts:
         return [page.paragraph("No run sampled the operands of its linears (telemetry.every).", "note")]
     return [_error_table(verdict, arms), *parts]
@@ -125,34 +126,22 @@ def _picture(label: str, slot: int, sampled: Sequence[tuple[int, Sequence[Sample
 def _grid(
     layers: Sequence[str], steps: Sequence[int], cells: np.ndarray, low: float, high: float, *, slot: int, title: str
 ) -> str:
-    """The picture as one <svg> element."""
-    width = (WIDTH - LEFT) / len(steps)
-    height = CELL * len(layers) + 30
-    parts = []
-    for row, layer in enumerate(layers):
-        y = row * CELL
-        parts.append(
-            f'<text x="{LEFT - 10}" y="{y + 13}" text-anchor="end" fill="var(--ink)">{html.escape(layer)}</text>'
-        )
-        for column, value in enumerate(cells[row].tolist()):
-            if value < 0:
-                continue
-            shade = 1.0 if not np.isfinite(value) else 0.08 + 0.92 * (value - low) / ((high - low) or 1.0)
-            outline = "" if np.isfinite(value) else ' stroke="var(--alert)" stroke-width="2"'
-            parts.append(
-                f'<rect x="{LEFT + column * width:.1f}" y="{y + 1}" width="{max(width - 1, 0.5):.1f}" '
-                f'height="{CELL - 2}" fill="var(--series-{slot % 6})" fill-opacity="{shade:.2f}"{outline}/>'
-            )
-    ends = ((LEFT, "start", f"step {steps[0]:,}"), (WIDTH, "end", f"{steps[-1]:,}"))
-    parts += [
-        f'<text x="{x}" y="{height - 8}" text-anchor="{anchor}" fill="var(--muted)">{text}</text>'
-        for x, anchor, text in (ends if len(steps) > 1 else ends[:1])
-    ]
-    label = html.escape(title, quote=True)
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" class="chart" role="img" aria-label="{label}" font-size="12.5">'
-        + "".join(parts)
-        + "</svg>"
+    """The picture as one element."""
+    drawing = Drawing((0.0, float(len(steps))), (float(len(layers)), 0.0))
+    gap = min(0.1, len(steps) / 900)  # about a pixel
+    for row, column in zip(*np.nonzero(cells >= 0), strict=True):
+        value = float(cells[row, column])
+        shade = 1.0 if not np.isfinite(value) else 0.08 + 0.92 * (value - low) / ((high - low) or 1.0)
+        edge = "" if np.isfinite(value) else ALERT
+        across, down = (column, column + 1 - gap), (row + 0.95, row + 0.05)
+        drawing.box(across, down, SERIES[slot], opacity=shade, edge=edge)
+    ends = [(0.5, f"step {steps[0]:,}"), (len(steps) - 0.5, f"{steps[-1]:,}")]
+    return drawing.html(
+        title,
+        height=CELL * len(layers),
+        x_ticks=ends if len(steps) > 1 else ends[:1],
+        y_ticks=[(row + 0.5, layer) for row, layer in enumerate(layers)],
+        kind="named",
     )
 
 

@@ -17,11 +17,12 @@ from fp8train.report.arm_rows import (
     run_columns,
     run_row,
     runs_of,
+    slots,
     thinned,
     whole,
 )
 from fp8train.report.charts import Curve, line_chart, nice_range
-from fp8train.report.divergence import count_words, diverged_seeds
+from fp8train.report.divergence import diverged_seeds
 from fp8train.report.page import Column, typeset
 from fp8train.report.run_record import Arms, Table
 from fp8train.report.trajectory import SMOOTHING, ema, paired
@@ -36,25 +37,9 @@ Smooth = Mapping[str, Mapping[int, np.ndarray]]  # arm -> seed -> smoothed train
 def loss_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Loss curves, their difference, and both in tables."""
     smooth = {arm: {seed: drawn(run.train.columns["loss"]) for seed, run in runs.items()} for arm, runs in arms.items()}
-    parts = [_diverged_alert(entry) + _nonfinite_alert(entry) for entry in verdict["arms"].values()]
-    parts += [_loss_figure(verdict, arms, smooth), _difference_figure(verdict, arms)]
+    parts = [_loss_figure(verdict, arms, smooth), _difference_figure(verdict, arms)]
     parts += [_loss_table(verdict), _source_table(verdict), _error_table(verdict)]
     return [*parts, page.details("Loss by step, as a table", _steps_table(verdict, arms, smooth))]
-
-
-def _diverged_alert(entry: Mapping[str, Any]) -> str:
-    text = f"{entry['label']} diverged in {count_words(entry)}."
-    return page.paragraph(text, "alert") if diverged_seeds(entry) else ""
-
-
-def _nonfinite_alert(entry: Mapping[str, Any]) -> str:
-    skipped, count = (sum(run[key] or 0 for run in entry["runs"]) for key in ("skipped_steps", "nonfinite_losses"))
-    texts = []
-    if skipped:
-        texts.append(f"{count_text(skipped)} steps were skipped, since loss or gradient was not finite")
-    if count:
-        texts.append(f"the loss was not finite at {count_text(count)} logged steps, which are gaps in the curves")
-    return page.paragraph(f"{entry['label']}: {'; '.join(texts)}.", "alert") if texts else ""
 
 
 def drawn(losses: np.ndarray) -> np.ndarray:
@@ -78,7 +63,8 @@ def banded(label: str, slot: int, tables: Sequence[tuple[np.ndarray, np.ndarray]
 def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     """Training loss of every arm, raw and smoothed, and its held-out losses."""
     curves: list[Curve] = []
-    for slot, (arm, runs) in enumerate(arms.items()):
+    for arm, slot in slots(verdict).items():
+        runs = arms[arm]
         left = whole(runs)
         for run in [run for run in runs.values() if len(runs) == 1 or run.diverged]:
             curves.append(
@@ -95,7 +81,7 @@ def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
             " Thin: runs that diverged, up to there; they may leave the frame.",
         )
     title = f"Loss of each arm over the training steps. {verdict['sentence']}"
-    chart = line_chart(curves, name="loss", title=title, y_label="loss, nats per token", y_range=y_range, height=380)
+    chart = line_chart(curves, title=title, y_label="loss, nats per token", y_range=y_range, height=320)
     seeds = len(verdict["seeds"])
     behind = f"Behind it: every logged step{thinned(arms)}."
     if seeds > 1:
@@ -110,9 +96,10 @@ def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     """Relative loss error of every arm against the baseline, raw and smoothed, with the held-out gaps."""
     baseline, curves = arms[verdict["baseline"]], list[Curve]()
     framed = list[Curve]()  # what the range is of: of runs that diverged only where there are no others
-    for slot, (arm, runs) in enumerate(arms.items()):
+    for arm, slot in slots(verdict).items():
         if arm == verdict["baseline"]:
             continue
+        runs = arms[arm]
         both = [(baseline[seed], run) for seed, run in runs.items()]
         ended = [pair for pair in both if any(run.diverged for run in pair)]
         pairs = [pair for pair in both if pair not in ended] or both
@@ -129,12 +116,11 @@ def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     shown = [part for curve in framed or curves for part in (curve.values, *(curve.band or ()))]
     chart = line_chart(
         curves,
-        name="difference",
         title="Loss relative to the baseline over the training steps: "
         + "; ".join(_error_words(verdict, arm) for arm in verdict["comparisons"]),
         y_label=f"loss relative to {verdict['arms'][verdict['baseline']]['label']}, %",
         y_range=nice_range(shown, least=2 * limit),
-        band=(-limit, limit, margin),
+        band=(-limit, limit, f"margin {margin}"),
         y_format=lambda value: f"{value:+.3g}".replace("-", "\u2212") if value else "0",
     )
     several = len(verdict["seeds"]) > 1
@@ -191,7 +177,15 @@ def _loss_range(curves: Sequence[Curve], rows: int) -> tuple[tuple[float, float]
 
 
 def _loss_table(verdict: Mapping[str, Any]) -> str:
-    names = ("Held-out loss", "Gap", "Gap, %", "Held-out in BF16", "Gap, %", "Bits per byte", "Training loss (EMA 0.9)")
+    names = (
+        "Held-out loss",
+        "Gap",
+        "Gap, %",
+        "Held-out in BF16",
+        "Gap in BF16, %",
+        "Bits per byte",
+        "Training loss (EMA 0.9)",
+    )
     rows = []
     for arm, index, run in measured_runs(verdict):
         pair = pair_of(verdict, arm, index)

@@ -1,71 +1,148 @@
-"""One comparison in one sentence, for the console and the top of the report."""
+"""One comparison in words, the same for verdict.json, the console and the top of the report: a headline of about ten
+words, the numbers in one line for each arm, and what to mind when reading them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import NOT_COMPARABLE, interval_text, mean
-from fp8train.report.divergence import diverged_seeds, diverged_sentence
+from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
+from fp8train.report.divergence import count_words, diverged_seeds
+from fp8train.report.looks import looks_words
 from fp8train.units import count_text, loss_text, percent_text, ratio_text
 
+# What is missing from the numbers of a run: its key in verdict.json -> words for it.
+LOST = {
+    "skipped_steps": "skipped steps, whose loss or gradient was not finite",
+    "nonfinite_losses": "logged steps without a finite loss",
+    "damaged_lines": "damaged lines of metrics left out",
+}
 
-def sentence(verdict: Mapping[str, Any], arm: str) -> str:
-    """That of an arm of verdict.json."""
+
+def judged_arms(verdict: Mapping[str, Any]) -> list[str]:
+    """The arms that the verdict is about: neither baseline nor placebo; the placebo where there is no other."""
+    others = [arm for arm in verdict["arms"] if arm != verdict["baseline"]]
+    return [arm for arm in others if arm != verdict["placebo"]] or others
+
+
+def headline(verdict: Mapping[str, Any]) -> str:
+    """What came out, in one short sentence; of several arms how many fared how."""
+    arms, base = judged_arms(verdict), verdict["arms"][verdict["baseline"]]
+    if len(arms) == 1:
+        return _headline(verdict["comparisons"][arms[0]]["test"], verdict["arms"][arms[0]], base)
+    found = Counter(verdict["comparisons"][arm]["test"]["status"] for arm in arms)
+    return (
+        f"{len(arms)} arms against {base['label']}: " + ", ".join(f"{n} {status}" for status, n in found.items()) + "."
+    )
+
+
+def numbers(verdict: Mapping[str, Any]) -> list[str]:
+    """The gap of each judged arm, with speed and memory where they can be quoted."""
+    arms = judged_arms(verdict)
+    label = "{0[label]}, {1[status]}: ".format if len(arms) > 1 else "".format
+    return [label(verdict["arms"][arm], verdict["comparisons"][arm]["test"]) + _numbers(verdict, arm) for arm in arms]
+
+
+def caveats(verdict: Mapping[str, Any]) -> list[str]:
+    """What to mind: why the verdict is what it is, what chance does, what was learned, what could not be compared, and
+    what went wrong on the way.
+    """
+    arms, placebo = judged_arms(verdict), verdict["comparisons"].get(verdict["placebo"] or "", {}).get("test")
+    comparisons = [verdict["comparisons"][arm] for arm in arms]
+    lines = _by_arm(verdict, arms, [str(comparison["test"]["reason"]) for comparison in comparisons])
+    lines += [
+        f"{entry['label']} diverged in {count_words(entry)}."
+        for entry in verdict["arms"].values()
+        if diverged_seeds(entry)
+    ]
+    tested = placebo is not None and placebo["low"] is not None and verdict["learning"]["doubt"] is None
+    if tested and verdict["placebo"] not in arms:
+        lines.append(f"Chance alone, which the placebo shows, moves the loss by {interval_text(placebo)}.")
+    lines += _by_arm(verdict, arms, [_not_comparable(comparison) for comparison in comparisons])
+    lines += [line for entry in verdict["arms"].values() if (line := _lost(entry))]
+    return [*lines, str(verdict["learning"]["scope"]), *looks_words(verdict["looks"])]
+
+
+def _headline(test: Mapping[str, Any], own: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    label, base_label = own["label"], base["label"]
+    if diverged_seeds(own) or diverged_seeds(base):
+        of = len(own["runs"])
+        counts = [len(diverged_seeds(entry)) or "none" for entry in (own, base)]
+        return f"{label} diverged in {counts[0]} of {of} seed{'s' * (of > 1)}, {base_label} in {counts[1]}."
+    if test["mean"] is None:
+        return f"{label} cannot be held against {base_label}."
+    margin = f"{test['margin']:g} %"
+    return {
+        "undecided": f"This comparison cannot tell {label} from {base_label}.",
+        "indicative": f"{label} ended {_above(test['mean'])} {base_label}, in one seed.",
+        "equivalent": f"{label} is equivalent to {base_label} within {margin}.",
+        "inferior": f"{label} is worse than {base_label} by more than {margin}.",
+        "superior": f"{label} is better than {base_label} by more than {margin}.",
+        "inconclusive": f"Whether {label} matches {base_label} within {margin} is open.",
+    }[str(test["status"])]
+
+
+def _numbers(verdict: Mapping[str, Any], arm: str) -> str:
     comparison = verdict["comparisons"][arm]
-    label, base_label = verdict["arms"][arm]["label"], verdict["arms"][comparison["against"]]["label"]
-    test, average = comparison["test"], comparison["mean"]
-    entries = [verdict["arms"][name] for name in (comparison["against"], arm)]
-    if any(map(diverged_seeds, entries)):
-        return diverged_sentence(test, *entries)
-    new, base = (mean(verdict["arms"][name]["runs"]) for name in (arm, comparison["against"]))
-    keys = ("eval_loss", "train_loss") if test["quantity"] == "held-out loss" else ("train_loss_ema", "train_loss")
-    loss, base_loss = new[keys[0]], base[keys[0]]
-    ended = loss is not None and base_loss is not None and (keys[0] == "eval_loss" or new[keys[1]] is not None)
-    if test["mean"] is None or not ended:
-        return f"{label} cannot be held against {base_label}: a loss is not finite at the end."
-    after, gap = _after(new["steps"]), f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
-    if test["status"] == "undecided":
-        short = verdict["learning"]["in_short"]
-        text = f"{label} against {base_label} is undecided {after}: {short}; the gap is {gap}"
-    elif test["status"] == "indicative":
-        losses = f"({loss_text(loss)} against {loss_text(base_loss)} nats per token)"
-        text = f"{label} ended {_above(test['mean'])} {base_label} in {test['quantity']} {losses} {after}"
-    else:
-        margin = f"{test['margin']:g} %"
-        claim = {
-            "equivalent": f"is equivalent to {base_label} within {margin}",
-            "inferior": f"is worse than {base_label} by more than {margin}",
-            "superior": f"is better than {base_label} by more than {margin}",
-            "inconclusive": f"is not yet told from {base_label} at a margin of {margin}",
-        }[test["status"]]
-        text = f"{label} {claim}: {gap} ({_interval_words(test)} over {test['count']} seeds) {after}"
-    return f"{text}{_cost_words(average, comparison)}."
+    own, base = (verdict["arms"][name] for name in (arm, verdict["baseline"]))
+    test = comparison["test"]
+    if test["mean"] is None:
+        return "no loss to compare, since one is not finite at the end."
+    over = gap_words(test)
+    if len(own["runs"]) == 1:
+        key = "eval_loss" if test["quantity"] == "held-out loss" else "train_loss_ema"
+        over += f" ({loss_text(own['runs'][0][key])} against {loss_text(base['runs'][0][key])} nats per token)"
+    steps = min(run["steps"] for run in own["runs"] if len(own["runs"]) == 1 or not run["diverged"])
+    return f"{over} after {count_text(steps)} step{'s' * (steps != 1)}{_cost_words(comparison, base['label'])}."
 
 
-def _cost_words(average: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
-    """Speed and memory against the baseline; in place of what cannot be quoted, why not."""
+def gap_words(test: Mapping[str, Any]) -> str:
+    """`+0.07 % held-out loss (90 % interval -0.42 to +0.57 % over 3 seeds)`."""
+    text = f"{percent_text(test['mean'], signed=True)} {test['quantity']}"
+    if test["low"] is None:
+        return text + f" over the 1 of {len(test['gaps'])} seeds that both finished" * (len(test["gaps"]) > 1)
+    over = f"over {'the ' * (test['count'] < len(test['gaps']))}{test['count']} seeds"
+    over += " that both finished" * (test["count"] < len(test["gaps"]))
+    return f"{text} ({100 * test['confidence']:.0f} % interval {interval_text(test)} {over})"
+
+
+def _cost_words(comparison: Mapping[str, Any], base_label: str) -> str:
+    """Speed and memory against the baseline, where they can be quoted."""
     names = {"speed": ("tokens_per_second_ratio", "tokens per second"), "memory": ("peak_memory_ratio", "peak memory")}
-    doubts = {name: comparison[name]["not_quoted"] for name in names}
+    average = comparison["mean"]
     cost = [
         f"{ratio_text(average[key])} its {what}"
         for name, (key, what) in names.items()
-        if average[key] is not None and doubts[name] is None
+        if average[key] is not None and comparison[name]["not_quoted"] is None
     ]
-    words = f", at {' and '.join(cost)}" if cost else ""
+    return f", at {' and '.join(cost)}".replace("its", f"{base_label}'s", 1) if cost else ""
+
+
+def _not_comparable(comparison: Mapping[str, Any]) -> str:
+    """Why speed or memory are not quoted; '' where both are."""
     of_reason: dict[str, list[str]] = {}
-    for name, doubt in doubts.items():
-        if doubt is not None:
+    for name in ("speed", "memory"):
+        if (doubt := comparison[name]["not_quoted"]) is not None:
             of_reason.setdefault(doubt, []).append(name)
-    return words + "".join(f"; {' and '.join(of)} {NOT_COMPARABLE}: {doubt}" for doubt, of in of_reason.items())
+    return "; ".join(f"{' and '.join(of)} {NOT_COMPARABLE}: {doubt}" for doubt, of in of_reason.items())
 
 
-def _interval_words(test: Mapping[str, Any]) -> str:
-    return f"{100 * test['confidence']:.0f} % interval {interval_text(test)}"
+def _lost(entry: Mapping[str, Any]) -> str:
+    """Steps, losses and lines of an arm that are missing from its numbers, in a sentence; '' where none is."""
+    counts = {words: sum(run[key] or 0 for run in entry["runs"]) for key, words in LOST.items()}
+    found = "; ".join(f"{words}: {count_text(count)}" for words, count in counts.items() if count)
+    return f"{entry['label']}: {found}." if found else ""
 
 
-def _after(steps: float) -> str:
-    return f"after {count_text(steps)} step{'s' * (steps != 1)}"
+def _by_arm(verdict: Mapping[str, Any], arms: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """A sentence for each text that is there, with the arms that it is of where there are several."""
+    lines = []
+    for text in dict.fromkeys(text for text in texts if text):
+        of = [verdict["arms"][arm]["label"] for arm, own in zip(arms, texts, strict=True) if own == text]
+        lines.append(f"{', '.join(of)}: {text}." if len(of) < len(arms) else f"{text[:1].upper()}{text[1:]}.")
+    return lines
 
 
 def _above(gap: float) -> str:

@@ -12,7 +12,8 @@ import yaml
 from fp8train.arguments import flattened
 from fp8train.backends.coverage import GEMMS
 from fp8train.report import page
-from fp8train.report.charts import Bars, bar_chart
+from fp8train.report.arm_rows import slots
+from fp8train.report.charts import Bar, bar_chart
 from fp8train.report.conclusion import LEAST_TIMED
 from fp8train.report.coverage_summary import (
     GemmShare,
@@ -33,15 +34,11 @@ from fp8train.units import bytes_text, count_text, flops_text, percent_text
 
 OWN_KEYS = ("run_dir", "time_limit_seconds")  # every arm has its own, and the numbers do not depend on them
 OWN_FACTS = ("date", "command", "resumed_step", "recipe_hash", "init_hash", "data_hash")  # as above, or seen elsewhere
-COVERAGE_NOTE = (
-    "Counted while training, over all linears. Attention, norms, embedding lookup and loss are no linears and stay "
-    "out of FP8."
-)
 
 
 def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     parts = []
-    for slot, (arm, runs) in enumerate(arms.items()):
+    for arm, runs in arms.items():
         coverage = merged_coverage({seed: run.coverage for seed, run in runs.items()})
         label = verdict["arms"][arm]["label"]
         shares, groups = gemm_shares(coverage), group_linears(coverage)
@@ -65,13 +62,9 @@ def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
             parts.append(page.paragraph(f"{label}: during the run, {reason}: {names}.", "note"))
         whose = "a run's" if len(runs) == 1 else f"{len(runs)} runs'"
         words = f"{label}: {percent_text(100 * fp8 / total, digits=1)} of {whose} {flops_text(total)} ran in FP8"
-        chart = bar_chart(
-            [_share_bar(share, slot) for share in shares],
-            name=f"coverage-{slot}",
-            title=words + ": " + ", ".join(_share_words(share) for share in shares),
-            total=1.0,
-        )
-        parts += [page.figure(chart, f"<strong>{typeset(words)}.</strong> {COVERAGE_NOTE}")]
+        bars = [_share_bar(share, slots(verdict)[arm]) for share in shares]
+        chart = bar_chart(bars, title=f"{words}: " + ", ".join(f"{bar.label} {bar.words}" for bar in bars))
+        parts += [page.figure(chart, f"<strong>{typeset(words)}.</strong>")]
         parts += [_coverage_table(label, groups, total), _linears_table(label, groups)]
     return parts
 
@@ -193,36 +186,29 @@ def method() -> str:
         "Relative loss error": "(loss of the arm - loss of the baseline) / loss of the baseline. EMA 0.9: both losses "
         "are smoothed over logged steps by e = 0.9 e + 0.1 loss, starting at the first loss; DeepSeek-V3 "
         "(arXiv:2412.19437) smooths alike. Largest: the largest magnitude over all steps.",
-        "Indicative": "One pair of runs. Two BF16 runs that differ only in rounding noise drift apart as well; without "
-        "further seeds a gap of that size cannot be told from chance, whichever sign it has.",
         "Equivalence": "The seed is the unit: its arm and its baseline share weights and tokens, and their gap is one "
-        "observation. Two one-sided t-tests at 5 % each, margin in percent of the baseline's held-out loss: "
-        "equivalent if "
-        "the 90 % interval of the mean gap lies within the margin, inferior or superior if it lies beyond, otherwise "
-        "inconclusive. The 5 % hold where the number of seeds was fixed before any result was seen: whoever adds seeds "
-        "to an inconclusive comparison and tests again errs more often. Windows of one run share its trajectory and "
-        "are no replicates.",
+        "observation; windows of one run share its trajectory and are no replicates. Two one-sided t-tests at 5 % "
+        "each, shared between the looks that were planned, margin in percent of the baseline's held-out loss: "
+        "equivalent if the interval of the mean gap lies within the margin, inferior or superior if it lies beyond, "
+        "otherwise inconclusive.",
         "Undecided": "A baseline that learned nothing is matched by any arm, also by one that learned nothing. So "
-        f"its loss must have fallen, from the training loss of its first logged step to the end, by {LEAST_FALL:g} "
+        f"its loss must have fallen, from before the first step or the first logged one to the end, by {LEAST_FALL:g} "
         "margins (with several seeds the lower end of the 90 % interval), so that an arm within the margin has kept at "
         f"least {1 - 1 / LEAST_FALL:.0%} of that, and in at least {LEAST_STEPS} steps, since Adam's first updates are "
         "close to the signs of the gradient and hide rounding. Otherwise no test is read, and more seeds do not help.",
-        "Diverged": "A run without a finite loss at its end, or whose steps were not finite optim.max_nonfinite_steps "
-        "times in a row. It has no gap: numbers are of the seeds that arm and baseline both finished. An arm is "
-        "diverged if it did in a seed in which the baseline did not, and never the other way round; where the "
-        "baseline diverged too the comparison is inconclusive. How many tokens such a run saw, and in which order, is "
-        "known only from its data, seed and tokens a step.",
+        "Diverged": "A run without a finite loss at its end, or with too many steps that were not finite "
+        "(optim.max_nonfinite_steps, optim.max_nonfinite_share). It has no gap: numbers are of the seeds that arm and "
+        "baseline both finished. An arm is diverged if it did in a seed in which the baseline did not, and never the "
+        "other way round; where the baseline diverged too the comparison is inconclusive. How many tokens such a run "
+        "saw, and in which order, is known only from its data, seed and tokens a step.",
         "Placebo": "BF16 whose GEMM operands carry unbiased noise as large as FP8's rounding. Its gap is what such "
-        "noise "
-        "does by chance; an arm is only worse than chance if its gap stands out from the placebo's.",
+        "noise does by chance; an arm is only worse than chance if its gap stands out from the placebo's.",
         "Tokens to loss": "Both training losses are smoothed over the logarithm of tokens: by local lines with "
         f"tricube weights that reach a factor of {math.exp(SMOOTHED_SPAN):.2f} in tokens either way, the arm's as the "
         "baseline's and the smoothed difference of the two. A loss is reached where the curve first is as low; where "
         "it is flat nothing is read. Read where the baseline is after 50, 75 and 90 % of its tokens, and at the lowest "
         "loss that both reach.",
-        "Gap in LR decay": "Mean over the steps after the last one at 90 % of the peak learning rate, against the "
-        "mean at "
-        "the peak.",
+        "Gap in LR decay": "Mean over the steps after the last one at 90 % of the peak learning rate.",
         "Spikes": f"Logged steps whose loss is above the median of the last {RECENT} by {SIGMAS:g} robust deviations "
         f"of the last {WINDOW} and by {100 * LEAST_LEAP:g} %; in a row they count once. Where every step is logged and "
         "blackbox is at its defaults, these are the steps that a run's black box takes for spikes.",
@@ -231,8 +217,7 @@ def method() -> str:
         "percentiles that say how much the steps vary.",
         "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the operations "
         "themselves while training.",
-        "Thinned curves": "A curve with more points than pixels keeps the first, lowest, highest and last point of "
-        "each pixel column, so that no extreme is lost.",
+        "Thinned curves": "A curve of many steps keeps the first, lowest, highest and last point of each run of them.",
     }
     return (
         '<dl class="method">'
@@ -241,20 +226,9 @@ def method() -> str:
     )
 
 
-def _share_bar(share: GemmShare, slot: int) -> Bars:
+def _share_bar(share: GemmShare, slot: int) -> Bar:
     fp8 = share.fp8_flops / share.flops if share.flops else 0.0
-    rest = percent_text(100 * (1 - fp8), digits=1).replace(" ", "\u202f")
-    return Bars(
-        label=share.gemm,
-        parts=[
-            (fp8, slot, f"FP8 {percent_text(100 * fp8, digits=1)}".replace(" %", "\u202f%")),
-            (1 - fp8, None, f"other {rest}" if fp8 < 0.9995 else ""),
-        ],
-    )
-
-
-def _share_words(share: GemmShare) -> str:
-    return f"{share.gemm} {percent_text(100 * share.fp8_flops / share.flops if share.flops else 0.0, digits=1)}"
+    return Bar(label=share.gemm, share=fp8, slot=slot, words=percent_text(100 * fp8, digits=1))
 
 
 def _outcome(group: LinearGroup) -> list[str]:

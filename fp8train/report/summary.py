@@ -1,4 +1,4 @@
-"""A comparison as text, for the console: numbers of every run, what ran in FP8, the verdict in one sentence."""
+"""A comparison as text, for the console: numbers of every arm, what ran in FP8, the verdict in words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fp8train.report.coverage_summary import (
     merged_coverage,
     refused_kernels,
 )
-from fp8train.report.divergence import count_words, diverged_seeds, finished
+from fp8train.report.divergence import diverged_seeds, finished
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
 
@@ -22,8 +22,8 @@ SHOWN_EXCEPTIONS = 6
 
 
 def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
-    """The comparison as text: a table with one column an arm, gaps by seed, what ran in FP8, the verdict in one
-    sentence.
+    """The comparison as text: a table with one column an arm, gaps by seed, what ran in FP8, the verdict in
+    words.
     """
     several = len(verdict["seeds"]) > 1
     columns = []
@@ -40,20 +40,9 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
     if several:
         blocks.append(_gaps(verdict))
     blocks += [text for arm, runs in arms.items() if (text := _coverage_lines(verdict["arms"][arm]["label"], runs))]
-    for entry in verdict["arms"].values():
-        words = f"in {count_words(entry)}"
-        said = (f"{entry['label']} diverged {words}", f"{entry['label']} {words}")  # of an arm, of the baseline
-        if diverged_seeds(entry) and not any(text in verdict["sentence"] for text in said):
-            blocks.append(f"{said[0]}.")
-    for entry in verdict["arms"].values():
-        if skipped := sum(run["skipped_steps"] or 0 for run in entry["runs"]):
-            blocks.append(f"{entry['label']}: {skipped} steps were skipped, since loss or gradient was not finite.")
-    damaged = sum(run["damaged_lines"] for entry in verdict["arms"].values() for run in entry["runs"])
-    if damaged:
-        blocks.append(f"{damaged} damaged lines of metrics were left out, as asked.")
-    blocks.append(
-        f"{verdict['sentence']}\n{verdict['status'].capitalize()}: {verdict['reason']}.\n{verdict['learning']['scope']}"
-    )
+    caveats = "\n".join(f"- {line}" for line in verdict["caveats"])
+    numbers = "\n".join(f"{line[:1].upper()}{line[1:]}" for line in verdict["numbers"])
+    blocks.append(f"{verdict['status'].capitalize()}: {verdict['sentence']}\n{numbers}\n{caveats}")
     return "\n" + "\n\n".join(blocks)
 
 

@@ -20,7 +20,6 @@ from fp8train.report.conclusion import (
     SPEED_KEYS,
     against_placebo,
     gap_test,
-    interval_text,
     mean,
     memory_doubt,
     speed_doubt,
@@ -28,9 +27,9 @@ from fp8train.report.conclusion import (
 )
 from fp8train.report.divergence import finished, judged
 from fp8train.report.learning import learning
-from fp8train.report.looks import looks_made, looks_words
+from fp8train.report.looks import looks_made
 from fp8train.report.run_record import Arms, RunRecord, finite
-from fp8train.report.sentence import sentence
+from fp8train.report.sentence import caveats, headline, numbers
 from fp8train.report.statistics import ALPHA
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap
 
@@ -246,7 +245,8 @@ def make_verdict(
         earlier: verdict.json of earlier looks.
 
     Returns:
-        status, reason and sentence: those of `primary`, the first arm that is neither baseline nor placebo; arms: per
+        status and reason: those of `primary`, the first arm that is neither baseline nor placebo; sentence, numbers,
+        caveats: the verdict in words (sentence.py), over all arms; arms: per
         arm label, noise and `runs` per seed; learning: the baseline's; comparisons: per other arm its `seeds`, their
         mean, the test, the difference from the placebo and speed ratios (not_quoted: why no text has them), and
         the same of memory; shared: facts of each seed.
@@ -260,8 +260,8 @@ def make_verdict(
     others = [arm for arm in arms if arm != baseline]
     placebo = next((arm for arm in others if entries[arm]["noise"] == _placebo_noise()), None)
     verdict: dict[str, Any] = {
-        "version": 2,
-        **dict.fromkeys(("status", "reason", "sentence"), ""),
+        "version": 3,
+        **dict.fromkeys(("status", "reason", "sentence", "numbers", "caveats")),
         "primary": next((arm for arm in others if arm != placebo), placebo),
         "baseline": baseline,
         "placebo": placebo,
@@ -279,9 +279,8 @@ def make_verdict(
     verdict["comparisons"] = _comparisons(arms, verdict, crossed or {})
     test = verdict["comparisons"][verdict["primary"]]["test"]
     verdict["looks"] = looks_made(verdict, earlier)
-    verdict |= {"status": test["status"], "reason": _reason(verdict, test)}
-    named = [arm for arm in others if arm != placebo] or others
-    verdict["sentence"] = " ".join([*(sentence(verdict, arm) for arm in named), *looks_words(verdict["looks"])])
+    verdict |= {"status": test["status"], "reason": test["reason"]}
+    verdict |= {"sentence": headline(verdict), "numbers": numbers(verdict), "caveats": caveats(verdict)}
     return verdict
 
 
@@ -321,15 +320,6 @@ def arm_label(arm: str, runs: Mapping[int, RunRecord]) -> str:
         return arm.upper()
     share = max((finite(run.coverage.get("fp8_flops_share")) or 0.0 for run in runs.values()), default=0.0)
     return f"FP8 {arm}" if share > 0 else arm
-
-
-def _reason(verdict: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    """Why the status is what it is, with the placebo's interval beside it."""
-    placebo = verdict["comparisons"].get(verdict["placebo"] or "", {}).get("test")
-    beside = placebo is not None and verdict["primary"] != verdict["placebo"] and test["status"] != "undecided"
-    if placebo is None or placebo["low"] is None or not beside:
-        return str(test["reason"])
-    return f"{test['reason']}; the placebo's interval, which is chance alone, is {interval_text(placebo)}"
 
 
 @functools.cache

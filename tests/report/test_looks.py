@@ -12,7 +12,7 @@ from fp8train.report.document import build_report
 from fp8train.report.looks import looks_words
 from fp8train.report.run_record import Arms, read_run
 from fp8train.report.statistics import ALPHA, t_quantile
-from tests.run_folders import verdict_of, write_run
+from tests.run_folders import verdict_of, words_of, write_run
 
 GAPS = [0.0010, 0.0030, 0.0052, 0.0011, 0.0032, 0.0049]  # of 2.25 nats; margin 0.25 % = 0.0056
 
@@ -33,10 +33,10 @@ def test_a_second_look_that_was_not_planned_says_how_much_it_errs(tmp_path: Path
     first = verdict_of(arms_of(tmp_path, 3))
     again = verdict_of(arms_of(tmp_path, 3), earlier=[first])
     assert len(first["looks"]) == len(again["looks"]) == 1, "the same runs again are no other look"
-    assert first["sentence"] == again["sentence"] and "look" not in first["sentence"]
+    assert first["caveats"] == again["caveats"] and "look" not in words_of(first)
     second = verdict_of(arms_of(tmp_path, 6), earlier=[again])
     assert [look["seeds"] for look in second["looks"]] == [3, 6]
-    assert second["sentence"].endswith(
+    assert second["caveats"][-1] == (
         "This is look 2 at these arms: its answer and those before it are wrong with up to 10 % together, not 5 %."
     )
     assert "Looks so far: 3 seeds, 6 seeds;" in build_report(second, arms_of(tmp_path, 6))
@@ -46,12 +46,12 @@ def test_planned_looks_share_the_level(tmp_path: Path) -> None:
     first = verdict_of(arms_of(tmp_path, 3), looks=2)
     second = verdict_of(arms_of(tmp_path, 6), looks=2, earlier=[first])
     test = second["comparisons"]["blockwise"]["test"]
-    assert test["confidence"] == pytest.approx(0.95) and "95 % interval" in second["sentence"]
+    assert test["confidence"] == pytest.approx(0.95) and "95 % interval" in second["numbers"][0]
     reach = t_quantile(0.975, 5) * test["sd"] / np.sqrt(6)
     assert test["high"] - test["mean"] == pytest.approx(reach)
-    assert "look" not in second["sentence"] and sum(look["alpha"] for look in second["looks"]) == pytest.approx(ALPHA)
+    assert "look" not in words_of(second) and sum(look["alpha"] for look in second["looks"]) == pytest.approx(ALPHA)
     third = verdict_of(arms_of(tmp_path, 5), looks=2, earlier=[second])
-    assert "up to 7.5 % together" in third["sentence"]
+    assert "up to 7.5 % together" in third["caveats"][-1]
 
 
 def test_another_margin_afterwards_is_a_look_and_one_seed_is_none(tmp_path: Path) -> None:

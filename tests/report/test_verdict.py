@@ -21,7 +21,7 @@ from fp8train.report.statistics import seeds_needed
 from fp8train.report.summary import summary
 from fp8train.report.trajectory import ema, heldout_gap, relative_loss_error
 from fp8train.report.verdict import SHARED_FACTS, check_comparable, measures
-from tests.run_folders import ENVIRONMENT, FACTS, verdict_of, write_run
+from tests.run_folders import ENVIRONMENT, FACTS, verdict_of, words_of, write_run
 
 STEPS = 40
 LOSSES = 2.2 + 3.3 * np.exp(-np.arange(STEPS) / 12)
@@ -109,12 +109,11 @@ def test_one_seed_is_indicative_and_never_more(tmp_path: Path, gap: float) -> No
 
 
 def test_sentence_says_gap_losses_speed_and_memory(tmp_path: Path) -> None:
-    text = verdict_of(pair(tmp_path))["sentence"]
-    assert text.startswith(
-        "FP8 blockwise ended 0.44 % above BF16 in held-out loss (2.2600 against 2.2500 nats per token) after 40 steps, "
-        "at 0.7"
-    )
-    assert text.endswith("x its tokens per second and 0.75x its peak memory.")
+    verdict = verdict_of(pair(tmp_path))
+    (text,) = verdict["numbers"]
+    assert verdict["sentence"] == "FP8 blockwise ended 0.44 % above BF16, in one seed."
+    assert text.startswith("+0.44 % held-out loss (2.2600 against 2.2500 nats per token) after 40 steps, at 0.7")
+    assert text.endswith("x BF16's tokens per second and 0.75x its peak memory.")
 
 
 @pytest.mark.parametrize(
@@ -137,10 +136,10 @@ def test_speed_that_steps_do_not_bear_out_is_not_quoted(
     verdict = verdict_of(arms)
     speed, text = verdict["comparisons"]["blockwise"]["speed"], summary(verdict, arms) + build_report(verdict, arms)
     assert speed["raw"]["mean"] > 0 and speed["time_to_loss"]["mean"] > 0, "the figures are kept"
-    assert (speed["not_quoted"] is None) == (reason is None) == ("its tokens per second" in verdict["sentence"])
+    assert (speed["not_quoted"] is None) == (reason is None) == ("BF16's tokens per second" in verdict["numbers"][0])
     if reason is not None:
-        words = rf"at 0.75x its peak memory; speed not comparable: {reason}"
-        assert re.search(words, verdict["sentence"]) and re.search(reason, speed["not_quoted"])
+        words = rf"at 0.75x BF16's peak memory\. .*Speed not comparable: {reason}"
+        assert re.search(words, words_of(verdict)) and re.search(reason, speed["not_quoted"])
         for key in ("raw", "time_to_loss"):
             ratio = f"{speed[key]['mean']:.2f}"
             assert f"{ratio}x" not in text and f"{ratio}\u00d7" not in text, (
@@ -167,7 +166,7 @@ def test_speed_of_arms_on_unlike_machines_is_not_quoted(tmp_path: Path, change: 
     reason = f"the arms ran on other machines or software, {words}"
     assert verdict["comparisons"]["blockwise"]["speed"]["not_quoted"] == reason
     what = "speed and memory" if change.keys() & {"device", "world_size"} else "speed"
-    assert verdict["sentence"].endswith(f"; {what} not comparable: {reason}.")
+    assert f"{what.capitalize()} not comparable: {reason}." in verdict["caveats"]
     report = build_report(verdict, arms)
     assert "the environment differs in" in report and "so is the environment" not in report
     for key in change:
@@ -201,14 +200,16 @@ def test_diverged_arm_is_said_and_stays_strict_json(tmp_path: Path) -> None:
     assert run["nonfinite_losses"] == STEPS - 3 and run["train_loss"] is None and run["eval_loss"] is None
     assert verdict["comparisons"]["blockwise"]["mean"]["heldout_gap"]["nats"] is None
     where = "seed 1 at step 40: held-out loss is not finite"
-    assert verdict["sentence"] == f"FP8 blockwise diverged in 1 of 1 seed ({where}), BF16 in none."
+    assert verdict["sentence"] == "FP8 blockwise diverged in 1 of 1 seed, BF16 in none."
+    assert f"FP8 blockwise diverged in 1 of 1 seed ({where})." in verdict["caveats"]
 
 
 def test_arm_that_never_had_a_finite_loss_cannot_be_held_against_the_other(tmp_path: Path) -> None:
     arms = pair(tmp_path, losses=np.full(STEPS, np.nan), eval_loss=math.nan)
     verdict = verdict_of(arms)
     where = "seed 1 at step 40: held-out loss is not finite"
-    assert verdict["sentence"] == f"FP8 blockwise diverged in 1 of 1 seed ({where}), BF16 in none."
+    assert verdict["sentence"] == "FP8 blockwise diverged in 1 of 1 seed, BF16 in none."
+    assert f"FP8 blockwise diverged in 1 of 1 seed ({where})." in verdict["caveats"]
 
 
 def test_without_evaluation_the_training_loss_is_compared(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_without_evaluation_the_training_loss_is_compared(tmp_path: Path) -> Non
         runs[1].evals = Table(
             steps=np.array([], dtype=int), columns={key: np.array([]) for key in runs[1].evals.columns}
         )
-    assert "1.00 % above BF16 in smoothed training loss" in verdict_of(arms)["sentence"]
+    assert verdict_of(arms)["numbers"][0].startswith("+1.00 % smoothed training loss (")
 
 
 @pytest.mark.parametrize("fact", SHARED_FACTS)
@@ -256,11 +257,11 @@ def seeds_of(folder: Path, gaps: dict[str, list[float]], **changes: Any) -> dict
         (
             [0.01, -0.02, 0.03],
             "equivalent",
-            "is equivalent to BF16 within 0.25 %: +0.01 % held-out loss (90 %",
+            "FP8 blockwise is equivalent to BF16 within 0.25 %.",
         ),
-        ([0.9, 1.0, 1.1], "inferior", "is worse than BF16 by more than 0.25 %: +1.00 % held-out loss"),
-        ([-0.9, -1.0, -1.1], "superior", "is better than BF16 by more than 0.25 %: -1.00 % held-out loss"),
-        ([0.3, -0.2, 0.1], "inconclusive", "is not yet told from BF16 at a margin of 0.25 %: +0.07 % held-out loss"),
+        ([0.9, 1.0, 1.1], "inferior", "FP8 blockwise is worse than BF16 by more than 0.25 %."),
+        ([-0.9, -1.0, -1.1], "superior", "FP8 blockwise is better than BF16 by more than 0.25 %."),
+        ([0.3, -0.2, 0.1], "inconclusive", "Whether FP8 blockwise matches BF16 within 0.25 % is open."),
     ],
     ids=["equal", "worse", "better", "open"],
 )
@@ -268,7 +269,8 @@ def test_several_seeds_are_tested_together(tmp_path: Path, gaps: list[float], st
     verdict = verdict_of(seeds_of(tmp_path, {"blockwise": gaps}))
     test = verdict["comparisons"]["blockwise"]["test"]
     assert (verdict["status"], test["status"], test["gaps"]) == (status, status, pytest.approx(gaps))
-    assert verdict["sentence"].startswith(f"FP8 blockwise {words}") and "over 3 seeds)" in verdict["sentence"]
+    assert verdict["sentence"] == words and len(words.split()) <= 12 and "over 3 seeds)" in verdict["numbers"][0]
+    assert verdict["numbers"][0].startswith(f"{np.mean(gaps):+.2f} % held-out loss (90 % interval ")
     assert (test["mean"], test["sd"]) == pytest.approx((np.mean(gaps), np.std(gaps, ddof=1)))
     json.dumps(verdict, allow_nan=False)
 
@@ -290,8 +292,8 @@ def test_placebo_stands_beside_the_verdict_and_is_not_the_verdict(tmp_path: Path
     assert beside["mean"] == pytest.approx(np.mean([0.1, 0.2, 0.0])) and beside["low"] < beside["high"]
     placebo = verdict["comparisons"]["placebo"]
     assert placebo["against_placebo"] is None
-    assert f"the placebo's interval, which is chance alone, is {interval_text(placebo['test'])}" in verdict["reason"]
-    assert "placebo" not in verdict["sentence"]
+    said = f"Chance alone, which the placebo shows, moves the loss by {interval_text(placebo['test'])}."
+    assert said in verdict["caveats"] and "placebo" not in verdict["sentence"] + verdict["numbers"][0]
 
 
 def test_seed_that_diverged_leaves_nothing_equivalent(tmp_path: Path) -> None:
@@ -301,8 +303,8 @@ def test_seed_that_diverged_leaves_nothing_equivalent(tmp_path: Path) -> None:
     )
     verdict = verdict_of(arms)
     assert verdict["status"] == "diverged"
-    assert verdict["reason"] == "in 1 seed in which BF16, with the same weights and tokens, did not"
-    assert "over the 2 seeds that both finished: 0.00 % held-out loss (90 % interval" in verdict["sentence"]
+    assert verdict["reason"] == "diverged in 1 seed in which BF16, with the same weights and tokens, did not"
+    assert re.search(r"^0\.00 % held-out loss \(90 % .* over the 2 seeds that both finished\)", verdict["numbers"][0])
 
 
 def test_time_to_loss_charges_speed_with_the_tokens_that_the_arm_needs_more(tmp_path: Path) -> None:

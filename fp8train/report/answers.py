@@ -1,0 +1,111 @@
+"""The four questions that a report is opened with, each answered in a few words by what the data of an arm bear out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fp8train.backends.coverage import GEMMS
+from fp8train.report.conclusion import NOT_COMPARABLE, mean
+from fp8train.report.coverage_summary import LinearGroup, exceptions, group_linears, merged_coverage
+from fp8train.report.divergence import diverged_seeds, finished
+from fp8train.report.run_record import Arms
+from fp8train.report.sentence import gap_words
+from fp8train.units import count_text, percent_text, ratio_text
+
+LOSS_ANSWERS = {
+    "equivalent": "Yes, within {margin:g} %",
+    "inferior": "No, worse",
+    "superior": "Better",
+    "inconclusive": "Open",
+    "indicative": "Unproven",
+    "undecided": "Cannot be told",
+    "diverged": "No, it diverged",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """To one question about one arm: the answer, what it rests on, and the section of the report that shows it."""
+
+    question: str
+    answer: str
+    detail: str
+    section: str
+
+
+def answers(verdict: Mapping[str, Any], arms: Arms, arm: str) -> list[Answer]:
+    """Of an arm other than the baseline."""
+    several = len(verdict["seeds"]) > 1
+    asked = {
+        "Is it faster?": (_speed(verdict, arm), "speed"),
+        "Is the loss as good?": (_loss(verdict, arm), "gap" if several else "loss"),
+        "Which layers ran in FP8?": (_coverage(verdict, arms, arm), "coverage"),
+        "Did it survive?": (_survival(verdict, arm), "stability"),
+    }
+    return [
+        Answer(question=question, answer=answer[:1].upper() + answer[1:], detail=detail, section=section)
+        for question, ((answer, detail), section) in asked.items()
+    ]
+
+
+def _speed(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
+    comparison, runs = verdict["comparisons"][arm], verdict["arms"][arm]["runs"]
+    speed, found = comparison["speed"], comparison["mean"]
+    if speed["not_quoted"] is not None:
+        return NOT_COMPARABLE, speed["not_quoted"].partition(",")[0]  # the rest stands among the caveats
+    if speed["raw"] is None:
+        return "unknown", "no seed has a speed of both arms"
+    detail = f"tokens per second, {ratio_text(found['time_to_loss_ratio'])} to the same loss"
+    if found["time_to_loss_ratio"] is None:
+        detail = "tokens per second; time to the same loss unknown"
+    if speed["raw"]["low"] is not None:
+        detail += f"; 95 % interval {speed['raw']['low']:.2f} to {speed['raw']['high']:.2f}"
+    detail += "; on a machine without FP8 units" * any(run["emulates"] for run in runs)
+    return ratio_text(speed["raw"]["mean"]), detail
+
+
+def _loss(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
+    test = verdict["comparisons"][arm]["test"]
+    answer = LOSS_ANSWERS[test["status"]].format(margin=test["margin"])
+    detail = "a loss is not finite" if test["mean"] is None else gap_words(test)
+    return answer, detail + ", one seed" * (len(verdict["seeds"]) == 1)
+
+
+def _coverage(verdict: Mapping[str, Any], arms: Arms, arm: str) -> tuple[str, str]:
+    share = mean(finished(verdict["arms"][arm]["runs"]))["fp8_flops_share"]
+    if not share:
+        return ("unknown", "the runs counted no GEMMs") if share is None else ("none", "no GEMM ran in FP8")
+    coverage = merged_coverage({seed: run.coverage for seed, run in arms[arm].items()})
+    found = _outside(exceptions(group_linears(coverage)))
+    return percent_text(100 * share, digits=1), "of the FLOPs of all linears" + f"; not {', '.join(found)}" * bool(
+        found
+    )
+
+
+def _outside(groups: Sequence[LinearGroup]) -> list[str]:
+    """Which linears had a GEMM outside FP8, of one outcome and reason together: `lm_head`, `wgrad of 14 linears`."""
+    members: dict[tuple[tuple[str, ...], str, bool], list[str]] = {}
+    for group in groups:
+        gemms = tuple(gemm for gemm, fp8 in group.fp8.items() if not fp8)
+        members.setdefault((gemms, group.reason or group.rule, group.changed), []).extend(group.fqns)
+    return [
+        (f"{' and '.join(gemms)} of " if len(gemms) < len(GEMMS) else "")
+        + (fqns[0] if len(fqns) == 1 else f"{len(fqns)} linears")
+        + f" ({reason})" * changed
+        for (gemms, reason, changed), fqns in members.items()
+    ]
+
+
+def _survival(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
+    own, base = verdict["arms"][arm], verdict["arms"][verdict["baseline"]]
+    runs, lost = own["runs"], len(diverged_seeds(own))
+    if lost:
+        count = len(diverged_seeds(base)) or "none"
+        return "no", f"{lost} of {len(runs)} runs diverged; of {base['label']} {count}"
+    skipped, spikes = (sum(run[key] or 0 for run in runs) for key in ("skipped_steps", "spikes"))
+    steps = count_text(min(run["steps"] for run in finished(runs)))
+    whole = f"{len(runs)} of {len(runs)} runs" if len(runs) > 1 else "its run"
+    words = f"{whole} finished {steps} steps; {count_text(skipped)} skipped, {count_text(spikes)} spikes of the loss"
+    return "yes", f"{words} ({count_text(sum(run['spikes'] for run in base['runs']))} of {base['label']})"
