@@ -43,6 +43,9 @@ class TestParseArguments:
     def test_text_keeps_its_equals_signs_and_commas(self):
         assert parse_arguments(["folder=/a=b,c d"], Arguments).folder == "/a=b,c d"
 
+    def test_number_is_decimal_whatever_zeros_it_begins_with(self):  # as in a sweep over seed=$(printf %03d $n)
+        assert [parse_arguments(["folder=x", f"count={text}"], Arguments).count for text in ("008", "010")] == [8, 10]
+
     def test_null_is_none(self):
         assert parse_arguments(["folder=x", "note=null"], Arguments).note is None
 
@@ -56,6 +59,7 @@ class TestParseArguments:
             ),
             pytest.param(["folder=x", "count=many"], "count: .*'many'.*; needs int", id="wrong type"),
             pytest.param(["folder=x", "count=1.5"], "count: .*needs int", id="fraction for an integer"),
+            pytest.param(["folder=x", "count=1:30"], "count: got '1:30'; needs int", id="sexagesimal"),
             pytest.param(["count=1"], "folder is not given.*folder=VALUE", id="required"),
             pytest.param(["folder"], "got 'folder'; needs key=value", id="no equals sign"),
         ],
@@ -99,6 +103,7 @@ class TestLoadConfig:
     def test_arguments_beat_experiment_beats_group(self):
         config = load_config(["experiment=quickstart", "optim.lr=0.5", "model.num_layers=2"])
         assert (config.optim.lr, config.model.num_layers, config.steps) == (0.5, 2, 300)
+        assert load_config(["optim.betas=[0.8,0.9]"]).optim.betas == (0.8, 0.9)
         assert load_config(["experiment=null"]).optim.lr != load_config([]).optim.lr
 
     def test_run_dir_is_a_function_of_the_configuration(self):
