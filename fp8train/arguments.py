@@ -92,7 +92,8 @@ def structure(target: type[T], values: Mapping[str, Any], *, who: str) -> T:
         key = error.full_key or ""
         place = f"{who}: {key}" if key else who
         got, want = _value_at(values, key), _type_name(_resolve(target, key))
-        raise ConfigError(f"{place}: got {got!r}; needs {want}. Correct the value.") from error
+        why = f" ({str(error).splitlines()[0]})" if "${" in str(got) else ""
+        raise ConfigError(f"{place}: got {got!r}{why}; needs {want}. Correct the value.") from error
 
 
 def _check_entries(target: type, values: Mapping[str, Any], who: str, prefix: str) -> None:
@@ -211,8 +212,9 @@ def _resolve(target: Any, key: str) -> Any:
             return None
         plain, _, index = name.partition("[")
         target = typing.get_type_hints(owner).get(plain)
-        if index:  # of a list: the type of its entries
-            target = next(iter(typing.get_args(target)), None)
+        if index:  # of a list, or of None in place of one: the type of its entries
+            lists = [part for part in (target, *typing.get_args(target)) if typing.get_origin(part) in (list, tuple)]
+            target = next((typing.get_args(part)[0] for part in lists), None)
     return _dataclass_of(target) or target
 
 
@@ -246,7 +248,9 @@ def _value_at(values: Mapping[str, Any], key: str) -> Any:
     for name in key.split("."):
         if not isinstance(values, Mapping):
             return None
+        name, _, index = name.partition("[")
         values = values.get(name, {}) if name else values
+        values = values[int(index.rstrip("]"))] if index and isinstance(values, list) else values
     return values
 
 

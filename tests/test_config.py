@@ -133,6 +133,12 @@ class TestLoadConfig:
                 ["model=quikstart"], "no file 'quikstart' in configs/model/; nearest: quickstart", id="choice"
             ),
             pytest.param(["experiment=zzz"], "experiment: no file 'zzz'.*choices: .*llama3_8b", id="experiment"),
+            pytest.param(["optim.betas=[0.9,x]"], "optim.betas\\[1\\]: got 'x'; needs float", id="type in a list"),
+            pytest.param(["profile.steps=[1,x]"], "profile.steps\\[1\\]: got 'x'; needs int", id="in a list or null"),
+            pytest.param(
+                ["run_dir=${oc.env:FP8TRAIN_UNSET}"], "run_dir: got .*'FP8TRAIN_UNSET' not found", id="no such variable"
+            ),
+            pytest.param(["run_dir=lr-${optim.rate}"], "run_dir: got .*'optim.rate' not found", id="no such reference"),
             pytest.param(["steps=many"], "steps: .*'many'.*needs int", id="type"),
             pytest.param(["model.hidden_size=wide"], "model.hidden_size: .*needs int", id="type in a section"),
             pytest.param(["steps=0"], "steps: got 0; needs at least 1", id="range"),
