@@ -232,6 +232,11 @@ def _split_options(overrides: list[str], command: str) -> tuple[list[str], str |
                 raise ConfigError(f"{command}: --config-dir got {value!r}; needs an existing folder.")
             else:
                 extra.append(Path(value).resolve())
+        elif argument in ("-m", "--multirun") or name.replace("/", ".").partition(".")[0] == "hydra":
+            raise ConfigError(
+                f"{command}: got {argument!r}; needs the keys of one run, which is all that a command makes. Sweep by "
+                f"a loop: for lr in 1e-3 3e-3; do fp8train {command} optim.lr=$lr run_dir=runs/lr-$lr; done."
+            )
         elif argument.startswith("-") or "=" not in argument:
             raise ConfigError(f"{command}: got {argument!r}; needs key=value, --cfg job, --config-dir DIR or --help.")
         else:
