@@ -256,9 +256,17 @@ def _compose(selected: list[str], folders: Sequence[Path]) -> dict[str, Any]:
     search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in folders[1:])}]"] if folders[1:] else []
     try:
         with initialize_config_dir(str(folders[0]), version_base="1.3"):
-            return OmegaConf.to_container(compose("train", overrides=groups + search))  # type: ignore[return-value]
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            values = OmegaConf.to_container(compose("train", overrides=groups + search))
+    except yaml.YAMLError as error:  # its further lines have file and line
+        raise ConfigError(f"configs: {' '.join(str(error).split())}. Correct the file.") from error
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"configs: {str(error).splitlines()[0]}. Correct the file.") from error
+    if "experiment" in values:  # type: ignore[operator]
+        raise ConfigError(
+            "configs/experiment: the file that is chosen sets its keys below `experiment`; needs them at the top. "
+            "Begin it with the line `# @package _global_`."
+        )
+    return values  # type: ignore[return-value]
 
 
 def _default_run_dir(config: RunConfig, command: str) -> str:

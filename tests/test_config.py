@@ -220,6 +220,19 @@ class TestLoadConfig:
         (tmp_path / "model" / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", **SHAPE}))
         assert load_config([f"--config-dir={tmp_path}", "model=mine"]).model.name == "mine"
 
+    @pytest.mark.parametrize(
+        ("group", "text", "message"),
+        [
+            pytest.param("experiment", "steps: 7", "Begin it with the line `# @package _global_`", id="package"),
+            pytest.param("optim", "lr: [1", 'configs: .*optim/mine.yaml", line 1', id="no YAML"),
+        ],
+    )
+    def test_file_of_the_users_own_that_does_not_serve_is_refused_with_the_remedy(self, tmp_path, group, text, message):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config([f"--config-dir={tmp_path}", f"{group}=mine"])
+
 
 SHAPE = {
     "vocab_size": 257,
