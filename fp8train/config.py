@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,10 @@ class RunConfig:
             need_at_least(name, getattr(self, name), 1)
         if self.run_dir == "":  # as from run_dir=$UNSET; the empty path would be the folder that the user stands in
             raise ConfigError("run_dir: got an empty text; needs a folder. Give run_dir=DIR, or leave it out.")
+        # shells leave the ~ of model.init_from=~/x alone, some also that of run_dir=~/x
+        for owner, name in ((self, "recipe"), (self, "run_dir"), (self, "resume"), (self.model, "init_from")):
+            if (path := getattr(owner, name)) is not None:
+                setattr(owner, name, os.path.expanduser(path))
         if self.time_limit_seconds is not None and not self.time_limit_seconds > 0:
             raise ConfigError(f"time_limit_seconds: got {self.time_limit_seconds}; needs more than 0, or null.")
 

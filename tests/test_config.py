@@ -7,7 +7,7 @@ import yaml
 
 from fp8train.arguments import describe, parse_arguments
 from fp8train.config import config_from_dict, config_to_dict, load_config
-from fp8train.errors import ConfigError
+from fp8train.errors import ConfigError, UserError
 from fp8train.optim import OptimConfig
 
 
@@ -109,6 +109,13 @@ class TestLoadConfig:
     def test_run_dir_is_a_function_of_the_configuration(self):
         assert load_config(["seed=7", "recipe=bf16"]).run_dir == "runs/quickstart-bf16-seed7"
         assert load_config([], "compare").run_dir == "runs/compare-quickstart-blockwise"
+
+    def test_tilde_is_the_home_folder(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("HOME", "/home/me")
+        config = load_config(["run_dir=~/a b", "resume=~/runs/a", "recipe=~/r.yaml"])
+        assert (config.run_dir, config.resume, config.recipe) == ("/home/me/a b", "/home/me/runs/a", "/home/me/r.yaml")
+        with pytest.raises(UserError, match="^/home/me/llama"):
+            load_config(["model=hf", "model.init_from=~/llama"])
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
