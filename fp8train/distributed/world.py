@@ -173,8 +173,16 @@ def _gpu_index(local_rank: int) -> int:
 
 def _join(timeout_seconds: float, backend: str) -> None:
     """Make the default process group."""
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # The restarts of a torchrun share a store, where a rank finds the address that its peer had before: it waits
+        # there for the timeout (pytorch/pytorch#135712). Agents of several machines count restarts each for itself;
+        # launch/torchrun.sh gives them a store for each.
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):

@@ -49,6 +49,36 @@ def test_first_failing_rank_is_the_root_cause_in_torchruns_report(tmp_path):
     assert "TrainingError: train: loss of rank 1 is not finite" in root_cause
 
 
+RESTARTED = """
+import os, signal, time
+from fp8train.distributed import init
+
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+if again and os.environ["RANK"] == "1":
+    time.sleep(2)  # rank 0 is there before and looks for it
+with init(20, "cpu") as world:
+    ranks = int(world.all_reduce_sum(1.0))
+    if again and world.main:
+        print("ranks", ranks)
+    if not again and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.barrier()
+"""
+
+
+def test_ranks_that_torchrun_starts_again_meet(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(RESTARTED)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+         str(program)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ranks 2\n"
+
+
 @pytest.fixture
 def torchrun(monkeypatch, tmp_path):
     """As a rank under torchrun: sets the rank, returns what torchrun would read after the command."""
