@@ -30,7 +30,7 @@ from fp8train.comparison.folders import CROSSED_FILE, VERDICT_FILE, FolderArgume
 from fp8train.comparison.parallel import Job, train_in_processes
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.config_sections import CompareConfig
-from fp8train.distributed import World, init, rank_exit_code
+from fp8train.distributed import World, rank_exit_code
 from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics
 from fp8train.report import write_report
@@ -38,7 +38,7 @@ from fp8train.report.run_record import RunRecord, read_mapping, read_run
 from fp8train.report.summary import summary
 from fp8train.report.verdict import Crossed, make_verdict
 from fp8train.trainer import Trainer
-from fp8train.trainer.agreement import check_same_command
+from fp8train.trainer.agreement import check_same_command, joined
 from fp8train.trainer.console import Console
 from fp8train.trainer.run_folder import RESULT_FILE, RunResult, on_main, write_file
 from fp8train.trainer.shared_folder import check_shared
@@ -64,9 +64,8 @@ def main(argv: Sequence[str]) -> int:
         return _conclude(there.run_dir, there.folders, there.settings, there.crossed, None)
     if any(argument in ("-h", "--help") for argument in argv):
         print(__doc__)
-    config = load_config(argv, "compare")
     recipe_given = any(argument.partition("=")[0] == "recipe" for argument in argv)
-    with init(config.parallel.timeout_seconds) as world:
+    with joined(lambda: load_config(argv, "compare")) as (config, world):
         check_same_command(config, world)
         device, ranks = world.device.type, world.world_size
         plan = on_main(world, lambda: plan_arms(config, recipe_given=recipe_given, ranks=ranks, device_type=device))

@@ -6,18 +6,20 @@ import math
 from collections.abc import Sequence
 
 from fp8train.config import RunConfig, load_config
-from fp8train.distributed import init, rank_exit_code
+from fp8train.distributed import World, rank_exit_code
 from fp8train.errors import TrainingError
 from fp8train.trainer import Trainer
+from fp8train.trainer.agreement import joined
 from fp8train.trainer.divergence import remedy
 from fp8train.trainer.run_folder import RunResult
 
 
-def run_training(config: RunConfig) -> RunResult:
-    """Train as configured, in this process and those that torchrun started beside it.
+def run_training(config: RunConfig, world: World) -> RunResult:
+    """Train as configured; every rank calls it.
 
     Args:
         config: with a run_dir.
+        world: the ranks that train together.
 
     Returns:
         RunResult: as in result.json, with evals and coverage.
@@ -26,11 +28,10 @@ def run_training(config: RunConfig) -> RunResult:
         UserError: configuration, data, folder or machine do not serve.
         TrainingError: training started and could not go on.
     """
-    with init(config.parallel.timeout_seconds) as world:
-        trainer = Trainer(config, world)
-        if config.parallel.strategy == "fsdp" and world.world_size == 1:
-            trainer.console.info("parallel=fsdp on one rank shards nothing: weights, gradients and moments stay whole")
-        return trainer.run()
+    trainer = Trainer(config, world)
+    if config.parallel.strategy == "fsdp" and world.world_size == 1:
+        trainer.console.info("parallel=fsdp on one rank shards nothing: weights, gradients and moments stay whole")
+    return trainer.run()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         TrainingError: the run came to its end with a loss that is not finite; its files are written all the same.
     """
-    check_finite(run_training(load_config(argv, "train")))
+    with joined(lambda: load_config(argv, "train")) as (config, world):
+        result = run_training(config, world)
+    check_finite(result)
     return 0
 
 

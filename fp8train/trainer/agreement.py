@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 
 import fp8train
 from fp8train.arguments import flattened
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Dataset, build_dataset, check_model_tokenizer, check_vocabulary
-from fp8train.distributed import World
+from fp8train.distributed import World, init
 from fp8train.distributed.agreement import check_same, on_every_rank
+from fp8train.distributed.world import TIMEOUT_SECONDS
 from fp8train.errors import UserError
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import Assembly, assemble
@@ -18,6 +22,29 @@ from fp8train.trainer.evaluation import EvalSet
 # Each rank has its own clock; they agree in every step on whether to stop or to save.
 # Data may lie elsewhere on each machine, if its fingerprint is the same.
 OF_EACH_RANK = ("time_limit_seconds", "checkpoint.minutes", "data.path")
+
+
+@contextmanager
+def joined(load: Callable[[], RunConfig]) -> Iterator[tuple[RunConfig, World]]:
+    """The configuration and, inside, the ranks, who need not wait for one that cannot load its own.
+
+    Raises:
+        UserError: on every rank, what `load` raised on some; what `init` raises.
+    """
+    loaded: list[RunConfig] = []
+    refusal: UserError | None = None
+    try:
+        loaded.append(load())
+    except UserError as error:
+        refusal = error
+
+    def config() -> RunConfig:
+        if refusal is not None:
+            raise refusal
+        return loaded[0]
+
+    with init(loaded[0].parallel.timeout_seconds if loaded else TIMEOUT_SECONDS) as world:
+        yield on_every_rank(world, config), world
 
 
 def check_same_command(config: RunConfig, world: World) -> None:

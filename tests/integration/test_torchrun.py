@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,4 +111,25 @@ def test_error_of_the_configuration_is_shown_once(tmp_path: Path, command: list[
     assert done.returncode != 0
     assert done.stderr.count("fp8train: error: ") == 1
     assert "RecipeError: " in done.stderr.partition("Root Cause (first observed failure):")[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_error_of_one_ranks_configuration_ends_all(tmp_path: Path):
+    """A folder that one machine alone has."""
+    (tmp_path / "groups0").mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from fp8train.distributed import rank_exit_code\n"
+        "from fp8train.train import main\n"
+        "sys.argv.append('--config-dir=' + sys.argv.pop(1) + os.environ['RANK'])\n"
+        "raise SystemExit(rank_exit_code(main))\n"
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = subprocess.run(
+        [*start, str(tmp_path / "groups"), *tiny_arguments(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"fp8train: error: on rank 1, not on rank 0: train: --config-dir got '{tmp_path}/groups1'" in done.stderr
     assert not (tmp_path / "run").exists()
