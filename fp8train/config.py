@@ -233,7 +233,7 @@ def _split_options(overrides: list[str], command: str) -> tuple[list[str], str |
                 if value != "job":
                     raise ConfigError(f"{command}: --cfg got {value!r}; needs job.")
                 show = "job"
-            elif not Path(value).is_dir():
+            elif not value or not Path(value).is_dir():  # Path("") is where the user stands
                 raise ConfigError(f"{command}: --config-dir got {value!r}; needs an existing folder.")
             else:
                 extra.append(Path(value).resolve())

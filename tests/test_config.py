@@ -154,6 +154,7 @@ class TestLoadConfig:
             pytest.param(["--multirun"], "got '--multirun'; needs the keys of one run.*for lr in", id="sweep"),
             pytest.param(["hydra/launcher=joblib"], "got 'hydra/launcher=joblib'; needs the keys of", id="launcher"),
             pytest.param(["--config-dir=/nonexistent"], "--config-dir got '/nonexistent'", id="no such folder"),
+            pytest.param(["--config-dir="], "--config-dir got ''; needs an existing folder", id="empty folder name"),
             pytest.param(["log.wandb=onlin"], "log.wandb: got 'onlin'; nearest: online", id="one of"),
             pytest.param(["profile.steps=[3,1]"], "profile.steps: got \\[3, 1\\]", id="profile window"),
         ],
