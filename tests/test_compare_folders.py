@@ -159,7 +159,7 @@ def test_damaged_lines_are_left_out_only_if_asked(tmp_path: Path, capsys: pytest
     verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
     assert verdict["arms"]["blockwise"]["runs"][0]["damaged_lines"] == 1
     assert verdict["comparisons"]["blockwise"]["seeds"][0]["relative_loss_error"]["steps"] == 39
-    assert "1 damaged lines of metrics were left out" in capsys.readouterr().out
+    assert "- FP8 blockwise: damaged lines of metrics left out: 1." in capsys.readouterr().out
 
 
 def test_folder_of_a_run_that_diverged_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,10 +167,9 @@ def test_folder_of_a_run_that_diverged_is_compared(tmp_path: Path, capsys: pytes
     fp8 = write_diverged_run(tmp_path / "b", recipe="blockwise")
     assert main([f"runs=[{bf16},{fp8}]", f"run_dir={tmp_path / 'out'}"]) == 0
     assert json.loads((tmp_path / "out" / "verdict.json").read_text())["status"] == "diverged"
-    assert (
-        "FP8 blockwise diverged in 1 of 1 seed (seed 1 at step 17: loss is nan), BF16 in none."
-        in capsys.readouterr().out
-    )
+    text = capsys.readouterr().out
+    assert "\nDiverged: FP8 blockwise diverged in 1 of 1 seed, BF16 in none.\n" in text
+    assert "- FP8 blockwise diverged in 1 of 1 seed (seed 1 at step 17: loss is nan).\n" in text
     assert main([f"runs=[{fp8},{bf16}]", f"run_dir={tmp_path / 'turned'}"]) == 1
 
 

@@ -93,7 +93,7 @@ def _outside(groups: Sequence[LinearGroup]) -> list[str]:
     return [
         (f"{' and '.join(gemms)} of " if len(gemms) < len(GEMMS) else "")
         + (fqns[0] if len(fqns) == 1 else f"{len(fqns)} linears")
-        + f" ({reason})" * changed
+        + f" throughout ({reason})" * changed
         for (gemms, reason, changed), fqns in members.items()
     ]
 

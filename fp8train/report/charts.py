@@ -102,11 +102,8 @@ def line_chart(
 
 def key(named: Sequence[tuple[str, str]]) -> str:
     """The key of a chart: a swatch of each colour (CSS) and what it stands for (HTML)."""
-    entries = (
-        f'<span class="key"><span class="swatch" style="background:{color}"></span>{label}</span>'
-        for color, label in named
-    )
-    return "".join(entries)
+    swatch = '<span class="key"><span class="swatch" style="background:{}"></span>{}</span>'
+    return "".join(swatch.format(color, label) for color, label in named)
 
 
 def bar_chart(bars: Sequence[Bar], *, title: str) -> str:

@@ -48,9 +48,10 @@ class Drawing:
     def area(self, xs: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, *, opacity: float) -> None:
         """What lies between two curves over the same x; points without a value are left out."""
         good = np.isfinite(low) & np.isfinite(high)
-        around = [np.concatenate([part, part[::-1]]) for part in (self._x(xs)[good],)]
+        there = self._x(xs)[good]
+        around = np.concatenate([there, there[::-1]])
         heights = np.concatenate([self._y(low)[good], self._y(high)[good][::-1]])
-        points = " ".join(f"{x:g} {y:g}" for x, y in zip(around[0], heights, strict=True))
+        points = " ".join(f"{x:g} {y:g}" for x, y in zip(around, heights, strict=True))
         self._inside.append(f'<polygon points="{points}" fill="{color}" fill-opacity="{opacity:g}"/>')
 
     def box(

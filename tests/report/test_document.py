@@ -192,6 +192,7 @@ def test_what_a_schedule_or_an_alarm_changed_is_said_and_raises_no_alert(tmp_pat
     coverage["linears"][0]["changed"] = "the schedule: bf16 from step 4"
     text = report_of(arms_of(tmp_path, coverage=coverage))
     assert "during the run, the schedule: bf16 from step 4: layers.0.self_attn.q_proj." in text
+    assert ", dgrad of layers.0.self_attn.q_proj throughout (the schedule: bf16 from step 4)" in text
     assert "also ran outside it" not in text and "planned FP8" not in text
 
 
