@@ -21,6 +21,7 @@ from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16, LinearPrecision
 from fp8train.shards import is_sharded, local
 from fp8train.telemetry.observer import uncounted
+from fp8train.trainer.probe import pass_apart
 from fp8train.trainer.step import inputs
 
 OUTSIDE = "outside"  # of every linear: weights, embedding, loss
@@ -111,22 +112,13 @@ def find_culprit(model: nn.Module, batches: Sequence[Batch], world: World, linea
 def _pass(model: nn.Module, batch: Batch, world: World, linears: Linears) -> tuple[float, list[int]]:
     """(mean loss of a micro-batch on this rank, id of each parameter whose gradient is not finite)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    targets = int((batch.targets != MASKED_TARGET).sum())
-    with torch.compiler.set_stance("force_eager"), uncounted(linears.values()):
-        mean = model(*inputs(batch, world.device)) / max(targets, 1)
-        if is_sharded(parameters):
-            mean.backward()  # which gathers the layers and frees them again
-            gradients = [parameter.grad for parameter in parameters]
-            for parameter in parameters:
-                parameter.grad = None
-        else:  # not backward(): that would fill .grad, and wake the hooks of DDP
-            gradients = list(torch.autograd.grad(mean, parameters, allow_unused=True))
+    mean, gradients = pass_apart(model, batch, world.device, linears.values(), parameters)
     broken = [
         id(parameter)
         for parameter, gradient in zip(parameters, gradients, strict=True)
         if gradient is not None and not bool(local(gradient).isfinite().all())
     ]
-    return float(mean.detach()), broken
+    return float(mean), broken
 
 
 @contextlib.contextmanager
