@@ -52,51 +52,21 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         self.betas = tuple(self.betas)  # type: ignore[assignment]  # OmegaConf hands over a list
-        _need(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "betas",
-            self.betas,
-            "two numbers in [0, 1)",
-            "[0.9,0.95]",
-        )
-        _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "a finite number above 0", "3e-4")
-        _need(math.isfinite(self.eps) and self.eps > 0, "eps", self.eps, "a finite number above 0", "1e-8")
-        _need(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay",
-            self.weight_decay,
-            "at least 0",
-            "0.1",
-        )
+        two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _need(two, "betas", self.betas, "two numbers in [0, 1)", "[0.9,0.95]")
+        _need(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0", "3e-4")
+        _need(0 < self.eps < math.inf, "eps", self.eps, "a finite number above 0", "1e-8")
+        _need(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "at least 0", "0.1")
         _need_one_of("moments", self.moments, MOMENTS)
         _need_one_of("schedule", self.schedule, SCHEDULES)
         _need_one_of("decay_shape", self.decay_shape, DECAY_SHAPES)
-        _need(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            "warmup_steps",
-            self.warmup_steps,
-            "at least 0, or null",
-            "100",
-        )
+        warmup, decay, clip, share = self.warmup_steps, self.decay_steps, self.clip_grad_norm, self.max_nonfinite_share
+        _need(warmup is None or warmup >= 0, "warmup_steps", warmup, "at least 0, or null", "100")
         _need(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "a number in [0, 1)", "0.02")
         _need(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]", "0.1")
-        _need(
-            self.decay_steps is None or self.decay_steps >= 0,
-            "decay_steps",
-            self.decay_steps,
-            "at least 0, or null",
-            "1000",
-        )
+        _need(decay is None or decay >= 0, "decay_steps", decay, "at least 0, or null", "1000")
         _need(0 <= self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a number in [0, 1]", "0.2")
-        clip = self.clip_grad_norm
-        _need(
-            clip is None or (math.isfinite(clip) and clip > 0),
-            "clip_grad_norm",
-            clip,
-            "a finite number above 0, or null",
-            "1.0",
-        )
-        share = self.max_nonfinite_share
+        _need(clip is None or 0 < clip < math.inf, "clip_grad_norm", clip, "a finite number above 0, or null", "1.0")
         _need(0 < share <= 1, "max_nonfinite_share", share, "more than 0 and at most 1", "0.5")
         _need(self.max_nonfinite_steps >= 1, "max_nonfinite_steps", self.max_nonfinite_steps, "at least 1", "10")
 
