@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from fp8train.errors import ConfigError
-from fp8train.errors import nearest as nearest
 
 T = TypeVar("T")
 REQUIRED = "<required>"

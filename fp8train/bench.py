@@ -21,9 +21,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
-from fp8train.arguments import nearest, parse_arguments
+from fp8train.arguments import parse_arguments
 from fp8train.distributed import World, init
-from fp8train.errors import ConfigError, exit_code
+from fp8train.errors import ConfigError, exit_code, nearest
 
 SUBJECTS = ("step", "linear", "gemm", "quantize", "telemetry", "host", "entries")
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fp8train.arguments import nearest, parse_arguments
+from fp8train.arguments import parse_arguments
 from fp8train.calibration import METRICS, Calibration
 from fp8train.checkpoint import open_checkpoint
 from fp8train.config import RunConfig, load_config
 from fp8train.data import Batcher, build_dataset, check_model_tokenizer, check_vocabulary
 from fp8train.data.dataset import PackedDataset
 from fp8train.distributed import World
-from fp8train.errors import ConfigError, DataError
+from fp8train.errors import ConfigError, DataError, nearest
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import Assembly, assemble
 from fp8train.trainer.changed_run import evaluation_config

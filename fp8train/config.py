@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8train._layout import folder
-from fp8train.arguments import describe, merged, nearest, parse_arguments, parse_assignments, structure
+from fp8train.arguments import describe, merged, parse_assignments, structure
 from fp8train.config_sections import (
     BlackBoxConfig,
     CheckpointConfig,
@@ -30,14 +30,12 @@ from fp8train.config_sections import (
 )
 from fp8train.convert import COPIES, FUSED
 from fp8train.data import DataConfig, with_model_tokenizer
-from fp8train.errors import ConfigError
+from fp8train.errors import ConfigError, nearest
 from fp8train.hf_fp8 import packing_of
 from fp8train.models import ModelConfig, read_config_json, resolve_config
 from fp8train.models.recompute import CHOICES as CHECKPOINTING
 from fp8train.optim import OptimConfig, learning_rate, warmup_steps
 from fp8train.telemetry.config import TelemetryConfig
-
-__all__ = ["RunConfig", "config_from_dict", "config_to_dict", "load_config", "parse_arguments"]
 
 GROUPS = ("model", "data", "optim", "parallel", "experiment")
 MICRO_BATCH_TOKENS = 16384  # derived micro-batch; a constant, so that the split does not depend on the machine

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fp8train.arguments import nearest
 from fp8train.checkup import arithmetic, machine, ranks, training, weights
 from fp8train.checkup.outcome import Outcome
 from fp8train.checkup.subject import Subject
 from fp8train.config import load_config
 from fp8train.distributed import check_single, init
-from fp8train.errors import ConfigError, UserError, exit_code
+from fp8train.errors import ConfigError, UserError, exit_code, nearest
 
 CHECKS: dict[str, Callable[[Subject], Outcome]] = {
     "coverage": training.coverage,

@@ -61,17 +61,16 @@ class Request:
     as_json: bool
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Print the plan; argv as in USAGE.
 
     Raises:
         ConfigError: an argument, the recipe or the model does not fit; see load_config, load_recipe, convert_model.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(argv):
         sys.stdout.write(USAGE)
         return 0
-    request = parse(arguments)
+    request = parse(argv)
     config = load_config(request.overrides, "explain")
     recipe = load_recipe(config.recipe)
     name, model = (

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fp8train.arguments import nearest, parse_arguments, with_key
+from fp8train.arguments import parse_arguments, with_key
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.data import covers
 from fp8train.data.build import configured_tokenizer
 from fp8train.data.model_tokenizer import has_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.distributed import check_single
-from fp8train.errors import ConfigError, DataError, exit_code
+from fp8train.errors import ConfigError, DataError, exit_code, nearest
 from fp8train.hf_fp8 import BlockPacking, packed_specs
 from fp8train.models import ModelConfig, build_model, count_parameters, hf_name, save_hf
 from fp8train.nn.remedies import fold_channel_scale

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fp8train.models.config import ModelConfig, RopeScaling
 from fp8train.models.counting import count_parameters, flops_per_token
 from fp8train.models.decoder import Decoder, build_model
-from fp8train.models.hf import Packing, config_from_hf, hf_name, load_hf, read_config_json, resolve_config, save_hf
+from fp8train.models.hf import Packing, hf_name, load_hf, save_hf
+from fp8train.models.hf_config import config_from_hf, read_config_json, resolve_config
 from fp8train.models.initialization import initialize
 
 __all__ = [

@@ -19,15 +19,7 @@ from torch import Tensor
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.models.config import ModelConfig
 from fp8train.models.decoder import Decoder, build_model
-from fp8train.models.hf_config import (
-    check_same_architecture,
-    config_from_hf,
-    config_to_hf,
-    read_config_json,
-    resolve_config,
-)
-
-__all__ = ["Packing", "config_from_hf", "hf_name", "load_hf", "read_config_json", "resolve_config", "save_hf"]
+from fp8train.models.hf_config import check_same_architecture, config_from_hf, config_to_hf, read_config_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 READABLE = ("BF16", "F16", "F32")  # names in a safetensors header; each is exact in FP32

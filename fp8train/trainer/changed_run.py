@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from fp8train._layout import folder
-from fp8train.arguments import describe, merged, nearest, parse_assignments, structure
+from fp8train.arguments import describe, merged, parse_assignments, structure
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import DataConfig, Dataset, SourceConfig, covers
 from fp8train.data.build import configured_tokenizer
 from fp8train.data.tokenizers import FileTokenizer
-from fp8train.errors import ConfigError, DataError
+from fp8train.errors import ConfigError, DataError, nearest
 from fp8train.trainer.same_run import OTHERWISE_SPLIT
 
 TEXT_KEYS = ("hf_name", "hf_subset", "hf_split", "hf_revision", "text_key")  # beside kind and path: what is read
