@@ -7,6 +7,8 @@ import ctypes
 import hashlib
 import resource
 import statistics
+from array import array
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,8 @@ class Speed:
 
     def __init__(self, skip_steps: int) -> None:
         self._skip = skip_steps
-        self._steps: list[float] = []
-        self._rates: list[float] = []
+        self._steps: deque[float] = deque(maxlen=50)
+        self._rates = array("d")  # 8 bytes a step: a run may have millions
 
     def add(self, tokens: int, seconds: float) -> None:
         """Record one step."""
@@ -51,7 +53,7 @@ class Speed:
 
     def eta_seconds(self, steps_left: int) -> float | None:
         """Time for so many more steps, by the mean of the last 50."""
-        return steps_left * statistics.fmean(self._steps[-50:]) if self._steps else None
+        return steps_left * statistics.fmean(self._steps) if self._steps else None
 
 
 class PeakMemory:
