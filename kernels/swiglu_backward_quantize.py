@@ -7,7 +7,9 @@ quantize.quantize_dual, bit for bit, without the gradients ever being written. s
 are rounded to the dtype of gate, as autograd of `F.silu(gate) * up` does. exp and the division are the device's fast
 ones (swiglu_quantize.sigmoid), hence not torch's bits: `swiglu_backward` is this without the quantiser: the definition.
 One program: a tile of 128x128 of both gradients where they are BF16, tiles are whole and all scales powers of two
-(tile_words.py); else of one of them (tile.py), since fp32 numbers of both do not fit the registers.
+(tile_words.py); else of one of them (tile.py), since fp32 numbers of both do not fit the registers. On request also the
+column copy of h, for wgrad of the linear that reads h: by a program for each tile, beside those that bring gate and up
+of the same tile to L2.
 Source: DeepSeek-V3 (arXiv:2412.19437) 3.3; SwiGLU: arXiv:2002.05202. Measured: kernels/README.md.
 """
 
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8train.kernels.launch import Rest, launch
-from fp8train.kernels.swiglu_quantize import sigmoid
+from fp8train.kernels.swiglu_quantize import load_factors, sigmoid, swiglu_strip, swiglu_words
 from fp8train.kernels.tile import load_strip, store_strip, store_tile
 from fp8train.kernels.tile_launch import (
     BLOCK,
@@ -35,7 +37,7 @@ from fp8train.kernels.tile_launch import (
     tiles,
     tiling,
 )
-from fp8train.kernels.tile_words import halves, load_words, paired, store_two_tiles, times
+from fp8train.kernels.tile_words import halves, load_words, paired, store_two_tiles, store_word_columns, times
 
 KEEP = True  # calculate a gradient of whole tiles once
 AHEAD = tl.constexpr(4)  # strips of each input that are loaded while one is worked on
@@ -100,19 +102,42 @@ def _gradient_words(dh, gate, up):
 
 
 @triton.jit
+def _store_h_columns(
+    gate_ptr, up_ptr, stride_gm, stride_um, zero, m, k, M, K, h_ptr, h_scale_ptr, stride_h, stride_h_scale,
+    MAX_BITS: tl.constexpr, POW2: tl.constexpr, STRIPS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Write the column copy of a tile of h; without WORDS h is calculated twice, since to keep it spills."""
+    inputs = gate_ptr, up_ptr, stride_gm, stride_um
+    if WORDS:
+        x = ()
+        for i in tl.static_range(STRIPS):
+            gate, up = load_factors(*inputs, i, m, k, STRIPS)
+            x = x + (swiglu_words(gate, up),)
+        store_word_columns(x, m, k, K, h_ptr, h_scale_ptr, stride_h, stride_h_scale, MAX_BITS)
+    else:
+        store_tile(
+            swiglu_strip, inputs, inputs, zero, m, k, M, K, h_ptr, h_scale_ptr, h_ptr, h_scale_ptr,
+            stride_h, stride_h_scale, stride_h, stride_h_scale, MAX_BITS, POW2, POW2, False, True, STRIPS, False,
+        )  # fmt: skip
+
+
+@triton.jit
 def _swiglu_backward_quantize_kernel(
     dh_ptr, gate_ptr, up_ptr,  # [M, K] bf16 or fp32
     out_ptr,  # [2, M, K], the gradients themselves, if not QUANTIZE
     row_ptr, row_scale_ptr,  # [2, M, K] fp8, [2, M, ceil(K/128)] fp32
     col_ptr, col_scale_ptr,  # [2, K, M] fp8, [2, K, ceil(M/128)] fp32
-    M, K, stride_dm, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale, zero,
+    h_ptr, h_scale_ptr,  # [K, M] fp8, [K, ceil(M/128)] fp32
+    M, K, stride_dm, stride_gm, stride_um, stride_om, stride_row, stride_row_scale, stride_col, stride_col_scale,
+    stride_h, stride_h_scale, zero,
     MAX_BITS: tl.constexpr, ROW_POW2: tl.constexpr, COL_POW2: tl.constexpr, COL: tl.constexpr, QUANTIZE: tl.constexpr,
-    STRIPS: tl.constexpr, KEEP: tl.constexpr,
+    H: tl.constexpr, H_MAX_BITS: tl.constexpr, H_POW2: tl.constexpr, STRIPS: tl.constexpr, KEEP: tl.constexpr,
+    PARTS: tl.constexpr,  # programs to a tile; with H the last makes h's
     WHOLE: tl.constexpr,  # are_whole: every tile lies inside
     WORDS: tl.constexpr,  # as_words: a program makes a tile of both gradients
 ):  # fmt: skip
     tiles_m, tiles_k = (M - 1) // 128 + 1, (K - 1) // 128 + 1  # M + 127 could overflow
-    tile = tl.program_id(0) // 2 if QUANTIZE and not WORDS else tl.program_id(0)
+    tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     m, k = (tile // tiles_k).to(tl.int64) * 128, (tile % tiles_k).to(tl.int64) * 128
     inputs = dh_ptr, gate_ptr, up_ptr, stride_dm, stride_gm, stride_um
     rows, cols = tl.cast(M, tl.int64), tl.cast(K, tl.int64)
@@ -120,6 +145,13 @@ def _swiglu_backward_quantize_kernel(
     col_gap, col_scale_gap = cols * stride_col, tl.cast(tiles_m, tl.int64) * stride_col_scale
     if WHOLE:  # of which the compiler knows that nothing is outside
         M, K = m + 128, k + 128
+    if H:  # noqa: SIM102  known when it is compiled
+        if part == PARTS - 1:
+            _store_h_columns(
+                gate_ptr, up_ptr, stride_gm, stride_um, zero, m, k, M, K, h_ptr, h_scale_ptr, stride_h, stride_h_scale,
+                H_MAX_BITS, H_POW2, STRIPS, WORDS,
+            )  # fmt: skip
+            return
     if WORDS:
         store_two_tiles(
             _load_words, inputs, _gradient_words, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
@@ -127,7 +159,7 @@ def _swiglu_backward_quantize_kernel(
             row_gap, row_scale_gap, col_gap, col_scale_gap, MAX_BITS, STRIPS, AHEAD,
         )  # fmt: skip
     elif QUANTIZE:
-        half = (tl.program_id(0) % 2).to(tl.int64)
+        half = part.to(tl.int64)
         row_ptr += half * row_gap
         row_scale_ptr += half * row_scale_gap
         if COL:
@@ -152,49 +184,61 @@ def _swiglu_backward_quantize_kernel(
             store_strip(dup, out_ptr + rows * stride_om, stride_om, i, m, k, M, K, 4)
 
 
+Format = tuple[int, bool]  # bits of its maximum, whether its scales are powers of two
+
+
 def _tiling(
-    bf16: bool, columns: bool, whole: bool, fits: bool, words: bool
+    bf16: bool, columns: bool, whole: bool, fits: bool, words: bool, h: Format | None = None, quantize: bool = True
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """fits: as_words."""
+    """columns: whether the gradients' column copies are wanted; fits: as_words."""
     warps, limit = NUM_WARPS if whole else RAGGED_WARPS, MAX_REGISTERS if fits else None
-    constants, options = tiling(bf16, columns, KEEP and whole, warps, whole, limit)
-    return constants | {"WORDS": fits and words}, options
+    constants, options = tiling(bf16, columns or h is not None, KEEP and whole, warps, whole, limit)
+    words = fits and words
+    parts = (1 if words or not quantize else 2) + (h is not None)
+    constants |= {"COL": columns, "QUANTIZE": quantize, "WORDS": words, "PARTS": parts, "H": h is not None}
+    return constants | dict(zip(("H_MAX_BITS", "H_POW2"), h or (0, True), strict=True)), options
 
 
 def _compile_cases() -> list[tuple]:
     """What tests compile: both dtypes and kinds of scale, the row copies alone, and the gradients themselves."""
-    pointers = {"row_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "col_ptr": "*fp8e4nv", "col_scale_ptr": "*fp32"}
-    kernel = _swiglu_backward_quantize_kernel
+    pairs = [(f"{copy}_ptr", f"{copy}_scale_ptr") for copy in ("row", "col", "h")]
+    pointers = {name: kind for pair in pairs for name, kind in zip(pair, ("*fp8e4nv", "*fp32"), strict=True)}
+    without_h = dict.fromkeys(pairs[2])
+    kernel, e4m3 = _swiglu_backward_quantize_kernel, 0x43E00000
     sizes = [name for name in kernel.arg_names if name.startswith("stride_")] + ["zero"]
-    common = {"MAX_BITS": 0x43E00000, "out_ptr": None, "QUANTIZE": True}
+    common = {"MAX_BITS": e4m3, "out_ptr": None}
     cases = []
     for dtype in ("bf16", "fp32"):
         inputs = dict.fromkeys(("dh_ptr", "gate_ptr", "up_ptr"), f"*{dtype}") | dict.fromkeys(("M", "K", *sizes), "i32")
         for pow2 in (True, False):
-            constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2, "COL": True}
+            constants = common | {"ROW_POW2": pow2, "COL_POW2": pow2}
             title = f"swiglu_backward_quantize {dtype} {'pow2' if pow2 else 'fp32'}"
-            more, options = _tiling(dtype == "bf16", True, True, dtype == "bf16" and pow2, True)
+            more, options = _tiling(dtype == "bf16", True, True, dtype == "bf16" and pow2, True, (e4m3, pow2))
             cases.append((title, kernel, inputs | pointers, constants | more, options))
     title, _, signature, constants, _ = cases[0]
-    more, free = _tiling(True, True, False, False, True)
-    separate, options = _tiling(True, True, True, False, True)
-    pointers_odd = {"odd": ("dh_ptr", "gate_ptr", "up_ptr")}
-    plain, limited = _tiling(True, True, True, True, False)
+    h = e4m3, True
+    plain, limited = _tiling(True, True, True, True, False, h)
     cases.append((f"{title} plain", kernel, signature, constants | plain, limited))
-    cases.append((f"{title} between words", kernel, signature, constants | separate, options | pointers_odd))
+    more, options = _tiling(True, True, True, False, True, h)
+    pointers_odd = {"odd": ("dh_ptr", "gate_ptr", "up_ptr")}
+    cases.append((f"{title} between words", kernel, signature, constants | more, options | pointers_odd))
     odd = {"odd": ("M", "K", *sizes[:3])}
     for scale, row, col in (("pow2", True, True), ("fp32", False, False), ("mixed", False, True)):
+        more, options = _tiling(True, True, False, False, True, (e4m3, col))
         kinds = {"ROW_POW2": row, "COL_POW2": col}
         name = title.replace("pow2", f"{scale} ragged")
-        cases.append((name, kernel, signature, constants | more | kinds, free | odd))
+        cases.append((name, kernel, signature, constants | more | kinds, options | odd))
     one_row = {name: kind for name, kind in signature.items() if name != "M"}  # a size of 1 is a constant of the kernel
-    cases.append((f"{title} one row", kernel, one_row, constants | more | {"M": 1}, free))
-    more, options = _tiling(True, False, True, False, True)
-    constants = constants | more | {"COL": False}
-    cases.append((f"{title} row copies", kernel, signature, constants, options))
+    cases.append((f"{title} one row", kernel, one_row, constants | more | {"M": 1}, options))
+    for name, columns, h_format in (("row copies and h", False, h), ("row copies", False, None), ("no h", True, None)):
+        more, options = _tiling(True, columns, True, columns, True, h_format)
+        gone = without_h if h_format is None else {}
+        kept = {name: kind for name, kind in signature.items() if name not in gone}
+        cases.append((f"{title} {name}", kernel, kept, constants | more | gone, options))
     plain = {name: kind for name, kind in signature.items() if name not in pointers} | {"out_ptr": "*bf16"}
     nothing = {name: value for name, value in constants.items() if name != "out_ptr"} | dict.fromkeys(pointers)
-    cases.append(("swiglu_backward bf16", kernel, plain, nothing | {"QUANTIZE": False}, options))
+    more, options = _tiling(True, False, True, False, True, quantize=False)
+    cases.append(("swiglu_backward bf16", kernel, plain, nothing | more, options))
     return cases
 
 
@@ -214,9 +258,10 @@ def swiglu_backward_quantize(
     pow2: bool,
     col_pow2: bool | None = None,
     columns: bool = True,
+    h: tuple[torch.dtype, float, bool] | None = None,
     words: bool = True,
     block: int = BLOCK,
-) -> tuple[Copies, Copies]:
+) -> tuple[Copies, Copies, tuple[Tensor, Tensor] | None]:
     """Row and column copies of dgate and of dup: quantize.quantize_dual of swiglu_backward's results, bit for bit.
 
     Args:
@@ -226,12 +271,14 @@ def swiglu_backward_quantize(
         pow2: round the scales up to powers of two.
         col_pow2: kind of scale of the column copies; None is that of the row copies.
         columns: write the column copies; without them the last two outputs of each are None.
+        h: fp8_dtype, fp8_max and pow2 of a column copy of h, as swiglu_quantize writes it; None: none is written.
         words: take two numbers at a time, and both gradients in one program, where that serves (as_words), to the
             same codes.
         block: 128.
 
     Returns:
-        For dgate and for dup (qdata, scale_inv, qdata of the transpose, its scale_inv), laid out as by quantize_dual.
+        For dgate and for dup (qdata, scale_inv, qdata of the transpose, its scale_inv), laid out as by quantize_dual;
+        and (qdata of h.T [K, M], its scale_inv), or None.
 
     Raises:
         ValueError: an input, the format or the block do not fit.
@@ -242,7 +289,11 @@ def swiglu_backward_quantize(
     col = empty_codes(gate, 2 * K, M, fp8_dtype, BLOCK) if columns else None
     col_scale = empty_scales(gate, K, 2 * BLOCK * -(-M // BLOCK)) if columns else None
     kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    _launch(dh, gate, up, None, row, row_scale, col, col_scale, kinds, words)
+    h_copy, h_kinds = None, None
+    if h is not None:
+        check_format("swiglu_backward_quantize", h[0], block)
+        h_copy, h_kinds = (empty_codes(gate, K, M, h[0], BLOCK), empty_scales(gate, K, M)), (max_bits(h[1]), h[2])
+    _launch(dh, gate, up, None, (row, row_scale, col, col_scale), h_copy or (None, None), kinds, h_kinds, words)
     halves = [
         (
             row[half * M : (half + 1) * M],
@@ -252,7 +303,7 @@ def swiglu_backward_quantize(
         )
         for half in (0, 1)
     ]
-    return halves[0], halves[1]
+    return halves[0], halves[1], h_copy
 
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,32 +314,30 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     """
     _check("swiglu_backward", dh, gate, up, torch.float8_e4m3fn, BLOCK)
     gradients = torch.empty(2, *gate.shape, dtype=gate.dtype, device=gate.device)
-    _launch(dh, gate, up, gradients[0], None, None, None, None, (0, True, True))
+    _launch(dh, gate, up, gradients[0], (None, None, None, None), (None, None), (0, True, True), None)
     return gradients[0], gradients[1]
 
 
 def _launch(
     dh: Tensor, gate: Tensor, up: Tensor, out: Tensor | None,
-    row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    kinds: tuple[int, bool, bool], words: bool = False,
+    copies: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], h: tuple[Tensor | None, Tensor | None],
+    kinds: tuple[int, bool, bool], h_kinds: Format | None, words: bool = False,
 ) -> None:  # fmt: skip
     if gate.numel() == 0:
         return
 
     def rest() -> Rest:
         (M, K), bf16 = gate.shape, gate.dtype is torch.bfloat16
-        inputs = dh.stride(0), gate.stride(0), up.stride(0)
-        whole = are_whole(M, K, *inputs)
-        fits = as_words(bf16, col is not None, whole, kinds[1] and kinds[2], dh, gate, up)
-        tile, options = _tiling(bf16, col is not None, whole, fits, words)
-        constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]}
-        constants |= {"COL": col is not None, "QUANTIZE": row is not None}
-        strides = 0 if out is None else out.stride(0), *leading_strides(row, row_scale, col, col_scale)
-        parts = 1 if row is None or tile["WORDS"] else 2
-        return tiles(M, K, parts), (M, K, *inputs, *strides, 0), constants | tile, options
+        inputs, columns = (dh.stride(0), gate.stride(0), up.stride(0)), copies[2] is not None
+        whole, pow2 = are_whole(M, K, *inputs), kinds[1] and kinds[2] and (h_kinds is None or h_kinds[1])
+        fits = as_words(bf16, columns, whole, pow2, dh, gate, up)
+        tile, options = _tiling(bf16, columns, whole, fits, words, h_kinds, copies[0] is not None)
+        constants = {"MAX_BITS": kinds[0], "ROW_POW2": kinds[1], "COL_POW2": kinds[2]} | tile
+        strides = 0 if out is None else out.stride(0), *leading_strides(*copies), *leading_strides(None, None, *h)[2:]
+        return tiles(M, K, tile["PARTS"]), (M, K, *inputs, *strides, 0), constants, options
 
-    tensors = dh, gate, up, out, row, row_scale, col, col_scale
-    launch(_swiglu_backward_quantize_kernel, (*kinds, words), tensors, rest)
+    tensors = dh, gate, up, out, *copies, *h
+    launch(_swiglu_backward_quantize_kernel, (*kinds, h_kinds, words), tensors, rest)
 
 
 def _check(name: str, dh: Tensor, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:

@@ -58,7 +58,7 @@ def sigmoid(x):
 
 
 @triton.jit
-def _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.constexpr):
+def swiglu_strip(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.constexpr):
     """silu(gate) * up of strip i, rounded twice as torch does, fp32."""
     gate = load_strip(gate_ptr, stride_gm, i, m, k, M, K, STRIPS)
     up = load_strip(up_ptr, stride_um, i, m, k, M, K, STRIPS)
@@ -67,13 +67,14 @@ def _swiglu(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, M, K, STRIPS: tl.co
 
 
 @triton.jit
-def _load_words(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, STRIPS: tl.constexpr):
+def load_factors(gate_ptr, up_ptr, stride_gm, stride_um, i, m, k, STRIPS: tl.constexpr):
+    """Words of strip i of gate and of up."""
     return load_words(gate_ptr, stride_gm, i, m, k, STRIPS), load_words(up_ptr, stride_um, i, m, k, STRIPS)
 
 
 @triton.jit
-def _swiglu_words(gate, up):
-    """Words of what _swiglu gives, from those of the inputs."""
+def swiglu_words(gate, up):
+    """Words of what swiglu_strip gives, from those of the inputs."""
     even, odd = halves(gate)
     return times(paired(even * sigmoid(even), odd * sigmoid(odd)), up)
 
@@ -97,16 +98,16 @@ def _swiglu_quantize_kernel(
     inputs = gate_ptr, up_ptr, stride_gm, stride_um
     if WORDS:
         store_word_tile(
-            _load_words, inputs, _swiglu_words, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
+            load_factors, inputs, swiglu_words, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr,
             stride_row, stride_row_scale, stride_col, stride_col_scale, MAX_BITS, STRIPS, AHEAD,
         )  # fmt: skip
     elif QUANTIZE:
         store_tile(
-            _swiglu, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
+            swiglu_strip, inputs, inputs, zero, m, k, M, K, row_ptr, row_scale_ptr, col_ptr, col_scale_ptr, stride_row,
             stride_row_scale, stride_col, stride_col_scale, MAX_BITS, ROW_POW2, COL_POW2, True, COL, STRIPS, KEEP,
         )  # fmt: skip
     else:
-        store_plain(_swiglu, inputs, out_ptr, stride_om, m, k, M, K)
+        store_plain(swiglu_strip, inputs, out_ptr, stride_om, m, k, M, K)
 
 
 def _compile_cases() -> list[tuple]:

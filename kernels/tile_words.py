@@ -254,6 +254,17 @@ def store_word_tile(
     scale_inv = scales_in_order(tl.reshape(in_order(rows, 0, 1), [64]), j, MAX_BITS)
     tl.store(row_scale_ptr + k // 128 * stride_row_scale + m + two, scale_inv)
 
+    store_word_columns(x, m, k, K, col_ptr, col_scale_ptr, stride_col, stride_col_scale, MAX_BITS)
+
+
+@triton.jit
+def store_word_columns(
+    x,  # words of the strips of the tile at (m, k), a tuple
+    m, k, K, col_ptr, col_scale_ptr, stride_col, stride_col_scale, MAX_BITS: tl.constexpr,
+):  # fmt: skip
+    """Write the column copy of a tile."""
+    j = tl.arange(0, 64)
+    scale_ptrs = col_scale_ptr + m // 128 * stride_col_scale + k + 2 * j[:, None] + tl.arange(0, 2)[None, :]
     columns = column_amax(largest(x))
-    tl.store(col_scale_ptr + m // 128 * stride_col_scale + k + two, scales_in_order(columns, j, MAX_BITS))
+    tl.store(scale_ptrs, scales_in_order(columns, j, MAX_BITS))
     store_column_words(x, encode_words(columns, MAX_BITS), col_ptr, stride_col, m, k, K)

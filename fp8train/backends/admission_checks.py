@@ -360,14 +360,18 @@ def _copies(
             made += both(copies, y, f" of y in {_name(out_dtype)}")
         return made
     if operation == "swiglu_quantize":
-        return both(module.swiglu_quantize(gate, up, words=words, **options), module.swiglu(gate, up))
-    halves = module.swiglu_backward_quantize(x, gate, up, words=words, **options)
+        h, alone = module.swiglu(gate, up), module.swiglu_quantize(gate, up, columns=False, **options)
+        copies = both(module.swiglu_quantize(gate, up, words=words, **options), h)
+        return [*copies, ("row copy alone", QTensor(alone[0], alone[1], spec), h, False)]
+    h_format = tuple(options.values())
+    dgate, dup, h_t = module.swiglu_backward_quantize(x, gate, up, h=h_format, words=words, **options)
     sources = module.swiglu_backward(x, gate, up)
-    return [
-        copy
-        for half, source, of in zip(halves, sources, (" of dgate", " of dup"), strict=True)
-        for copy in both(half, source, of)
-    ]
+    copies = both(dgate, sources[0], " of dgate") + both(dup, sources[1], " of dup")
+    return [*copies, ("column copy of h", QTensor(h_t[0], h_t[1], spec), _h(gate, up), True)]
+
+
+def _h(gate: Tensor, up: Tensor) -> Tensor:
+    return importlib.import_module("fp8train.kernels.swiglu_quantize").swiglu(gate, up)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -31,7 +31,9 @@ _SCHEMAS = {
     "swiglu": "(Tensor gate, Tensor up, str backend) -> Tensor",
     "swiglu_backward": "(Tensor dh, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
     "swiglu_quantize": f"(Tensor gate, Tensor up, {_QUANTIZE}) -> Tensor[]",
-    "swiglu_backward_quantize": f"(Tensor dh, Tensor gate, Tensor up, {_QUANTIZE}) -> Tensor[]",
+    "swiglu_backward_quantize": (
+        "(Tensor dh, Tensor gate, Tensor up, str row, str? col, str? h, str backend) -> Tensor[]"
+    ),
 }
 
 
@@ -90,12 +92,13 @@ def swiglu_quantize(gate: Tensor, up: Tensor, row: str, col: str | None, backend
 
 
 def swiglu_backward_quantize(
-    dh: Tensor, gate: Tensor, up: Tensor, row: str, col: str | None, backend: str
+    dh: Tensor, gate: Tensor, up: Tensor, row: str, col: str | None, h: str | None, backend: str
 ) -> list[Tensor]:
-    """Copies of swiglu_backward's dgate, then those of its dup."""
+    """Copies of swiglu_backward's dgate, then those of its dup; and if `h` is given h's column copy in it."""
     check_quantize_input(dh)
-    dgate, dup = get_backend(backend).swiglu_backward_quantize(dh, gate, up, *_specs(row, col))
-    return _tensors(dgate) + _tensors(dup)
+    specs = *_specs(row, col), None if h is None else as_spec(h)
+    dgate, dup, h_t = get_backend(backend).swiglu_backward_quantize(dh, gate, up, *specs)
+    return _tensors(dgate) + _tensors(dup) + ([] if h_t is None else [h_t.qdata, h_t.scale_inv])
 
 
 def _specs(row: str, col: str | None) -> tuple[QuantSpec, QuantSpec | None]:
@@ -119,6 +122,13 @@ def _fake_rms_norm_backward(
     return made + ([] if branch is None else [x.new_empty(x.shape, dtype=branch)])
 
 
+def _fake_swiglu_backward_quantize(
+    dh: Tensor, gate: Tensor, up: Tensor, row: str, col: str | None, h: str | None, backend: str
+) -> list[Tensor]:
+    h_t = [] if h is None else list(torch.ops.fp8train.quantize(gate, h, True, backend))
+    return _fake_copies(gate, row, col, backend) + _fake_copies(gate, row, col, backend) + h_t
+
+
 _FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
     rstd: lambda x, *_: x.new_empty(x.shape[:1], dtype=torch.float32),
     add_rstd: lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)),
@@ -129,7 +139,7 @@ _FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
     swiglu: lambda gate, *_: gate.new_empty(gate.shape),
     swiglu_backward: lambda dh, gate, *_: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
     swiglu_quantize: lambda gate, up, *copies: _fake_copies(gate, *copies),
-    swiglu_backward_quantize: lambda dh, gate, up, *copies: _fake_copies(gate, *copies) + _fake_copies(gate, *copies),
+    swiglu_backward_quantize: _fake_swiglu_backward_quantize,
 }
 for _implementation, _fake in _FAKES.items():
     register(_implementation.__name__, _SCHEMAS[_implementation.__name__], _implementation, _fake)

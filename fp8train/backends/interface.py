@@ -104,6 +104,6 @@ class Backend(Protocol):
         """Copies of swiglu's h, bit for bit."""
 
     def swiglu_backward_quantize(
-        self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
-    ) -> tuple[Copies, Copies]:
-        """Copies of swiglu_backward's dgate and of its dup, bit for bit."""
+        self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None, h: QuantSpec | None
+    ) -> tuple[Copies, Copies, QTensor | None]:
+        """Copies of swiglu_backward's dgate and of its dup, and if `h` is given swiglu's h.T in it, bit for bit."""

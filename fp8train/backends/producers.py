@@ -96,11 +96,12 @@ class Producers:
         return _copies(self, self.swiglu(gate, up), row, col)
 
     def swiglu_backward_quantize(
-        self: Backend, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
-    ) -> tuple[Copies, Copies]:
+        self: Backend, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None, h: QuantSpec | None
+    ) -> tuple[Copies, Copies, QTensor | None]:
         """See Backend."""
         dgate, dup = self.swiglu_backward(dh, gate, up)
-        return _copies(self, dgate, row, col), _copies(self, dup, row, col)
+        h_t = None if h is None else self.quantize(self.swiglu(gate, up), h, True)
+        return _copies(self, dgate, row, col), _copies(self, dup, row, col), h_t
 
 
 def _copies(backend: Backend, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> Copies:

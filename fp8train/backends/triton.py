@@ -220,15 +220,16 @@ class TritonBackend(Producers):
         return as_copies(run(rows_dense(gate), rows_dense(up), **more), row, col)
 
     def swiglu_backward_quantize(
-        self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None
-    ) -> tuple[Copies, Copies]:
+        self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None, h: QuantSpec | None
+    ) -> tuple[Copies, Copies, QTensor | None]:
         """See Backend."""
-        more = self._makes("swiglu_backward_quantize", gate, row, col)
+        more = self._makes("swiglu_backward_quantize", gate, row, col) if h is None or h.block == ROW else None
         if more is None:
-            return super().swiglu_backward_quantize(dh, gate, up, row, col)
+            return super().swiglu_backward_quantize(dh, gate, up, row, col, h)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
-        dgate, dup = run(rows_dense(dh), rows_dense(gate), rows_dense(up), **more)
-        return as_copies(dgate, row, col), as_copies(dup, row, col)
+        h_format = None if h is None else tuple(format_of(h).values())
+        dgate, dup, h_t = run(rows_dense(dh), rows_dense(gate), rows_dense(up), h=h_format, **more)
+        return as_copies(dgate, row, col), as_copies(dup, row, col), None if h is None else QTensor(h_t[0], h_t[1], h)
 
     def counters(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
         """See Backend; counted by the kernels that round in blocks of 1x128 and 128x128."""

@@ -36,10 +36,10 @@ BASELINE = "copy"
 CASES = {
     "row": (False,), "column": (True,), "both": (False, True), "weight": (False, True), "transpose": (True,),
     "rmsnorm": (False, True), "add_rmsnorm": (False, True), "swiglu": (False, True),
-    "swiglu_backward": (False, True, False, True), "rmsnorm_backward": (), "rope": (),
+    "swiglu_row": (False,), "swiglu_backward": (False, True, False, True, True), "rmsnorm_backward": (), "rope": (),
 }  # fmt: skip
 SHAPES = ((8192, 4096), (8192, 7168), (32768, 4096), (16384, 14336))
-INPUTS = {"add_rmsnorm": 2, "swiglu": 2, "swiglu_backward": 3, "rmsnorm_backward": 3}
+INPUTS = {"add_rmsnorm": 2, "swiglu": 2, "swiglu_row": 2, "swiglu_backward": 3, "rmsnorm_backward": 3}
 STREAM = ("weight", "rmsnorm", "add_rmsnorm", "rmsnorm_backward")  # cases whose first input is in FP32
 WITH_WORDS = ("both", "rmsnorm", "add_rmsnorm", "swiglu", "swiglu_backward")
 HEAD_DIM = 128
@@ -63,13 +63,14 @@ class Operation(NamedTuple):
 class QuantizeArguments(BenchArguments):
     """Quantisers: row copy, transposed column copy, both from one read, a weight's codes with their transpose, and that
     transpose from the codes (weight_copies=one); and what makes the input or the gradient that it rounds: RMSNorm of an
-    FP32 stream whose rstd is known; the same behind the sum that the stream is, which is two kernels; SwiGLU, SwiGLU's
-    backward. And what a step has besides, with nothing to round: RMSNorm's backward with the stream's own gradient, and
-    rotated queries or keys, of heads of 128 where the columns are so many.
+    FP32 stream whose rstd is known; the same behind the sum that the stream is, which is two kernels; SwiGLU, with
+    both copies and, as in a training step, the row copy alone; SwiGLU's backward, with h's column copy. And what a step
+    has besides, with nothing to round: RMSNorm's backward with the stream's own gradient, and rotated queries or keys,
+    of heads of 128 where the columns are so many.
 
     backend: auto takes the first of triton and cpu that runs here
-    cases: of row, column, both, weight, transpose, rmsnorm, add_rmsnorm, swiglu, swiglu_backward, rmsnorm_backward and
-        rope
+    cases: of row, column, both, weight, transpose, rmsnorm, add_rmsnorm, swiglu, swiglu_row, swiglu_backward,
+        rmsnorm_backward and rope
     shapes: [rows, columns]; null: activations of 4096 to 14336 channels
     plain: time the Triton kernels that take words of two numbers without them too, in the same rounds
     """
@@ -226,15 +227,18 @@ def _quantiser(
             lambda: _made(backend.rmsnorm_quantize(*_summed(backend, inputs, weight), bf16, spec, spec)),
             lambda: [backend.rms_norm(*_summed(backend, inputs, weight), bf16)],
         )
-    if case == "swiglu":
+    if case in ("swiglu", "swiglu_row"):
         gate, up = inputs
-        return lambda: _made(backend.swiglu_quantize(gate, up, spec, spec)), lambda: [backend.swiglu(gate, up)]
+        col = spec if case == "swiglu" else None
+        return lambda: _made(backend.swiglu_quantize(gate, up, spec, col)), lambda: [backend.swiglu(gate, up)]
     if case == "swiglu_backward":
         dh, gate, up = inputs
-        return (
-            lambda: [q for half in backend.swiglu_backward_quantize(dh, gate, up, spec, spec) for q in _made(half)],
-            lambda: backend.swiglu_backward(dh, gate, up),
-        )
+
+        def training() -> list[QTensor]:
+            *halves, h_t = backend.swiglu_backward_quantize(dh, gate, up, spec, spec, spec)
+            return [q for copies in (*halves, (h_t,)) for q in copies if q is not None]
+
+        return training, lambda: [*backend.swiglu_backward(dh, gate, up), backend.swiglu(gate, up)]
     return lambda: (backend.quantize(x, spec, case == "column"),), lambda: [x]
 
 

@@ -1,7 +1,8 @@
 """Modules that make the FP8 input of a linear themselves, RMSNorm before linears and SwiGLU in an MLP; and RoPE.
 
     fused_norm.py  x -> FP8 copies of rms_norm(x), for the linears that read it (q, k, v; gate, up)
-    fused_mlp.py   gate, up -> FP8 copies of h = silu(gate) * up, for down; backward: dh -> FP8 copies of dgate and dup
+    fused_mlp.py   gate, up -> FP8 codes of h = silu(gate) * up, for down; backward: dh -> FP8 copies of dgate and dup,
+                   and h.T for down's wgrad
     fused_rope.py  queries or keys -> rotated, by one kernel forward and backward, whatever the precision of the linears
 What is quantised is never written in high precision: autograd is connected by a tensor of the right shape whose numbers
 nobody reads, and which are NaN. A fused module has the parameters, state-dict names and hooks of the plain one that it
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fp8train.backends import fused_ops as _fused_ops  # noqa: F401  registers the operators
-from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.linear_function import Plan
 from fp8train.nn.operands import Operand
@@ -99,13 +99,14 @@ def input_specs(precision: LinearPrecision, wgrad: bool) -> tuple[QuantSpec, Qua
     return row, col if wgrad and precision.wgrad_source == "dual" else None
 
 
-def quantized_input(
-    x: Tensor, copies: Sequence[Tensor], row: QuantSpec, col: QuantSpec | None, precision: LinearPrecision
-) -> QuantizedInput:
+def input_operands(
+    copies: Sequence[Tensor], row: QuantSpec, col: QuantSpec | None, precision: LinearPrecision
+) -> tuple[Operand, Operand | None]:
+    """Those copies as fprop's left operand and what wgrad's right one is kept as, if it is."""
     left = Operand(copies[0], copies[1], row)
     if col is not None:
-        return QuantizedInput(x, left, Operand(copies[2], copies[3], col))
-    return QuantizedInput(x, left, left if precision.wgrad_source == "requant" else None)
+        return left, Operand(copies[2], copies[3], col)
+    return left, left if precision.wgrad_source == "requant" else None
 
 
 def unwritten(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8train.backends.producers import norm_gradients, row_rstd
-from fp8train.nn.fused import Fused, input_specs, quantized_input, refusal, taking_over, trains, unwritten, watched
+from fp8train.nn.fused import Fused, input_operands, input_specs, refusal, taking_over, trains, unwritten, watched
 from fp8train.nn.fused_layouts import NormLayout
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import HIGH, Float8Linear
@@ -86,7 +86,9 @@ class FusedRMSNorm(Fused):
 
     def _handed(self, y: Tensor, made: Made) -> Tensor | QuantizedInput:
         """What the readers take, given y as autograd sees it."""
-        return y if isinstance(made, Tensor) else quantized_input(y, *made, self.fusion.readers[0].plan.precision)
+        if isinstance(made, Tensor):
+            return y
+        return QuantizedInput(y, *input_operands(*made, self.fusion.readers[0].plan.precision))
 
     def _backend(self) -> str:
         return self.fusion.readers[0].plan.backend

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,28 +78,20 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable's check, at less cost
-            raise RuntimeError(
-                "Float8Linear: backward was called with create_graph=True; needs False, since rounding has no "
-                "derivative. Keep nn.Linear where second derivatives are wanted."
-            )
+        refuse_create_graph()
         plan, sink, x_dtype, bias_dtype, later = ctx.call
         col, col_scale, wt, wt_scale = ctx.saved_tensors
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         lead, dy = dy.shape[:-1], as_matrix(dy)
-        left, left_t = _quantized_grad(dy.contiguous(), plan, need_dx, need_dw)
+        left, left_t = quantized_grad(dy.contiguous(), plan, need_dx, need_dw)
         dx = dw = db = None
         if need_dx:
-            right = (
-                Operand(wt, wt_scale, plan.precision.dgrad.right) if later is None else later(wt, wt_scale, left.data)
-            )
-            dx = gemm(left, right, bias=None, out_dtype=x_dtype, **plan.common["dgrad"])
-            del right  # w.T may have been made for this alone
+            dx = input_grad(left, (wt, wt_scale), later, plan, x_dtype)
             dx = dx if len(lead) == 1 else dx.view(*lead, dx.shape[1])
         if need_dw:
             dw = weight_grad(left_t, wgrad_operand(col, col_scale, plan), plan, sink)
         if need_db:
-            db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
+            db = bias_grad(dy, bias_dtype)
         return dx, dw, db, None, None, None, None
 
 
@@ -107,7 +99,16 @@ class LinearFunction(torch.autograd.Function):
 APPLY: Any = super(torch.autograd.Function, LinearFunction).apply
 
 
-def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
+def refuse_create_graph() -> None:
+    """Raise RuntimeError where backward is to be differentiated: once_differentiable's check, at less cost."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "Float8Linear: backward was called with create_graph=True; needs False, since rounding has no "
+            "derivative. Keep nn.Linear where second derivatives are wanted."
+        )
+
+
+def quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Operand, Operand]:
     """dy as dgrad's and wgrad's left operand; the one that is not needed is the other."""
     precision = plan.precision
     dgrad, wgrad, high, noise = precision.dgrad.left, precision.wgrad.left, precision.high, precision.noise
@@ -115,6 +116,19 @@ def _quantized_grad(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tup
         return quantized_both(dy, dgrad, wgrad, high, plan.backend, noise)
     only = quantized(dy, dgrad if need_dx else wgrad, high, not need_dx, plan.backend, noise)
     return only, only
+
+
+def input_grad(
+    dy: Operand, kept: Sequence[Any], later: Callable[..., Operand] | None, plan: Plan, out_dtype: torch.dtype
+) -> Tensor:
+    """dx [M, K] from w.T as forward saved it, or as `later` makes it of that, for this alone."""
+    wt = Operand(kept[0], kept[1], plan.precision.dgrad.right) if later is None else later(*kept, dy.data)
+    return gemm(dy, wt, bias=None, out_dtype=out_dtype, **plan.common["dgrad"])
+
+
+def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """db [N], summed in FP32."""
+    return dy.sum(0, dtype=torch.float32).to(dtype)
 
 
 def wgrad_operand(col: Tensor, col_scale: Tensor | None, plan: Plan) -> Operand:

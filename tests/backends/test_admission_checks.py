@@ -121,20 +121,34 @@ def test_a_wrong_byte_in_any_copy_is_refused(operation: str, variant: str, monke
     module = kernel(operation)
     name = f"quantize_{variant.removesuffix('_plain')}" if operation == "quantize" else operation
     dtype, run = "float32" if variant.startswith("fp32") else "bfloat16", getattr(module, name)
-    copies = {"rows": 1, "columns": 1}.get(variant, 4 if operation == "swiglu_backward_quantize" else 2)
+    copies = {"rows": 1, "columns": 1}.get(variant, 5 if operation == "swiglu_backward_quantize" else 2)
     for spoilt in range(copies):
 
         def spoil(*args: Any, spoilt: int = spoilt, **kwargs: Any) -> Any:
             made = run(*args, **kwargs)
             halves = made if operation == "swiglu_backward_quantize" else [made]
-            flat = [tensor for half in halves for tensor in half if tensor.element_size() == 1]
-            flat[spoilt].view(torch.uint8)[1::4] = 0
+            flat = [tensor for half in halves for tensor in half if tensor is not None and tensor.element_size() == 1]
+            for tensor in flat[spoilt : spoilt + 1]:
+                tensor.view(torch.uint8)[1::4] = 0
             return made
 
         monkeypatch.setattr(module, name, spoil)
         assert f"differs from the definition for [128, 128] {dtype}" in str(
             check_codes(operation, variant, CPU, ((128, 128),))
         )
+
+
+def test_a_wrong_byte_in_a_row_copy_made_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kernel("swiglu_quantize").swiglu_quantize
+
+    def spoil(*args: Any, **more: Any) -> Any:
+        made = run(*args, **more)
+        if not more.get("columns", True):
+            made[0].view(torch.uint8)[5, 7] += 1
+        return made
+
+    monkeypatch.setattr(kernel("swiglu_quantize"), "swiglu_quantize", spoil)
+    assert "its row copy alone differs" in str(check_codes("swiglu_quantize", "bf16", CPU, ((128, 256),)))
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp32"])

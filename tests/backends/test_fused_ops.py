@@ -62,8 +62,10 @@ def calls(backend: str, rows: int = 35, dtype: torch.dtype = torch.bfloat16) -> 
         "swiglu_backward": (OPS.swiglu_backward.default, (dy, x, up, backend)),
         "swiglu_quantize": (OPS.swiglu_quantize.default, (x, up, X, X, backend)),
         "swiglu_quantize-row": (OPS.swiglu_quantize.default, (x, up, X, None, backend)),
-        "swiglu_backward_quantize": (OPS.swiglu_backward_quantize.default, (dy, x, up, X, X, backend)),
-        "swiglu_backward_quantize-row": (OPS.swiglu_backward_quantize.default, (dy, x, up, X, None, backend)),
+        "swiglu_backward_quantize": (OPS.swiglu_backward_quantize.default, (dy, x, up, X, X, None, backend)),
+        "swiglu_backward_quantize-h": (OPS.swiglu_backward_quantize.default, (dy, x, up, X, X, X, backend)),
+        "swiglu_backward_quantize-row": (OPS.swiglu_backward_quantize.default, (dy, x, up, X, None, None, backend)),
+        "swiglu_backward_quantize-row-h": (OPS.swiglu_backward_quantize.default, (dy, x, up, X, None, X, backend)),
     }
 
 
@@ -129,8 +131,12 @@ def test_copies_are_those_of_what_the_backend_computes(
         assert_copies(copies, y, row, col)
     gate, up, dh = (numbers(dtype=dtype, seed=seed) for seed in (1, 2, 3))
     copies = OPS.swiglu_quantize(gate, up, row, col, backend)
-    assert_copies(copies, OPS.swiglu(gate, up, backend), row, col)
-    copies = OPS.swiglu_backward_quantize(dh, gate, up, row, col, backend)
+    h = OPS.swiglu(gate, up, backend)
+    assert_copies(copies, h, row, col)
+    for h_spec in dict.fromkeys((X, X_FP32, row)):
+        *_, codes, scale_inv = OPS.swiglu_backward_quantize(dh, gate, up, row, col, h_spec, backend)
+        assert_copies([*copies[:2], codes, scale_inv], h, row, h_spec)
+    copies = OPS.swiglu_backward_quantize(dh, gate, up, row, col, None, backend)
     half = len(copies) // 2
     for place, gradient in zip((0, half), OPS.swiglu_backward(dh, gate, up, backend), strict=True):
         assert_copies(copies[place : place + half], gradient, row, col)

@@ -76,14 +76,14 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
 
     def everything(backend: TritonBackend) -> list[QTensor]:
         norm = backend.rmsnorm_quantize(x, weight, rstd, torch.bfloat16, row, row)
-        dgate, dup = backend.swiglu_backward_quantize(x, gate, up, row, row)
+        dgate, dup, h_t = backend.swiglu_backward_quantize(x, gate, up, row, row, row)
         made = [*backend.quantize_dual(x, row, row), *backend.quantize_square(x.float(), square), *norm]
-        return [*made, *backend.swiglu_quantize(gate, up, row, row), *dgate, *dup]
+        return [*made, *backend.swiglu_quantize(gate, up, row, row), *dgate, *dup, h_t]
 
     by_kernels = everything(TritonBackend())
     sources = (norm, h, dgate, dup)
     fused = [reference.quantize(source, row, transpose=turned) for source in sources for turned in (False, True)]
-    wanted = [*by_kernels[:4], *fused]
+    wanted = [*by_kernels[:4], *fused, fused[3]]
     for admitted in ([], [("quantize", "rows"), ("quantize_weight", "two_launches")]):
         asked = []
 
@@ -129,7 +129,9 @@ def test_a_kernel_that_takes_words_gives_way_to_the_plain_one(
         sources, copies = [backend.swiglu(gate, up)], [backend.swiglu_quantize(gate, up, row, row)]
     else:
         sources = list(backend.swiglu_backward(x, gate, up))
-        copies = list(backend.swiglu_backward_quantize(x, gate, up, row, row))
+        *copies, h_t = backend.swiglu_backward_quantize(x, gate, up, row, row, row)
+        h = kernel("swiglu_quantize").swiglu(gate, up)
+        assert same_codes(h_t, reference.quantize(h, row, transpose=True))
     for source, pair in zip(sources, copies, strict=True):
         for q, turned in zip(pair, (False, True), strict=True):
             assert q is not None and same_codes(q, reference.quantize(source, row, transpose=turned))

@@ -57,6 +57,28 @@ def assert_copies_of(copies: tuple[Tensor | None, ...], x: Tensor, variant: str)
     assert same_codes(QTensor(qt, st, col), quantize(x, col, transpose=True))  # type: ignore[arg-type]
 
 
+def h_format(variant: str | None) -> tuple[torch.dtype, float, bool] | None:
+    """Of the column copy of h that a variant has."""
+    if variant is None:
+        return None
+    fmt, _, col = VARIANTS[variant]
+    return fmt.dtype, fmt.max, col == "pow2"
+
+
+def assert_is_h_turned(h_t: tuple[Tensor, Tensor] | None, gate: Tensor, up: Tensor, variant: str | None) -> None:
+    """The column copy that backward makes of h is the one that forward made of it, where one was asked for."""
+    if variant is None:
+        assert h_t is None
+        return
+    _, _, *wanted = swiglu_quantize(gate, up, **options(variant))  # type: ignore[arg-type]
+    assert h_t is not None
+    for mine, theirs in zip(h_t, wanted, strict=True):
+        assert theirs is not None and (mine.shape, mine.stride()) == (theirs.shape, theirs.stride())
+    col = specs(variant)[1]
+    assert same_codes(QTensor(*h_t, col), QTensor(*wanted, col))  # type: ignore[arg-type]
+    assert same_codes(QTensor(*h_t, col), quantize(swiglu(gate, up), col, transpose=True))
+
+
 @shapes
 @dtypes
 def test_copies_are_those_of_the_unfused_path(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -68,18 +90,24 @@ def test_copies_are_those_of_the_unfused_path(shape: tuple[int, int], dtype: tor
 def test_formats_and_scales_are_those_asked_for(variant: str) -> None:
     dh, gate, up = inputs((20, 140), torch.bfloat16)
     assert_copies_of(swiglu_quantize(gate, up, **options(variant)), swiglu(gate, up), variant)  # type: ignore[arg-type]
-    halves = swiglu_backward_quantize(dh, gate, up, **options(variant))  # type: ignore[arg-type]
-    for copies, gradient in zip(halves, swiglu_backward(dh, gate, up), strict=True):
-        assert_copies_of(copies, gradient, variant)
+    for h_variant in (None, *VARIANTS):
+        *halves, h_t = swiglu_backward_quantize(dh, gate, up, h=h_format(h_variant), **options(variant))  # type: ignore[arg-type]
+        for copies, gradient in zip(halves, swiglu_backward(dh, gate, up), strict=True):
+            assert_copies_of(copies, gradient, variant)
+        assert_is_h_turned(h_t, gate, up, h_variant)
 
 
 @shapes
 @dtypes
-def test_copies_of_the_gradients_are_those_of_the_unfused_path(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("h", [None, "pow2"], ids=["without-h", "with-h"])
+def test_copies_of_the_gradients_are_those_of_the_unfused_path(
+    shape: tuple[int, int], dtype: torch.dtype, h: str | None
+) -> None:
     dh, gate, up = inputs(shape, dtype)
-    halves = swiglu_backward_quantize(dh, gate, up, **options("pow2"))  # type: ignore[arg-type]
+    *halves, h_t = swiglu_backward_quantize(dh, gate, up, h=h_format(h), **options("pow2"))  # type: ignore[arg-type]
     for copies, gradient in zip(halves, swiglu_backward(dh, gate, up), strict=True):
         assert_copies_of(copies, gradient, "pow2")
+    assert_is_h_turned(h_t, gate, up, h)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter
@@ -91,10 +119,11 @@ def test_whole_tiles_keep_their_codes_from_subnormal_numbers_to_inf(fmt: Format)
     dh[7], dh[:, 3:5] = 0.0, -0.0
     dh[100, 20], dh[100, 200] = float("inf"), -float("inf")
     up[40, 9], up[41, 209] = float("nan"), float("inf")  # of dgate alone
-    more = {"fp8_dtype": fmt.dtype, "fp8_max": fmt.max, "pow2": True}
-    made = [*swiglu_backward_quantize(dh, gate, up, **more), swiglu_quantize(gate, dh, **more)]  # type: ignore[arg-type]
+    more, spec = {"fp8_dtype": fmt.dtype, "fp8_max": fmt.max, "pow2": True}, QuantSpec(fmt, (1, 128), "pow2")
+    *made, h_t = swiglu_backward_quantize(dh, gate, up, h=tuple(more.values()), **more)  # type: ignore[arg-type]
+    made.append(swiglu_quantize(gate, dh, **more))  # type: ignore[arg-type]
+    assert same_codes(QTensor(*h_t, spec), quantize(swiglu(gate, up), spec, transpose=True))  # type: ignore[misc]
     for (q, s, qt, st), gradient in zip(made, (*swiglu_backward(dh, gate, up), swiglu(gate, dh)), strict=True):
-        spec = QuantSpec(fmt, (1, 128), "pow2")
         assert same_codes(QTensor(q, s, spec), quantize(gradient, spec))
         assert same_codes(QTensor(qt, st, spec), quantize(gradient, spec, transpose=True))  # type: ignore[arg-type]
 
@@ -111,11 +140,9 @@ def test_the_row_copy_can_be_had_alone() -> None:
     q, s, qt, st = swiglu_quantize(gate, up, columns=False, **options("pow2"))  # type: ignore[arg-type]
     assert qt is None and st is None
     assert torch.equal(q.view(torch.uint8), both[0].view(torch.uint8)) and torch.equal(s, both[1])
-    for copies, wanted in zip(
-        swiglu_backward_quantize(dh, gate, up, columns=False, **options("pow2")),  # type: ignore[arg-type]
-        swiglu_backward_quantize(dh, gate, up, **options("pow2")),  # type: ignore[arg-type]
-        strict=True,
-    ):
+    *halves, h_t = swiglu_backward_quantize(dh, gate, up, columns=False, h=h_format("pow2"), **options("pow2"))  # type: ignore[arg-type]
+    assert_is_h_turned(h_t, gate, up, "pow2")
+    for copies, wanted in zip(halves, swiglu_backward_quantize(dh, gate, up, **options("pow2"))[:2], strict=True):  # type: ignore[arg-type]
         assert copies[2] is None and torch.equal(copies[0].view(torch.uint8), wanted[0].view(torch.uint8))
 
 
@@ -145,7 +172,8 @@ def test_every_input_is_read_by_its_own_leading_stride(shape: tuple[int, int], f
     h, gradients = swiglu(*alone[1:]), swiglu_backward(*alone)
     assert torch.equal(swiglu(gate, up), h)
     assert_copies_of(swiglu_quantize(gate, up, **options("pow2")), h, "pow2")  # type: ignore[arg-type]
-    halves = swiglu_backward_quantize(dh, gate, up, **options("pow2"))  # type: ignore[arg-type]
+    *halves, h_t = swiglu_backward_quantize(dh, gate, up, h=h_format("pow2"), **options("pow2"))  # type: ignore[arg-type]
+    assert_is_h_turned(h_t, *alone[1:], "pow2")
     for copies, mine, gradient in zip(halves, swiglu_backward(dh, gate, up), gradients, strict=True):
         assert torch.equal(mine, gradient)
         assert_copies_of(copies, gradient, "pow2")

@@ -26,11 +26,11 @@ def test_only_copies_and_what_backward_needs_are_kept(name: str) -> None:
     part = Part(PRECISIONS[name]).fuse()
     norm_weight = part.norm.weight.numel() * 4
     held = saved_bytes(part.linears(), lambda: part(x)) - norm_weight
-    scales = {  # of x and h: column copies [K, M], or with source "requant" row copies [M, K], 4 bytes a block of 128
-        "blockwise": 4 * (K + INNER) * (M // 128),
-        "requant": 4 * M * (-(-K // 128) + -(-INNER // 128)),
+    codes = {  # of x the column copy [K, M], or with source "requant" row copies [M, K] of x and h; h.T is made later
+        "blockwise": M * K + 4 * K * (M // 128),
+        "requant": M * (K + INNER) + 4 * M * (-(-K // 128) + -(-INNER // 128)),
     }[name]
-    assert held == 4 * M * K + 4 * M + M * K + M * INNER + scales + 2 * 2 * M * INNER  # x, rstd, codes, gate and up
+    assert held == 4 * M * K + 4 * M + codes + 2 * 2 * M * INNER  # x, rstd, codes, gate and up
     plain = Part(PRECISIONS[name])
     assert held + 2 * M * INNER <= saved_bytes(plain.linears(), lambda: plain(x)) - norm_weight  # silu(gate) at least
 
@@ -41,7 +41,19 @@ def test_linears_keep_half_of_their_inputs_in_bf16() -> None:
     part = Part().fuse()
     of_others = 4 * M * K + 4 * M + 2 * 2 * M * INNER + 4 * K  # x, rstd, gate and up, the norm's weight
     # one byte a number and 4 bytes per 128 of them: 1.03125 / 2 = 0.516
-    assert saved_bytes(part.linears(), lambda: part(x)) - of_others <= 0.52 * 2 * M * (K + INNER)
+    assert saved_bytes(part.linears(), lambda: part(x)) - of_others <= 0.52 * 2 * M * K  # none of h
+
+
+def test_where_backward_does_not_come_to_gate_and_up_the_column_copy_of_h_is_kept_in_their_place() -> None:
+    M = 384
+    part = Part().fuse()
+    for parameter in (part.norm.weight, *(linear.weight for linear in part.linears()[:2])):
+        parameter.requires_grad_(False)
+    x = normal(M, K, dtype=torch.float32).to(DEVICE)
+    assert saved_bytes(part.linears(), lambda: part(x)) == M * INNER + 4 * INNER * (M // 128)
+    part.mlp.down_proj.weight.requires_grad_(False)
+    assert saved_bytes(part.linears(), lambda: part(x)) == 0
+    assert saved_bytes(part.linears(), lambda: part.mlp(x.requires_grad_())) == 2 * 4 * M * INNER  # gate and up, as x
 
 
 def test_weights_are_kept_for_the_gradient_of_the_input_only() -> None:

@@ -16,6 +16,7 @@ from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.weights import converted_linears, install_weight_hooks
 from fp8train.quant.formats import BF16, BLOCKWISE, LinearPrecision
 from tests.nn.precisions import PRECISIONS, made, normal, precisions, run
+from tests.nn.test_fused import Part, inputs
 
 
 def model_of(precision: LinearPrecision = BLOCKWISE, bias: bool = False) -> nn.Sequential:
@@ -256,6 +257,9 @@ def test_second_derivative_is_refused_rather_than_wrong() -> None:
     x = normal(5, 130).requires_grad_(True)
     with pytest.raises(RuntimeError, match="create_graph=True; needs False"):
         torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
+    x, dy = inputs()
+    with pytest.raises(RuntimeError, match="create_graph=True; needs False"):
+        Part().fuse()(x.requires_grad_()).backward(dy, create_graph=True)
 
 
 @pytest.mark.parametrize("rows", [128, 200])
