@@ -22,6 +22,17 @@ T = TypeVar("T")
 REQUIRED = "<required>"
 
 
+class _Scalars(yaml.SafeLoader):
+    """YAML with null, but neither numbers nor dates nor truth values: 1.1 takes 010 for 8 and 1:30 for 90, and
+    `structure` makes of a text what its field wants, 10 of the one and nothing of the other.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
     """Read `key=value` arguments into a dataclass; for commands whose arguments are not a whole run configuration.
 
@@ -57,7 +68,7 @@ def _literal(value: Any) -> Any:
 
 
 def parse_assignments(argv: Sequence[str], target: type) -> dict[str, Any]:
-    """`a.b=value` arguments as a nested mapping for `structure`: lists are YAML, a single value stays text."""
+    """`a.b=value` arguments as a nested mapping for `structure`: lists are YAML, numbers stay text."""
     values: dict[str, Any] = {}
     for argument in argv:
         key, equals, text = argument.partition("=")
@@ -264,17 +275,14 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _parse_value(text: str, hint: Any) -> Any:
-    """Text meant for one value stays as typed, less quotes around the whole of it; a list is YAML.
-
-    YAML 1.1 would take seed=010 for 8 and steps=1:30 for 90; `structure` makes 10 of the one and refuses the other.
-    """
+    """Text meant for a `str` stays as typed, less quotes around the whole of it; else YAML, whose scalars stay text."""
     if text == "null":
         return None
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
-    kinds = () if typing.get_origin(hint) in (list, dict, tuple) else (hint, *typing.get_args(hint))
-    if not text or (not quoted and not {str, int, float, bool}.isdisjoint(kinds)):
+    wants_text = hint is str or (str in typing.get_args(hint) and typing.get_origin(hint) not in (list, dict))
+    if not text or (wants_text and not quoted):
         return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Scalars)
     except yaml.YAMLError:
         return text

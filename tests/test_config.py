@@ -104,6 +104,8 @@ class TestLoadConfig:
         config = load_config(["experiment=quickstart", "optim.lr=0.5", "model.num_layers=2"])
         assert (config.optim.lr, config.model.num_layers, config.steps) == (0.5, 2, 300)
         assert load_config(["optim.betas=[0.8,0.9]"]).optim.betas == (0.8, 0.9)
+        assert load_config(["profile.steps=[010,020]"]).profile.steps == [10, 20]  # YAML 1.1 has 8 and 16
+        assert load_config(["data=text", "data.path=[010,on]"]).data.path == ["010", "on"]
         assert load_config(["experiment=null"]).optim.lr != load_config([]).optim.lr
 
     def test_run_dir_is_a_function_of_the_configuration(self):
