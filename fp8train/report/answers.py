@@ -56,7 +56,7 @@ def _speed(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
     if speed["not_quoted"] is not None:
         return NOT_COMPARABLE, speed["not_quoted"].partition(",")[0]  # the rest stands among the caveats
     if speed["raw"] is None:
-        return "unknown", "no seed has a speed of both arms"
+        return "unknown", "no seed was finished by both arms"
     detail = f"tokens per second, {ratio_text(found['time_to_loss_ratio'])} to the same loss"
     if found["time_to_loss_ratio"] is None:
         detail = "tokens per second; time to the same loss unknown"

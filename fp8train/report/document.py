@@ -75,7 +75,7 @@ def _header(verdict: Mapping[str, Any], arms: Arms) -> str:
     judged = judged_arms(verdict)
     status = f'<span class="status">{html.escape(verdict["status"].capitalize())}</span>' if len(judged) == 1 else ""
     heading = f"<h1>{typeset(verdict['sentence'])}</h1>"
-    numbers = "\n".join(page.paragraph(f"{line[:1].upper()}{line[1:]}", "lead") for line in verdict["numbers"])
+    numbers = "\n".join(page.paragraph(line, "lead") for line in verdict["numbers"])
     caveats = "".join(f"<li>{typeset(line)}</li>" for line in verdict["caveats"])
     return (
         f'<div class="eyebrow">{status}{eyebrow}</div>\n{heading}\n{numbers}\n{_tiles(verdict, arms)}\n'

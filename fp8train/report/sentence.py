@@ -41,8 +41,11 @@ def headline(verdict: Mapping[str, Any]) -> str:
 def numbers(verdict: Mapping[str, Any]) -> list[str]:
     """The gap of each judged arm, with speed and memory where they can be quoted."""
     arms = judged_arms(verdict)
-    label = "{0[label]}, {1[status]}: ".format if len(arms) > 1 else "".format
-    return [label(verdict["arms"][arm], verdict["comparisons"][arm]["test"]) + _numbers(verdict, arm) for arm in arms]
+    if len(arms) == 1:
+        text = _numbers(verdict, arms[0])
+        return [text[:1].upper() + text[1:]]
+    named = {arm: f"{verdict['arms'][arm]['label']}, {verdict['comparisons'][arm]['test']['status']}" for arm in arms}
+    return [f"{name}: {_numbers(verdict, arm)}" for arm, name in named.items()]
 
 
 def caveats(verdict: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from fp8train.report.coverage_summary import (
 )
 from fp8train.report.divergence import diverged_seeds, finished
 from fp8train.report.run_record import Arms, RunRecord
+from fp8train.report.sentence import judged_arms
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
 
 SHOWN_EXCEPTIONS = 6
@@ -41,8 +42,8 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
         blocks.append(_gaps(verdict))
     blocks += [text for arm, runs in arms.items() if (text := _coverage_lines(verdict["arms"][arm]["label"], runs))]
     caveats = "\n".join(f"- {line}" for line in verdict["caveats"])
-    numbers = "\n".join(f"{line[:1].upper()}{line[1:]}" for line in verdict["numbers"])
-    blocks.append(f"{verdict['status'].capitalize()}: {verdict['sentence']}\n{numbers}\n{caveats}")
+    status = f"{verdict['status'].capitalize()}: " * (len(judged_arms(verdict)) == 1)
+    blocks.append("\n".join([status + verdict["sentence"], *verdict["numbers"], caveats]))
     return "\n" + "\n\n".join(blocks)
 
 

@@ -157,10 +157,12 @@ def test_other_noise_than_the_shipped_one_is_no_placebo(tmp_path: Path) -> None:
     assert verdict_of(arms)["placebo"] == "noisy"
     text = (tmp_path / "noisy" / "recipe.yaml").read_text().replace("0.0265", "0.49")
     (tmp_path / "noisy" / "recipe.yaml").write_text(text)
-    verdict = verdict_of(arms | {"noisy": {1: read_run(tmp_path / "noisy")}})
-    assert (
-        verdict["placebo"] is None and verdict["sentence"] == "2 arms against BF16: 2 indicative."
-    )  # it is judged too
+    arms |= {"noisy": {1: read_run(tmp_path / "noisy")}}
+    verdict = verdict_of(arms)
+    assert verdict["placebo"] is None and verdict["sentence"] == "2 arms against BF16: 2 indicative."  # judged too
+    said = summary(verdict, arms)
+    assert "\n\n2 arms against BF16: " in said, "no status of one arm before what is said of all"
+    assert "\nnoisy, indicative: " in said, "a name is as it was given"
 
 
 def test_the_smoothed_curve_has_gaps_where_there_is_no_loss() -> None:
