@@ -23,14 +23,18 @@ REQUIRED = "<required>"
 
 
 class _Scalars(yaml.SafeLoader):
-    """YAML with null, but neither numbers nor dates nor truth values: 1.1 takes 010 for 8 and 1:30 for 90, and
-    `structure` makes of a text what its field wants, 10 of the one and nothing of the other.
+    """YAML with null and plain whole numbers; other scalars stay text, of which `structure` makes what a field wants.
+
+    YAML 1.1 takes 010 for 8, 1:30 for 90 and `on` for true.
     """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+
+_Scalars.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"-?(0|[1-9][0-9]*)$"), list("-0123456789"))
 
 
 def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
@@ -68,7 +72,7 @@ def _literal(value: Any) -> Any:
 
 
 def parse_assignments(argv: Sequence[str], target: type) -> dict[str, Any]:
-    """`a.b=value` arguments as a nested mapping for `structure`: lists are YAML, numbers stay text."""
+    """`a.b=value` arguments as a nested mapping for `structure`: lists are YAML, one value stays text."""
     values: dict[str, Any] = {}
     for argument in argv:
         key, equals, text = argument.partition("=")
@@ -275,7 +279,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _parse_value(text: str, hint: Any) -> Any:
-    """Text meant for a `str` stays as typed, less quotes around the whole of it; else YAML, whose scalars stay text."""
+    """Text meant for a `str` stays as typed, less quotes around the whole of it; else YAML, as _Scalars has it."""
     if text == "null":
         return None
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"

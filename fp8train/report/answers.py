@@ -9,7 +9,7 @@ from typing import Any
 from fp8train.backends.coverage import GEMMS
 from fp8train.report.conclusion import NOT_COMPARABLE, mean
 from fp8train.report.coverage_summary import LinearGroup, exceptions, group_linears, merged_coverage
-from fp8train.report.divergence import diverged_seeds, finished
+from fp8train.report.divergence import diverged_seeds, finished, lost_steps
 from fp8train.report.run_record import Arms
 from fp8train.report.sentence import gap_words
 from fp8train.units import count_text, percent_text, ratio_text
@@ -104,7 +104,7 @@ def _survival(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
     if lost:
         count = len(diverged_seeds(base)) or "none"
         return "no", f"{lost} of {len(runs)} runs diverged; of {base['label']} {count}"
-    skipped, spikes = (sum(run[key] or 0 for run in runs) for key in ("skipped_steps", "spikes"))
+    skipped, spikes = sum(map(lost_steps, runs)), sum(run["spikes"] for run in runs)
     steps = count_text(min(run["steps"] for run in finished(runs)))
     whole = f"{len(runs)} of {len(runs)} runs" if len(runs) > 1 else "its run"
     words = f"{whole} finished {steps} steps; {count_text(skipped)} skipped, {count_text(spikes)} spikes of the loss"

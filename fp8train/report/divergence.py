@@ -13,6 +13,11 @@ def finished(rows: Rows) -> Rows:
     return [row for row in rows if not row["diverged"]] or rows
 
 
+def lost_steps(run: Mapping[str, Any]) -> int:
+    """Skipped steps of a run; where it does not say, its logged steps without a finite loss."""
+    return int(run["nonfinite_losses"] if run["skipped_steps"] is None else run["skipped_steps"])
+
+
 def diverged_seeds(entry: Mapping[str, Any]) -> set[int]:
     """Seeds in which an arm diverged."""
     return {run["seed"] for run in entry["runs"] if run["diverged"]}

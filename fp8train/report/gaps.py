@@ -8,7 +8,7 @@ from typing import Any
 from fp8train.report import page
 from fp8train.report.arm_rows import arm_name, measured_runs, pair_of, run_columns, run_row, slots
 from fp8train.report.conclusion import interval_text, more_seeds
-from fp8train.report.divergence import finished
+from fp8train.report.divergence import finished, lost_steps
 from fp8train.report.interval_chart import Gaps, interval_chart
 from fp8train.report.page import Column, typeset
 from fp8train.units import NOTHING, count_text, loss_text, percent_text, ratio_text, signed_text
@@ -121,7 +121,7 @@ def stability_section(verdict: Mapping[str, Any]) -> list[str]:
         pair, end = pair_of(verdict, arm, index), run["diverged"]
         cells = [
             count_text(run["steps"]),
-            count_text(run["nonfinite_losses"] if run["skipped_steps"] is None else run["skipped_steps"]),
+            count_text(lost_steps(run)),
             count_text(run["spikes"]),
             ratio_text(pair["grad_norm_ratio"]) if pair else "baseline",
             f"diverged at step {count_text(end['step'])}" if end else "finished",

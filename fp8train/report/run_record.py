@@ -95,7 +95,7 @@ class RunRecord:
 
     @property
     def speeds(self) -> np.ndarray:
-        """Tokens per second of the logged steps after the first log.skip_steps, as result.json counts them too."""
+        """Tokens per second of the logged steps after the run's first log.skip_steps; result.json's: of one process."""
         speed = self.train.columns["tokens_per_second"][self.train.steps > self.skip_steps]
         return speed[np.isfinite(speed)]
 

@@ -62,7 +62,7 @@ def caveats(verdict: Mapping[str, Any]) -> list[str]:
     ]
     tested = placebo is not None and placebo["low"] is not None and verdict["learning"]["doubt"] is None
     if tested and verdict["placebo"] not in arms:
-        lines.append(f"Chance alone, which the placebo shows, moves the loss by {interval_text(placebo)}.")
+        lines.append(f"Of the placebo, which shows chance alone, the interval is {interval_text(placebo)}.")
     lines += _by_arm(verdict, arms, [_not_comparable(comparison) for comparison in comparisons])
     lines += [line for entry in verdict["arms"].values() if (line := _lost(entry))]
     return [*lines, str(verdict["learning"]["scope"]), *looks_words(verdict["looks"])]

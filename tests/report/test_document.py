@@ -113,9 +113,14 @@ def test_four_questions_are_answered_at_the_top_and_lead_to_their_sections(tmp_p
     assert [tile[0] for tile in good] == ["#speed", "#loss", "#coverage", "#stability"]
     assert [tile[1] for tile in good] == ["0.71\u00d7", "Unproven", "95.8\u202f%", "Yes"]
     assert good[2][2] == "of the FLOPs of all linears; not wgrad of layers.3.mlp.down_proj, lm_head"
+    assert good[0][2].endswith("; on a machine without FP8 units")
     assert slow[0][1] == "Not comparable" and slow[0][2].startswith("FP8 blockwise's steps varied ")
     lost = flat(arms_of(tmp_path / "lost", losses=np.full(40, np.nan), eval_loss=np.nan))
     assert [tile[1] for tile in (lost[1], lost[3])] == ["No, it diverged", "No"]
+    assert lost[0][1:] == ("Unknown", "no seed was finished by both arms")
+    gaps = np.linspace(5.5, 2.3, 40)
+    gaps[[10, 20, 30]] = np.nan  # of a run that does not say how many steps it skipped
+    assert "finished 40 steps; 3 skipped" in flat(arms_of(tmp_path / "gaps", losses=gaps))[3][2]
 
 
 @pytest.mark.parametrize("names", [["blockwise"], ["placebo", "blockwise"], ["blockwise", "placebo", "tensorwise"]])

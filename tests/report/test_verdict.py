@@ -292,7 +292,7 @@ def test_placebo_stands_beside_the_verdict_and_is_not_the_verdict(tmp_path: Path
     assert beside["mean"] == pytest.approx(np.mean([0.1, 0.2, 0.0])) and beside["low"] < beside["high"]
     placebo = verdict["comparisons"]["placebo"]
     assert placebo["against_placebo"] is None
-    said = f"Chance alone, which the placebo shows, moves the loss by {interval_text(placebo['test'])}."
+    said = f"Of the placebo, which shows chance alone, the interval is {interval_text(placebo['test'])}."
     assert said in verdict["caveats"] and "placebo" not in verdict["sentence"] + verdict["numbers"][0]
 
 
