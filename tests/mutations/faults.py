@@ -82,13 +82,13 @@ def bf16_accumulation(patch: pytest.MonkeyPatch) -> None:
 
 
 def square_blocks_on_dy(patch: pytest.MonkeyPatch) -> None:
-    quantized_grad = linear_function._quantized_grad
+    quantized_grad = linear_function.quantized_grad
 
     def rounded(dy: Tensor, *args: Any) -> Any:
         square = reference.quantize(dy, QuantSpec(E4M3, (128, 128)))
         return quantized_grad(reference.dequantize(square, dy.dtype), *args)
 
-    patch.setattr(linear_function, "_quantized_grad", rounded)
+    patch.setattr(linear_function, "quantized_grad", rounded)
 
 
 def wgrad_of_rounded_input(patch: pytest.MonkeyPatch) -> None:

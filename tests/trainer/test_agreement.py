@@ -11,7 +11,7 @@ from fp8train import compare
 from fp8train.distributed import World
 from fp8train.errors import UserError
 from fp8train.recipe import load_recipe
-from fp8train.trainer import Trainer
+from fp8train.trainer import Trainer, agreement
 from tests.distributed.ranks import own_folders, run_ranks
 from tests.tiny_run import tiny_arguments, tiny_config
 
@@ -56,7 +56,7 @@ def refusals(world: World) -> dict[str, str]:
 def _comparison(folder: Path, world: World) -> str:
     """The same of a comparison, whose arms are other files under one name."""
     arguments = ["compare.arms=[bf16,own.yaml]", *STEPS]
-    compare.init = lambda *_: nullcontext(world)  # this rank is in its world already
+    agreement.init = lambda *_: nullcontext(world)  # this rank is in its world already
     with pytest.raises(UserError) as refused:
         compare.main([*tiny_arguments(folder), *arguments])
     return str(refused.value)
@@ -64,7 +64,6 @@ def _comparison(folder: Path, world: World) -> str:
 
 def _other_backend(folder: Path, world: World) -> str:
     """The same command on machines that choose another backend."""
-    from fp8train.trainer import agreement
 
     def assemble(config: Any, *arguments: Any, **options: Any) -> Any:
         config.backend = "reference" if world.rank == 1 else "dequant_bf16"

@@ -12,7 +12,7 @@ from fp8train import compare
 from fp8train.checkpoint import checkpoint_path
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.trainer import Trainer, shared_folder
+from fp8train.trainer import Trainer, agreement, shared_folder
 from tests.distributed.ranks import own_folders, run_ranks
 from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
 
@@ -63,7 +63,7 @@ def told_of_folders(world: World) -> list[str]:
             Trainer(config, world).run()
         found.append(str(refused.value))
         assert not (world.main and Path("below").exists()), "what was made for a refused run is gone"
-        compare.init = lambda *_: nullcontext(world)  # this rank is in its world already
+        agreement.init = lambda *_: nullcontext(world)  # this rank is in its world already
         Path("comparison").mkdir()
         with pytest.raises(ConfigError) as refused:
             compare.main([*tiny_arguments(shared), "steps=2", "run_dir=comparison"])
