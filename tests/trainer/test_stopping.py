@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,10 +78,13 @@ def received() -> Iterator[list[int]]:
 
 
 def send(*numbers: signal.Signals) -> None:
-    """All of them at once: they wait until the last is sent."""
+    """All of them at once: they wait until the last is sent.
+
+    To this thread: one sent to a process whose main thread blocks it goes to another thread, which takes its time.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     for number in numbers:
-        os.kill(os.getpid(), number)
+        signal.pthread_kill(threading.get_ident(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
