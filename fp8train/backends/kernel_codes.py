@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.backends.admission_checks import DTYPES
 from fp8train.backends.interface import Copies
 from fp8train.quant import reference
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 ROW, SQUARE = (1, 128), (128, 128)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # what quantisers read, as their variants are called
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

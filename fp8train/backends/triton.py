@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fp8train.backends import device_gemm, launch_rates
 from fp8train.backends.admission import Admission
-from fp8train.backends.admission_checks import PLAIN, variants
+from fp8train.backends.admission_checks import variants
+from fp8train.backends.code_checks import PLAIN, Form, variant_in_form
 from fp8train.backends.interface import Copies, Square
 from fp8train.backends.kernel_codes import (
     ROW,
@@ -34,6 +35,7 @@ from fp8train.backends.kernel_codes import (
 )
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
 from fp8train.backends.producers import Producers, rows_dense
+from fp8train.backends.product_checks import entry_for
 from fp8train.errors import BackendError
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision, QuantSpec
@@ -91,7 +93,7 @@ class TritonBackend(Producers):
             return self._one_square(x, spec, transpose)
         if spec.block != ROW:
             return reference.quantize(x, spec, transpose=transpose)
-        if not self._admitted("quantize", "columns" if transpose else "rows", x.device):
+        if not self._admitted("quantize", "columns" if transpose else "rows", x.device, (spec,)):
             return as_defined(x, spec, transpose)
         run = kernel("quantize").quantize_columns if transpose else kernel("quantize").quantize_rows
         qdata, scale_inv = run(rows_dense(x), **format_of(spec))
@@ -100,7 +102,7 @@ class TritonBackend(Producers):
     def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
         """See Backend."""
         together = row.block == ROW and col.block == ROW and row.format is col.format
-        more = self._words("quantize", "dual", x.device) if together else None
+        more = self._words("quantize", "dual", x.device, (row, col)) if together else None
         if more is None:
             return self.quantize(x, row, False), self.quantize(x, col, True)
         run = kernel("quantize").quantize_dual
@@ -114,8 +116,8 @@ class TritonBackend(Producers):
             return made, made.transpose() if turned else None
         if not turned:
             return self._one_square(x, spec, False, out), None
-        one_read = self._admitted("quantize_weight", "one_read", x.device)
-        if not one_read and not self._admitted("quantize_weight", "two_launches", x.device):
+        one_read = self._admitted("quantize_weight", "one_read", x.device, (spec,))
+        if not one_read and not self._admitted("quantize_weight", "two_launches", x.device, (spec,)):
             return as_defined(x, spec, False), as_defined(x, spec, True)
         module, x = kernel("quantize_weight"), rows_dense(x)
         held = None if out is None else tensors_of(out)
@@ -126,7 +128,7 @@ class TritonBackend(Producers):
 
     def _one_square(self, x: Tensor, spec: QuantSpec, transposed: bool, out: Square | None = None) -> QTensor:
         """The codes of x in blocks of 128x128, or those of x.T, by one of the kernels that `two_launches` checks."""
-        if not self._admitted("quantize_weight", "two_launches", x.device):
+        if not self._admitted("quantize_weight", "two_launches", x.device, (spec,)):
             return as_defined(x, spec, transposed)
         module, x = kernel("quantize_weight"), rows_dense(x)
         wanted = {"straight": not transposed, "transposed": transposed}
@@ -223,7 +225,7 @@ class TritonBackend(Producers):
         self, dh: Tensor, gate: Tensor, up: Tensor, row: QuantSpec, col: QuantSpec | None, h: QuantSpec | None
     ) -> tuple[Copies, Copies, QTensor | None]:
         """See Backend."""
-        more = self._makes("swiglu_backward_quantize", gate, row, col) if h is None or h.block == ROW else None
+        more = self._makes("swiglu_backward_quantize", gate, row, col, h) if h is None or h.block == ROW else None
         if more is None:
             return super().swiglu_backward_quantize(dh, gate, up, row, col, h)
         run = kernel("swiglu_backward_quantize").swiglu_backward_quantize
@@ -236,7 +238,7 @@ class TritonBackend(Producers):
         if spec.block not in (ROW, SQUARE):
             return None
         operation, variant = ("quantize", "rows") if spec.block == ROW else ("quantize_weight", "one_read")
-        if not self._admitted(operation, variant, x.device):
+        if not self._admitted(operation, variant, x.device, (spec,)):
             return None
         counted = torch.zeros(5, dtype=torch.int64, device=x.device)
         run = kernel("quantize").quantize_rows if spec.block == ROW else kernel("quantize_weight").quantize_weight
@@ -297,36 +299,39 @@ class TritonBackend(Producers):
         left, right, scale = a.qdata, b.qdata, b.scale_inv
         # all that kernel(operation).refusal and the launch table look at
         key = (
-            operation, left.device, left.shape, left.stride(), left.data_ptr() % 16, right.shape, right.stride(),
-            right.data_ptr() % 16, scale.stride(), scale.data_ptr() % 16,
+            operation, left.device, left.dtype, left.shape, left.stride(), left.data_ptr() % 16, right.dtype,
+            right.shape, right.stride(), right.data_ptr() % 16, scale.stride(), scale.data_ptr() % 16,
         )  # fmt: skip
         try:
             return self._entries[key]
         except KeyError:
             return self._chosen(key, operation, a, b)
 
-    def _admitted(self, operation: str, variant: str, device: torch.device) -> bool:
-        """Whether a quantiser passed its check on the device; a verdict never changes in a process."""
-        key = (operation, variant, device)
+    def _admitted(self, operation: str, variant: str, device: torch.device, form: Form = ()) -> bool:
+        """Whether a kernel passed its check on the device, in that form; a verdict never changes in a process."""
+        key = (operation, variant, device, form)
         served = self._served.get(key)
         if served is not None:
             return served
-        served = self._admission.admits(operation, variant, device)
+        served = self._admission.admits(operation, variant_in_form(operation, variant, form), device)
         if served or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             self._served[key] = served
             self._renew_note(device)
         return served
 
-    def _words(self, operation: str, name: str, device: torch.device) -> dict[str, bool] | None:
+    def _words(self, operation: str, name: str, device: torch.device, form: Form = ()) -> dict[str, bool] | None:
         """Whether a kernel may take words of two numbers, as its argument; None if no variant passed its check."""
         for variant in variants(operation, name)[0 if self._with_words else -1 :]:
-            if self._admitted(operation, variant, device):
+            if self._admitted(operation, variant, device, form):
                 return {"words": not variant.endswith(PLAIN)}
         return None
 
-    def _makes(self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None) -> dict[str, Any] | None:
+    def _makes(
+        self, operation: str, x: Tensor, row: QuantSpec, col: QuantSpec | None, *others: QuantSpec | None
+    ) -> dict[str, Any] | None:
         """Arguments of a fused kernel that serves the formats and passed its check for the dtype of x, or None."""
-        more = self._words(operation, dtype_name(x), x.device) if self.fuses(row, col) else None
+        served = self.fuses(row, col)
+        more = self._words(operation, dtype_name(x), x.device, (row, col, *others)) if served else None
         return None if more is None else more | both_formats(row, col)
 
     def _renew_note(self, device: torch.device) -> None:
@@ -342,7 +347,7 @@ class TritonBackend(Producers):
         device, chosen = a.qdata.device, None
         for entry in self._only or _candidates(operation, device, a.shape[0], b.shape[0]):
             reason = kernel(operation).refusal(entry, a.qdata, b.qdata, b.scale_inv)
-            if reason is None and self._admission.admits(operation, entry, device):
+            if reason is None and self._admission.admits(operation, entry_for(entry, a.spec, b.spec), device):
                 chosen = entry
                 break
             if self._only:

@@ -89,6 +89,9 @@ class QuantSpec:
     def __str__(self) -> str:
         return self._text
 
+    def __hash__(self) -> int:
+        return hash(self._text)  # which says all that is compared
+
     def block_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Block size for a matrix [rows, cols]; sizes are at least 1, so that an empty matrix has a block too."""
         if isinstance(self.block, str):

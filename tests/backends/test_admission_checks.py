@@ -10,22 +10,30 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
+from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.admission_checks import (  # noqa: E402
     HEADS,
-    MATRICES,
     QUANTISERS,
+    ROTATIONS,
     STANDBY,
+    STREAM,
     SUMS,
     check,
-    check_codes,
-    check_crowd,
     check_norm_gradients,
-    check_product,
     check_rotation,
     check_sums,
 )
+from fp8train.backends.code_checks import MATRICES, check_codes, variant_in_form  # noqa: E402
 from fp8train.backends.kernel_codes import kernel  # noqa: E402
+from fp8train.backends.product_checks import check_crowd, check_product, entry_for  # noqa: E402
+from fp8train.backends.selection import get_backend  # noqa: E402
+from fp8train.backends.triton import TritonBackend  # noqa: E402
+from fp8train.convert import convert_model  # noqa: E402
+from fp8train.quant.formats import QuantSpec  # noqa: E402
+from fp8train.recipe import available_recipes, load_recipe  # noqa: E402
 from tests.hardware import devices  # noqa: E402
+from tests.kernels.products import DEVICE  # noqa: E402
+from tests.nn.precisions import tiny_model  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ((1, 128, 128), (130, 140, 272))
@@ -67,8 +75,8 @@ def test_a_wrong_product_is_refused(
 def test_an_entry_that_loads_by_pointers_is_checked_on_unaligned_rows_too(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fp8train.backends.admission_checks.SHAPES", ((1, 128, 128),))
-    monkeypatch.setattr("fp8train.backends.admission_checks.check_crowd", lambda *arguments: None)
+    monkeypatch.setattr("fp8train.backends.product_checks.SHAPES", ((1, 128, 128),))
+    monkeypatch.setattr("fp8train.backends.product_checks.check_crowd", lambda *arguments, **more: None)
     module = kernel(operation)
     launch = getattr(module, operation)
 
@@ -109,7 +117,17 @@ def test_an_entry_that_cannot_read_its_operands_is_refused() -> None:
     assert "reads by TMA" in str(check_product("gemm", "ws_128x128_s4", CPU, ((5, 5, 33),)))
 
 
-@pytest.mark.parametrize(("operation", "variant"), (*QUANTISERS, *STANDBY), ids=lambda text: text)
+OTHER_FORMS = (
+    ("quantize", "rows e5m2 1x128 pow2"), ("quantize", "dual e5m2 1x128 fp32, e5m2 1x128 pow2"),
+    ("quantize", "dual_plain e4m3 1x128 pow2, e4m3 1x128 fp32"), ("quantize_weight", "one_read e5m2 128x128 pow2"),
+    ("rmsnorm_quantize", "fp32 e5m2 1x128 pow2, None"), ("swiglu_quantize", "bf16 e4m3 1x128 fp32, e4m3 1x128 pow2"),
+    ("swiglu_backward_quantize", "bf16 e4m3 1x128 pow2, None, None"),
+    ("swiglu_backward_quantize", "bf16_plain e4m3 1x128 pow2, e4m3 1x128 pow2, None"),
+    ("swiglu_backward_quantize", "fp32 e5m2 1x128 pow2, None, e4m3 1x128 fp32"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("operation", "variant"), (*QUANTISERS, *STANDBY, *OTHER_FORMS), ids=lambda text: text)
 @pytest.mark.parametrize("device", devices())
 def test_the_quantisers_pass_their_own_check(operation: str, variant: str, device: str) -> None:
     assert check_codes(operation, variant, torch.device(device), ((128, 256), (77, 131))) is None
@@ -138,17 +156,77 @@ def test_a_wrong_byte_in_any_copy_is_refused(operation: str, variant: str, monke
         )
 
 
-def test_a_wrong_byte_in_a_row_copy_made_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = kernel("swiglu_quantize").swiglu_quantize
+@pytest.mark.parametrize("operation", ["rmsnorm_quantize", "swiglu_quantize", "swiglu_backward_quantize"])
+def test_a_wrong_byte_of_one_form_is_refused_in_that_form(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row copy made alone: usual of what a forward pass reads, not of gradients."""
+    run = getattr(kernel(operation), operation)
 
     def spoil(*args: Any, **more: Any) -> Any:
         made = run(*args, **more)
-        if not more.get("columns", True):
-            made[0].view(torch.uint8)[5, 7] += 1
+        if not more["columns"]:
+            copies = made[1] if operation == "swiglu_backward_quantize" else made
+            copies[0].view(torch.uint8)[5, 7] += 1
         return made
 
-    monkeypatch.setattr(kernel("swiglu_quantize"), "swiglu_quantize", spoil)
-    assert "its row copy alone differs" in str(check_codes("swiglu_quantize", "bf16", CPU, ((128, 256),)))
+    monkeypatch.setattr(kernel(operation), operation, spoil)
+    alone = POW2, *[None] * (1 + operation.endswith("backward_quantize"))
+    in_form = variant_in_form(operation, "bf16", alone)
+    assert (in_form == "bf16") == (operation != "swiglu_backward_quantize")
+    assert "its row copy" in str(check_codes(operation, in_form, CPU, ((128, 256),)))
+    if in_form != "bf16":
+        assert check_codes(operation, "bf16", CPU, ((128, 256),)) is None
+
+
+POW2 = QuantSpec.parse("e4m3 1x128 pow2")
+
+
+@operations
+def test_other_formats_of_an_entrys_operands_are_checked_as_such(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, entry = QuantSpec.parse("e5m2 1x128"), "pointer_64x64_s3"
+    assert entry_for(entry, POW2, POW2) == entry
+    entry = entry_for(entry, wide, POW2)
+    module, wrong = kernel(operation), torch.float8_e5m2
+    launch = getattr(module, operation)
+
+    def launched(a: Tensor, b: Tensor, *scales: Tensor, **options: Any) -> Tensor:
+        y = launch(a, b, *scales, **options)
+        return y.mul_(1.001) if a.dtype is wrong and b.dtype is torch.float8_e4m3fn else y
+
+    monkeypatch.setattr("fp8train.backends.product_checks.SHAPES", ((1, 128, 128),))
+    monkeypatch.setattr("fp8train.backends.product_checks.CROWD", (140, 132, 272))
+    assert check(operation, entry, CPU) is None
+    monkeypatch.setattr(module, operation, launched)
+    assert "calc_diff" in str(check(operation, entry, CPU))
+    assert check(operation, "pointer_64x64_s3", CPU) is None
+
+
+def blockwise(recipe: str) -> bool:
+    lefts = [precision.fprop.left for precision in load_recipe(recipe).precisions.values()]
+    return any(left is not None and left.block == POW2.block for left in lefts)
+
+
+@pytest.mark.parametrize("recipe", [*filter(blockwise, available_recipes())])
+def test_what_the_recipes_ask_for_is_checked_together(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in training and one in evaluation: no form is asked for that would be checked by itself, and later."""
+    asked: set[tuple[str, str]] = set()
+    monkeypatch.setattr(Admission, "admits", lambda self, *kernel: asked.add(kernel[:2]))  # refused: torch computes
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self, device_type: None)
+    for kept in ("_served", "_entries"):
+        monkeypatch.setattr(get_backend("triton"), kept, {})
+    model = tiny_model().to(DEVICE)
+    for layer in model.layers:  # as in the models for GPUs
+        layer.self_attn.dtype = torch.bfloat16
+    convert_model(model, recipe, backend="triton")
+    tokens = torch.arange(16, device=DEVICE).view(2, 8)
+    model(tokens, targets=tokens).backward()
+    with torch.no_grad():
+        model(tokens)
+    gemms = {f"{operation} {entry}" for operation in ("gemm", "gemm_wgrad") for entry in kernel(operation).PLAIN}
+    together = {" ".join(each) for each in (*QUANTISERS, *STANDBY, *STREAM, *ROTATIONS)} | gemms
+    assert {f"{operation} {variant}" for operation, variant in asked} <= together
+    assert ("swiglu_backward_quantize", "bf16") in asked or recipe == "wgrad_bf16"
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp32"])

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8train.backends import get_backend, select_backend
-from fp8train.backends.admission_checks import check_product
 from fp8train.backends.hopper import HopperBackend
+from fp8train.backends.product_checks import check_product
 from fp8train.errors import BackendError
 from fp8train.nn.linear import Float8Linear
 from fp8train.quant.formats import BLOCKWISE, E4M3, QuantSpec
@@ -93,22 +93,26 @@ def test_bounds_of_the_gemm_tests_on_a_gpu_hold_for_its_sums(right: str) -> None
             assert_product(product(HopperBackend(), a, b), a, b, what=(M, N, K), tensor_core=True)
 
 
+@pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "e4m3")], ids=" x ".join)
 @pytest.mark.parametrize("operation", ["gemm", "gemm_wgrad"])
-def test_the_check_before_first_use_admits_such_sums(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_before_first_use_admits_such_sums(
+    operation: str, formats: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
     module = importlib.import_module(f"fp8train.kernels.{operation}")
-    right = QuantSpec.parse("e4m3 128x128" if operation == "gemm" else "e4m3 1x128")
+    blocks = "1x128", "128x128" if operation == "gemm" else "1x128"
+    left, right = (QuantSpec.parse(f"{name} {block}") for name, block in zip(formats, blocks, strict=True))
 
     def emulated(
         a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, *,
         out: Tensor, config: str, bias: Tensor | None = None, accumulate: bool = False,
     ) -> Tensor:  # fmt: skip
-        operands = QTensor(a, a_scale, QuantSpec.parse("e4m3 1x128")), QTensor(b, b_scale, right)
+        operands = QTensor(a, a_scale, left), QTensor(b, b_scale, right)
         return HopperBackend().scaled_mm(*operands, bias, out, accumulate, out.dtype)
 
     monkeypatch.setattr(module, operation, emulated)
     shapes = ((128, 128, 128), (300, 200, 272), (60, 129, 1040))
-    assert check_product(operation, "tma_128x128_s4", torch.device("cpu"), shapes) is None
+    assert check_product(operation, "tma_128x128_s4", torch.device("cpu"), shapes, formats) is None
 
 
 @requires_gpu(sm=90)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends.admission_checks import check_codes  # noqa: E402
+from fp8train.backends.code_checks import check_codes  # noqa: E402
 from fp8train.backends.kernel_codes import kernel  # noqa: E402
 from fp8train.backends.producer_checks import PRODUCERS, check_producer  # noqa: E402
 from tests.hardware import devices  # noqa: E402

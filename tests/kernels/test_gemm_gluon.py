@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends.admission_checks import CROWD, SHAPES, check_crowd, check_product  # noqa: E402
+from fp8train.backends.product_checks import CROWD, SHAPES, check_crowd, check_product  # noqa: E402
 from fp8train.kernels import gemm, gemm_gluon, gemm_gluon_sum, gemm_launch, gemm_wgrad  # noqa: E402
 from tests.kernels import sm90  # noqa: E402
 from tests.kernels.gluon_machine import Hazard  # noqa: E402

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]")
-from fp8train.backends.admission_checks import MATRICES, check_transposes  # noqa: E402
+from fp8train.backends.admission_checks import check_transposes  # noqa: E402
+from fp8train.backends.code_checks import MATRICES  # noqa: E402
 from fp8train.kernels import transpose_codes as module  # noqa: E402
 from fp8train.kernels.quantize_weight import quantize_weight  # noqa: E402
 from fp8train.kernels.transpose_codes import FP8, transpose_codes  # noqa: E402
