@@ -71,7 +71,8 @@ def check_product(
             b = _operand(N, K, f"{formats[1]} {right}", 2 * number + 1, positive, device)
             if reason := module.refusal(entry, a.qdata, b.qdata, b.scale_inv):
                 return f"{entry} refuses operands of its table: {reason}"
-            for arguments, plus in _variants(operation, M, N, device):
+            # each variant is compiled for seconds: all on whole and on ragged tiles, two on other shapes
+            for arguments, plus in _variants(operation, M, N, device)[: None if number < 2 else 2]:
                 y = launch(a.qdata, b.qdata, a.scale_inv, b.scale_inv, config=entry, **arguments)
                 expected = a.dequantize().double() @ b.dequantize().double().T + plus.double()
                 if reason := _difference(y, expected, positive):
@@ -135,10 +136,9 @@ def _variants(operation: str, M: int, N: int, device: torch.device) -> list[tupl
     nothing, bias = torch.zeros((), device=device), torch.linspace(-1, 1, N, device=device)
     filled = torch.full((M, N), float("nan"), device=device)
     if operation == "gemm":
-        plus: tuple[tuple[dict[str, Any], Tensor], ...] = (({}, nothing), ({"bias": bias}, bias))
-        return [
-            ({"out": out.clone(), **more}, add) for out in (filled.to(torch.bfloat16), filled) for more, add in plus
-        ]
+        rounded = filled.to(torch.bfloat16)
+        first = [({"out": rounded}, nothing), ({"out": filled, "bias": bias}, bias)]
+        return [*first, ({"out": rounded.clone(), "bias": bias}, bias), ({"out": filled.clone()}, nothing)]
     before = bias.repeat(M, 1)
     return [({"out": filled}, nothing), ({"out": before.clone(), "accumulate": True}, before)]
 
