@@ -71,6 +71,21 @@ def test_a_wrong_product_is_refused(
     assert "calc_diff" in str(check_product(operation, "tma_128x128_s4", CPU, SMALL[1:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_a_product_that_is_wrong_in_one_form_is_refused(
+    dtype: torch.dtype, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = kernel("gemm").gemm
+
+    def launched(*operands: Tensor, out: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+        y = launch(*operands, out=out, bias=bias, **options)
+        return y.mul_(1.01) if y.dtype is dtype and (bias is not None) == with_bias else y
+
+    monkeypatch.setattr(kernel("gemm"), "gemm", launched)
+    assert "calc_diff" in str(check_product("gemm", "tma_128x128_s4", CPU, SMALL[1:]))
+
+
 @operations
 def test_an_entry_that_loads_by_pointers_is_checked_on_unaligned_rows_too(
     operation: str, monkeypatch: pytest.MonkeyPatch
