@@ -145,6 +145,8 @@ footer { color: var(--muted); font-size: 13px; padding-top: 28px; padding-bottom
 }
 """
 
+ALONE = r"(?<![^\s(])"  # before a number that is no part of a name
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Column:
@@ -236,11 +238,14 @@ def listing(text: str) -> str:
 
 
 def typeset(text: str) -> str:
-    """Plain text as HTML: true signs for -, +- and x, and no line break between a number and its unit."""
+    """Plain text as HTML: true signs for -, +- and x, and no line break between a number and its unit.
+
+    A sign is one only where its number stands alone: names, of arms and modules, hold such letters too.
+    """
     text = html.escape(text, quote=False).replace("+-", "\u00b1")
-    text = re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
-    text = re.sub(r"(?<![\w.])-(?=$|\))", "\u2013", text)
-    text = re.sub(r"(\d)x(?!\w)", "\\1\u00d7", text)
+    text = re.sub(rf"{ALONE}-(?=[\d.,]+(?![\w-]))", "\u2212", text)
+    text = re.sub(rf"{ALONE}-(?=$|\))", "\u2013", text)
+    text = re.sub(rf"{ALONE}(\d[\d.,]*)x(?![\w-])", "\\1\u00d7", text)
     text = re.sub(r"(\d) (?=%)", "\\1\u202f", text)
     return re.sub(r"(\d) (?=(?:[KMGT]iB|[kMGTPEZ]?FLOP|[KMBT]|s|min|h|d)(?!\w))", "\\1\u00a0", text)
 

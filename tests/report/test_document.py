@@ -346,6 +346,8 @@ def test_report_of_a_long_run_is_small_and_quick(tmp_path: Path) -> None:
         ("1.08 GiB", "1.08\u00a0GiB"),
         ("e4m3 1x128", "e4m3 1x128"),
         ("layer-2", "layer-2"),
+        ("FP8 mix_4x, lr=-3 and 4x-mix", "FP8 mix_4x, lr=-3 and 4x-mix"),
+        ("-3.17 to -0.42 % (-1), 16x.", "\u22123.17 to \u22120.42\u202f% (\u22121), 16\u00d7."),
         ("a < b", "a &lt; b"),
         ("-", "\u2013"),
     ],
