@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import NOT_COMPARABLE, interval_text
+from fp8train.report.conclusion import NOT_COMPARABLE, TRAINING, interval_text
 from fp8train.report.divergence import count_words, diverged_seeds
 from fp8train.report.looks import looks_words
 from fp8train.units import count_text, loss_text, percent_text, ratio_text
@@ -76,10 +76,11 @@ def _headline(test: Mapping[str, Any], own: Mapping[str, Any], base: Mapping[str
         return f"{label} diverged in {counts[0]} of {of} seed{'s' * (of > 1)}, {base_label} in {counts[1]}."
     if test["mean"] is None:
         return f"{label} cannot be held against {base_label}."
-    margin = f"{test['margin']:g} %"
+    which = " in training loss" * (test["quantity"] == TRAINING)
+    margin = f"{test['margin']:g} %{which}"
     return {
         "undecided": f"This comparison cannot tell {label} from {base_label}.",
-        "indicative": f"{label} ended {_above(test['mean'])} {base_label}, in one seed.",
+        "indicative": f"{label} ended {_above(test['mean'])} {base_label}{which}, in one seed.",
         "equivalent": f"{label} is equivalent to {base_label} within {margin}.",
         "inferior": f"{label} is worse than {base_label} by more than {margin}.",
         "superior": f"{label} is better than {base_label} by more than {margin}.",
@@ -95,7 +96,7 @@ def _numbers(verdict: Mapping[str, Any], arm: str) -> str:
         return "no loss to compare, since one is not finite at the end."
     over = gap_words(test)
     if len(own["runs"]) == 1:
-        key = "eval_loss" if test["quantity"] == "held-out loss" else "train_loss_ema"
+        key = "train_loss_ema" if test["quantity"] == TRAINING else "eval_loss"
         over += f" ({loss_text(own['runs'][0][key])} against {loss_text(base['runs'][0][key])} nats per token)"
     steps = min(run["steps"] for run in own["runs"] if len(own["runs"]) == 1 or not run["diverged"])
     return f"{over} after {count_text(steps)} step{'s' * (steps != 1)}{_cost_words(comparison, base['label'])}."

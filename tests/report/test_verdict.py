@@ -4,6 +4,7 @@ say.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -212,13 +213,29 @@ def test_arm_that_never_had_a_finite_loss_cannot_be_held_against_the_other(tmp_p
     assert f"FP8 blockwise diverged in 1 of 1 seed ({where})." in verdict["caveats"]
 
 
-def test_without_evaluation_the_training_loss_is_compared(tmp_path: Path) -> None:
-    arms = pair(tmp_path)
-    for runs in arms.values():
-        runs[1].evals = Table(
-            steps=np.array([], dtype=int), columns={key: np.array([]) for key in runs[1].evals.columns}
-        )
-    assert verdict_of(arms)["numbers"][0].startswith("+1.00 % smoothed training loss (")
+@pytest.mark.parametrize(
+    ("percent", "sentence"),
+    [
+        ([1.0], "FP8 blockwise ended 1.00 % above BF16 in training loss, in one seed."),
+        ([0.1, 0.11], "FP8 blockwise is equivalent to BF16 within 0.25 % in training loss."),
+        ([1.0, 1.1], "FP8 blockwise is worse than BF16 by more than 0.25 % in training loss."),
+        ([-1.0, -1.1], "FP8 blockwise is better than BF16 by more than 0.25 % in training loss."),
+        ([1.0, -1.0], "Whether FP8 blockwise matches BF16 within 0.25 % in training loss is open."),
+    ],
+    ids=["one seed", "equal", "worse", "better", "open"],
+)
+def test_without_evaluation_the_training_loss_is_compared_and_named(
+    tmp_path: Path, percent: list[float], sentence: str
+) -> None:
+    arms: dict[str, dict[int, RunRecord]] = {"bf16": {}, "blockwise": {}}
+    for seed, above in enumerate(percent, start=1):
+        for arm, runs in pair(tmp_path / str(seed), losses=LOSSES * (1 + above / 100)).items():
+            arms[arm][seed] = dataclasses.replace(runs[1], evals=runs[1].evals.empty())
+    verdict = verdict_of(arms)
+    assert verdict["sentence"] == sentence
+    assert verdict["numbers"][0].startswith(
+        f"{np.mean(percent):+.2f} % smoothed training loss (".replace("+0.00", "0.00")
+    )
 
 
 @pytest.mark.parametrize("fact", SHARED_FACTS)
