@@ -169,7 +169,7 @@ def test_folder_of_a_run_that_diverged_is_compared(tmp_path: Path, capsys: pytes
     assert json.loads((tmp_path / "out" / "verdict.json").read_text())["status"] == "diverged"
     text = capsys.readouterr().out
     assert "\nDiverged: FP8 blockwise diverged in 1 of 1 seed, BF16 in none.\n" in text
-    assert "- FP8 blockwise diverged in 1 of 1 seed (seed 1 at step 17: loss is nan).\n" in text
+    assert "- FP8 blockwise: seed 1 diverged at step 17 (loss is nan).\n" in text
     assert main([f"runs=[{fp8},{bf16}]", f"run_dir={tmp_path / 'turned'}"]) == 1
 
 

@@ -23,17 +23,6 @@ def diverged_seeds(entry: Mapping[str, Any]) -> set[int]:
     return {run["seed"] for run in entry["runs"] if run["diverged"]}
 
 
-def count_words(entry: Mapping[str, Any]) -> str:
-    """`2 of 3 seeds (seed 1 at step 17: loss is nan; seed 3 at step 20: loss is nan)`; `none`."""
-    runs = [run for run in entry["runs"] if run["diverged"]]
-    if not runs:
-        return "none"
-    each = "; ".join(
-        f"seed {run['seed']} at step {run['diverged']['step']}: {run['diverged']['reason']}" for run in runs
-    )
-    return f"{len(runs)} of {len(entry['runs'])} seed{'s' * (len(entry['runs']) > 1)} ({each})"
-
-
 def judged(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The test of an arm, with the status and reason that its and the baseline's divergence give it; else as it is.
 
@@ -47,14 +36,13 @@ def judged(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, A
     base_seeds, own_seeds = diverged_seeds(base), diverged_seeds(own)
     if not base_seeds | own_seeds:
         return dict(test)
-    worse = len(own_seeds - base_seeds)
     if base_seeds < own_seeds:
-        status, where = "diverged", f"diverged in {worse} seed{'s' * (worse > 1)}"
-        reason = f"{where} in which {base['label']}, with the same weights and tokens, did not"
+        status, worse = "diverged", sorted(own_seeds - base_seeds)
+        where = f"seed{'s' * (len(worse) > 1)} {', '.join(map(str, worse))}"
+        reason = f"{base['label']}, with the same weights and tokens, did not diverge in {where}"
     else:
-        status = "inconclusive"
-        reason = f"{base['label']} diverged in {len(base_seeds)} of {len(base['runs'])} seeds"
-        reason += (
-            " too" * bool(own_seeds) + ", so that the settings may be the cause, and not the precision: lower optim.lr"
+        status, too = "inconclusive", " too" * bool(own_seeds)
+        reason = (
+            f"since {base['label']} diverged{too}, the settings may be the cause, and not the precision: lower optim.lr"
         )
     return {**test, "status": status, "reason": reason, "seeds_needed": None, "seeds_needed_if_equal": None}

@@ -9,16 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp8train.report.conclusion import NOT_COMPARABLE, TRAINING, interval_text
-from fp8train.report.divergence import count_words, diverged_seeds
+from fp8train.report.divergence import diverged_seeds, lost_steps
 from fp8train.report.looks import looks_words
 from fp8train.units import count_text, loss_text, percent_text, ratio_text
-
-# What is missing from the numbers of a run: its key in verdict.json -> words for it.
-LOST = {
-    "skipped_steps": "skipped steps, whose loss or gradient was not finite",
-    "nonfinite_losses": "logged steps without a finite loss",
-    "damaged_lines": "damaged lines of metrics left out",
-}
 
 
 def judged_arms(verdict: Mapping[str, Any]) -> list[str]:
@@ -55,16 +48,11 @@ def caveats(verdict: Mapping[str, Any]) -> list[str]:
     arms, placebo = judged_arms(verdict), verdict["comparisons"].get(verdict["placebo"] or "", {}).get("test")
     comparisons = [verdict["comparisons"][arm] for arm in arms]
     lines = _by_arm(verdict, arms, [str(comparison["test"]["reason"]) for comparison in comparisons])
-    lines += [
-        f"{entry['label']} diverged in {count_words(entry)}."
-        for entry in verdict["arms"].values()
-        if diverged_seeds(entry)
-    ]
     tested = placebo is not None and placebo["low"] is not None and verdict["learning"]["doubt"] is None
     if tested and verdict["placebo"] not in arms:
         lines.append(f"Of the placebo, which shows chance alone, the interval is {interval_text(placebo)}.")
     lines += _by_arm(verdict, arms, [_not_comparable(comparison) for comparison in comparisons])
-    lines += [line for entry in verdict["arms"].values() if (line := _lost(entry))]
+    lines += [line for entry in verdict["arms"].values() if (line := _losses(entry))]
     return [*lines, str(verdict["learning"]["scope"]), *looks_words(verdict["looks"])]
 
 
@@ -133,11 +121,21 @@ def _not_comparable(comparison: Mapping[str, Any]) -> str:
     return "; ".join(f"{' and '.join(of)} {NOT_COMPARABLE}: {doubt}" for doubt, of in of_reason.items())
 
 
-def _lost(entry: Mapping[str, Any]) -> str:
-    """Steps, losses and lines of an arm that are missing from its numbers, in a sentence; '' where none is."""
-    counts = {words: sum(run[key] or 0 for run in entry["runs"]) for key, words in LOST.items()}
-    found = "; ".join(f"{words}: {count_text(count)}" for words, count in counts.items() if count)
-    return f"{entry['label']}: {found}." if found else ""
+def _losses(entry: Mapping[str, Any]) -> str:
+    """Runs, steps and lines of an arm that are missing from its numbers, in a sentence; '' where none is."""
+    runs = entry["runs"]
+    found = [
+        f"seed {run['seed']} diverged at step {count_text(end['step'])} ({end['reason']})"
+        for run in runs
+        if (end := run["diverged"])
+    ]
+    skipped = sum(lost_steps(run) for run in runs if not run["diverged"])  # of others they are why it diverged
+    counts = {
+        "skipped steps, whose loss or gradient was not finite": skipped,
+        "damaged lines of metrics left out": sum(run["damaged_lines"] for run in runs),
+    }
+    found += [f"{words}: {count_text(count)}" for words, count in counts.items() if count]
+    return f"{entry['label']}: {'; '.join(found)}." if found else ""
 
 
 def _by_arm(verdict: Mapping[str, Any], arms: Sequence[str], texts: Sequence[str]) -> list[str]:

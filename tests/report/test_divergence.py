@@ -13,7 +13,7 @@ from fp8train.errors import ConfigError
 from fp8train.report import build_report
 from fp8train.report.run_record import RunRecord, read_run
 from fp8train.report.summary import summary
-from tests.run_folders import verdict_of, write_diverged_run, write_run
+from tests.run_folders import verdict_of, words_of, write_diverged_run, write_run
 
 
 def arms_of(folder: Path, diverged: dict[str, Sequence[int]], **options: Any) -> dict[str, dict[int, RunRecord]]:
@@ -34,12 +34,12 @@ def arms_of(folder: Path, diverged: dict[str, Sequence[int]], **options: Any) ->
 @pytest.mark.parametrize(
     ("bf16", "blockwise", "status", "reason"),
     [
-        ([], [2], "diverged", "in 1 seed in which BF16, with the same weights and tokens, did not"),
-        ([], [1, 2, 3], "diverged", "in 3 seeds in which BF16"),
-        ([1], [1, 3], "diverged", "in 1 seed in which BF16"),
-        ([2], [2], "inconclusive", "BF16 diverged in 1 of 3 seeds too, so that the settings may be the cause"),
-        ([1], [2], "inconclusive", "BF16 diverged in 1 of 3 seeds too"),
-        ([2], [], "inconclusive", "BF16 diverged in 1 of 3 seeds, so that the settings may be the cause"),
+        ([], [2], "diverged", "BF16, with the same weights and tokens, did not diverge in seed 2"),
+        ([], [1, 2, 3], "diverged", "did not diverge in seeds 1, 2, 3"),
+        ([1], [1, 3], "diverged", "did not diverge in seed 3"),
+        ([2], [2], "inconclusive", "since BF16 diverged too, the settings may be the cause"),
+        ([1], [2], "inconclusive", "since BF16 diverged too"),
+        ([2], [], "inconclusive", "since BF16 diverged, the settings may be the cause"),
         ([], [], "equivalent", "lies within"),
     ],
     ids=["arm once", "arm always", "arm more often", "same seed", "other seeds", "baseline alone", "none"],
@@ -53,10 +53,14 @@ def test_verdict_of_an_arm_that_diverged(
     json.dumps(verdict, allow_nan=False)
 
 
-def test_sentence_says_which_seed_diverged_at_which_step_and_for_what(tmp_path: Path) -> None:
-    verdict = verdict_of(arms_of(tmp_path, {"blockwise": [2]}))
+def test_headline_counts_and_one_caveat_says_which_seed_diverged_at_which_step_and_for_what(tmp_path: Path) -> None:
+    verdict = verdict_of(arms_of(tmp_path, {"blockwise": [2]}, skipped_steps=10))
     assert verdict["sentence"] == "FP8 blockwise diverged in 1 of 3 seeds, BF16 in none."
-    assert "FP8 blockwise diverged in 1 of 3 seeds (seed 2 at step 17: loss is nan)." in verdict["caveats"]
+    of_arm = [line for line in verdict["caveats"] if "FP8 blockwise" in line]
+    assert of_arm == ["FP8 blockwise: seed 2 diverged at step 17 (loss is nan)."], (
+        "neither its count nor its steps again"
+    )
+    assert words_of(verdict).count("1 of 3 seeds") == 1
     (numbers,) = verdict["numbers"]
     assert (
         numbers.startswith("+0.01 % held-out loss (90 % interval") and "over the 2 seeds that both finished" in numbers
@@ -82,7 +86,7 @@ def test_console_and_report_say_it(tmp_path: Path, seeds: list[int]) -> None:
     verdict = verdict_of(arms)
     text, report = summary(verdict, arms), build_report(verdict, arms)
     words = f"FP8 blockwise diverged in {len(seeds)} of 3 seeds"
-    assert f"\nDiverged: {words}, BF16 in none." in text and text.count("seed 2 at step 17: loss is nan") == 1
+    assert f"\nDiverged: {words}, BF16 in none." in text and text.count("seed 2 diverged at step 17 (loss is nan)") == 1
     assert text.count("  diverged  ") >= 1 and "mean of 3 seeds, of those that did not diverge" in text
     assert words in report and ">Diverged<" in report and "Thin: runs that diverged" in report
 
@@ -90,9 +94,7 @@ def test_console_and_report_say_it(tmp_path: Path, seeds: list[int]) -> None:
 def test_baseline_that_diverged_everywhere_still_gets_a_report(tmp_path: Path) -> None:
     arms = arms_of(tmp_path, {"bf16": [1, 2, 3], "blockwise": [1, 2, 3]}, step=1)
     verdict = verdict_of(arms)
-    assert verdict["status"] == "inconclusive" and "BF16 diverged in 3 of 3 seeds (seed 1 at step 1" in summary(
-        verdict, arms
-    )
+    assert verdict["status"] == "inconclusive" and "BF16: seed 1 diverged at step 1 (" in summary(verdict, arms)
     assert "diverged in 3 of 3 seeds" in build_report(verdict, arms)
 
 

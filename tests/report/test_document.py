@@ -226,10 +226,12 @@ def test_report_says_where_speed_does_not_carry_over(tmp_path: Path, backend: st
     assert ("A GPU rounds alike, but sums in another order" in report_of(arms)) == emulates
 
 
-def test_steps_without_a_finite_loss_raise_an_alert(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("facts", "count"), [({}, 3), ({"skipped_steps": 4}, 4)], ids=["not said", "said"])
+def test_skipped_steps_raise_one_alert(tmp_path: Path, facts: dict[str, int], count: int) -> None:
     losses = np.linspace(5, 2, 40)
     losses[10:13] = np.nan
-    assert "FP8 blockwise: logged steps without a finite loss: 3." in report_of(arms_of(tmp_path, losses=losses))
+    said = f"<li>FP8 blockwise: skipped steps, whose loss or gradient was not finite: {count}.</li>"
+    assert said in report_of(arms_of(tmp_path, losses=losses, **facts))
 
 
 def test_diverged_arm_still_gets_a_report(tmp_path: Path) -> None:

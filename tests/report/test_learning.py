@@ -131,7 +131,7 @@ def test_seed_that_diverged_is_the_reason_even_where_nothing_was_learned(tmp_pat
     arms = arms_of(tmp_path, [0.0, 0.01], start=2.251)
     arms["blockwise"][2].evals.columns["eval_loss"][-1] = np.nan  # type: ignore[index]
     verdict = verdict_of(arms)
-    assert verdict["status"] == "diverged" and "in 1 seed in which BF16" in verdict["reason"]
+    assert verdict["status"] == "diverged" and "did not diverge in seed 2" in verdict["reason"]
 
 
 @pytest.mark.parametrize(
