@@ -20,6 +20,17 @@ def judged_arms(verdict: Mapping[str, Any]) -> list[str]:
     return [arm for arm in others if arm != verdict["placebo"]] or others
 
 
+def common_status(verdict: Mapping[str, Any]) -> dict[str, str]:
+    """`status` and `reason` of the verdict: those of its judged arms, "mixed" and each one's where they differ."""
+    tests = {verdict["arms"][arm]["label"]: verdict["comparisons"][arm]["test"] for arm in judged_arms(verdict)}
+    statuses, reasons = ({test[key] for test in tests.values()} for key in ("status", "reason"))
+    each = "; ".join(f"{label}: {test['reason']}" for label, test in tests.items())
+    return {
+        "status": statuses.pop() if len(statuses) == 1 else "mixed",
+        "reason": reasons.pop() if len(reasons) == 1 else each,
+    }
+
+
 def headline(verdict: Mapping[str, Any]) -> str:
     """What came out, in one short sentence; of several arms how many fared how."""
     arms, base = judged_arms(verdict), verdict["arms"][verdict["baseline"]]

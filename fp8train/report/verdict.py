@@ -29,7 +29,7 @@ from fp8train.report.divergence import finished, judged
 from fp8train.report.learning import learning
 from fp8train.report.looks import looks_made
 from fp8train.report.run_record import Arms, RunRecord, finite
-from fp8train.report.sentence import caveats, headline, numbers
+from fp8train.report.sentence import caveats, common_status, headline, numbers
 from fp8train.report.statistics import ALPHA
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap
 
@@ -245,11 +245,11 @@ def make_verdict(
         earlier: verdict.json of earlier looks.
 
     Returns:
-        status and reason: those of `primary`, the first arm that is neither baseline nor placebo; sentence, numbers,
-        caveats: the verdict in words (sentence.py), over all arms; arms: per
-        arm label, noise and `runs` per seed; learning: the baseline's; comparisons: per other arm its `seeds`, their
-        mean, the test, the difference from the placebo and speed ratios (not_quoted: why no text has them), and
-        the same of memory; shared: facts of each seed.
+        status and reason: that of every judged arm (sentence.judged_arms), or "mixed" and each one's reason where they
+        differ; primary: the first of them; sentence, numbers, caveats: the verdict in words (sentence.py), over all
+        arms; arms: per arm label, noise and `runs` per seed; learning: the baseline's; comparisons: per other arm its
+        `seeds`, their mean, the test with its own status and reason, the difference from the placebo and speed ratios
+        (not_quoted: why no text has them), and the same of memory; shared: facts of each seed.
 
     Raises:
         ConfigError: the runs of a seed are not comparable (check_comparable).
@@ -260,7 +260,7 @@ def make_verdict(
     others = [arm for arm in arms if arm != baseline]
     placebo = next((arm for arm in others if entries[arm]["noise"] == _placebo_noise()), None)
     verdict: dict[str, Any] = {
-        "version": 3,
+        "version": 4,
         **dict.fromkeys(("status", "reason", "sentence", "numbers", "caveats")),
         "primary": next((arm for arm in others if arm != placebo), placebo),
         "baseline": baseline,
@@ -277,9 +277,8 @@ def make_verdict(
         "shared": [{"seed": seed, **facts} for seed, facts in shared.items()],
     }
     verdict["comparisons"] = _comparisons(arms, verdict, crossed or {})
-    test = verdict["comparisons"][verdict["primary"]]["test"]
     verdict["looks"] = looks_made(verdict, earlier)
-    verdict |= {"status": test["status"], "reason": test["reason"]}
+    verdict |= common_status(verdict)
     verdict |= {"sentence": headline(verdict), "numbers": numbers(verdict), "caveats": caveats(verdict)}
     return verdict
 

@@ -311,6 +311,19 @@ def test_placebo_stands_beside_the_verdict_and_is_not_the_verdict(tmp_path: Path
     assert said in verdict["caveats"] and "placebo" not in verdict["sentence"] + verdict["numbers"][0]
 
 
+@pytest.mark.parametrize(
+    ("other", "status", "reason"),
+    [([0.02, 0.0, 0.01], "equivalent", "lies within"), ([0.9, 1.0, 1.1], "mixed", "rowwise: the 90 % interval of the")],
+    ids=["alike", "unlike"],
+)
+def test_status_of_several_arms_is_that_of_all_of_them(
+    tmp_path: Path, other: list[float], status: str, reason: str
+) -> None:
+    verdict = verdict_of(seeds_of(tmp_path, {"blockwise": [0.01, -0.02, 0.03], "rowwise": other}))
+    assert verdict["comparisons"]["blockwise"]["test"]["status"] == "equivalent"
+    assert verdict["status"] == status and reason in verdict["reason"]
+
+
 def test_seed_that_diverged_leaves_nothing_equivalent(tmp_path: Path) -> None:
     arms = seeds_of(tmp_path, {"blockwise": [0.0, 0.01, -0.01]})
     arms["blockwise"][2] = read_run(
