@@ -238,12 +238,13 @@ def _send_to_wandb(run_dir: Path, verdict: Mapping[str, Any], config: RunConfig)
 
 
 def wandb_row(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a verdict as one flat row: `compare/ARM/heldout_gap.percent`, mean over the seeds, with the test,
-    the difference from the placebo and the speed ratios of each arm.
+    """A verdict as one flat row: its words, then numbers, `compare/ARM/heldout_gap.percent`, mean over the seeds, with
+    the test, the difference from the placebo and the speed ratios of each arm.
     """
     first = verdict["arms"][verdict["baseline"]]["runs"][0]
     row: dict[str, Any] = {"step": first["steps"]}
     row |= {f"compare/{key}": verdict[key] for key in ("status", "sentence", "reason")}
+    row |= {f"compare/{key}": "\n".join(verdict[key]) for key in ("numbers", "caveats")}
     for arm, comparison in verdict["comparisons"].items():
         mean = flattened(comparison["mean"])
         row |= {f"compare/{arm}/{key}": value for key, value in mean.items() if value is not None}

@@ -179,6 +179,10 @@ def test_wandb_gets_the_numbers_of_the_verdict(tmp_path: Path) -> None:
     assert row["compare/blockwise/heldout_gap.nats"] == pytest.approx(0.0027)
     assert row["compare/blockwise/relative_loss_error.ema_max_percent"] == 0.0
     assert row["compare/sentence"].startswith("FP8 blockwise ended") and "one seed" in row["compare/reason"]
+    assert (
+        row["compare/numbers"].startswith("+0.12 % held-out loss (2.2527 against")
+        and "With one" in row["compare/caveats"]
+    )
     assert row["compare/blockwise/test.status"] == "indicative" and row["compare/blockwise/test.mean"] > 0
     assert row["compare/blockwise/speed.raw.mean"] > 0 and row["compare/blockwise/speed.time_to_loss.mean"] > 0
 
