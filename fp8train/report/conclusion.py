@@ -15,8 +15,8 @@ ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot
 HELD_OUT, TRAINING = "held-out loss", "smoothed training loss"
 MOST_SPREAD = 2.0  # 90th over 10th percentile of an arm's speed: beyond, the machine was doing something else as well
 STEADY_SPREAD = 1.2  # below, two arms whose speeds overlap are equally fast; above, that is not known
-# Steps timed after warm-up: from here on a step lies beyond each of the 10th and 90th percentiles, 1 + 1 / 0.1. With
-# fewer the spread is read off the two ends alone, of one step there is none.
+# Steps that log.skip_steps leaves: from here on one lies beyond each of the 10th and 90th percentiles, 1 + 1 / 0.1.
+# With fewer the spread is read off the two ends alone, of one step there is none.
 LEAST_TIMED = 11
 NOT_COMPARABLE = "not comparable"
 # What two runs must share for the ratio of their speeds to be about precision: key of environment.json -> words for it.
@@ -44,6 +44,7 @@ WAY_FACTS = {
     "fused": "fused",
     "backend": "backend",
     "deterministic": "deterministic",
+    "log.skip_steps": "log.skip_steps",
 }
 SPEED_FACTS = MACHINE_FACTS | WAY_FACTS
 # Of them those that decide what a run keeps in memory.
@@ -131,9 +132,8 @@ def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
     timed = [min(run["timed_steps"] for run in arm["runs"]) for arm in arms]
     if min(timed) < LEAST_TIMED:
         steps = f"{min(timed)} logged step{'s' * (min(timed) != 1)}"
-        return (
-            f"{arms[timed.index(min(timed))]['label']} was timed over {steps} after warm-up, fewer than {LEAST_TIMED}"
-        )
+        label = arms[timed.index(min(timed))]["label"]
+        return f"{label} was timed over {steps} after its first ones (log.skip_steps), fewer than {LEAST_TIMED}"
     known = [found for arm in arms if (found := speed_range(arm["runs"])) is not None]
     if len(known) < 2:
         return None  # there is no ratio either

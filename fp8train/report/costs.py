@@ -137,9 +137,8 @@ def _time_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
         height=300,
     )
     caption = (
-        f"<strong>Loss over time</strong>, in {unit}, at each arm's median speed after warm-up. An arm whose curve "
-        "lies "
-        "lower got further in the same time. The first tenth of the fall leaves the frame."
+        f"<strong>Loss over time</strong>, in {unit}, at each arm's median speed without the first steps. An arm "
+        "whose curve lies lower got further in the same time. The first tenth of the fall leaves the frame."
     )
     return page.figure(chart, caption)
 

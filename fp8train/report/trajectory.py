@@ -11,8 +11,8 @@ from fp8train.report.run_record import OF_SOURCE, Table, finite
 from fp8train.spikes import count_spikes
 
 SMOOTHING = 0.9  # DeepSeek-V3 (arXiv:2412.19437) shows its losses smoothed like that; its 0.25 % refers to those
-WARMUP_FRACTION = 0.05
-MAX_WARMUP_ROWS = 20
+EARLY_FRACTION = 0.05
+MAX_EARLY_ROWS = 20
 PEAK_SHARE = 0.9  # of the largest learning rate; below it, and after it, is the decay
 TARGETS = (0.5, 0.75, 0.9)  # of the baseline's tokens: where tokens-to-loss is read, beside the last common loss
 SMOOTHED_SPAN = 0.35  # of ln(tokens): half a window of the curve on which tokens-to-loss is read
@@ -154,7 +154,7 @@ def tokens_to_loss(baseline: Table, other: Table) -> dict[str, Any]:
     """
     steps, base, new = paired(baseline, other, "loss")
     tokens = baseline.columns["tokens_seen"][np.isin(baseline.steps, steps, assume_unique=True)]
-    keep = np.isfinite(tokens) & (tokens > 0) & (np.arange(len(tokens)) >= warmup_rows(len(tokens)))
+    keep = np.isfinite(tokens) & (tokens > 0) & (np.arange(len(tokens)) >= early_rows(len(tokens)))
     if keep.sum() < LEAST_ROWS:
         return {"targets": [], "common": {"loss": None, "ratio": None}}
     at, curve, gap = _smoothed(np.log(tokens[keep]), base[keep], (new - base)[keep])
@@ -215,9 +215,9 @@ def _tokens_at(loss: float, tokens: np.ndarray, lowest: np.ndarray) -> float | N
 
 
 def grad_norm_ratio(baseline: Table, other: Table) -> float | None:
-    """Median over the steps after warm-up of the ratio of the gradient norms before clipping."""
+    """Median over the steps, without the early_rows, of the ratio of the gradient norms before clipping."""
     _, base, new = paired(baseline, other, "grad_norm")
-    skip = warmup_rows(len(base))
+    skip = early_rows(len(base))
     ratios = new[skip:][base[skip:] > 0] / base[skip:][base[skip:] > 0]
     return finite(np.median(ratios)) if len(ratios) else None
 
@@ -230,6 +230,6 @@ def spikes(table: Table) -> int:
     return count_spikes(loss[np.isfinite(loss)].tolist())
 
 
-def warmup_rows(count: int) -> int:
-    """Rows at the start that no norm or curve is taken from: a twentieth, at least one and at most MAX_WARMUP_ROWS."""
-    return min(MAX_WARMUP_ROWS, max(1, math.ceil(WARMUP_FRACTION * count))) if count > 3 else 0
+def early_rows(count: int) -> int:
+    """Rows at the start that no norm or curve is taken from: a twentieth, at least one and at most MAX_EARLY_ROWS."""
+    return min(MAX_EARLY_ROWS, max(1, math.ceil(EARLY_FRACTION * count))) if count > 3 else 0

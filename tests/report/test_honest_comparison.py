@@ -100,6 +100,7 @@ def test_speed_of_two_versions_of_the_program_is_not_quoted(tmp_path: Path) -> N
         ({"fused": "never"}, "fused BF16 auto, FP8 blockwise never", False),
         ({"backend": "reference"}, "backend BF16 auto, FP8 blockwise reference", False),
         ({"deterministic": True}, "deterministic BF16 False, FP8 blockwise True", False),
+        ({"log": {"skip_steps": 2}}, "log.skip_steps BF16 5, FP8 blockwise 2", False),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -10,11 +10,11 @@ import pytest
 from fp8train.report.run_record import TRAIN_KEYS, Table
 from fp8train.report.trajectory import (
     decay_gap,
+    early_rows,
     gap_slope,
     grad_norm_ratio,
     spikes,
     tokens_to_loss,
-    warmup_rows,
 )
 
 ROWS = 400
@@ -95,5 +95,5 @@ def test_spikes_are_of_finite_losses_only() -> None:
 
 
 @pytest.mark.parametrize(("rows", "skipped"), [(3, 0), (4, 1), (100, 5), (10_000, 20)])
-def test_warm_up_is_a_twentieth_within_limits(rows: int, skipped: int) -> None:
-    assert warmup_rows(rows) == skipped
+def test_early_rows_are_a_twentieth_within_limits(rows: int, skipped: int) -> None:
+    assert early_rows(rows) == skipped
