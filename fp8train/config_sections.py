@@ -75,8 +75,8 @@ class LogConfig:
 
     every: steps between rows of metrics.jsonl and the other sinks
     print_every: steps between console lines (a terminal shows a progress bar in between)
-    skip_steps: first steps left out of every throughput: of a process on the console and in result.json, of a run
-        in a report
+    skip_steps: first steps of every process that are left out of every throughput: result.json has that of the last
+        process, a report that of all of them together, over logged steps
     wandb: off, offline or online
     wandb_project: project that the run appears under
     tensorboard: write event files to run_dir/tensorboard

@@ -52,7 +52,8 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
         rows.append(run_row(verdict, arm, run, cells))
     most = max((run["ran_on"]["runs_on_device"] or 1 for _, _, run in measured_runs(verdict)), default=1)
     how = f" Runs of the comparison shared their device, up to {most - 1} beside each." if most > 1 else ""
-    caption = f"<strong>Speed</strong>, without the first {first_run(arms).skip_steps} steps (log.skip_steps).{how}"
+    first = f"the first {first_run(arms).skip_steps} steps of every process (log.skip_steps)"
+    caption = f"<strong>Speed</strong>, without {first}.{how}"
     emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = page.table(caption, run_columns(verdict, *names), rows)

@@ -19,7 +19,7 @@ from fp8train.config import config_from_dict
 from fp8train.config_sections import LogConfig
 from fp8train.errors import BackendError, ConfigError, DataError
 
-TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds")
+TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "process_step")
 # configuration and environment of a run's first steps, where it went on with another
 EARLIER, EARLIER_PLACE = "config.until_step_*.yaml", "environment.until_step_*.json"
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
@@ -95,9 +95,10 @@ class RunRecord:
 
     @property
     def speeds(self) -> np.ndarray:
-        """Tokens per second of the logged steps after the run's first log.skip_steps; result.json's: of one process."""
-        speed = self.train.columns["tokens_per_second"][self.train.steps > self.skip_steps]
-        return speed[np.isfinite(speed)]
+        """Tokens per second of the logged steps, without the first log.skip_steps of every process."""
+        speed, number = (self.train.columns[key] for key in ("tokens_per_second", "process_step"))
+        number = np.where(np.isnan(number), self.train.steps, number)  # an earlier version did not record it
+        return speed[(number > self.skip_steps) & np.isfinite(speed)]
 
     @property
     def skip_steps(self) -> int:

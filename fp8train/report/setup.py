@@ -212,8 +212,8 @@ def method() -> str:
         "Spikes": f"Logged steps whose loss is above the median of the last {RECENT} by {SIGMAS:g} robust deviations "
         f"of the last {WINDOW} and by {100 * LEAST_LEAP:g} %; in a row they count once. Where every step is logged and "
         "blackbox is at its defaults, these are the steps that a run's black box takes for spikes.",
-        "Tokens per second": "Median over the logged steps after the run's first log.skip_steps; result.json has "
-        "that of its last process. "
+        "Tokens per second": "Median over the logged steps, without the first log.skip_steps of every process: a "
+        "start is slow, and so is a resume. result.json has the same of the last process alone, over all its steps. "
         f"A ratio needs {LEAST_TIMED} of them in every run: with fewer, no step lies beyond the 10th and 90th "
         "percentiles that say how much the steps vary.",
         "Share in FP8": "2 rows N K floating-point operations for every GEMM of a linear, counted by the operations "

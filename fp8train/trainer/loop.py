@@ -315,7 +315,8 @@ class Trainer:
         """Row of a finished step; a step that was skipped always has one."""
         config, progress = self.config, self.progress
         row = step_row(config, self.world, progress.step, result, lr, seconds)
-        row |= {"data_seconds": data_seconds, "memory_bytes": self.memory.bytes()}
+        row |= {"process_step": self.speed.process_step, "data_seconds": data_seconds}
+        row["memory_bytes"] = self.memory.bytes()
         if not result.updated:
             row |= {"skipped": True, "skipped_steps": progress.skipped_steps}
         request = after_step(self.watchers, progress.step, result, row)

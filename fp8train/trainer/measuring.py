@@ -30,18 +30,19 @@ class Speed:
     """Tokens per second of the steps of this process, without the first few.
 
     Args:
-        skip_steps: steps that do not count: allocation, compilation and caches make them slow.
+        skip_steps: steps that do not count: allocation, compilation and caches make them slow, in every process again.
     """
 
     def __init__(self, skip_steps: int) -> None:
+        self.process_step = 0  # how many steps this process has done
         self._skip = skip_steps
         self._steps: deque[float] = deque(maxlen=50)
         self._rates = array("d")  # 8 bytes a step: a run may have millions
 
     def add(self, tokens: int, seconds: float) -> None:
         """Record one step."""
-        if self._skip > 0:
-            self._skip -= 1
+        self.process_step += 1
+        if self.process_step <= self._skip:
             return
         self._steps.append(seconds)
         self._rates.append(tokens / seconds)

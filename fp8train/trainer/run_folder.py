@@ -53,7 +53,7 @@ class RunResult:
     skipped_steps: steps whose loss or gradient was not finite
     final_train_loss: of the last step, in nats per token; null where it was not finite
     evals: rows of metrics.jsonl that carry eval_loss
-    tokens_per_second: median over the steps of this process, less the first log.skip_steps
+    tokens_per_second: median over the steps of this process but its first log.skip_steps
     peak_memory_bytes: of the device; on a CPU of the process
     memory_bytes: what is held from step to step, by kind
     train_seconds: time in steps, resumed parts included

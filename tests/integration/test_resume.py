@@ -13,7 +13,9 @@ from fp8train.metrics import read_metrics
 from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_train
 
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "eval_seconds")
+TIMES = (
+    "tokens_per_second", "step_seconds", "process_step", "data_seconds", "memory_bytes", "eval_seconds",
+)  # fmt: skip
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -80,11 +80,15 @@ def test_heldout_gap_is_that_of_the_last_common_evaluation() -> None:
 
 
 @pytest.mark.parametrize(("log", "kept"), [({}, 35), ({"log": {"skip_steps": 2}}, 38)], ids=["default", "as set"])
-def test_first_steps_are_left_out_of_the_speed(tmp_path: Path, log: dict[str, Any], kept: int) -> None:
+def test_first_steps_of_every_process_are_left_out_of_the_speed(tmp_path: Path, log: dict[str, Any], kept: int) -> None:
     run = read_run(write_run(tmp_path / "run"))
     run.config |= log
     values = run.train.columns["tokens_per_second"]
     assert measures(run)["timed_steps"] == kept and measures(run)["tokens_per_second"] == np.median(values[-kept:])
+    run.train.columns["process_step"] = np.append(np.arange(1.0, 31.0), np.arange(1.0, 11.0))  # resumed at step 30
+    first = STEPS - kept
+    values[[*range(first), *range(30, 30 + first)]] = 1.0  # slow starts
+    assert measures(run)["timed_steps"] == STEPS - 2 * first and measures(run)["tokens_per_second_p10"] > 1e4
 
 
 def test_verdict_of_a_known_pair(tmp_path: Path) -> None:

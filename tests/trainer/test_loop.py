@@ -204,6 +204,8 @@ class TestStopping:
         resumed = tiny_train(tmp_path)
         assert resumed.finished and losses(tmp_path / "run") == losses(trained.run_dir)
         assert resumed.stream_hash == trained.result.stream_hash
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert [row["process_step"] for row in rows if "loss" in row] == [1, 2, 3, 1, 2, 3], "of each process"
 
     def test_time_limit_stops_after_a_step_and_saves(self, tmp_path: Path):
         result = tiny_train(tmp_path, "time_limit_seconds=1e-6")

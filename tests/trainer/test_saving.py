@@ -19,7 +19,9 @@ from fp8train.trainer.saving import SaveClock, checkpoints_to_come
 from tests.tiny_run import tiny_config, tiny_train
 
 AT_ONCE = "checkpoint.minutes=1e-9"
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "memory_bytes", "eval_seconds")
+TIMES = (
+    "tokens_per_second", "step_seconds", "process_step", "data_seconds", "memory_bytes", "eval_seconds",
+)  # fmt: skip
 
 
 def rows(run_dir: Path) -> list[dict]:
