@@ -1,4 +1,4 @@
-"""What tables and figures of a report go through: runs arm by arm, and the cells that name them."""
+"""Runs arm by arm, as figures and tables of a report go through them, and the tables with a row for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fp8train.report.page import Column, typeset
+from fp8train.report import page
+from fp8train.report.page import typeset
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.units import count_text
 
@@ -33,20 +34,11 @@ def whole(runs: Mapping[int, RunRecord]) -> Mapping[int, RunRecord]:
     return {seed: run for seed, run in runs.items() if run.diverged is None} or runs
 
 
-def measured_runs(verdict: Mapping[str, Any]) -> Iterable[tuple[str, int, Mapping[str, Any]]]:
-    """(arm, index of the seed, measures) of every run."""
-    return ((arm, index, run) for arm, entry in verdict["arms"].items() for index, run in enumerate(entry["runs"]))
-
-
-def pair_of(verdict: Mapping[str, Any], arm: str, index: int) -> Mapping[str, Any]:
-    """The comparison of a run with the baseline; empty for the baseline itself."""
-    return verdict["comparisons"][arm]["seeds"][index] if arm in verdict["comparisons"] else {}
-
-
-def run_columns(verdict: Mapping[str, Any], *names: str) -> list[Column]:
-    """Columns of a table with one row a run: arm, seed where there are several, then numbers."""
-    seeds = ["Seed"] if len(verdict["seeds"]) > 1 else []
-    return [Column(heading="Arm"), *(Column(heading=name, number=True) for name in (*seeds, *names))]
+def compared_runs(verdict: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """(arm, measures, comparison with the baseline of its seed) of every run; no comparison of the baseline's own."""
+    for arm, entry in verdict["arms"].items():
+        pairs = verdict["comparisons"].get(arm, {}).get("seeds") or [{}] * len(entry["runs"])
+        yield from ((arm, run, pair) for run, pair in zip(entry["runs"], pairs, strict=True))
 
 
 def arm_name(verdict: Mapping[str, Any], arm: str) -> str:
@@ -56,13 +48,33 @@ def arm_name(verdict: Mapping[str, Any], arm: str) -> str:
     return f'<span class="key">{name}</span>'
 
 
-def run_row(verdict: Mapping[str, Any], arm: str, run: Mapping[str, Any], cells: Sequence[str]) -> list[str]:
-    """Cells of a table made by run_columns: arm, seed where there are several, then `cells` (plain text)."""
-    return [
-        arm_name(verdict, arm),
-        *[str(run["seed"])] * (len(verdict["seeds"]) > 1),
-        *(typeset(cell) for cell in cells),
-    ]
+def arm_table(
+    verdict: Mapping[str, Any],
+    caption: str,
+    names: Sequence[str],
+    rows: Iterable[tuple[str, Sequence[str]]],
+    *,
+    words: Sequence[str] = (),
+) -> str:
+    """A table with one row an arm: its name, then cells (plain text) under `names`; in `words` those of no numbers."""
+    named = [[arm_name(verdict, arm), *map(typeset, cells)] for arm, cells in rows]
+    return page.table(caption, ["Arm", *names], named, words=("Arm", *words))
+
+
+def run_table(
+    verdict: Mapping[str, Any],
+    caption: str,
+    names: Sequence[str],
+    rows: Iterable[tuple[str, Mapping[str, Any], Sequence[str]]],
+) -> str:
+    """A table with one row a run: arm, seed where there are several, then cells under `names`.
+
+    Args:
+        rows: (arm, measures, cells).
+    """
+    several = len(verdict["seeds"]) > 1
+    with_seed = [(arm, [*[str(run["seed"])] * several, *cells]) for arm, run, cells in rows]
+    return arm_table(verdict, caption, [*["Seed"] * several, *names], with_seed)
 
 
 def or_baseline(pair: Mapping[str, Any], text: str) -> str:

@@ -9,12 +9,10 @@ import numpy as np
 
 from fp8train.report import page
 from fp8train.report.arm_rows import (
-    arm_name,
-    measured_runs,
+    arm_table,
+    compared_runs,
     or_baseline,
-    pair_of,
-    run_columns,
-    run_row,
+    run_table,
     runs_of,
     slots,
     thinned,
@@ -23,7 +21,6 @@ from fp8train.report.arm_rows import (
 from fp8train.report.charts import Bar, Curve, bar_chart, line_chart
 from fp8train.report.conclusion import NOT_COMPARABLE
 from fp8train.report.divergence import finished
-from fp8train.report.page import Column, typeset
 from fp8train.report.results import banded
 from fp8train.report.run_record import Arms, first_run
 from fp8train.report.sentence import judged_arms
@@ -40,8 +37,7 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Throughput over the steps and its median."""
     names = ("Tokens per second, median", "10th to 90th percentile", "Ratio", "Training time")
     rows = []
-    for arm, index, run in measured_runs(verdict):
-        pair = pair_of(verdict, arm, index)
+    for arm, run, pair in compared_runs(verdict):
         ratio = NOT_COMPARABLE if _doubt(verdict, arm, "speed") else ratio_text(pair.get("tokens_per_second_ratio"))
         cells = [
             count_text(run["tokens_per_second"]),
@@ -49,14 +45,14 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
             or_baseline(pair, ratio),
             seconds_text(run["train_seconds"]),
         ]
-        rows.append(run_row(verdict, arm, run, cells))
-    most = max((run["ran_on"]["runs_on_device"] or 1 for _, _, run in measured_runs(verdict)), default=1)
+        rows.append((arm, run, cells))
+    most = max(run["ran_on"]["runs_on_device"] or 1 for _, run, _ in rows)
     how = f" Runs of the comparison shared their device, up to {most - 1} beside each." if most > 1 else ""
     first = f"the first {first_run(arms).skip_steps} steps of every process (log.skip_steps)"
     caption = f"<strong>Speed</strong>, without {first}.{how}"
-    emulated = any(run["emulates"] for _, _, run in measured_runs(verdict))
+    emulated = any(run["emulates"] for _, run, _ in rows)
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
-    table = page.table(caption, run_columns(verdict, *names), rows)
+    table = run_table(verdict, caption, names, rows)
     note += _doubts(verdict, "speed")
     doubted = any(_doubt(verdict, arm, "speed") for arm in verdict["comparisons"])
     over_time = "" if doubted else _time_figure(verdict, arms)  # it is drawn from the speeds
@@ -169,14 +165,13 @@ def _time_table(verdict: Mapping[str, Any]) -> str:
         cells = [_precise(ratio) for ratio in ratios]
         for key in ("raw", "time_to_loss") if quoted else ():
             cells += _ratio_cells(comparison["speed"][key] if arm in quoted else None)
-        rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
-    columns = [Column(heading="Arm"), *(Column(heading=name, number=True) for name in names)]
+        rows.append((arm, cells))
     caption = (
         "<strong>Time to loss</strong> against the baseline: raw speed divided by how many times the tokens the arm "
         "needs for the same training loss, so that speed bought with loss does not count. Geometric means over the "
         "seeds; none where one of them never got there, or its curve stands still there."
     )
-    return page.table(caption, columns, rows)
+    return arm_table(verdict, caption, names, rows)
 
 
 def _at(found: Mapping[str, Any], share: float) -> float | None:
@@ -202,19 +197,20 @@ def _ratio_cells(found: Mapping[str, Any] | None) -> list[str]:
 
 def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     """Peak memory of every run, by kind where the runs tell."""
-    entries = list(measured_runs(verdict))
-    sizes = [run["peak_memory_bytes"] for _, _, run in entries]
+    sizes = [run["peak_memory_bytes"] for _, run, _ in compared_runs(verdict)]
     if any(size is None for size in sizes):
         return [page.paragraph("The runs did not measure their memory.", "note")]
-    by_kind = {(arm, run["seed"]): arms[arm][run["seed"]].result.get("memory_bytes") or {} for arm, _, run in entries}
+    by_kind = {
+        (arm, run["seed"]): arms[arm][run["seed"]].result.get("memory_bytes") or {}
+        for arm, run, _ in compared_runs(verdict)
+    }
     kinds = list(dict.fromkeys(kind for amounts in by_kind.values() for kind in amounts))
     rows = []
-    for arm, index, run in entries:
-        pair, size = pair_of(verdict, arm, index), run["peak_memory_bytes"]
+    for arm, run, pair in compared_runs(verdict):
         ratio = NOT_COMPARABLE if _doubt(verdict, arm, "memory") else ratio_text(pair.get("peak_memory_ratio"))
-        cells = [bytes_text(size), or_baseline(pair, ratio)]
+        cells = [bytes_text(run["peak_memory_bytes"]), or_baseline(pair, ratio)]
         cells += [bytes_text(by_kind[arm, run["seed"]].get(kind)) for kind in kinds]
-        rows.append(run_row(verdict, arm, run, cells))
+        rows.append((arm, run, cells))
     bars = []
     for arm, entry in verdict["arms"].items():
         size = max(run["peak_memory_bytes"] for run in entry["runs"])
@@ -227,8 +223,8 @@ def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     counted = "as the GPU allocator counted it"
     if not on_gpu:
         counted = "as the operating system counted it: interpreter, libraries and data are in it"
-    columns = run_columns(verdict, "Peak", "Ratio", *(kind.replace("_", " ").capitalize() for kind in kinds))
-    table = page.table("<strong>Memory</strong> of each arm.", columns, rows)
+    names = ["Peak", "Ratio", *(kind.replace("_", " ").capitalize() for kind in kinds)]
+    table = run_table(verdict, "<strong>Memory</strong> of each arm.", names, rows)
     most = "; the most of the seeds" if len(verdict["seeds"]) > 1 else ""
     figure = page.figure(chart, f"<strong>Peak memory</strong> of the training process, {counted}{most}.")
     return [_doubts(verdict, "memory"), figure, table]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fp8train.report import page
-from fp8train.report.arm_rows import arm_name, measured_runs, pair_of, run_columns, run_row, slots
+from fp8train.report.arm_rows import arm_table, compared_runs, or_baseline, run_table, slots
 from fp8train.report.conclusion import interval_text, more_seeds
-from fp8train.report.divergence import finished, lost_steps
+from fp8train.report.divergence import lost_steps
 from fp8train.report.interval_chart import Gaps, interval_chart
-from fp8train.report.page import Column, typeset
+from fp8train.report.page import typeset
 from fp8train.units import NOTHING, count_text, loss_text, percent_text, ratio_text, signed_text
 
 
@@ -57,9 +57,16 @@ def _interval_figure(verdict: Mapping[str, Any]) -> str:
 
 
 def _test_table(verdict: Mapping[str, Any]) -> str:
-    names = ("Seeds", "Mean gap", "Between seeds, sd", "Interval", "p, equivalent", "Verdict", "More seeds needed")
-    columns = [Column(heading="Arm"), *(Column(heading=name, number=name != "Verdict") for name in names)]
-    columns += [Column(heading="Less the placebo", number=True)]
+    names = (
+        "Seeds",
+        "Mean gap",
+        "Between seeds, sd",
+        "Interval",
+        "p, equivalent",
+        "Verdict",
+        "More seeds needed",
+        "Less the placebo",
+    )
     rows = []
     for arm, comparison in verdict["comparisons"].items():
         test, beside = comparison["test"], comparison["against_placebo"]
@@ -74,7 +81,7 @@ def _test_table(verdict: Mapping[str, Any]) -> str:
             _seeds_text(test),
             less,
         ]
-        rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
+        rows.append((arm, cells))
     looks = ", ".join(f"{look['seeds']} seeds" for look in verdict["looks"]) or "none"
     caption = (
         f"<strong>Equivalence test</strong>, margin \u00b1{verdict['margin_percent']:g}\u202f%: two one-sided t-tests "
@@ -83,7 +90,7 @@ def _test_table(verdict: Mapping[str, Any]) -> str:
         "definite verdict, with the measured spread between seeds taken as the true one, if the true gap is zero, and "
         "if it is the measured one."
     )
-    return page.table(caption, columns, rows)
+    return arm_table(verdict, caption, names, rows, words=["Verdict"])
 
 
 def _p_text(p: float | None) -> str:
@@ -101,37 +108,37 @@ def _trend_table(verdict: Mapping[str, Any]) -> str:
     """What happens to the gap on the way, one row a run."""
     names = ("Rise over last half", "Gap at peak LR", "Gap in LR decay")
     rows = []
-    for arm, index, run in measured_runs(verdict):
-        if pair := pair_of(verdict, arm, index):
+    for arm, run, pair in compared_runs(verdict):
+        if pair:
             slope, decay = pair["gap_slope"], pair["decay_gap"]
             shown = (slope["percent_over_half"], decay["before_percent"], decay["inside_percent"])
-            rows.append(run_row(verdict, arm, run, [percent_text(value, signed=True) for value in shown]))
+            rows.append((arm, run, [percent_text(value, signed=True) for value in shown]))
     caption = (
         "<strong>Trend of the training loss gap</strong>, unsmoothed, in percent of the baseline's loss. A gap that "
         "rises, or that opens in the decay of the learning rate, would grow with a longer run."
     )
-    return page.table(caption, run_columns(verdict, *names), rows)
+    return run_table(verdict, caption, names, rows)
 
 
 def stability_section(verdict: Mapping[str, Any]) -> list[str]:
     """How every run ended, and what it met on the way."""
     names = ("Steps done", "Skipped steps", "Spikes", "Gradient norm, ratio", "End")
     rows = []
-    for arm, index, run in measured_runs(verdict):
-        pair, end = pair_of(verdict, arm, index), run["diverged"]
+    for arm, run, pair in compared_runs(verdict):
+        end = run["diverged"]
         cells = [
             count_text(run["steps"]),
             count_text(lost_steps(run)),
             count_text(run["spikes"]),
-            ratio_text(pair["grad_norm_ratio"]) if pair else "baseline",
+            or_baseline(pair, ratio_text(pair.get("grad_norm_ratio"))),
             f"diverged at step {count_text(end['step'])}" if end else "finished",
         ]
-        rows.append(run_row(verdict, arm, run, cells))
+        rows.append((arm, run, cells))
     caption = (
         "<strong>How each run went.</strong> Skipped: loss or gradient was not finite. Gradient norm: before clipping, "
         "median over the steps of its ratio to the baseline's."
     )
-    return [page.table(caption, run_columns(verdict, *names), rows)]
+    return [run_table(verdict, caption, names, rows)]
 
 
 def _crossed_table(verdict: Mapping[str, Any]) -> str:
@@ -147,24 +154,14 @@ def _crossed_table(verdict: Mapping[str, Any]) -> str:
     )
     rows = []
     for arm, comparison in verdict["comparisons"].items():
-        table = _mean_of([pair["crossed"] for pair in finished(comparison["seeds"])])
+        table = comparison["mean"]["crossed"]
         cells = [loss_text(table[f"{w}_in_{a}"]) for w in ("baseline", "arm") for a in ("baseline", "arm")]
         cells += [signed_text(table["weights_nats"]), signed_text(table["arithmetic_nats"])]
-        rows.append([arm_name(verdict, arm), *(typeset(cell) for cell in cells)])
-    columns = [Column(heading="Arm"), *(Column(heading=name, number=True) for name in names)]
+        rows.append((arm, cells))
     mean = f", mean of {len(verdict['seeds'])} seeds" * (len(verdict["seeds"]) > 1)
     caption = (
         f"<strong>Worse weights or worse arithmetic?</strong> Held-out loss, nats per token{mean}. Weights cost: what "
-        "the "
-        "arm's weights lose in the baseline's arithmetic, which is damage done in training. Arithmetic costs: what the "
-        "arm's arithmetic loses on the baseline's weights."
+        "the arm's weights lose in the baseline's arithmetic, which is damage done in training. Arithmetic costs: what "
+        "the arm's arithmetic loses on the baseline's weights."
     )
-    return page.table(caption, columns, rows)
-
-
-def _mean_of(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    result: dict[str, float | None] = {}
-    for key in rows[0]:
-        values = [value for row in rows if (value := row[key]) is not None]
-        result[key] = sum(values) / len(values) if values and len(values) == len(rows) else None
-    return result
+    return arm_table(verdict, caption, names, rows)

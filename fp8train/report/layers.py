@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fp8train.report import page
-from fp8train.report.arm_rows import arm_name, slots
+from fp8train.report.arm_rows import arm_table, slots
 from fp8train.report.drawing import ALERT, SERIES, Drawing
-from fp8train.report.page import Column, code, typeset
+from fp8train.report.page import code, typeset
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.telemetry.table import Sample, samples, worst
 from fp8train.units import NOTHING, count_text, percent_text
@@ -65,21 +65,16 @@ def _error_table(verdict: Mapping[str, Any], arms: Arms) -> str:
         if errors or noise:
             shown = [errors.get(operand, noise or None) for operand in ("x", "w", "dy")]
             cells = [NOTHING if value is None else percent_text(100 * value) for value in shown]
-            rows.append(
-                [arm_name(verdict, arm), *map(typeset, cells), "noise, as set" if noise else "rounding, measured"]
-            )
-    columns = [Column(heading="Arm"), *(Column(heading=name, number=True) for name in ("x", "w", "dy"))]
+            rows.append((arm, [*cells, "noise, as set" if noise else "rounding, measured"]))
     caption = (
         "<strong>Relative error of the operands</strong>, root mean square: median over linears and sampled steps. The "
         "placebo is a fair one where its noise is as large as the rounding."
     )
-    return page.table(caption, [*columns, Column(heading="Source")], rows)
+    return arm_table(verdict, caption, ("x", "w", "dy", "Source"), rows, words=["Source"])
 
 
 def _worst_table(verdict: Mapping[str, Any], arm: str, sampled: tuple[int, Sequence[Sample]]) -> str:
     step, found = sampled
-    columns = [Column(heading="Linear"), Column(heading="Operand")]
-    columns += [Column(heading=heading, number=True) for heading, _, _ in STATISTICS.values()]
     rows = []
     for sample in worst(found, SHOWN):
         cells = [_statistic(sample, name) for name in STATISTICS]
@@ -87,7 +82,8 @@ def _worst_table(verdict: Mapping[str, Any], arm: str, sampled: tuple[int, Seque
     label = html.escape(verdict["arms"][arm]["label"])
     caption = f"<strong>Worst operands</strong> of {label} at step {count_text(step)}, the largest row error first. "
     caption += "x.T and dy.T: as wgrad reads them, in blocks along the tokens."
-    return page.table(caption, columns, rows)
+    names = ["Linear", "Operand", *(heading for heading, _, _ in STATISTICS.values())]
+    return page.table(caption, names, rows, words=("Linear", "Operand"))
 
 
 def _statistic(sample: Sample, name: str) -> str:

@@ -4,10 +4,9 @@ script.
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # Two inks, one grid, one colour for each arm; each arm colour has at least 4.5:1 on its paper, and neighbours differ in
 # hue and lightness, so that they stay apart for colour-blind readers and in grey.
@@ -148,14 +147,6 @@ footer { color: var(--muted); font-size: 13px; padding-top: 28px; padding-bottom
 ALONE = r"(?<![^\s(])"  # before a number that is no part of a name
 
 
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Column:
-    """A column of a table: its heading, and whether it holds numbers (right-aligned)."""
-
-    heading: str
-    number: bool = False
-
-
 def page(*, title: str, header: str, body: str, footer: str) -> str:
     """A whole HTML document; `title` is plain text, the rest is HTML. Its policy forbids requests and scripts."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -176,20 +167,22 @@ def section(identifier: str, heading: str, *parts: str) -> str:
     return f'<section id="{identifier}" aria-labelledby="{identifier}-heading">\n{title}\n{content}\n</section>'
 
 
-def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+def table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, words: Collection[str] = ()) -> str:
     """A table; one that is too wide for a phone becomes a list of cards there, each cell with its heading. The first
     cell names its row. Caption and cells are HTML.
+
+    Args:
+        words: headings of the columns that hold words; the others hold numbers, which are right-aligned.
     """
-    head = "".join(f'<th scope="col"{_align(column)}>{html.escape(column.heading)}</th>' for column in columns)
+    align = ["" if heading in words else ' class="number"' for heading in headings]
+    names = [html.escape(heading) for heading in headings]
+    head = "".join(f'<th scope="col"{side}>{name}</th>' for name, side in zip(names, align, strict=True))
     lines = []
-    for row in rows:
-        first, *rest = row
-        cells = "".join(
-            f'<td data-name="{html.escape(column.heading, quote=True)}"{_align(column)}>{cell}</td>'
-            for column, cell in zip(columns[1:], rest, strict=True)
-        )
-        lines.append(f'<tr><th scope="row"{_align(columns[0])}>{first}</th>{cells}</tr>')
-    kind = ' class="cards"' if len(columns) > 4 else ""
+    for first, *rest in rows:
+        columns = zip(names[1:], align[1:], rest, strict=True)
+        cells = "".join(f'<td data-name="{name}"{side}>{cell}</td>' for name, side, cell in columns)
+        lines.append(f'<tr><th scope="row"{align[0]}>{first}</th>{cells}</tr>')
+    kind = ' class="cards"' if len(headings) > 4 else ""
     content = "\n".join(lines)
     name = html.escape(html.unescape(re.sub(r"<[^>]*>", "", caption)).partition(".")[0], quote=True)
     return (
@@ -248,7 +241,3 @@ def typeset(text: str) -> str:
     text = re.sub(rf"{ALONE}(\d[\d.,]*)x(?![\w-])", "\\1\u00d7", text)
     text = re.sub(r"(\d) (?=%)", "\\1\u202f", text)
     return re.sub(r"(\d) (?=(?:[KMGT]iB|[kMGTPEZ]?FLOP|[KMBT]|s|min|h|d)(?!\w))", "\\1\u00a0", text)
-
-
-def _align(column: Column) -> str:
-    return ' class="number"' if column.number else ""

@@ -11,11 +11,9 @@ import numpy as np
 from fp8train.report import page
 from fp8train.report.arm_rows import (
     LONG_RUN_ROWS,
-    measured_runs,
+    compared_runs,
     or_baseline,
-    pair_of,
-    run_columns,
-    run_row,
+    run_table,
     runs_of,
     slots,
     thinned,
@@ -23,7 +21,7 @@ from fp8train.report.arm_rows import (
 )
 from fp8train.report.charts import Curve, line_chart, nice_range
 from fp8train.report.divergence import diverged_seeds
-from fp8train.report.page import Column, typeset
+from fp8train.report.page import typeset
 from fp8train.report.run_record import Arms, Table
 from fp8train.report.trajectory import SMOOTHING, ema, paired
 from fp8train.units import count_text, loss_text, percent_text, signed_text
@@ -185,10 +183,10 @@ def _loss_table(verdict: Mapping[str, Any]) -> str:
         "Gap in BF16, %",
         "Bits per byte",
         "Training loss (EMA 0.9)",
+        "Last step",
     )
     rows = []
-    for arm, index, run in measured_runs(verdict):
-        pair = pair_of(verdict, arm, index)
+    for arm, run, pair in compared_runs(verdict):
         gap, gap_bf16 = (pair[key] if pair else {} for key in ("heldout_gap", "heldout_gap_bf16"))
         cells = [
             loss_text(run["eval_loss"]),
@@ -200,38 +198,36 @@ def _loss_table(verdict: Mapping[str, Any]) -> str:
             loss_text(run["train_loss_ema"]),
             loss_text(run["train_loss"]),
         ]
-        rows.append(run_row(verdict, arm, run, cells))
+        rows.append((arm, run, cells))
     caption = (
         "<strong>Loss at the end</strong>, nats per token. <em>Held-out in BF16</em> scores the same weights with BF16 "
         "arithmetic: what is left of the gap there is in the weights."
     )
-    return page.table(caption, run_columns(verdict, *names, "Last step"), rows)
+    return run_table(verdict, caption, names, rows)
 
 
 def _source_table(verdict: Mapping[str, Any]) -> str:
     """The held-out loss of each source of a mix; '' for one source."""
-    runs = list(measured_runs(verdict))
-    names = list(dict.fromkeys(name for *_, run in runs for name in run["eval_losses"]))
+    names = list(dict.fromkeys(name for _, run, _ in compared_runs(verdict) for name in run["eval_losses"]))
     rows = []
-    for arm, index, run in runs if names else ():
-        gaps = (pair_of(verdict, arm, index) or {}).get("source_gaps", {})
-        cells = []
+    for arm, run, pair in compared_runs(verdict):
+        gaps, cells = pair.get("source_gaps", {}), []
         for name in names:
             gap = f" ({percent_text(gaps[name], signed=True)})" if name in gaps else ""
             cells.append(loss_text(run["eval_losses"].get(name)) + gap)
-        rows.append(run_row(verdict, arm, run, cells))
+        rows.append((arm, run, cells))
     caption = (
         "<strong>Held-out loss by source</strong> at the end, nats per token, and its gap. The loss of the mix is "
         "their mean, weighed by the shares of the mix."
     )
-    return page.table(caption, run_columns(verdict, *names), rows) if names else ""
+    return run_table(verdict, caption, names, rows) if names else ""
 
 
 def _error_table(verdict: Mapping[str, Any]) -> str:
     names = ("Last step", "Last step, EMA 0.9", "Largest, EMA 0.9", "at step", "Steps compared")
     rows = []
-    for arm, index, run in measured_runs(verdict):
-        if pair := pair_of(verdict, arm, index):
+    for arm, run, pair in compared_runs(verdict):
+        if pair:
             error = pair["relative_loss_error"]
             cells = [
                 percent_text(error["final_percent"], signed=True),
@@ -240,9 +236,9 @@ def _error_table(verdict: Mapping[str, Any]) -> str:
                 count_text(error["ema_max_step"]),
                 count_text(error["steps"]),
             ]
-            rows.append(run_row(verdict, arm, run, cells))
+            rows.append((arm, run, cells))
     caption = "<strong>Relative loss error</strong> of the training loss against the baseline."
-    return page.table(caption, run_columns(verdict, *names), rows)
+    return run_table(verdict, caption, names, rows)
 
 
 def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
@@ -252,11 +248,10 @@ def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
     baseline = verdict["baseline"]
     base = arms[baseline]
     tokens = over_seeds([(run.train.steps, run.train.columns["tokens_seen"]) for run in whole(base).values()])
-    columns, curves = [Column(heading="Step", number=True), Column(heading="Tokens", number=True)], []
+    headings, curves = ["Step", "Tokens"], []
     for arm, runs in arms.items():
         label = verdict["arms"][arm]["label"]
-        columns += [Column(heading=label, number=True)]
-        columns += [Column(heading=f"{label}, difference", number=True)] * (arm != baseline)
+        headings += [label, *[f"{label}, difference"] * (arm != baseline)]
         loss = over_seeds([(run.train.steps, smooth[arm][seed]) for seed, run in whole(runs).items()])
         both = [seed for seed, run in runs.items() if run.diverged is None and base[seed].diverged is None]
         pairs = [(base[seed].train, runs[seed].train) for seed in both or runs]
@@ -272,7 +267,7 @@ def _steps_table(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
             cells += [loss_text(_mean_at(loss, step)), *[typeset(text)] * (arm != baseline)]
         rows.append(cells)
     mean = f", mean of {_seeds_words(verdict)}" * (len(verdict["seeds"]) > 1)
-    return page.table(f"Training loss, smoothed (EMA {SMOOTHING:g}), nats per token{mean}.", columns, rows)
+    return page.table(f"Training loss, smoothed (EMA {SMOOTHING:g}), nats per token{mean}.", headings, rows)
 
 
 def _mean_at(curve: tuple[np.ndarray, np.ndarray], step: int) -> float | None:

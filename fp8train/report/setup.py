@@ -26,7 +26,7 @@ from fp8train.report.coverage_summary import (
     refused_kernels,
 )
 from fp8train.report.learning import LEAST_FALL, LEAST_STEPS
-from fp8train.report.page import Column, code, typeset
+from fp8train.report.page import code, typeset
 from fp8train.report.run_record import Arms, first_run
 from fp8train.report.trajectory import SMOOTHED_SPAN
 from fp8train.spikes import LEAST_LEAP, RECENT, SIGMAS, WINDOW
@@ -71,25 +71,18 @@ def coverage_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
 
 def _linears_table(label: str, groups: Sequence[LinearGroup]) -> str:
     """Every linear in a row of its own, on request."""
-    columns = [Column(heading=name) for name in ("Module", *GEMMS, "N x K", "Rule", "Reason")]
+    names = ("Module", *GEMMS, "N x K", "Rule", "Reason")
     rows = [
         [code(fqn), *_outcome(group), typeset(_shape(group)), code(group.rule), typeset(group.reason)]
         for group in groups
         for fqn in group.fqns
     ]
-    table = page.table(f"Linears of {html.escape(label)}.", columns, rows)
+    table = page.table(f"Linears of {html.escape(label)}.", names, rows, words=names)
     return page.details(f"All {count_text(len(rows))} linears of {label}", table)
 
 
 def _coverage_table(label: str, groups: Sequence[LinearGroup], total: float) -> str:
     outside = sum(not all(group.fp8.values()) for group in groups)
-    columns = [
-        Column(heading="Linears"),
-        Column(heading="Count", number=True),
-        Column(heading="N x K", number=True),
-        *(Column(heading=gemm) for gemm in GEMMS),
-    ]
-    columns += [Column(heading="Share of FLOPs", number=True), Column(heading="Why")]
     rows = []
     for group in [*exceptions(groups), *(group for group in groups if all(group.fp8.values()))]:
         layers = layer_numbers(group.fqns).replace("-", "\u2013") if len(group.fqns) > 1 else ""
@@ -106,9 +99,9 @@ def _coverage_table(label: str, groups: Sequence[LinearGroup], total: float) -> 
             ]
         )
     first = f"; the {'one' if outside == 1 else count_text(outside)} with a GEMM outside FP8 first" if outside else ""
-    return page.table(
-        f"<strong>Where FP8 ran</strong>, {html.escape(label)}: linears of one kind in one row{first}.", columns, rows
-    )
+    caption = f"<strong>Where FP8 ran</strong>, {html.escape(label)}: linears of one kind in one row{first}."
+    names = ("Linears", "Count", "N x K", *GEMMS, "Share of FLOPs", "Why")
+    return page.table(caption, names, rows, words=("Linears", *GEMMS, "Why"))
 
 
 def configuration_section(arms: Arms) -> list[str]:
@@ -117,14 +110,9 @@ def configuration_section(arms: Arms) -> list[str]:
     # of every seed: one run may have been trained apart from the others
     values = {key: {arm: [_plain(run.get(key)) for run in runs] for arm, runs in flat.items()} for key in keys}
     differing = [key for key in keys if key not in OWN_KEYS and len(set(map(tuple, values[key].values()))) > 1]
-    columns = [Column(heading="Key"), *(Column(heading=arm) for arm in arms)]
-    parts = [
-        page.table(
-            f"<strong>What differs between the arms.</strong> {typeset(_environment_words(arms))}",
-            columns,
-            [[code(key), *(code(" and ".join(dict.fromkeys(of))) for of in values[key].values())] for key in differing],
-        )
-    ]
+    rows = [[code(key), *(code(" and ".join(dict.fromkeys(of))) for of in values[key].values())] for key in differing]
+    caption = f"<strong>What differs between the arms.</strong> {typeset(_environment_words(arms))}"
+    parts = [page.table(caption, ["Key", *arms], rows, words=("Key", *arms))]
     first = first_run(arms)
     parts.append(
         page.details(
@@ -168,13 +156,8 @@ def environment_section(arms: Arms) -> list[str]:
         rows.append([code(key), text])
     if not rows:
         return [page.paragraph("The runs did not record their environment.", "note")]
-    return [
-        page.table(
-            "<strong>Machine and software</strong> that the arms ran on.",
-            [Column(heading="What"), Column(heading="Value")],
-            rows,
-        )
-    ]
+    caption = "<strong>Machine and software</strong> that the arms ran on."
+    return [page.table(caption, ("What", "Value"), rows, words=("What", "Value"))]
 
 
 def method() -> str:
