@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fp8train.report.statistics import ALPHA, MAX_SEEDS, Interval, equivalence, interval, ratio_interval, seeds_needed
-from fp8train.units import percent_text, ratio_text
+from fp8train.report.statistics import ALPHA, MAX_SEEDS, equivalence, interval, ratio_interval, seeds_needed
+from fp8train.units import percent_text, ratio_text, signed_text
 
 Pairs = Sequence[Mapping[str, Any]]  # one for each seed, as verdict.pair_measures gives them
 
@@ -187,6 +187,17 @@ def _ratios(values: Sequence[float | None]) -> dict[str, Any] | None:
     return dataclasses.asdict(ratio_interval(known)) if known and len(known) == len(values) else None
 
 
+def doubt(verdict: Mapping[str, Any], arm: str, kind: str) -> str | None:
+    """Why the arm's "speed" or "memory" is not held against the baseline's; None where it is, and of the baseline."""
+    found: str | None = verdict["comparisons"].get(arm, {}).get(kind, {}).get("not_quoted")
+    return found
+
+
+def quoted(verdict: Mapping[str, Any], arm: str, kind: str, ratio: float | None) -> str:
+    """A ratio of the arm's "speed" or "memory" to the baseline's in words, where there is no doubt of it."""
+    return NOT_COMPARABLE if doubt(verdict, arm, kind) else ratio_text(ratio)
+
+
 def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean over seeds of every number, in nested mappings too; None where a seed has none; what is not a number is
     left out.
@@ -203,13 +214,11 @@ def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def interval_text(test: Mapping[str, Any] | Interval, unit: str = " %") -> str:
+def interval_text(test: Mapping[str, Any]) -> str:
     """`-0.12 to +0.30 %`; `unknown` for one seed."""
-    values = dataclasses.asdict(test) if isinstance(test, Interval) else test
-    if values["low"] is None:
+    if test["low"] is None:
         return "unknown"
-    low, high = (percent_text(values[edge], signed=True).removesuffix(" %") for edge in ("low", "high"))
-    return f"{low} to {high}{unit}"
+    return f"{signed_text(test['low'], 2)} to {percent_text(test['high'], signed=True)}"
 
 
 def more_seeds(test: Mapping[str, Any]) -> str:

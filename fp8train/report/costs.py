@@ -19,13 +19,13 @@ from fp8train.report.arm_rows import (
     whole,
 )
 from fp8train.report.charts import Bar, Curve, bar_chart, line_chart
-from fp8train.report.conclusion import NOT_COMPARABLE
+from fp8train.report.conclusion import NOT_COMPARABLE, doubt, quoted
 from fp8train.report.divergence import finished
 from fp8train.report.results import banded
 from fp8train.report.run_record import Arms, first_run
 from fp8train.report.sentence import judged_arms
 from fp8train.report.trajectory import TARGETS, ema
-from fp8train.units import NOTHING, bytes_text, count_text, ratio_text, seconds_text
+from fp8train.units import NOTHING, bytes_text, count_text, seconds_text
 
 EMULATION_NOTE = (
     "This backend computes the same FP8 numbers with wider instructions, because the machine has none for FP8. "
@@ -38,7 +38,7 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     names = ("Tokens per second, median", "10th to 90th percentile", "Ratio", "Training time")
     rows = []
     for arm, run, pair in compared_runs(verdict):
-        ratio = NOT_COMPARABLE if _doubt(verdict, arm, "speed") else ratio_text(pair.get("tokens_per_second_ratio"))
+        ratio = quoted(verdict, arm, "speed", pair.get("tokens_per_second_ratio"))
         cells = [
             count_text(run["tokens_per_second"]),
             f"{count_text(run['tokens_per_second_p10'])} to {count_text(run['tokens_per_second_p90'])}",
@@ -54,22 +54,16 @@ def speed_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     note = page.paragraph(EMULATION_NOTE, "note") if emulated else ""
     table = run_table(verdict, caption, names, rows)
     note += _doubts(verdict, "speed")
-    doubted = any(_doubt(verdict, arm, "speed") for arm in verdict["comparisons"])
+    doubted = any(doubt(verdict, arm, "speed") for arm in verdict["comparisons"])
     over_time = "" if doubted else _time_figure(verdict, arms)  # it is drawn from the speeds
     return [note, _speed_figure(verdict, arms), table, over_time, _time_table(verdict)]
-
-
-def _doubt(verdict: Mapping[str, Any], arm: str, kind: str) -> str | None:
-    """Why the arm's speed or memory is not held against the baseline's; None where it is, and for the baseline."""
-    doubt: str | None = verdict["comparisons"][arm][kind]["not_quoted"] if arm in verdict["comparisons"] else None
-    return doubt
 
 
 def _doubts(verdict: Mapping[str, Any], kind: str) -> str:
     """Why arms have no ratio; the caveats at the top say it of those that are judged."""
     others = [arm for arm in verdict["comparisons"] if arm not in judged_arms(verdict)]
-    doubts = {arm: doubt for arm in others if (doubt := _doubt(verdict, arm, kind))}
-    lines = (f"{verdict['arms'][arm]['label']}: {kind} {NOT_COMPARABLE}: {doubt}." for arm, doubt in doubts.items())
+    doubts = {verdict["arms"][arm]["label"]: why for arm in others if (why := doubt(verdict, arm, kind))}
+    lines = (f"{label}: {kind} {NOT_COMPARABLE}: {why}." for label, why in doubts.items())
     return "".join(page.paragraph(line, "note") for line in lines)
 
 
@@ -148,14 +142,14 @@ def _at_tenth(curve: Curve) -> float:
 
 
 def _time_words(verdict: Mapping[str, Any], arm: str) -> str:
-    ratio = ratio_text(verdict["comparisons"][arm]["mean"]["time_to_loss_ratio"])
-    return f"{verdict['arms'][arm]['label']} {NOT_COMPARABLE if _doubt(verdict, arm, 'speed') else ratio}"
+    ratio = quoted(verdict, arm, "speed", verdict["comparisons"][arm]["mean"]["time_to_loss_ratio"])
+    return f"{verdict['arms'][arm]['label']} {ratio}"
 
 
 def _time_table(verdict: Mapping[str, Any]) -> str:
     """Raw and capability-matched speed ratio of every arm, with intervals over the seeds."""
     names = [*(f"Tokens to loss at {share:.0%}" for share in TARGETS), "Tokens to last loss"]
-    quoted = [arm for arm in verdict["comparisons"] if not _doubt(verdict, arm, "speed")]
+    quoted = [arm for arm in verdict["comparisons"] if not doubt(verdict, arm, "speed")]
     names += ["Raw speed", "95 % interval", "Time to loss", "95 % interval"] if quoted else []
     rows = []
     for arm, comparison in verdict["comparisons"].items():
@@ -207,7 +201,7 @@ def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
     kinds = list(dict.fromkeys(kind for amounts in by_kind.values() for kind in amounts))
     rows = []
     for arm, run, pair in compared_runs(verdict):
-        ratio = NOT_COMPARABLE if _doubt(verdict, arm, "memory") else ratio_text(pair.get("peak_memory_ratio"))
+        ratio = quoted(verdict, arm, "memory", pair.get("peak_memory_ratio"))
         cells = [bytes_text(run["peak_memory_bytes"]), or_baseline(pair, ratio)]
         cells += [bytes_text(by_kind[arm, run["seed"]].get(kind)) for kind in kinds]
         rows.append((arm, run, cells))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import NOT_COMPARABLE, interval_text, mean
+from fp8train.report.conclusion import SPEED_KEYS, interval_text, mean, quoted
 from fp8train.report.coverage_summary import (
     exceptions,
     gemm_shares,
@@ -17,7 +17,7 @@ from fp8train.report.coverage_summary import (
 from fp8train.report.divergence import diverged_seeds, finished
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.report.sentence import judged_arms
-from fp8train.units import bytes_text, count_text, loss_text, percent_text, ratio_text, seconds_text, signed_text
+from fp8train.units import bytes_text, count_text, loss_text, percent_text, seconds_text, signed_text
 
 SHOWN_EXCEPTIONS = 6
 
@@ -27,17 +27,12 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
     words.
     """
     several = len(verdict["seeds"]) > 1
-    columns = []
-    for arm in arms:
-        comparison = verdict["comparisons"].get(arm)
-        pair = comparison and comparison["mean" if several else "seeds"]
-        pair = pair if several or pair is None else pair[0]
-        doubted = {kind for kind in ("speed", "memory") if comparison and comparison[kind]["not_quoted"] is not None}
-        columns.append(_column(mean(finished(verdict["arms"][arm]["runs"])), pair, several, doubted))
     heading = f"mean of {len(verdict['seeds'])} seeds" if several else ""
     some = any(map(diverged_seeds, verdict["arms"].values()))
     heading += ", of those that did not diverge" * (several and some)
-    blocks = [_table([heading, *(verdict["arms"][arm]["label"] for arm in arms)], columns)]
+    blocks = [
+        _table([heading, *(verdict["arms"][arm]["label"] for arm in arms)], [_column(verdict, arm) for arm in arms])
+    ]
     if several:
         blocks.append(_gaps(verdict))
     blocks += [text for arm, runs in arms.items() if (text := _coverage_lines(verdict["arms"][arm]["label"], runs))]
@@ -47,13 +42,11 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
     return "\n" + "\n\n".join(blocks)
 
 
-def _column(
-    run: Mapping[str, Any], pair: Mapping[str, Any] | None, several: bool, doubted: Collection[str]
-) -> dict[str, str]:
-    """One arm's numbers in words, by the name of their row; what is a difference stays empty for the baseline.
-
-    doubted: those of "speed" and "memory" that are not comparable.
-    """
+def _column(verdict: Mapping[str, Any], arm: str) -> dict[str, str]:
+    """One arm's numbers in words, by the name of their row; what is a difference stays empty for the baseline."""
+    several, comparison = len(verdict["seeds"]) > 1, verdict["comparisons"].get(arm)
+    run = mean(finished(verdict["arms"][arm]["runs"]))
+    pair = comparison and (comparison["mean"] if several else comparison["seeds"][0])
     error, gap = (pair[key] if pair else {} for key in ("relative_loss_error", "heldout_gap"))
     share = run["fp8_flops_share"]
     gap_words = f"{signed_text(gap.get('nats'))} ({percent_text(gap.get('percent'), signed=True)})"
@@ -62,9 +55,8 @@ def _column(
     for name, loss in run["eval_losses"].items():
         of_source = f" ({percent_text(gaps[name], signed=True)})" if name in gaps else ""
         by_source[f"  of {name}"] = loss_text(loss) + of_source
-    speeds = (pair[key] if pair else None for key in ("tokens_per_second_ratio", "time_to_loss_ratio"))
-    speed, to_loss = (NOT_COMPARABLE if "speed" in doubted else ratio_text(ratio) for ratio in speeds)
-    memory = NOT_COMPARABLE if "memory" in doubted else ratio_text(pair["peak_memory_ratio"] if pair else None)
+    speed, to_loss = (quoted(verdict, arm, "speed", pair and pair[key]) for key in SPEED_KEYS.values())
+    memory = quoted(verdict, arm, "memory", pair and pair["peak_memory_ratio"])
     return {
         "held-out loss, nats/token": loss_text(run["eval_loss"]),
         "  gap": gap_words if pair else "",
