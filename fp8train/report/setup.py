@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -27,7 +27,7 @@ from fp8train.report.coverage_summary import (
 )
 from fp8train.report.learning import LEAST_FALL, LEAST_STEPS
 from fp8train.report.page import code, typeset
-from fp8train.report.run_record import Arms, first_run
+from fp8train.report.run_record import Arms, RunRecord, first_run
 from fp8train.report.trajectory import SMOOTHED_SPAN
 from fp8train.spikes import LEAST_LEAP, RECENT, SIGMAS, WINDOW
 from fp8train.units import bytes_text, count_text, flops_text, percent_text
@@ -105,20 +105,12 @@ def _coverage_table(label: str, groups: Sequence[LinearGroup], total: float) -> 
 
 
 def configuration_section(arms: Arms) -> list[str]:
-    flat = {arm: [flattened(run.config) for run in runs.values()] for arm, runs in arms.items()}
-    keys = list(dict.fromkeys(key for runs in flat.values() for entries in runs for key in entries))
-    # of every seed: one run may have been trained apart from the others
-    values = {key: {arm: [_plain(run.get(key)) for run in runs] for arm, runs in flat.items()} for key in keys}
-    differing = [key for key in keys if key not in OWN_KEYS and len(set(map(tuple, values[key].values()))) > 1]
-    rows = [[code(key), *(code(" and ".join(dict.fromkeys(of))) for of in values[key].values())] for key in differing]
+    values = _by_key(arms, lambda run: run.config)
+    rows = [[code(key), *map(code, _told(of).values())] for key, of in values.items() if _differs(key, of, OWN_KEYS)]
     caption = f"<strong>What differs between the arms.</strong> {typeset(_environment_words(arms))}"
+    whole = page.listing(yaml.safe_dump(first_run(arms).config, sort_keys=False))
     parts = [page.table(caption, ["Key", *arms], rows, words=("Key", *arms))]
-    first = first_run(arms)
-    parts.append(
-        page.details(
-            "Whole configuration of the first arm", page.listing(yaml.safe_dump(first.config, sort_keys=False))
-        )
-    )
+    parts.append(page.details("Whole configuration of the first arm", whole))
     for arm, runs in arms.items():
         if recipe := next(iter(runs.values())).recipe:
             parts.append(page.details(f"Recipe of {arm}", page.listing(recipe)))
@@ -128,36 +120,44 @@ def configuration_section(arms: Arms) -> list[str]:
 def _environment_words(arms: Arms) -> str:
     """Whether the arms ran on the same machine and software, over all seeds; what differed, by key."""
     rest = "Every other key is the same"
-    found = {arm: [flattened(run.environment) for run in runs.values()] for arm, runs in arms.items()}
-    if not all(run for runs in found.values() for run in runs):
+    if not all(run.environment for runs in arms.values() for run in runs.values()):
         return f"{rest}; not every run recorded its environment."
-    keys = dict.fromkeys(key for runs in found.values() for run in runs for key in run)
-    words = []
-    for key in (key for key in keys if key not in OWN_FACTS):
-        values = {arm: [_plain(run.get(key), key) for run in runs] for arm, runs in found.items()}
-        if len(set(map(tuple, values.values()))) > 1:
-            texts = (f"{arm}: {' and '.join(dict.fromkeys(runs))}" for arm, runs in values.items())
-            words.append(f"{key} ({', '.join(texts)})")
+    words = [
+        f"{key} ({', '.join(f'{arm}: {text}' for arm, text in _told(of).items())})"
+        for key, of in _by_key(arms, lambda run: run.environment).items()
+        if _differs(key, of, OWN_FACTS)
+    ]
     return f"{rest}; the environment differs in {', '.join(words)}." if words else f"{rest}, and so is the environment."
 
 
 def environment_section(arms: Arms) -> list[str]:
-    flat = {arm: [flattened(run.environment) for run in runs.values()] for arm, runs in arms.items()}
-    keys = list(dict.fromkeys(key for runs in flat.values() for entries in runs for key in entries))
     rows = []
-    for key in keys:
-        values = {
-            arm: " and ".join(dict.fromkeys(_plain(entries.get(key), key) for entries in runs))
-            for arm, runs in flat.items()
-        }
-        text = "<br>".join(f"{html.escape(arm)}: {code(value)}" for arm, value in values.items())
-        if len(set(values.values())) == 1:
-            text = code(values[next(iter(values))])
-        rows.append([code(key), text])
+    for key, of in _by_key(arms, lambda run: run.environment).items():
+        told = _told(of)
+        each = "<br>".join(f"{html.escape(arm)}: {code(text)}" for arm, text in told.items())
+        same = len(set(told.values())) == 1
+        rows.append([code(key), code(next(iter(told.values()))) if same else each])
     if not rows:
         return [page.paragraph("The runs did not record their environment.", "note")]
     caption = "<strong>Machine and software</strong> that the arms ran on."
     return [page.table(caption, ("What", "Value"), rows, words=("What", "Value"))]
+
+
+def _by_key(arms: Arms, part: Callable[[RunRecord], Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """Dotted key of that part of a run -> arm -> its value in words, of every seed."""
+    flat = {arm: [flattened(part(run)) for run in runs.values()] for arm, runs in arms.items()}
+    keys = dict.fromkeys(key for runs in flat.values() for run in runs for key in run)
+    return {key: {arm: [_plain(run.get(key), key) for run in runs] for arm, runs in flat.items()} for key in keys}
+
+
+def _differs(key: str, values: Mapping[str, Sequence[str]], own: Sequence[str]) -> bool:
+    """Whether the arms have unlike values in a seed: one run may have been trained apart from the others."""
+    return key not in own and len(set(map(tuple, values.values()))) > 1
+
+
+def _told(values: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Arm -> its values over the seeds, each once."""
+    return {arm: " and ".join(dict.fromkeys(of)) for arm, of in values.items()}
 
 
 def method() -> str:
@@ -226,7 +226,7 @@ def _shape(group: LinearGroup) -> str:
     return " \u00d7 ".join(count_text(size) for size in group.shape)
 
 
-def _plain(value: Any, key: str = "") -> str:
+def _plain(value: Any, key: str) -> str:
     if key.endswith("_bytes") and isinstance(value, int):
         return bytes_text(value)
     if isinstance(value, list):
