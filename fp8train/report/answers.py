@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fp8train.backends.coverage import GEMMS
@@ -11,7 +10,7 @@ from fp8train.report.conclusion import NOT_COMPARABLE, mean
 from fp8train.report.coverage_summary import LinearGroup, exceptions, group_linears, merged_coverage
 from fp8train.report.divergence import diverged_seeds, finished, lost_steps
 from fp8train.report.run_record import Arms
-from fp8train.report.sentence import gap_words
+from fp8train.report.sentence import gap_words, judged_arms
 from fp8train.units import count_text, percent_text, ratio_text
 
 LOSS_ANSWERS = {
@@ -25,38 +24,27 @@ LOSS_ANSWERS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """To one question about one arm: the answer, what it rests on, and the section of the report that shows it."""
-
-    question: str
-    answer: str
-    detail: str
-    section: str
+Answer = tuple[str, str]  # in a few words, and what it rests on
 
 
-def answers(verdict: Mapping[str, Any], arms: Arms, arm: str) -> list[Answer]:
-    """Of an arm other than the baseline."""
-    several = len(verdict["seeds"]) > 1
-    asked = {
-        "Is it faster?": (_speed(verdict, arm), "speed"),
-        "Is the loss as good?": (_loss(verdict, arm), "gap" if several else "loss"),
-        "Which layers ran in FP8?": (_coverage(verdict, arms, arm), "coverage"),
-        "Did it survive?": (_survival(verdict, arm), "stability"),
-    }
-    return [
-        Answer(question=question, answer=answer[:1].upper() + answer[1:], detail=detail, section=section)
-        for question, ((answer, detail), section) in asked.items()
+def answers(verdict: Mapping[str, Any], arms: Arms) -> list[tuple[str, str, dict[str, Answer]]]:
+    """(question, section of the report that shows the answer, judged arm -> answer) of every question."""
+    asked: list[tuple[str, str, Callable[[str], Answer]]] = [
+        ("Is it faster?", "speed", lambda arm: _speed(verdict, arm)),
+        ("Is the loss as good?", "gap" if len(verdict["seeds"]) > 1 else "loss", lambda arm: _loss(verdict, arm)),
+        ("Which layers ran in FP8?", "coverage", lambda arm: _coverage(verdict, arms, arm)),
+        ("Did it survive?", "stability", lambda arm: _survival(verdict, arm)),
     ]
+    return [(question, section, {arm: of(arm) for arm in judged_arms(verdict)}) for question, section, of in asked]
 
 
-def _speed(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
+def _speed(verdict: Mapping[str, Any], arm: str) -> Answer:
     comparison, runs = verdict["comparisons"][arm], verdict["arms"][arm]["runs"]
     speed, found = comparison["speed"], comparison["mean"]
     if speed["not_quoted"] is not None:
-        return NOT_COMPARABLE, speed["not_quoted"].partition(",")[0]  # the rest stands among the caveats
+        return NOT_COMPARABLE.capitalize(), speed["not_quoted"].partition(",")[0]  # the rest stands among the caveats
     if speed["raw"] is None:
-        return "unknown", "no seed was finished by both arms"
+        return "Unknown", "no seed was finished by both arms"
     detail = f"tokens per second, {ratio_text(found['time_to_loss_ratio'])} to the same loss"
     if found["time_to_loss_ratio"] is None:
         detail = "tokens per second; time to the same loss unknown"
@@ -66,17 +54,17 @@ def _speed(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
     return ratio_text(speed["raw"]["mean"]), detail
 
 
-def _loss(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
+def _loss(verdict: Mapping[str, Any], arm: str) -> Answer:
     test = verdict["comparisons"][arm]["test"]
     answer = LOSS_ANSWERS[test["status"]].format(margin=test["margin"])
     detail = "a loss is not finite" if test["mean"] is None else gap_words(test)
     return answer, detail + ", one seed" * (len(verdict["seeds"]) == 1)
 
 
-def _coverage(verdict: Mapping[str, Any], arms: Arms, arm: str) -> tuple[str, str]:
+def _coverage(verdict: Mapping[str, Any], arms: Arms, arm: str) -> Answer:
     share = mean(finished(verdict["arms"][arm]["runs"]))["fp8_flops_share"]
     if not share:
-        return ("unknown", "the runs counted no GEMMs") if share is None else ("none", "no GEMM ran in FP8")
+        return ("Unknown", "the runs counted no GEMMs") if share is None else ("None", "no GEMM ran in FP8")
     coverage = merged_coverage({seed: run.coverage for seed, run in arms[arm].items()})
     found = _outside(exceptions(group_linears(coverage)))
     return percent_text(100 * share, digits=1), "of the FLOPs of all linears" + f"; not {', '.join(found)}" * bool(
@@ -98,14 +86,14 @@ def _outside(groups: Sequence[LinearGroup]) -> list[str]:
     ]
 
 
-def _survival(verdict: Mapping[str, Any], arm: str) -> tuple[str, str]:
+def _survival(verdict: Mapping[str, Any], arm: str) -> Answer:
     own, base = verdict["arms"][arm], verdict["arms"][verdict["baseline"]]
     runs, lost = own["runs"], len(diverged_seeds(own))
     if lost:
         count = len(diverged_seeds(base)) or "none"
-        return "no", f"{lost} of {len(runs)} runs diverged; of {base['label']} {count}"
+        return "No", f"{lost} of {len(runs)} runs diverged; of {base['label']} {count}"
     skipped, spikes = sum(map(lost_steps, runs)), sum(run["spikes"] for run in runs)
     steps = count_text(min(run["steps"] for run in finished(runs)))
     whole = f"{len(runs)} of {len(runs)} runs" if len(runs) > 1 else "its run"
     words = f"{whole} finished {steps} steps; {count_text(skipped)} skipped, {count_text(spikes)} spikes of the loss"
-    return "yes", f"{words} ({count_text(sum(run['spikes'] for run in base['runs']))} of {base['label']})"
+    return "Yes", f"{words} ({count_text(sum(run['spikes'] for run in base['runs']))} of {base['label']})"

@@ -85,17 +85,10 @@ def _header(verdict: Mapping[str, Any], arms: Arms) -> str:
 
 def _tiles(verdict: Mapping[str, Any], arms: Arms) -> str:
     """The four answers, each with a line for every arm that is judged."""
-    judged = judged_arms(verdict)
-    rows = zip(*(answers(verdict, arms, arm) for arm in judged), strict=True)
-    named = [arm_name(verdict, arm) if len(judged) > 1 else "" for arm in judged]
     return page.tiles(
         [
-            (
-                of[0].question,
-                of[0].section,
-                [(name, one.answer, one.detail) for name, one in zip(named, of, strict=True)],
-            )
-            for of in rows
+            (question, section, [(arm_name(verdict, arm) * (len(of) > 1), *answer) for arm, answer in of.items()])
+            for question, section, of in answers(verdict, arms)
         ]
     )
 
