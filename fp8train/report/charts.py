@@ -15,6 +15,7 @@ import numpy as np
 from fp8train.report.drawing import GRID, MUTED, SERIES, Drawing, ticks
 from fp8train.report.page import typeset
 
+Range = tuple[float, float]
 POINTS = 1200  # vertices of a thinned curve: more than the pixels that it covers
 
 
@@ -58,7 +59,7 @@ def line_chart(
     x_label: str = "step",
     x_integer: bool = True,
     height: int = 280,
-    y_range: tuple[float, float] | None = None,
+    y_range: Range | None = None,
     band: tuple[float, float, str] | None = None,
     y_format: Callable[[float], str] = "{:,g}".format,
 ) -> str:
@@ -186,24 +187,27 @@ def _draw(drawing: Drawing, curve: Curve) -> None:
     drawing.line(steps, values, color, width=width, opacity=opacity, dashed=curve.dashed)
 
 
-def _frame(
-    curves: Sequence[Curve], y_range: tuple[float, float] | None
-) -> tuple[tuple[float, float], tuple[float, float]]:
+def _frame(curves: Sequence[Curve], y_range: Range | None) -> tuple[Range, Range]:
     """Axis limits: all steps, and the range asked for or else all values (faint ones count, so that none is cut off
     in secret).
     """
     steps = np.concatenate([curve.steps for curve in curves if len(curve.steps)] or [np.array([0, 1])])
     x_range = (min(0.0, float(steps.min())), max(float(steps.max()), 1.0))
-    if y_range is None:
-        parts = [part for curve in curves for part in (curve.values, *(curve.band or ()))]
-        values = np.concatenate([part[np.isfinite(part)] for part in parts] or [np.array([])])
-        low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        y_range = (low - margin, high + margin)
-    return x_range, y_range
+    values = [part for curve in curves for part in (curve.values, *(curve.band or ()))]
+    return x_range, y_range or spanning(values) or (0.0, 1.0)
 
 
-def nice_range(values: Sequence[np.ndarray], *, least: float) -> tuple[float, float]:
+def spanning(values: Sequence[np.ndarray]) -> Range | None:
+    """A range that shows every value, with a margin; None where none is finite."""
+    finite = np.concatenate([part[np.isfinite(part)] for part in values] or [np.array([])])
+    if not len(finite):
+        return None
+    low, high = float(finite.min()), float(finite.max())
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def nice_range(values: Sequence[np.ndarray], *, least: float) -> Range:
     """A range symmetric about zero that shows every value, at least +-`least`."""
     highest = max((float(np.nanmax(np.abs(part))) for part in values if np.isfinite(part).any()), default=0.0)
     reach = max(least, highest if math.isfinite(highest) else 0.0) * 1.15

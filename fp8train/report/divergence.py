@@ -23,6 +23,11 @@ def diverged_seeds(entry: Mapping[str, Any]) -> set[int]:
     return {run["seed"] for run in entry["runs"] if run["diverged"]}
 
 
+def any_diverged(verdict: Mapping[str, Any]) -> bool:
+    """Whether a run of any arm did."""
+    return any(map(diverged_seeds, verdict["arms"].values()))
+
+
 def judged(test: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The test of an arm, with the status and reason that its and the baseline's divergence give it; else as it is.
 

@@ -19,8 +19,8 @@ from fp8train.report.arm_rows import (
     thinned,
     whole,
 )
-from fp8train.report.charts import Curve, line_chart, nice_range
-from fp8train.report.divergence import diverged_seeds
+from fp8train.report.charts import Curve, Range, line_chart, nice_range, spanning
+from fp8train.report.divergence import any_diverged
 from fp8train.report.page import typeset
 from fp8train.report.run_record import Arms, Table
 from fp8train.report.trajectory import SMOOTHING, ema, paired
@@ -72,12 +72,7 @@ def _loss_figure(verdict: Mapping[str, Any], arms: Arms, smooth: Smooth) -> str:
         curves.append(banded(verdict["arms"][arm]["label"], slot, tables, wide=slot == 0))
         held_out = [(run.evals.steps, run.evals.columns["eval_loss"]) for run in left.values()]
         curves.append(banded("", slot, held_out, markers=True))
-    y_range, cut = _loss_range(curves, max(len(run.train) for *_, run in runs_of(arms)))
-    if any(map(diverged_seeds, verdict["arms"].values())):
-        y_range, cut = (
-            _finished_range(arms) or y_range,
-            " Thin: runs that diverged, up to there; they may leave the frame.",
-        )
+    y_range, cut = _loss_range(verdict, arms, curves)
     title = f"Loss of each arm over the training steps. {verdict['sentence']}"
     chart = line_chart(curves, title=title, y_label="loss, nats per token", y_range=y_range, height=320)
     seeds = len(verdict["seeds"])
@@ -124,7 +119,7 @@ def _difference_figure(verdict: Mapping[str, Any], arms: Arms) -> str:
     several = len(verdict["seeds"]) > 1
     behind = "shaded in its colour: from the lowest to the highest seed" if several else "behind it: step by step"
     placebo = " The placebo shows what noise of FP8's size does by chance." if verdict["placebo"] else ""
-    if several and any(map(diverged_seeds, verdict["arms"].values())):
+    if several and any_diverged(verdict):
         behind += "; thin: seeds that diverged, up to there"
     reading = "" if several else ", a scale to read by, not a test"
     caption = (
@@ -143,35 +138,25 @@ def _relative(baseline: Table, other: Table, column: str, *, smoothed: bool) -> 
 
 
 def _seeds_words(verdict: Mapping[str, Any]) -> str:
-    some = any(map(diverged_seeds, verdict["arms"].values()))
-    return f"{len(verdict['seeds'])} seeds" + ", or of those that did not diverge" * some
+    return f"{len(verdict['seeds'])} seeds" + ", or of those that did not diverge" * any_diverged(verdict)
 
 
-def _finished_range(arms: Arms) -> tuple[float, float] | None:
-    """Range of the losses of runs that did not diverge, which one that did would flatten; None where there is none."""
-    losses = [run.train.columns["loss"] for *_, run in runs_of(arms) if run.diverged is None]
-    finite = [part for values in losses if len(part := values[np.isfinite(values)])]
-    if not finite:
-        return None
-    low, high = min(part.min() for part in finite), max(part.max() for part in finite)
-    margin = 0.05 * (high - low) or 0.05
-    return low - margin, high + margin
-
-
-def _loss_range(curves: Sequence[Curve], rows: int) -> tuple[tuple[float, float] | None, str]:
+def _loss_range(verdict: Mapping[str, Any], arms: Arms, curves: Sequence[Curve]) -> tuple[Range | None, str]:
     """Range of the loss axis and the sentence that admits what it cuts off.
 
-    A short run is shown whole (None); of a long one all that follows its first 1 % of steps.
+    A short run is shown whole (None); of a long one all that follows its first 1 % of steps. A run that diverged would
+    flatten the others.
     """
+    finished = spanning([run.train.columns["loss"] for *_, run in runs_of(arms) if run.diverged is None])
+    if any_diverged(verdict):
+        return finished, " Thin: runs that diverged, up to there; they may leave the frame."
     after = max((int(curve.steps[-1]) for curve in curves if len(curve.steps)), default=0) // 100
-    tails = [part for curve in curves if len(part := curve.values[(curve.steps > after) & np.isfinite(curve.values)])]
-    if rows < LONG_RUN_ROWS or not tails:
+    frame = spanning([curve.values[curve.steps > after] for curve in curves])
+    if max(len(run.train) for *_, run in runs_of(arms)) < LONG_RUN_ROWS or frame is None:
         return None, ""
-    low, high = min(part.min() for part in tails), max(part.max() for part in tails)
-    margin = 0.05 * (high - low) or 0.05
     highest = max(float(np.nanmax(curve.values)) for curve in curves if np.isfinite(curve.values).any())
     cut = f" The first {count_text(after)} steps leave the frame (highest value {loss_text(highest)})."
-    return (low - margin, high + margin), cut if highest > high + margin else ""
+    return frame, cut if highest > frame[1] else ""
 
 
 def _loss_table(verdict: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from fp8train.report.coverage_summary import (
     merged_coverage,
     refused_kernels,
 )
-from fp8train.report.divergence import diverged_seeds, finished
+from fp8train.report.divergence import any_diverged, diverged_seeds, finished
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.report.sentence import judged_arms
 from fp8train.units import bytes_text, count_text, loss_text, percent_text, seconds_text, signed_text
@@ -28,8 +28,7 @@ def summary(verdict: Mapping[str, Any], arms: Arms) -> str:
     """
     several = len(verdict["seeds"]) > 1
     heading = f"mean of {len(verdict['seeds'])} seeds" if several else ""
-    some = any(map(diverged_seeds, verdict["arms"].values()))
-    heading += ", of those that did not diverge" * (several and some)
+    heading += ", of those that did not diverge" * (several and any_diverged(verdict))
     blocks = [
         _table([heading, *(verdict["arms"][arm]["label"] for arm in arms)], [_column(verdict, arm) for arm in arms])
     ]
