@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fp8train.backends.coverage import GEMMS
-from fp8train.report.conclusion import NOT_COMPARABLE, mean
+from fp8train.report.comparable import NOT_COMPARABLE
+from fp8train.report.conclusion import mean
 from fp8train.report.coverage_summary import LinearGroup, exceptions, group_linears, merged_coverage
 from fp8train.report.divergence import diverged_seeds, finished, lost_steps
 from fp8train.report.run_record import Arms

@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp8train.report.statistics import ALPHA, MAX_SEEDS, equivalence, interval, ratio_interval, seeds_needed
-from fp8train.units import percent_text, ratio_text, signed_text
+from fp8train.units import percent_text, signed_text
 
 Pairs = Sequence[Mapping[str, Any]]  # one for each seed, as verdict.pair_measures gives them
 
 ONE_SEED = "with one seed the spread between seeds is unknown, so the gap cannot be told from chance"
 HELD_OUT, TRAINING = "held-out loss", "smoothed training loss"
-MOST_SPREAD = 2.0  # 90th over 10th percentile of an arm's speed: beyond, the machine was doing something else as well
-STEADY_SPREAD = 1.2  # below, two arms whose speeds overlap are equally fast; above, that is not known
-# Steps that log.skip_steps leaves: from here on one lies beyond each of the 10th and 90th percentiles, 1 + 1 / 0.1.
-# With fewer the spread is read off the two ends alone, of one step there is none.
-LEAST_TIMED = 11
-NOT_COMPARABLE = "not comparable"
-# What two runs must share for the ratio of their speeds to be about precision: key of environment.json -> words for it.
-MACHINE_FACTS = {
-    "host": "host",
-    "device.name": "device",
-    "cpu.name": "CPU",
-    "torch_threads": "threads of torch",
-    "world_size": "ranks",
-    "fp8train": "fp8train",
-    "git_commit": "commit of fp8train",
-    "torch": "torch",
-    "cuda": "CUDA",
-    "triton": "Triton",
-    "cpu_kernels": "C++ kernels",
-    "runs_on_device": "runs at a time on its device",
-}
-# The same of the way in which they were run: key of config.yaml, and of a derived micro-batch its size.
-WAY_FACTS = {
-    "parallel.strategy": "parallel",
-    "micro_batch_samples": "micro-batch",
-    "activation_checkpointing": "activation_checkpointing",
-    "compile": "compile",
-    "weight_copies": "weight_copies",
-    "fused": "fused",
-    "backend": "backend",
-    "deterministic": "deterministic",
-    "log.skip_steps": "log.skip_steps",
-}
-SPEED_FACTS = MACHINE_FACTS | WAY_FACTS
-# Of them those that decide what a run keeps in memory.
-MEMORY_FACTS = ("device.name", "world_size", *list(WAY_FACTS)[:5])
 SPEED_KEYS = {"raw": "tokens_per_second_ratio", "time_to_loss": "time_to_loss_ratio"}  # of a pair
 
 
@@ -116,86 +80,9 @@ def speed_ratios(pairs: Pairs) -> dict[str, Any]:
     return {name: _ratios([pair[key] for pair in pairs]) for name, key in SPEED_KEYS.items()}
 
 
-def speed_doubt(*arms: Mapping[str, Any]) -> str | None:
-    """Why the ratio of two arms' speeds says nothing about them, in words; None where it can be quoted.
-
-    Args:
-        arms: label and `runs` of each, as verdict.json has them.
-    """
-    if any((run["ran_on"]["runs_on_device"] or 1) > 1 for arm in arms for run in arm["runs"]):
-        return "runs shared a device (compare.parallel), the last of them perhaps with fewer"
-    if differences := _differences(SPEED_FACTS, arms):
-        return differences
-    for arm in arms:
-        for key, values in ((key, values) for run in arm["runs"] for key, values in run["moved"].items()):
-            return f"{MACHINE_FACTS[key]} of {arm['label']} changed during a run, {' then '.join(map(str, values))}"
-    timed = [min(run["timed_steps"] for run in arm["runs"]) for arm in arms]
-    if min(timed) < LEAST_TIMED:
-        steps = f"{min(timed)} logged step{'s' * (min(timed) != 1)}"
-        label = arms[timed.index(min(timed))]["label"]
-        return f"{label} was timed over {steps} after its first ones (log.skip_steps), fewer than {LEAST_TIMED}"
-    known = [found for arm in arms if (found := speed_range(arm["runs"])) is not None]
-    if len(known) < 2:
-        return None  # there is no ratio either
-    spreads = [high / low for low, high in known]
-    widest = spreads.index(max(spreads))
-    times = f"{spreads[widest]:,.0f}x" if spreads[widest] >= 10 else ratio_text(spreads[widest])
-    varied = f"{arms[widest]['label']}'s steps varied {times}"
-    if spreads[widest] > MOST_SPREAD:
-        return varied
-    if spreads[widest] > STEADY_SPREAD and max(low for low, _ in known) <= min(high for _, high in known):
-        return f"{varied}, more than the arms are apart"
-    return None
-
-
-def memory_doubt(*arms: Mapping[str, Any]) -> str | None:
-    """Why the ratio of two arms' peak memory says nothing about them, in words; None where it can be quoted."""
-    return _differences(MEMORY_FACTS, arms)
-
-
-def _differences(keys: Iterable[str], arms: Sequence[Mapping[str, Any]]) -> str | None:
-    """In which of those facts the arms differ, in words; None where in none."""
-    found = {key: text for key in keys if (text := _difference(key, arms))}
-    machines = "; ".join(text for key, text in found.items() if key in MACHINE_FACTS)
-    ways = "; ".join(text for key, text in found.items() if key in WAY_FACTS)
-    words = [f"the arms ran on other machines or software, {machines}"] if machines else []
-    words += [f"the arms ran in other ways, {ways}"] if ways else []
-    return "; ".join(words) or None
-
-
-def _difference(key: str, arms: Sequence[Mapping[str, Any]]) -> str:
-    """The arms' values of a fact that bears on speed, if they differ: `threads of torch BF16 1, FP8 blockwise 2`."""
-    found = [[run["ran_on"][key] for run in arm["runs"]] for arm in arms]
-    # seed by seed, as the ratios are; what a run does not say counts as the same
-    if not any(None not in pair and len(set(pair)) > 1 for pair in zip(*found, strict=True)):
-        return ""
-    short = 12 if key == "git_commit" else None
-    texts = [" and ".join(dict.fromkeys(str(value)[:short] for value in values)) for values in found]
-    return f"{SPEED_FACTS[key]} " + ", ".join(f"{arm['label']} {text}" for arm, text in zip(arms, texts, strict=True))
-
-
-def speed_range(runs: Pairs) -> tuple[float, float] | None:
-    """Tokens per second of an arm: the lowest 10th and the highest 90th percentile of its runs; None where unknown."""
-    edges = [(run["tokens_per_second_p10"], run["tokens_per_second_p90"]) for run in runs]
-    if any(not low or not high for low, high in edges):
-        return None
-    return min(low for low, _ in edges), max(high for _, high in edges)
-
-
 def _ratios(values: Sequence[float | None]) -> dict[str, Any] | None:
     known = [value for value in values if value is not None and value > 0]
     return dataclasses.asdict(ratio_interval(known)) if known and len(known) == len(values) else None
-
-
-def doubt(verdict: Mapping[str, Any], arm: str, kind: str) -> str | None:
-    """Why the arm's "speed" or "memory" is not held against the baseline's; None where it is, and of the baseline."""
-    found: str | None = verdict["comparisons"].get(arm, {}).get(kind, {}).get("not_quoted")
-    return found
-
-
-def quoted(verdict: Mapping[str, Any], arm: str, kind: str, ratio: float | None) -> str:
-    """A ratio of the arm's "speed" or "memory" to the baseline's in words, where there is no doubt of it."""
-    return NOT_COMPARABLE if doubt(verdict, arm, kind) else ratio_text(ratio)
 
 
 def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

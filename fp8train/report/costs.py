@@ -19,7 +19,7 @@ from fp8train.report.arm_rows import (
     whole,
 )
 from fp8train.report.charts import Bar, Curve, bar_chart, line_chart
-from fp8train.report.conclusion import NOT_COMPARABLE, doubt, quoted
+from fp8train.report.comparable import NOT_COMPARABLE, doubt, quoted
 from fp8train.report.divergence import finished
 from fp8train.report.results import banded
 from fp8train.report.run_record import Arms, first_run

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import NOT_COMPARABLE, TRAINING, interval_text
+from fp8train.report.comparable import NOT_COMPARABLE
+from fp8train.report.conclusion import TRAINING, interval_text
 from fp8train.report.divergence import diverged_seeds, lost_steps
 from fp8train.report.looks import looks_words
 from fp8train.units import count_text, loss_text, percent_text, ratio_text

@@ -14,7 +14,7 @@ from fp8train.backends.coverage import GEMMS
 from fp8train.report import page
 from fp8train.report.arm_rows import slots
 from fp8train.report.charts import Bar, bar_chart
-from fp8train.report.conclusion import LEAST_TIMED
+from fp8train.report.comparable import LEAST_TIMED
 from fp8train.report.coverage_summary import (
     GemmShare,
     LinearGroup,

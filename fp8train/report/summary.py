@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8train.report.conclusion import SPEED_KEYS, interval_text, mean, quoted
+from fp8train.report.comparable import quoted
+from fp8train.report.conclusion import SPEED_KEYS, interval_text, mean
 from fp8train.report.coverage_summary import (
     exceptions,
     gemm_shares,

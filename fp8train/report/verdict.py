@@ -11,18 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from fp8train.errors import ConfigError
 from fp8train.recipe import load_recipe
 from fp8train.report import trajectory
+from fp8train.report.comparable import MACHINE_FACTS, SPEED_FACTS, check_comparable, memory_doubt, speed_doubt
 from fp8train.report.conclusion import (
-    MACHINE_FACTS,
-    SPEED_FACTS,
     SPEED_KEYS,
     against_placebo,
     gap_test,
     mean,
-    memory_doubt,
-    speed_doubt,
     speed_ratios,
 )
 from fp8train.report.divergence import finished, judged
@@ -35,17 +31,6 @@ from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap
 
 BASELINES = ("bf16", "fp32")
 
-# Facts that two runs must share for their difference to be about precision alone: key of result.json -> words for it.
-SHARED_FACTS = {
-    "model_hash": "model",
-    "tokenizer_hash": "tokenizer",
-    "data_hash": "data set",
-    "tokens_seen": "token count",
-    "stream_hash": "data order",
-    "eval_hash": "eval set",
-    "init_hash": "initial weights",
-}
-OF_ALL_STEPS = ("stream_hash", "tokens_seen")  # of those, what a run that diverged cannot share: it ended early
 # What a run that diverged has none of.
 LOSSES = (
     "train_loss", "train_loss_ema", "eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16",
@@ -158,69 +143,6 @@ def crossed_losses(
         "weights_nats": None if weights is None or start is None else weights - start,
         "arithmetic_nats": None if arithmetic is None or start is None else arithmetic - start,
     }
-
-
-def check_comparable(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
-    """Refuse runs whose difference would not be about precision alone.
-
-    Args:
-        runs: name -> run; the first is what the others are held against.
-
-    Returns:
-        The facts that they share, by key of SHARED_FACTS; OF_ALL_STEPS as runs that did not diverge share them.
-
-    Raises:
-        ConfigError: the runs differ in one of SHARED_FACTS, or one does not say.
-    """
-    early = [name for name, run in runs.items() if run.result.get("diverged")]
-    whole = [name for name in runs if name not in early] or list(runs)[:1]
-    for key, words in SHARED_FACTS.items():
-        values = {name: runs[name].result.get(key) for name in (whole if key in OF_ALL_STEPS else runs)}
-        first = next(iter(values))
-        for name, value in values.items():
-            if value is None:
-                raise ConfigError(
-                    f"compare: {runs[name].path} does not say its {words} ({key} in result.json); needs a "
-                    "finished run. Let the run finish or repeat it."
-                )
-            if value != values[first]:
-                raise ConfigError(
-                    f"compare: {words} differs: {first} has {_short(values[first])}, {name} has {_short(value)}; "
-                    "needs the same for both, or their loss gap says nothing about precision. Train both from "
-                    "one configuration."
-                )
-    _check_optimizer(runs)
-    for name in early:
-        _check_step_size(name, runs[name], whole[0], runs[whole[0]])
-    return {key: runs[whole[0]].result[key] for key in SHARED_FACTS}
-
-
-def _check_optimizer(runs: Mapping[str, RunRecord]) -> None:
-    """Refuse runs with other settings of the optimizer, also those of a part of a run; what one does not know counts
-    as the same.
-    """
-    first, *others = runs
-    for name in others:
-        parts = [runs[first].optimizers, runs[name].optimizers]
-        steps = sorted({step for part in parts for step in part})
-        for step in steps:
-            old, new = (part[min(until for until in part if until >= step)] for part in parts)
-            for key in (key for key in old if key in new and old[key] != new[key]):
-                until = "" if step == steps[-1] else f" until step {step:,.0f}"
-                raise ConfigError(
-                    f"compare: optim.{key} differs{until}: {first} has {old[key]}, {name} has {new[key]}; needs the "
-                    "same for both, or their loss gap says nothing about precision. Train both from one configuration."
-                )
-
-
-def _check_step_size(name: str, run: RunRecord, other_name: str, other: RunRecord) -> None:
-    """Tokens a step of a run that diverged must be those of another, since its token count and order cannot be."""
-    own, wanted = (one.train.columns["tokens_seen"][0] / one.train.steps[0] for one in (run, other))
-    if own != wanted:
-        raise ConfigError(
-            f"compare: tokens a step differ: {other_name} has {wanted:,.0f}, {name} has {own:,.0f}; needs the same for "
-            "both, or their loss gap says nothing about precision. Train both from one configuration."
-        )
 
 
 def make_verdict(
@@ -338,7 +260,3 @@ def _arm_entry(arm: str, runs: Mapping[int, RunRecord], seeds: Sequence[int]) ->
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator if numerator is not None and denominator else None
-
-
-def _short(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)[:16]

@@ -11,7 +11,7 @@ import pytest
 
 from fp8train.config_sections import LogConfig
 from fp8train.report import build_report
-from fp8train.report.conclusion import LEAST_TIMED
+from fp8train.report.comparable import LEAST_TIMED
 from fp8train.report.learning import LEAST_FALL, LEAST_STEPS, learning
 from fp8train.report.run_record import Arms, read_run
 from fp8train.report.statistics import interval

@@ -16,12 +16,13 @@ import pytest
 
 from fp8train.errors import ConfigError
 from fp8train.report import build_report
+from fp8train.report.comparable import SHARED_FACTS, check_comparable
 from fp8train.report.conclusion import interval_text
 from fp8train.report.run_record import Arms, RunRecord, Table, read_run
 from fp8train.report.statistics import seeds_needed
 from fp8train.report.summary import summary
 from fp8train.report.trajectory import ema, heldout_gap, relative_loss_error
-from fp8train.report.verdict import SHARED_FACTS, check_comparable, measures
+from fp8train.report.verdict import measures
 from tests.run_folders import ENVIRONMENT, FACTS, verdict_of, words_of, write_run
 
 STEPS = 40
