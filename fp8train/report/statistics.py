@@ -46,14 +46,13 @@ class Equivalence:
 
     status: equivalent: the interval lies within +-margin. inferior, superior: all of it lies beyond. inconclusive: it
         reaches over an edge. indicative: one run.
-    interval: of 1 - 2 alpha confidence. margin: in the unit of the values, where larger is worse.
+    interval: of 1 - 2 alpha confidence.
     p_equivalent: the larger p of the tests "mean <= -margin" and "mean >= +margin"; None for one run.
     p_worse: of "mean <= 0" against "mean > 0", one-sided; None for one run.
     """
 
     status: Status
     interval: Interval
-    margin: float
     p_equivalent: float | None
     p_worse: float | None
 
@@ -137,7 +136,7 @@ def equivalence(gaps: Sequence[float], margin: float, alpha: float = ALPHA) -> E
     """
     found = interval(gaps, 1 - 2 * alpha)
     if found.sd is None or found.low is None or found.high is None:
-        return Equivalence(status="indicative", interval=found, margin=margin, p_equivalent=None, p_worse=None)
+        return Equivalence(status="indicative", interval=found, p_equivalent=None, p_worse=None)
     status: Status = "inconclusive"
     if -margin < found.low and found.high < margin:
         status = "equivalent"
@@ -147,7 +146,7 @@ def equivalence(gaps: Sequence[float], margin: float, alpha: float = ALPHA) -> E
         status = "superior"
     above, zero = (_p_above(found, edge) for edge in (-margin, 0.0))
     below = _p_above(dataclasses.replace(found, mean=-found.mean), -margin)
-    return Equivalence(status=status, interval=found, margin=margin, p_equivalent=max(above, below), p_worse=zero)
+    return Equivalence(status=status, interval=found, p_equivalent=max(above, below), p_worse=zero)
 
 
 def power(count: int, gap: float, sd: float, margin: float, alpha: float = ALPHA) -> float:

@@ -45,7 +45,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
     """What one run reached: losses, speed, memory, share of FLOPs in FP8, what it ran on. None where a number is
     absent or not finite; no loss is that of a run that diverged.
     """
-    speed = run.speeds
+    speed, way = run.speeds, run.way
     low, median, high = np.percentile(speed, (10, 50, 90)).tolist() if len(speed) else (None, None, None)
     losses = run.train.columns["loss"]
     found = {
@@ -76,7 +76,7 @@ def measures(run: RunRecord) -> dict[str, Any]:
         "backend": run.coverage.get("backend"),
         "emulates": run.emulates,
         "moved": _moved(run),
-        "ran_on": {key: run.way.get(key) for key in SPEED_FACTS},
+        "ran_on": {key: way.get(key) for key in SPEED_FACTS},
     }
     return found if run.diverged is None else found | dict.fromkeys(LOSSES) | {"eval_losses": {}}
 
@@ -88,14 +88,16 @@ def _moved(run: RunRecord) -> dict[str, list[Any]]:
     return {key: values for key, values in found.items() if len(set(values)) > 1}
 
 
-def pair_measures(baseline: RunRecord, other: RunRecord, crossed: Mapping[str, float] | None = None) -> dict[str, Any]:
+def pair_measures(
+    baseline: RunRecord, other: RunRecord, base: Mapping[str, Any], new: Mapping[str, Any], crossed: Mapping[str, float]
+) -> dict[str, Any]:
     """How one run differs from the baseline run of the same seed. Where one of them diverged there is no gap and no
     ratio of speeds: up to that step they may look alike.
 
     Args:
+        base, new: `measures` of the two.
         crossed: the held-out losses of each one's weights in the other's arithmetic (Crossed).
     """
-    base, new = measures(baseline), measures(other)
     diverged = bool(base["diverged"] or new["diverged"])
     if diverged:
         baseline, other = (
@@ -109,7 +111,7 @@ def pair_measures(baseline: RunRecord, other: RunRecord, crossed: Mapping[str, f
         "heldout_gap": heldout_gap(baseline.evals, other.evals),
         "heldout_gap_bf16": heldout_gap(baseline.evals, other.evals, "eval_loss_bf16", "bits_per_byte_bf16"),
         "source_gaps": trajectory.source_gaps(baseline.evals, other.evals),
-        "crossed": crossed_losses(base, new, crossed or {}),
+        "crossed": crossed_losses(base, new, crossed),
         "gap_slope": trajectory.gap_slope(baseline.train, other.train),
         "decay_gap": trajectory.decay_gap(baseline.train, other.train),
         "tokens_to_loss": tokens,
@@ -208,11 +210,14 @@ def make_verdict(
 def _comparisons(arms: Arms, verdict: Mapping[str, Any], crossed: Crossed) -> dict[str, Any]:
     """Every other arm against the baseline, and less the placebo."""
     found: dict[str, Any] = {}
-    base, placebo = arms[verdict["baseline"]], verdict["placebo"]
-    for arm in (arm for arm in arms if arm != verdict["baseline"]):
-        losses, own = crossed.get(arm, {}), arms[arm]
-        pairs = [{"seed": seed, **pair_measures(base[seed], own[seed], losses.get(seed))} for seed in verdict["seeds"]]
-        found[arm] = {"against": verdict["baseline"], **_comparison(pairs, verdict, verdict["arms"][arm])}
+    baseline, placebo = verdict["baseline"], verdict["placebo"]
+    for arm in (arm for arm in arms if arm != baseline):
+        pairs = []
+        for base, new in zip(verdict["arms"][baseline]["runs"], verdict["arms"][arm]["runs"], strict=True):
+            seed, losses = new["seed"], crossed.get(arm, {}).get(new["seed"], {})
+            runs = (arms[baseline][seed], arms[arm][seed])
+            pairs.append({"seed": seed, **pair_measures(*runs, base, new, losses)})
+        found[arm] = {"against": baseline, **_comparison(pairs, verdict, verdict["arms"][arm])}
     for arm, comparison in found.items():
         aside = found.get(placebo) if arm != placebo else None
         less = aside and against_placebo(comparison["seeds"], aside["seeds"], comparison["test"]["quantity"])
