@@ -33,7 +33,7 @@ from fp8train.config_sections import CompareConfig
 from fp8train.distributed import World, rank_exit_code
 from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics
-from fp8train.report import write_report
+from fp8train.report import build_report
 from fp8train.report.run_record import RunRecord, read_mapping, read_run
 from fp8train.report.summary import summary
 from fp8train.report.verdict import Crossed, make_verdict
@@ -185,7 +185,7 @@ def _conclude(
     kept = keep_earlier(run_dir, verdict)
     write_file(run_dir / VERDICT_FILE, json.dumps(verdict, indent=1, allow_nan=False) + "\n")
     report = run_dir / REPORT_FILE
-    write_report(report, verdict, arms)
+    write_file(report, build_report(verdict, arms))
     if config is not None and config.log.wandb != "off":
         _send_to_wandb(run_dir, verdict, config)
     print(summary(verdict, arms))

@@ -162,6 +162,14 @@ def test_damaged_lines_are_left_out_only_if_asked(tmp_path: Path, capsys: pytest
     assert "- FP8 blockwise: damaged lines of metrics left out: 1." in capsys.readouterr().out
 
 
+def test_report_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe="blockwise")]
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    assert exit_code(main, [f"runs=[{runs[0]},{runs[1]}]", f"run_dir={tmp_path / 'out'}"]) != 0
+    error = capsys.readouterr().err
+    assert "report.html" in error and error.count("\n") == 1, "one line, no traceback"
+
+
 def test_folder_of_a_run_that_diverged_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bf16 = write_run(tmp_path / "a")
     fp8 = write_diverged_run(tmp_path / "b", recipe="blockwise")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fp8train.report import page
@@ -24,13 +22,6 @@ from fp8train.units import count_text, short_count_text
 COUNTED = (
     "counted while training over all linears; attention, norms, embedding lookup and loss are none and stay out of FP8"
 )
-
-
-def write_report(path: Path, verdict: Mapping[str, Any], arms: Arms) -> None:
-    """Write the report of a comparison, whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(build_report(verdict, arms), encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def build_report(verdict: Mapping[str, Any], arms: Arms) -> str:

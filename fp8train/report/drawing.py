@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 SIZE = 1000  # units of the SVG, either way
-INK, MUTED, GRID, PAPER, ALERT = (f"var(--{name})" for name in ("ink", "muted", "grid", "paper", "alert"))
+MUTED, GRID, PAPER, ALERT = (f"var(--{name})" for name in ("muted", "grid", "paper", "alert"))
 SERIES = tuple(f"var(--series-{index})" for index in range(6))
 
 
