@@ -75,12 +75,13 @@ def against_placebo(pairs: Pairs, placebo: Pairs, quantity: str) -> dict[str, An
 
 def speed_ratios(pairs: Pairs) -> dict[str, Any]:
     """Speed against the baseline over all seeds: `raw` tokens per second, and `time_to_loss`, which divides it by the
-    tokens that the arm needs more for the same loss. Geometric means with 95 % intervals; None where a seed lacks one.
+    tokens that the arm needs more for the same loss, as mean_ratio has it.
     """
-    return {name: _ratios([pair[key] for pair in pairs]) for name, key in SPEED_KEYS.items()}
+    return {name: mean_ratio([pair[key] for pair in pairs]) for name, key in SPEED_KEYS.items()}
 
 
-def _ratios(values: Sequence[float | None]) -> dict[str, Any] | None:
+def mean_ratio(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Geometric mean over the seeds with its 95 % interval (statistics.Interval); None where a seed has no ratio."""
     known = [value for value in values if value is not None and value > 0]
     return dataclasses.asdict(ratio_interval(known)) if known and len(known) == len(values) else None
 

@@ -20,6 +20,7 @@ from fp8train.report.arm_rows import (
 )
 from fp8train.report.charts import Bar, Curve, bar_chart, line_chart
 from fp8train.report.comparable import NOT_COMPARABLE, doubt, quoted
+from fp8train.report.conclusion import mean_ratio
 from fp8train.report.divergence import finished
 from fp8train.report.results import banded
 from fp8train.report.run_record import Arms, first_run
@@ -149,16 +150,16 @@ def _time_words(verdict: Mapping[str, Any], arm: str) -> str:
 def _time_table(verdict: Mapping[str, Any]) -> str:
     """Raw and capability-matched speed ratio of every arm, with intervals over the seeds."""
     names = [*(f"Tokens to loss at {share:.0%}" for share in TARGETS), "Tokens to last loss"]
-    quoted = [arm for arm in verdict["comparisons"] if not doubt(verdict, arm, "speed")]
-    names += ["Raw speed", "95 % interval", "Time to loss", "95 % interval"] if quoted else []
+    sure = [arm for arm in verdict["comparisons"] if not doubt(verdict, arm, "speed")]
+    names += ["Raw speed", "95 % interval", "Time to loss", "95 % interval"] if sure else []
     rows = []
     for arm, comparison in verdict["comparisons"].items():
-        tokens = [pair["tokens_to_loss"] for pair in finished(comparison["seeds"])]
-        ratios = [_average([_at(found, share) for found in tokens]) for share in TARGETS]
-        ratios.append(_average([found["common"]["ratio"] for found in tokens]))
-        cells = [_precise(ratio) for ratio in ratios]
-        for key in ("raw", "time_to_loss") if quoted else ():
-            cells += _ratio_cells(comparison["speed"][key] if arm in quoted else None)
+        found = [pair["tokens_to_loss"] for pair in finished(comparison["seeds"])]
+        ratios = [[_at(tokens, share) for tokens in found] for share in TARGETS]
+        ratios.append([tokens["common"]["ratio"] for tokens in found])
+        cells = [_ratio_cells(mean_ratio(of_seeds))[0] for of_seeds in ratios]
+        for key in ("raw", "time_to_loss") if sure else ():
+            cells += _ratio_cells(comparison["speed"][key] if arm in sure else None)
         rows.append((arm, cells))
     caption = (
         "<strong>Time to loss</strong> against the baseline: raw speed divided by how many times the tokens the arm "
@@ -172,21 +173,12 @@ def _at(found: Mapping[str, Any], share: float) -> float | None:
     return next((target["ratio"] for target in found["targets"] if target["share"] == share), None)
 
 
-def _average(ratios: list[float | None]) -> float | None:
-    known = [ratio for ratio in ratios if ratio is not None]
-    return float(np.exp(np.mean(np.log(known)))) if known and len(known) == len(ratios) else None
-
-
-def _precise(ratio: float | None) -> str:
-    """A ratio near 1 in three decimals."""
-    return NOTHING if ratio is None else f"{ratio:.3f}x"
-
-
 def _ratio_cells(found: Mapping[str, Any] | None) -> list[str]:
+    """A ratio near 1 in three decimals, and its interval (mean_ratio)."""
     if found is None:
         return [NOTHING, NOTHING]
     interval = "one seed" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
-    return [_precise(found["mean"]), interval]
+    return [f"{found['mean']:.3f}x", interval]
 
 
 def memory_section(verdict: Mapping[str, Any], arms: Arms) -> list[str]:
