@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fp8train.report import page
+from fp8train.report.charts import key
+from fp8train.report.drawing import SERIES
 from fp8train.report.page import typeset
 from fp8train.report.run_record import Arms, RunRecord
 from fp8train.units import count_text
@@ -43,9 +45,7 @@ def compared_runs(verdict: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str
 
 def arm_name(verdict: Mapping[str, Any], arm: str) -> str:
     """The arm's label behind a swatch of its colour, as HTML."""
-    color = f"background:var(--series-{slots(verdict)[arm]})"
-    name = f'<span class="swatch" style="{color}"></span>{html.escape(verdict["arms"][arm]["label"])}'
-    return f'<span class="key">{name}</span>'
+    return key([(SERIES[slots(verdict)[arm]], html.escape(verdict["arms"][arm]["label"]))])
 
 
 def arm_table(

@@ -89,7 +89,7 @@ def line_chart(
     for curve in sorted(curves, key=lambda curve: 3 * curve.markers + 2 * (not curve.faint) - curve.wide):
         _draw(drawing, curve)
     drawing.line(np.array(x_range), np.array([y_range[0]] * 2), MUTED, width=1)
-    named = [(SERIES[curve.slot % len(SERIES)], html.escape(curve.label)) for curve in curves if curve.label]
+    named = [(SERIES[curve.slot], html.escape(curve.label)) for curve in curves if curve.label]
     named += [(GRID, band[2])] if band is not None else []
     return drawing.html(
         title,
@@ -111,7 +111,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
     """Bars on one common scale from 0 to 1, with their words beside them."""
     rows = (
         f'<div><span>{html.escape(bar.label)}</span><span class="bar"><i style="width:{100 * bar.share:.2f}%;'
-        f'background:{SERIES[bar.slot % len(SERIES)]}"></i></span><span>{typeset(bar.words)}</span></div>'
+        f'background:{SERIES[bar.slot]}"></i></span><span>{typeset(bar.words)}</span></div>'
         for bar in bars
     )
     label = html.escape(title, quote=True)
@@ -173,7 +173,7 @@ def _runs(count: int, bins: int) -> Iterator[tuple[int, int]]:
 
 
 def _draw(drawing: Drawing, curve: Curve) -> None:
-    color = SERIES[curve.slot % len(SERIES)]
+    color = SERIES[curve.slot]
     if curve.markers:
         drawing.dots(curve.steps, curve.values, color)
         return

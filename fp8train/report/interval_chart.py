@@ -47,7 +47,7 @@ def interval_chart(rows: Sequence[Gaps], *, title: str, x_label: str, margin: fl
     drawing.line(np.array([-reach, reach]), np.full(2, float(len(rows))), MUTED, width=1)
     names = []
     for index, row in enumerate(rows):
-        color = SERIES[row.slot % len(SERIES)]
+        color = SERIES[row.slot]
         if row.low is not None and row.high is not None:
             ends, at = np.array([row.low, row.high]), np.full(2, index + 0.56)
             drawing.line(ends, at, color, width=7, opacity=0.45)
