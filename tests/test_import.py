@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -31,10 +30,9 @@ def run(code: str) -> str:
 
 
 def test_import_takes_less_than_three_seconds_and_loads_no_torch() -> None:
-    start = time.perf_counter()
-    loaded = run("import sys, fp8train; print('torch' in sys.modules)")
-    assert time.perf_counter() - start < 3.0
-    assert loaded.strip() == "False"
+    """Of its own CPU time: others may keep the machine busy."""
+    loaded, seconds = run("import sys, time, fp8train; print('torch' in sys.modules, time.process_time())").split()
+    assert loaded == "False" and float(seconds) < 3.0
 
 
 def test_every_module_imports_without_the_optional_packages() -> None:
