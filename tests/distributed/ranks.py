@@ -55,11 +55,16 @@ def rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}}
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@contextmanager
+def free_port() -> Iterator[int]:
+    """A TCP port that nobody listens on, and that the system gives to nobody else who asks for a free one.
+
+    A listener that names it, and sets SO_REUSEADDR as torch's store does, can have it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def _rank(function: Callable[[Any], Any], folder: Path, environment: dict[str, str]) -> None:
@@ -80,14 +85,14 @@ def _rank(function: Callable[[Any], Any], folder: Path, environment: dict[str, s
 
 def _main(module: str, name: str, world_size: str, folder: str) -> int:
     function = getattr(import_module(module), name)
-    port = free_port()
     children = []
-    for rank in range(int(world_size)):
-        child = os.fork()
-        if child == 0:
-            _rank(function, Path(folder), rendezvous(rank, int(world_size), port))
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+    with free_port() as port:
+        for rank in range(int(world_size)):
+            child = os.fork()
+            if child == 0:
+                _rank(function, Path(folder), rendezvous(rank, int(world_size), port))
+            children.append(child)
+        return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
 
 
 if __name__ == "__main__":

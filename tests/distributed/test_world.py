@@ -139,7 +139,7 @@ def test_port_in_use_is_one_line_with_the_remedy(monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_do_not_come_are_one_line(monkeypatch, rank):
-    port = free_port()
-    message = _init(monkeypatch, rank, port)
+    with free_port() as port:
+        message = _init(monkeypatch, rank, port)
     assert f"ranks did not meet at 127.0.0.1:{port} within 2 s" in message
     assert "\n" not in message
