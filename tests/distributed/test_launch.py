@@ -56,7 +56,7 @@ from fp8train.distributed import init
 again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
 if again and os.environ["RANK"] == "1":
     time.sleep(2)  # rank 0 is there before and looks for it
-with init(20, "cpu") as world:
+with init(60, "cpu") as world:
     ranks = int(world.all_reduce_sum(1.0))
     if again and world.main:
         print("ranks", ranks)
