@@ -17,7 +17,5 @@ install_package ""
 processes=${NPROC_PER_NODE:-$("$venv_python" -c 'import torch; print(torch.cuda.device_count() or 1)')}
 # Torchrun hands a signal to the ranks, which finish their step and save; by default not SIGUSR1, and kills them 30 s later.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-# Or a restart (PET_MAX_RESTARTS) finds in the store of torchrun where its ranks were before (pytorch/pytorch#135712).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$venv_python" -m torch.distributed.run "${rendezvous[@]}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 \
   --nproc-per-node "$processes" -m fp8train.train "$@"

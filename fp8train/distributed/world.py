@@ -176,10 +176,10 @@ def _join(timeout_seconds: float, backend: str) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        # The restarts of a torchrun share a store, where a rank finds the address that its peer had before: it waits
-        # there for the timeout (pytorch/pytorch#135712). Agents of several machines count restarts each for itself;
-        # launch/torchrun.sh gives them a store for each.
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # The restarts of a torchrun share its store, where a rank finds the address that its peer had before: it waits
+        # there for the timeout (pytorch/pytorch#135712). Without that each restart has a store of its own, and agents
+        # that count their restarts apart (--rdzv-backend=c10d on several machines) meet in it.
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -191,7 +191,9 @@ def _join(timeout_seconds: float, backend: str) -> None:
                 "MASTER_PORT, or start with torchrun --standalone, which finds one."
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        again = " Restarts of --rdzv-backend=c10d on several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
         raise ConfigError(
             f"distributed: ranks did not meet at {where} within {timeout_seconds:g} s: {reason}; needs every rank to "
             "reach that address. Check MASTER_ADDR, MASTER_PORT and the log of the other ranks."
+            f"{again if os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' else ''}"
         ) from error

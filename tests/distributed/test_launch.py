@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from fp8train.distributed import launch, rank_exit_code
 from fp8train.errors import ConfigError, TrainingError
-from tests.distributed.ranks import ROOT, rendezvous
+from tests.distributed.ranks import ROOT, free_port, rendezvous
 
 PROGRAM = """
 from fp8train.distributed import init, rank_exit_code
@@ -66,17 +66,23 @@ with init(60, "cpu") as world:
 """
 
 
-def test_ranks_that_torchrun_starts_again_meet(tmp_path):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_ranks_that_torchrun_starts_again_meet(machines, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(RESTARTED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-         str(program)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "ranks 2\n"
+    several = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    place = several if machines == 2 else ["--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *place, "--max-restarts=1"]
+    agents = [
+        subprocess.Popen(
+            [*command, f"--node-rank={number}", str(program)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(machines)
+    ]  # fmt: skip
+    ended = [(*agent.communicate(timeout=240), agent.returncode) for agent in agents]
+    assert [status for *_, status in ended] == [0] * machines, ended
+    assert [out for out, *_ in ended] == ["ranks 2\n", ""][:machines]
 
 
 @pytest.fixture
