@@ -169,7 +169,9 @@ class Trainer:
         """Go on from the checkpoint that an alarm goes back to, as if the steps since had not been."""
         found, newest = on_main(self.world, lambda: return_point(self.run_dir, self.progress.return_step), patient=True)
         self.console.warn(f"step {self.progress.step}: {request.reason}; rolled back to step {found.step}")
+        spent = self.progress.train_seconds
         self._take_back(found)
+        self.progress.train_seconds = spent  # undone or not, the steps since have taken their time
         for watcher in self.watchers:
             watcher.roll_back(found.step, self.progress.watchers.get(watcher.name, {}))
         self.coverage.go_on(self.progress.coverage)

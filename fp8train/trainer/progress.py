@@ -17,7 +17,7 @@ class Progress:
     nonfinite_in_a_row: of them, those at the end
     recent_skips: of them, those among the last 100 steps, by their numbers
     told_skips: how many of those the console has told of
-    train_seconds: time in steps
+    train_seconds: time in steps, also in those that an alarm undid
     loss: of the last step; null where it was not finite
     stream_sum: StreamHash of all steps, over all ranks
     init_hash: of the weights before the first step

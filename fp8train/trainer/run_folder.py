@@ -56,7 +56,7 @@ class RunResult:
     tokens_per_second: median over the steps of this process but its first log.skip_steps
     peak_memory_bytes: of the device; on a CPU of the process
     memory_bytes: what is held from step to step, by kind
-    train_seconds: time in steps, resumed parts included
+    train_seconds: time in steps, resumed parts and steps that an alarm undid included; without what a kill lost
     seconds: wall time of this process, from building the model to the end
     fp8_flops_share: share of the linears' training FLOPs that ran in FP8
     parameters: number of trainable parameters

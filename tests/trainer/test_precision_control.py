@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -128,12 +128,24 @@ class DyingAfterRollBack(Console):
         self._last = row["step"]
 
 
+class Recording(Console):
+    """Keeps the rows of all steps, of those too that are undone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(6, print_every=1, stream=stream)
+        self.rows: list[Any] = []
+
+    def step(self, row: Any, eta_seconds: float | None) -> None:
+        self.rows.append(row)
+        super().step(row, eta_seconds)
+
+
 class TestAlarm:
     def test_demotes_the_worst_goes_back_and_logs_the_event(self, tmp_path: Path, blow_up: Any):
         seen = blow_up(5)
         recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
         stream = io.StringIO()
-        console = Console(6, print_every=1, stream=stream)
+        console = Recording(stream)
         result = tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.every=3", console=console)
         assert seen == [1, 2, 3, 4, 5, 4, 5, 6]
         events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
@@ -154,9 +166,9 @@ class TestAlarm:
         share = r"\d+\.\d% of the linears' FLOPs in FP8 \(coverage.json says which\)"
         ending = rf"finished 6 steps in \S+ s of training, {share}, {len(demoted)} linears demoted to BF16"
         assert re.search(ending, stream.getvalue())
-        assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [
-            *range(1, 7)
-        ]
+        steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+        assert steps == [*range(1, 7)]
+        assert result.train_seconds == pytest.approx(sum(row["step_seconds"] for row in console.rows))  # of all 8
 
     def test_before_the_first_checkpoint_it_goes_back_to_the_start(self, tmp_path: Path, blow_up: Any):
         seen = blow_up(2)
