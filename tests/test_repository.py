@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +193,13 @@ def test_readme_lists_every_backend() -> None:
     section = text[text.index("\n## Your own model\n") : text.index("\n## Recipes\n")]
     named = [name for row in re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE) for name in re.findall(r"\w+", row)]
     assert sorted(named) == sorted([*BACKENDS, "hopper"])
+
+
+def test_shell_scripts_parse() -> None:
+    """A shell reads its script as it goes: what no test reaches, such as the start of a run on GPUs, it never read."""
+    for path in [*(ROOT / "launch").glob("*.s*"), ROOT / ".ci/run"]:
+        done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_ci_runs_the_test_script_and_nothing_else() -> None:

@@ -178,24 +178,37 @@ def test_launcher_refuses_a_port_in_use_in_one_line():
     )
 
 
-def test_batch_script_starts_every_node_on_the_first_ones_address(tmp_path):
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("exit 0", 0, ""),
+        ("exit 3", 3, ""),
+        ("sleep 1; trap 'echo saves; exit 1' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done", 0,
+         "saves\n<requeue><7>\n"),
+        ("sleep 1; trap 'exit 0' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done", 0, ""),
+    ],
+    ids=["finished", "failed", "at the end of the job", "finished at the end of the job"],
+)  # fmt: skip
+def test_batch_script_starts_every_node_on_the_first_ones_address_and_goes_back_into_the_queue(
+    end, status, said, tmp_path
+):
     tools = {
-        "scontrol": "echo node1; sleep 0.2; echo node2",
-        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "scontrol": '[[ $1 == requeue ]] && printf "<%s>" "$@" && echo && exit; echo node1; sleep 0.2; echo node2',
+        "srun": f'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done; {end}',
         "launch/torchrun.sh": 'echo "$MASTER_ADDR $NNODES $NODE_RANK"; printf "<%s>" "$@"; echo',
     }
     (tmp_path / "launch").mkdir()
     for name, text in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_END_TIME": "0"}
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "slurm.sbatch"), "run_dir=a b"], cwd=tmp_path,
         env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    given = "<time_limit_seconds=60><run_dir=a b>"
-    assert (done.returncode, done.stdout) == (0, f"node1 2 0\n{given}\nnode1 2 1\n{given}\n"), done.stderr
+    begun = "".join(f"node1 2 {node}\n<run_dir=a b>\n" for node in range(2))
+    assert (done.returncode, done.stdout) == (status, begun + said), done.stderr
 
 
 @pytest.mark.parametrize("command", ["export", "prepare", "search", "sensitivity", "generate", "doctor"])
