@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fp8train.errors import CheckpointError, TrainingError
+from fp8train.whole_file import write_whole
 
 Row = Mapping[str, Any]
 Warn = Callable[[str], None]
@@ -300,14 +301,10 @@ def truncate_metrics(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    fresh = path.with_suffix(".tmp")
     try:
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        fresh.write_text("".join(to_json_line(row) for row in kept), encoding="utf-8")
-        os.replace(fresh, path)
+        write_whole(path, "".join(to_json_line(row) for row in kept))
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
-            fresh.unlink(missing_ok=True)
         raise _not_written(path, error) from error
 
 

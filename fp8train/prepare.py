@@ -26,10 +26,11 @@ from fp8train.arguments import parse_arguments
 from fp8train.data import huggingface
 from fp8train.data.config import DataConfig
 from fp8train.data.corpus import encode
-from fp8train.data.shards import finished_shard, write_atomic, write_index, write_shard
+from fp8train.data.shards import finished_shard, write_index, write_shard
 from fp8train.data.sources import Piece, plan_pieces, read_piece
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import DataError, exit_code
+from fp8train.whole_file import write_whole
 
 Report = Callable[[str], None]
 DECIDING_KEYS = {
@@ -161,7 +162,7 @@ def _compare_plan(folder: Path, plan: dict[str, Any]) -> None:
             raise DataError(
                 f"out: {folder} holds other files ({', '.join(others[:3])}); needs an empty folder. Choose another."
             )
-        write_atomic(file, json.dumps(plan, indent=1).encode())
+        write_whole(file, json.dumps(plan, indent=1))
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))

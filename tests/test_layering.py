@@ -11,7 +11,7 @@ from fp8train.cli import COMMANDS
 from tests.source_tree import ROOT, imports, python_files, syntax
 
 LAYERS = (
-    {"errors", "_layout", "units", "arguments", "shards", "spikes"},
+    {"errors", "_layout", "units", "arguments", "shards", "spikes", "whole_file"},
     {"quant"},
     {"backends"},
     {"nn"},

@@ -34,7 +34,8 @@ from fp8train.backends.admission_checks import (
 )
 from fp8train.backends.check_process import NO_GPU, SECONDS, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.toolchain import fingerprint
-from fp8train.backends.user_cache import cache_folder, write_whole
+from fp8train.backends.user_cache import cache_folder
+from fp8train.whole_file import write_whole
 
 LOG = logging.getLogger("fp8train")
 AT_ONCE = min(16, max(4, os.cpu_count() or 4))  # processes: compilers, each with up to a GiB of GPU memory

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from fp8train.backends.admission_checks import KERNEL_GEMMS
 from fp8train.backends.toolchain import fingerprint
-from fp8train.backends.user_cache import cache_folder, write_whole
+from fp8train.backends.user_cache import cache_folder
 from fp8train.errors import BackendError
+from fp8train.whole_file import write_whole
 
 Rates = Mapping[str, tuple[int, int, float]]  # as in kernels/gemm_table.py: rows, columns, TFLOP/s of full waves
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from pathlib import Path
 
@@ -23,10 +22,3 @@ def cache_folder() -> Path:
 def _folder_of_process(parent: str) -> Path:
     """The same at every call, so that what was checked or built once in this process stays so."""
     return Path(tempfile.mkdtemp(prefix="fp8train-", dir=parent))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of the cache as a whole: a process that is killed leaves the one before."""
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)

@@ -9,11 +9,9 @@ tokenizer/        copy of the tokenizer (none for bytes)
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 from fp8train.data.corpus import Corpus, token_dtype
 from fp8train.data.tokenizers import FileTokenizer, Tokenizer, build_tokenizer
 from fp8train.errors import DataError
+from fp8train.whole_file import whole_file, write_whole
 
 FORMAT = "fp8train-tokens"
 VERSION = 1
@@ -46,8 +45,7 @@ def write_shard(
     checksums: list[int] = []
     largest = 0
     waiting = bytearray()
-    temporary = _temporary(folder / f"{name}.bin")
-    with _gone_after_error(temporary), temporary.open("wb") as file:
+    with whole_file(folder / f"{name}.bin") as file:
         for digest, tokens in documents:
             lengths.append(len(tokens))
             hashes.append(digest)
@@ -60,11 +58,8 @@ def write_shard(
         if waiting:
             checksums.append(zlib.crc32(waiting))
             file.write(waiting)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / f"{name}.bin")
     index = np.asarray(lengths, dtype="<u4").tobytes() + np.asarray(hashes, dtype="<u8").tobytes()
-    write_atomic(folder / f"{name}.idx", index)
+    write_whole(folder / f"{name}.idx", index)
     meta = {
         "name": name,
         "tokens": sum(lengths),
@@ -73,7 +68,7 @@ def write_shard(
         "idx_crc32": zlib.crc32(index),
         "bin_crc32": checksums,
     }
-    write_atomic(folder / f"{name}.json", json.dumps(meta).encode())
+    write_whole(folder / f"{name}.json", json.dumps(meta))
     return meta
 
 
@@ -113,19 +108,9 @@ def write_index(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
     if from_file is not None:
         (folder / "tokenizer").mkdir(exist_ok=True)
         for name, content in from_file.files.items():
-            write_atomic(folder / "tokenizer" / name, content)
-    write_atomic(folder / "index.json", json.dumps(index, indent=1).encode())
+            write_whole(folder / "tokenizer" / name, content)
+    write_whole(folder / "index.json", json.dumps(index, indent=1))
     return index
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it."""
-    temporary = _temporary(path)
-    with _gone_after_error(temporary), temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 INDEX_KEYS = (
@@ -262,17 +247,3 @@ def _compare_blocks(file: Path, tokens: np.ndarray, checksums: list[int], block_
                 f"data.path: {file} differs from its checksum in block {block} (damaged or foreign). Delete it and "
                 "index.json and prepare again."
             )
-
-
-@contextlib.contextmanager
-def _gone_after_error(temporary: Path) -> Iterator[None]:
-    """Half a file, such as a full disk leaves, is removed; its space may be what the next attempt needs."""
-    try:
-        yield
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")

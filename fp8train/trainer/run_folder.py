@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from fp8train.recipe import Recipe
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
 from fp8train.units import bytes_text
+from fp8train.whole_file import write_whole
 
 T = TypeVar("T")
 
@@ -272,14 +271,10 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written to.
     """
-    fresh = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
+        write_whole(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
-            fresh.unlink(missing_ok=True)
         raise _not_written(path, error) from error
 
 
