@@ -53,6 +53,12 @@ def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
     return structure(arguments, _literal(parse_assignments(argv, arguments)), who="arguments")
 
 
+def take_arguments(argv: Sequence[str], arguments: type[T]) -> tuple[T, list[str]]:
+    """(those of a dataclass, as parse_arguments reads them, the rest); for commands that take the keys of a run too."""
+    own = [argument for argument in argv if argument.partition("=")[0] in _field_names(arguments)]
+    return parse_arguments(own, arguments), [argument for argument in argv if argument not in own]
+
+
 def with_key(argv: Sequence[str], key: str) -> list[str]:
     """`fp8train eval runs/a` as `checkpoint=runs/a`: the first argument, if it is neither `key=value` nor an option."""
     first, *rest = argv or [""]

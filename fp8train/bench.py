@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
-from fp8train.arguments import parse_arguments
+from fp8train.arguments import take_arguments
 from fp8train.distributed import World, init
 from fp8train.errors import ConfigError, exit_code, nearest
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] not in SUBJECTS:
         raise ConfigError(f"bench: got {argv[0]!r}; {nearest(argv[0], SUBJECTS)}.")
     run: Callable[[Sequence[str], World], int] = import_module(f"fp8train.benchmarks.{argv[0]}").run
-    given = [argument for argument in argv[1:] if argument.partition("=")[0] in Turn.__dataclass_fields__]
-    with _turn(parse_arguments(given, Turn)), init(timeout_seconds=60.0) as world:
-        return run([argument for argument in argv[1:] if argument not in given], world)
+    turn, rest = take_arguments(argv[1:], Turn)
+    with _turn(turn), init(timeout_seconds=60.0) as world:
+        return run(rest, world)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fp8train.arguments import parse_arguments
+from fp8train.arguments import take_arguments
 from fp8train.calibration import METRICS, Calibration
 from fp8train.checkpoint import open_checkpoint
 from fp8train.config import RunConfig, load_config
@@ -72,10 +72,7 @@ def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunCon
     Raises:
         UserError: an argument, recipe, checkpoint or text does not serve.
     """
-    own_keys = kind.__dataclass_fields__
-    own = [argument for argument in argv if argument.partition("=")[0] in own_keys or "=" not in argument]
-    rest = [argument for argument in argv if argument not in own]
-    arguments = parse_arguments(own, kind)
+    arguments, rest = take_arguments(argv, kind)
     checkpoint = None if arguments.checkpoint is None else open_checkpoint(arguments.checkpoint)
     config = load_config(rest, command) if checkpoint is None else evaluation_config(checkpoint, rest, command)
     named = checkpoint is None or any(argument.startswith("recipe=") for argument in rest)

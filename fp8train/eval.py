@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8train.arguments import describe, parse_arguments, with_key
+from fp8train.arguments import describe, take_arguments, with_key
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset, check_vocabulary
@@ -19,8 +19,6 @@ from fp8train.trainer.changed_run import check_split, evaluation_config, help_on
 from fp8train.trainer.evaluation import EvalSet, evaluate, source_losses
 from fp8train.trainer.restored import restored
 from fp8train.trainer.run_folder import on_main, write_file
-
-OWN_KEYS = ("checkpoint", "out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{describe(EvalArguments)}\n{help_on_run(argv)}")
         return 0
-    arguments = parse_arguments([a for a in argv if a.partition("=")[0] in OWN_KEYS or "=" not in a], EvalArguments)
+    arguments, changes = take_arguments(argv, EvalArguments)
     checkpoint = open_checkpoint(arguments.checkpoint)
-    config = evaluation_config(checkpoint, [a for a in argv if a.partition("=")[0] not in OWN_KEYS], "eval")
+    config = evaluation_config(checkpoint, changes, "eval")
     with init(config.parallel.timeout_seconds) as world:
         row = score_checkpoint(checkpoint, config, world)
         if world.main:

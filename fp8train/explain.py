@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fp8train.arguments import describe, take_arguments
 from fp8train.backends.coverage import GEMMS
 from fp8train.backends.selection import PLANNED
 from fp8train.config import load_config
@@ -30,59 +31,66 @@ from fp8train.trainer.assembly import shards
 from fp8train.trainer.footprint import footprint
 from fp8train.units import bytes_text, percent_text, short_count_text
 
-USAGE = """usage: fp8train explain [model=NAME|hf=DIR] [recipe=NAME|PATH] [device=auto|cpu|cuda|sm_90] [ranks=N]
-       [KEY=VALUE] [--all] [--json]
+USAGE = """usage: fp8train explain [--all] [--json] [KEY=VALUE ...]
 
-Prints, for every linear of the model: shape, precision of each GEMM, the rule that decided, backend and bytes.
+  --all   one line for each linear; without it, linears that differ only in their indices share one
+  --json  the same as JSON, one entry for each linear
 
-  model=NAME   a preset of configs/model/ (default: quickstart); every key of a training run may follow
-  hf=DIR       the model that config.json of a Hugging Face folder describes (needs transformers)
-  device=KIND  where it is to run: auto (the default) is cuda where there is a GPU, else cpu; sm_90 is an H100 or H200,
-               which this machine need not have
-  ranks=N      processes that train it (default: 1), for what each holds; parallel=fsdp shards the parameters over them
-  --all        one line for each linear; without it, linears that differ only in their indices share one
-  --json       the same as JSON, one entry for each linear
 """
-
-
+KEYS_OF_A_RUN = "Every key of `fp8train train` may follow, such as model=NAME (default: quickstart) and recipe=NAME.\n"
+FLAGS = ("--all", "--json")
 DEVICES = ("auto", "cpu", "cuda", PLANNED)
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer in a module path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the arguments ask for."""
+@dataclass(kw_only=True, slots=True)
+class ExplainArguments:
+    """Print, for every linear of a model: shape, precision of each GEMM, the rule that decided, backend and bytes.
 
-    overrides: list[str]
-    hf: Path | None
-    device: str
-    ranks: int
-    every: bool
-    as_json: bool
+    hf: folder of a Hugging Face model, whose config.json is explained in place of model (needs transformers)
+    device: where it is to run: auto (cuda where there is a GPU, else cpu), cpu, cuda, or sm_90: an H100 or H200, which
+        this machine need not have
+    ranks: processes that train it, for what each holds; parallel=fsdp shards the parameters over them
+    """
+
+    hf: Path | None = None
+    device: str = DEVICES[0]
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ConfigError(f"explain: device is {self.device!r}; needs one of {', '.join(DEVICES)}.")
+        if self.device == DEVICES[0]:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.ranks < 1:
+            raise ConfigError(f"explain: ranks is {self.ranks}; needs at least 1.")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan; argv as in USAGE.
+    """Print the plan.
 
     Raises:
         ConfigError: an argument, the recipe or the model does not fit; see load_config, load_recipe, convert_model.
     """
     if {"-h", "--help"} & set(argv):
-        sys.stdout.write(USAGE)
+        sys.stdout.write(f"{USAGE}{describe(ExplainArguments)}\n{KEYS_OF_A_RUN}")
         return 0
-    request = parse(argv)
-    config = load_config(request.overrides, "explain")
+    arguments, rest = take_arguments([argument for argument in argv if argument not in FLAGS], ExplainArguments)
+    clash = next((argument for argument in rest if argument.startswith("model")), None)
+    if arguments.hf is not None and clash is not None:
+        raise ConfigError(f"explain: {clash!r} and hf={arguments.hf} both name a model; needs one. Drop one of them.")
+    config = load_config(rest, "explain")
     recipe = load_recipe(config.recipe)
     name, model = (
-        (config.model.name, build_model(config.model, "meta")) if request.hf is None else hf_layout(request.hf)
+        (config.model.name, build_model(config.model, "meta")) if arguments.hf is None else hf_layout(arguments.hf)
     )
-    report = convert_model(model, recipe, config.backend, request.device, config.fused, config.weight_copies)
-    if request.as_json:
+    report = convert_model(model, recipe, config.backend, arguments.device, config.fused, config.weight_copies)
+    if "--json" in argv:
         sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
     else:
         moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
-        ranks = request.ranks if shards(config, request.ranks) else 1
-        sys.stdout.write(explanation(name, model, recipe, report, moments, every=request.every, ranks=ranks) + "\n")
+        ranks = arguments.ranks if shards(config, arguments.ranks) else 1
+        sys.stdout.write(explanation(name, model, recipe, report, moments, every="--all" in argv, ranks=ranks) + "\n")
     return 0
 
 
@@ -131,42 +139,6 @@ def _options(recipe: Recipe) -> str:
         what, most = " or ".join(recipe.alarm.on), recipe.alarm.at_most
         lines.append(f"alarm: on {what} the worst linear goes to BF16, at most {most} times")
     return "\n".join(lines)
-
-
-def parse(arguments: Sequence[str]) -> Request:
-    """Tell explain's own arguments from those of a run.
-
-    Raises:
-        ConfigError: one is given twice, or a model by name and by folder, or there is no such device.
-    """
-    flags = {argument for argument in arguments if argument in ("--all", "--json")}
-    rest = [argument for argument in arguments if argument not in flags]
-    folders = [argument.removeprefix("hf=") for argument in rest if argument.startswith("hf=")]
-    devices = [argument.removeprefix("device=") for argument in rest if argument.startswith("device=")]
-    ranks = [argument.removeprefix("ranks=") for argument in rest if argument.startswith("ranks=")]
-    overrides = [argument for argument in rest if not argument.startswith(("hf=", "device=", "ranks="))]
-    for name, given in (("hf", folders), ("device", devices), ("ranks", ranks)):
-        if len(given) > 1:
-            raise ConfigError(f"explain: {name} is given {len(given)} times; needs one. Keep one.")
-    clash = [argument for argument in overrides if argument.startswith("model")] if folders else []
-    if clash:
-        raise ConfigError(f"explain: {clash[0]!r} and hf={folders[0]} both name a model; needs one. Drop one of them.")
-    hf = Path(folders[0]) if folders else None
-    device = devices[0] if devices else DEVICES[0]
-    if device not in DEVICES:
-        raise ConfigError(f"explain: device is {device!r}; needs one of {', '.join(DEVICES)}.")
-    if device == DEVICES[0]:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks and not (ranks[0].isdecimal() and int(ranks[0])):
-        raise ConfigError(f"explain: ranks is {ranks[0]!r}; needs a whole number of at least 1.")
-    return Request(
-        overrides=overrides,
-        hf=hf,
-        device=device,
-        ranks=int(ranks[0]) if ranks else 1,
-        every="--all" in flags,
-        as_json="--json" in flags,
-    )
 
 
 def hf_layout(folder: Path) -> tuple[str, nn.Module]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8train import explain
+from fp8train.arguments import take_arguments
 from fp8train.backends.selection import BACKENDS
 from fp8train.cli import COMMANDS
 from fp8train.config import load_config
@@ -176,7 +177,7 @@ def test_readme_commands_exist_and_their_settings_are_accepted(tmp_path: Path) -
     assert {name for name, *_ in used} == set(COMMANDS)
     for name, *overrides in used:
         if name == "explain":
-            overrides = explain.parse(overrides).overrides
+            overrides = take_arguments(overrides, explain.ExplainArguments)[1]
         if name in ("train", "compare", "explain"):
             load_config([text.replace("=DIR", f"={tmp_path / 'hf'}") for text in overrides], name).check()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fp8train.arguments import parse_arguments
+from fp8train.arguments import take_arguments
 from fp8train.benchmarks.kernel_times import kernel_table, kernel_times
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
 from fp8train.config import RunConfig, config_to_dict, load_config
@@ -49,9 +49,8 @@ def run(argv: Sequence[str], world: World) -> int:
     Raises:
         ConfigError: the recipe is the baseline itself.
     """
-    own = [argument for argument in argv if argument.partition("=")[0] in StepArguments.__dataclass_fields__]
-    arguments = parse_arguments(own, StepArguments)
-    config = load_config([argument for argument in argv if argument not in own], "bench")
+    arguments, rest = take_arguments(argv, StepArguments)
+    config = load_config(rest, "bench")
     if config.recipe == BASELINE:
         raise ConfigError("bench: recipe is bf16, which is the baseline itself; needs another. Try recipe=blockwise.")
     steps: dict[str, Callable[[], Any]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fp8train.arguments import parse_arguments
+from fp8train.arguments import take_arguments
 from fp8train.benchmarks.step import prepared
 from fp8train.benchmarks.timing import BenchArguments, BenchResult, interleaved, machine_lines, table, write_results
 from fp8train.config import RunConfig, config_to_dict, load_config
@@ -22,9 +22,8 @@ def run(argv: Sequence[str], world: World) -> int:
     Raises:
         ConfigError: telemetry.every is null.
     """
-    own = [argument for argument in argv if argument.partition("=")[0] in BenchArguments.__dataclass_fields__]
-    arguments = parse_arguments(own, BenchArguments)
-    config = load_config([argument for argument in argv if argument not in own], "bench")
+    arguments, rest = take_arguments(argv, BenchArguments)
+    config = load_config(rest, "bench")
     if config.telemetry.every is None:
         raise ConfigError("bench: telemetry.every is null; needs a number of steps. Leave it out for the default.")
     step = _Step(config, world)
