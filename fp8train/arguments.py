@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os.path
 import re
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -285,13 +287,16 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _parse_value(text: str, hint: Any) -> Any:
-    """Text meant for a `str` stays as typed, less quotes around the whole of it; else YAML, as _Scalars has it."""
+    """Text for a `str` or a `Path` stays as typed, less quotes around the whole of it; else YAML, as _Scalars has it.
+
+    A ~ that begins a `Path` is the home folder, without quotes: shells leave that of checkpoint=~/x alone.
+    """
     if text == "null":
         return None
+    kinds = (hint, *(typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else ()))
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
-    wants_text = hint is str or (str in typing.get_args(hint) and typing.get_origin(hint) not in (list, dict))
-    if not text or (wants_text and not quoted):
-        return text
+    if not text or ((str in kinds or Path in kinds) and not quoted):
+        return os.path.expanduser(text) if Path in kinds else text
     try:
         return yaml.load(text, _Scalars)
     except yaml.YAMLError:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 from fp8train.arguments import take_arguments
 from fp8train.distributed import World, init
@@ -56,7 +57,7 @@ class Turn:
     limit_seconds: after which it is ended by SIGALRM; null: none
     """
 
-    lock: str | None = None
+    lock: Path | None = None
     limit_seconds: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ def _turn(turn: Turn) -> Iterator[None]:
     with ExitStack() as stack:
         if turn.lock is not None:
             try:
-                file = stack.enter_context(open(turn.lock, "a"))
+                file = stack.enter_context(turn.lock.open("a"))
             except OSError as error:
                 raise ConfigError(f"bench: lock {turn.lock} cannot be opened: {error}. Name a file.") from error
             fcntl.flock(file, fcntl.LOCK_EX)

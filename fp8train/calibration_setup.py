@@ -35,10 +35,10 @@ class CalibrationArguments:
     out: file that is written; null: see the command
     """
 
-    checkpoint: str | None = None
+    checkpoint: Path | None = None
     windows: int = 4
     metric: str = "loss"
-    out: str | None = None
+    out: Path | None = None
 
     def __post_init__(self) -> None:
         if self.windows < 1:

@@ -102,7 +102,7 @@ class RunConfig:
         if self.run_dir == "":  # as from run_dir=$UNSET; the empty path would be the folder that the user stands in
             raise ConfigError("run_dir: got an empty text; needs a folder. Give run_dir=DIR, or leave it out.")
         # shells leave the ~ of model.init_from=~/x alone, some also that of run_dir=~/x
-        for owner, name in ((self, "recipe"), (self, "run_dir"), (self, "resume"), (self.model, "init_from")):
+        for owner, name in ((self, "run_dir"), (self, "resume"), (self.model, "init_from")):
             if (path := getattr(owner, name)) is not None:
                 setattr(owner, name, os.path.expanduser(path))
         if self.time_limit_seconds is not None and not self.time_limit_seconds > 0:
@@ -226,7 +226,7 @@ def _split_options(overrides: list[str], command: str) -> tuple[list[str], str |
         if argument in ("-h", "--help"):
             show = "help"
         elif name in ("--cfg", "-c", "--config-dir", "-cd"):
-            value = value or (overrides.pop(0) if overrides else "")
+            value = os.path.expanduser(value or (overrides.pop(0) if overrides else ""))
             if name in ("--cfg", "-c"):
                 if value != "job":
                     raise ConfigError(f"{command}: --cfg got {value!r}; needs job.")

@@ -29,8 +29,8 @@ class EvalArguments:
     out: file that gets the scores as one JSON object; null: none
     """
 
-    checkpoint: str
-    out: str | None = None
+    checkpoint: Path
+    out: Path | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
             sys.stdout.write(table(checkpoint, row))
         out = arguments.out
         if out is not None:
-            on_main(world, lambda: write_file(Path(out), to_json_line(row)))
+            on_main(world, lambda: write_file(out, to_json_line(row)))
     return 0
 
 

@@ -42,8 +42,8 @@ class ExportArguments:
         eos_token_id, which otherwise is what ends a document in training unless the tokenizer's folder has another
     """
 
-    checkpoint: str
-    out: str
+    checkpoint: Path
+    out: Path
     dtype: str = "bfloat16"
     recipe: str | None = None
     tokenizer: str | None = None

@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class GenerateArguments:
     tokenizer: bytes, a tokenizer.json or a tokenizer folder; null: that of the training
     """
 
-    checkpoint: str
+    checkpoint: Path
     prompt: str = ""
     max_new_tokens: int = 200
     temperature: float = 0.8

@@ -48,7 +48,7 @@ class PrepareConfig:
     data: source and tokenizer, as for training.
     """
 
-    out: str
+    out: Path
     workers: int | None = None
     shard_bytes: int = 1 << 26
     data: DataConfig = field(default_factory=DataConfig)
@@ -83,7 +83,7 @@ def prepare(config: PrepareConfig, report: Report = lambda line: None) -> dict[s
     if source.streamed and config.workers not in (None, 1):
         raise DataError(f"workers: is {config.workers}; a stream is read in order by one. Set workers=1 or stream off.")
     pieces = [] if source.streamed else plan_pieces(source, config.shard_bytes)
-    folder = Path(config.out).expanduser()
+    folder = config.out
     try:
         with _locked(folder):
             _compare_plan(folder, _plan(config, pieces, tokenizer))

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import os.path
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -253,7 +254,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, name: str = "custom")
 
     Args:
         source: name of a shipped recipe ("blockwise"), path of a YAML file (a Path, or text with a separator or ending
-            in .yaml or .yml), or the document as a mapping.
+            in .yaml or .yml; ~ is the home folder), or the document as a mapping.
         name: of the recipe where source is a mapping; a file has its own.
 
     Raises:
@@ -263,7 +264,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, name: str = "custom")
         return _parse(source, name=name, source="recipe")
     if not isinstance(source, str | Path):
         raise RecipeError(f"recipe is {source!r}; needs a name, a path or a document. Give one, such as 'blockwise'.")
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and path.name == source:
         path = folder("recipes") / f"{source}.yaml"
         if not path.is_file():

@@ -32,9 +32,9 @@ class ReplayArguments:
     out: file that gets the result as JSON; null: none
     """
 
-    path: str
+    path: Path
     backend: str | None = None
-    out: str | None = None
+    out: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,17 +55,17 @@ def main(argv: Sequence[str]) -> int:
     """Replay and print what was found; 0."""
     arguments = parse_arguments(with_key(argv, "path"), ReplayArguments)
     if arguments.out is not None:
-        check_out(Path(arguments.out), "replay")
+        check_out(arguments.out, "replay")
     with init() as world:
         if world.world_size > 1:
             raise ConfigError("replay: got several ranks; needs one process, which takes all ranks' micro-batches.")
-        rerun = Rerun(find_dump(Path(arguments.path)), world, arguments.backend)
+        rerun = Rerun(find_dump(arguments.path), world, arguments.backend)
         runs, verdict, notes = diagnose(rerun)
     sys.stdout.write(text(rerun, runs, verdict, notes))
     if arguments.out is not None:
         content = {"dump": str(rerun.path), "step": rerun.dump.step, **asdict(verdict), "notes": notes}
         content["runs"] = {name: _plain(run) for name, run in runs.items()}
-        write_file(Path(arguments.out), json.dumps(content, indent=1, allow_nan=False))
+        write_file(arguments.out, json.dumps(content, indent=1, allow_nan=False))
     return 0
 
 

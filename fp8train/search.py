@@ -33,7 +33,7 @@ from fp8train.trainer.run_folder import write_file
 from fp8train.units import bytes_text
 
 _LEVEL = re.compile(r"L(\d+)")
-DEFAULT_OUT = "searched.yaml"
+DEFAULT_OUT = Path("searched.yaml")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     check_single("search")
     arguments, config, assembly, calibration = prepare(argv, SearchArguments, "search")
-    out = Path(arguments.out or DEFAULT_OUT)
+    out = arguments.out or DEFAULT_OUT
     check_out(out, "search")
     manual = matching(arguments.manual, calibration.candidates)
     ends = end_layers(calibration.candidates, list(calibration.linears), arguments.first, arguments.last)

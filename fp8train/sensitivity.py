@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from fp8train.arguments import describe, with_key
 from fp8train.backends.coverage import GEMMS
@@ -42,14 +41,14 @@ def main(argv: Sequence[str]) -> int:
     check_single("sensitivity")
     arguments, config, assembly, calibration = prepare(argv, SensitivityArguments, "sensitivity")
     if arguments.out is not None:
-        check_out(Path(arguments.out), "sensitivity")
+        check_out(arguments.out, "sensitivity")
     rows = calibration.measure(progress=show_progress)
     order = ranked(rows, arguments.metric)
     sys.stdout.write(headline(arguments, config, assembly, calibration) + table(order, arguments.metric))
     if arguments.out is not None:
         content = {
             "model": config.model.name,
-            "checkpoint": arguments.checkpoint,
+            "checkpoint": None if arguments.checkpoint is None else str(arguments.checkpoint),
             "recipe": assembly.recipe.name,
             "recipe_hash": assembly.recipe.hash,
             "backend": assembly.report.backend,
@@ -58,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             "metric": arguments.metric,
             "linears": [asdict(linear) | {"score": _finite(score)} for linear, score in order],
         }
-        write_file(Path(arguments.out), json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_file(arguments.out, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return 0
 
 

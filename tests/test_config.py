@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import yaml
 
 from fp8train.arguments import describe, parse_arguments
+from fp8train.bench import Turn
+from fp8train.benchmarks.timing import BenchArguments
+from fp8train.calibration_setup import CalibrationArguments
 from fp8train.config import config_from_dict, config_to_dict, load_config
 from fp8train.errors import ConfigError, UserError
+from fp8train.eval import EvalArguments
+from fp8train.explain import ExplainArguments
+from fp8train.export import ExportArguments
+from fp8train.generate import GenerateArguments
 from fp8train.optim import OptimConfig
+from fp8train.prepare import PrepareConfig
+from fp8train.recipe import load_recipe
+from fp8train.replay import ReplayArguments
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +43,7 @@ class Arguments:
     count: int = 4
     names: list[str] = field(default_factory=list)
     note: str | None = None
+    place: Path | None = None
     inner: Inner = field(default_factory=Inner)
 
 
@@ -45,6 +57,25 @@ class TestParseArguments:
 
     def test_number_is_decimal_whatever_zeros_it_begins_with(self):  # as in a sweep over seed=$(printf %03d $n)
         assert [parse_arguments(["folder=x", f"count={text}"], Arguments).count for text in ("008", "010")] == [8, 10]
+
+    def test_tilde_that_begins_a_path_is_the_home_folder(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("HOME", "/home/me")
+        for text, path in (("~/a b", "/home/me/a b"), ("~nobody9/a", "~nobody9/a"), ("'~/a'", "~/a"), ("010", "010")):
+            given = parse_arguments(["folder=~/a", f"place={text}"], Arguments)
+            assert (given.folder, given.place) == ("~/a", Path(path))
+
+    @pytest.mark.parametrize(
+        ("kind", "keys"),
+        [
+            (EvalArguments, ["checkpoint", "out"]), (ExportArguments, ["checkpoint", "out"]),
+            (GenerateArguments, ["checkpoint"]), (ReplayArguments, ["path", "out"]),
+            (CalibrationArguments, ["checkpoint", "out"]), (BenchArguments, ["out"]), (Turn, ["lock"]),
+            (ExplainArguments, ["hf"]), (PrepareConfig, ["out"]),
+        ],
+    )  # fmt: skip
+    def test_commands_take_paths_as_paths(self, kind: type, keys: list[str]):
+        given = parse_arguments([f"{key}=~/a" for key in keys], kind)
+        assert [getattr(given, key) for key in keys] == [Path.home() / "a"] * len(keys)
 
     def test_null_is_none(self):
         assert parse_arguments(["folder=x", "note=null"], Arguments).note is None
@@ -114,8 +145,11 @@ class TestLoadConfig:
 
     def test_tilde_is_the_home_folder(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("HOME", "/home/me")
-        config = load_config(["run_dir=~/a b", "resume=~/runs/a", "recipe=~/r.yaml"])
-        assert (config.run_dir, config.resume, config.recipe) == ("/home/me/a b", "/home/me/runs/a", "/home/me/r.yaml")
+        config = load_config(["run_dir=~/a b", "resume=~/runs/a", "data=text", "data.path=[~/b,~nobody9/c]"])
+        assert (config.run_dir, config.resume) == ("/home/me/a b", "/home/me/runs/a")
+        assert config.data.paths == ["/home/me/b", "~nobody9/c"]
+        with pytest.raises(ConfigError, match="^recipe '/home/me/r.yaml' does not exist"):
+            load_recipe("~/r.yaml")
         with pytest.raises(UserError, match="^/home/me/llama"):
             load_config(["model=hf", "model.init_from=~/llama"])
 

@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> Path:
 
 def make_config(source: Path, out: Path, workers: int = 1, **options: object) -> PrepareConfig:
     data = DataConfig(kind="jsonl", path=str(source))
-    return PrepareConfig(out=str(out), workers=workers, shard_bytes=8192, data=data, **options)  # type: ignore[arg-type]
+    return PrepareConfig(out=out, workers=workers, shard_bytes=8192, data=data, **options)  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -88,7 +88,7 @@ def test_streamed_dataset_is_continued_to_the_same_bytes(source: Path, tmp_path:
 
     def config(out: Path) -> PrepareConfig:
         data = DataConfig(kind="hf", path=str(source), hf_streaming=True)
-        return PrepareConfig(out=str(out), shard_bytes=8192, data=data)
+        return PrepareConfig(out=out, shard_bytes=8192, data=data)
 
     index = prepare(config(tmp_path / "whole"))
     assert index["documents"] == LINES

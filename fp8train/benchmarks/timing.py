@@ -37,7 +37,7 @@ class BenchArguments:
     rounds: int = 20
     warmup: int = 3
     threads: int | None = None
-    out: str | None = None
+    out: Path | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.warmup < 0:
@@ -190,7 +190,7 @@ def write_results(
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "backend": backend,
-        "arguments": asdict(arguments),
+        "arguments": {**asdict(arguments), "out": str(arguments.out)},
         "environment": environment(device),
         "results": [
             {
@@ -201,4 +201,4 @@ def write_results(
             for result in results
         ],
     }
-    write_file(Path(arguments.out), json.dumps(content, indent=2) + "\n")
+    write_file(arguments.out, json.dumps(content, indent=2) + "\n")

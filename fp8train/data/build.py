@@ -106,7 +106,7 @@ def shard_folders(source: SourceConfig) -> list[Path]:
         )
     folders: dict[Path, Path] = {}  # what it leads to -> the first path to it
     for entry in source.paths:
-        path = Path(entry).expanduser()
+        path = Path(entry)
         matches = (
             [Path(match) for match in glob.glob(str(path))] if glob.has_magic(entry) and not path.exists() else [path]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,10 +93,9 @@ class SourceConfig:
 
     @property
     def paths(self) -> list[str]:
-        """data.path as a list; empty when there is none."""
-        if self.path is None:
-            return []
-        return [self.path] if isinstance(self.path, str) else list(self.path)
+        """data.path as a list, ~ as the home folder; empty when there is none."""
+        entries = [self.path] if isinstance(self.path, str) else self.path or []
+        return [os.path.expanduser(entry) for entry in entries]
 
     @property
     def streamed(self) -> bool:

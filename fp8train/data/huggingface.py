@@ -99,7 +99,7 @@ def local_files(source: SourceConfig) -> list[Path]:
     """Files on this machine that data.path names, sorted; those in a folder that save_to_disk wrote too."""
     found: set[Path] = set()
     for entry in source.paths:
-        path = Path(entry).expanduser()
+        path = Path(entry)
         matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
         for match in matches:
             found.update(match.rglob("*") if match.is_dir() else [match])
@@ -126,7 +126,7 @@ def name_of(source: SourceConfig) -> str:
 
 
 def _open(datasets: Any, source: SourceConfig) -> Any:
-    paths = [str(Path(path).expanduser()) for path in source.paths]
+    paths = source.paths
     folders = [path for path in paths if Path(path).is_dir()]
     if folders:
         return _saved(datasets, source, folders, paths)

@@ -14,7 +14,7 @@ FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.js
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a folder holds a tokenizer, in one of the forms that build_tokenizer reads."""
-    return any((Path(folder).expanduser() / name).is_file() for name in FILES)
+    return any((Path(folder) / name).is_file() for name in FILES)
 
 
 def covers(tokenizer: Tokenizer, other: Tokenizer) -> bool:

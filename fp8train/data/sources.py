@@ -108,7 +108,7 @@ def source_files(source: SourceConfig) -> list[Path]:
         )
     found: dict[Path, Path] = {}  # what it leads to -> the first path to it
     for entry in source.paths:
-        path = Path(entry).expanduser()
+        path = Path(entry)
         if path.is_file():
             if path.stat().st_size == 0:
                 raise DataError(f"data.path: {entry} is empty; needs text. Remove it or give another file.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,7 +160,7 @@ def build_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
                 f"data.separator: is {separator!r} but the tokenizer is bytes, whose separator is id 256. Delete it."
             )
         return ByteTokenizer()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         content = file.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def help_on_run(argv: Sequence[str]) -> str:
     if not given:
         hint = "Those are defaults; checkpoint=DIR --help shows the values of that run, which hold instead."
         return f"{describe(RunConfig)}\n{hint}\n"
-    checkpoint = open_checkpoint(given[-1])
+    checkpoint = open_checkpoint(os.path.expanduser(given[-1]))
     return f"{describe(RunConfig, config_to_dict(checkpoint.config))}\nThose are the values of {checkpoint.path}.\n"
 
 
@@ -69,7 +70,7 @@ def same_text(one: DataConfig, other: DataConfig) -> bool:
 
 
 def _text_of(source: SourceConfig) -> str:
-    paths = sorted(str(Path(path).expanduser().resolve()) for path in source.paths)
+    paths = sorted(str(Path(path).resolve()) for path in source.paths)
     return repr([source.kind, paths, *(getattr(source, key) for key in TEXT_KEYS)])
 
 

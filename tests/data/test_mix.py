@@ -114,7 +114,7 @@ def test_shards_and_bytes_mix_but_two_tokenizers_do_not(text_file: Path, bpe_fil
 
     for name, tokenizer in [("bytes", "bytes"), ("bpe", str(bpe_file))]:
         data = DataConfig(kind="text", path=str(text_file), tokenizer=tokenizer)
-        prepare(PrepareConfig(out=str(tmp_path / name), workers=1, data=data))
+        prepare(PrepareConfig(out=tmp_path / name, workers=1, data=data))
     text = SourceConfig(kind="text", path=str(text_file))
     shards = {name: SourceConfig(kind="tokens", path=str(tmp_path / name)) for name in ("bytes", "bpe")}
     mixed = build_dataset(DataConfig(kind="mix", mix=[text, shards["bpe"]]), seq_len=8, seed=1)

@@ -22,7 +22,7 @@ def folder(text_file: Path, tmp_path: Path) -> Path:
     for n in range(4):
         (tmp_path / f"more_{n}.txt").write_text("".join(f"{n} {k} more text to read\n" for k in range(300)))
     data = DataConfig(kind="text", path=str(tmp_path / "*.txt"))
-    prepare(PrepareConfig(out=str(tmp_path / "shards"), workers=1, shard_bytes=9000, data=data))
+    prepare(PrepareConfig(out=tmp_path / "shards", workers=1, shard_bytes=9000, data=data))
     return tmp_path / "shards"
 
 
@@ -30,7 +30,7 @@ def folder(text_file: Path, tmp_path: Path) -> Path:
 def test_shards_give_the_samples_of_their_text(tokenizer: str, tmp_path: Path, text_file: Path, bpe_file: Path) -> None:
     name = "bytes" if tokenizer == "bytes" else str(bpe_file)
     data = DataConfig(kind="text", path=str(text_file), tokenizer=name)
-    prepare(PrepareConfig(out=str(tmp_path / "out"), workers=1, data=data))
+    prepare(PrepareConfig(out=tmp_path / "out", workers=1, data=data))
     from_text = build_dataset(data, 32, seed=3)
     from_shards = build_dataset(DataConfig(kind="tokens", path=str(tmp_path / "out")), 32, seed=3)
     assert from_shards.fingerprint == from_text.fingerprint
@@ -61,7 +61,7 @@ def test_checksums_cover_every_block(
 ) -> None:
     """verify reads the blocks in the middle, which the quick check leaves out."""
     monkeypatch.setattr(shards_module, "BLOCK_BYTES", 4096)
-    prepare(PrepareConfig(out=str(tmp_path / "out"), workers=1, data=DataConfig(kind="text", path=str(text_file))))
+    prepare(PrepareConfig(out=tmp_path / "out", workers=1, data=DataConfig(kind="text", path=str(text_file))))
     data = tmp_path / "out" / "shard_00000.bin"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -76,7 +76,7 @@ def test_id_in_a_damaged_middle_block_does_not_reach_the_model(
 ) -> None:
     """The quick check leaves the middle out; reading an id that was never written is refused with a remedy."""
     monkeypatch.setattr(shards_module, "BLOCK_BYTES", 4096)
-    prepare(PrepareConfig(out=str(tmp_path / "out"), workers=1, data=DataConfig(kind="text", path=str(text_file))))
+    prepare(PrepareConfig(out=tmp_path / "out", workers=1, data=DataConfig(kind="text", path=str(text_file))))
     data = tmp_path / "out" / "shard_00000.bin"
     content = bytearray(data.read_bytes())
     content[4096 : len(content) - 4096] = b"\xff" * (len(content) - 8192)
