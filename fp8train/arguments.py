@@ -22,6 +22,32 @@ from fp8train.errors import ConfigError
 
 T = TypeVar("T")
 REQUIRED = "<required>"
+# keys, and what other trainers call them
+OTHER_NAMES = {
+    "recipe": "precision dtype fp8 bf16 fp16 amp",
+    "steps": "epochs num_epochs num_train_epochs num_train_steps max_iters train_iters",
+    "run_dir": "output_dir out_dir save_dir out",
+    "resume": "resume_from resume_from_checkpoint load_checkpoint",
+    "seq_len": "context_length block_size max_length max_seq_length",
+    "global_batch_tokens": "batch_size train_batch_size",
+    "micro_batch_samples": "batch_size per_device_train_batch_size gradient_accumulation_steps",
+    "activation_checkpointing": "gradient_checkpointing recompute",
+    "model.init_from": "model_name_or_path pretrained",
+    "model.hidden_size": "hidden_dim d_model n_embd dim",
+    "model.num_layers": "n_layer n_layers depth",
+    "data.path": "dataset dataset_path train_file",
+    "optim.lr": "learning_rate max_lr peak_lr",
+    "optim.min_lr_ratio": "min_lr min_learning_rate",
+    "optim.schedule": "scheduler lr_scheduler lr_scheduler_type lr_decay_style",
+    "optim.warmup_steps": "warmup warmup_iters lr_warmup_steps",
+    "optim.warmup_fraction": "warmup warmup_ratio",
+    "optim.betas": "beta1 beta2 adam_beta1 adam_beta2",
+    "optim.clip_grad_norm": "grad_clip clip_grad max_grad_norm gradient_clipping gradient_clip_val",
+    "parallel.strategy": "fsdp ddp",
+    "checkpoint.every": "save_every save_steps save_interval",
+    "eval.every": "eval_steps eval_interval",
+    "log.every": "logging_steps log_interval",
+}
 
 
 class _Scalars(yaml.SafeLoader):
@@ -187,17 +213,19 @@ def _field_docs(target: type) -> dict[str, str]:
 
 
 def _unknown_key(target: type, key: str, who: str) -> ConfigError:
-    """Unknown key: names like it at the same level first, then the same name elsewhere, then anything like it."""
+    """Unknown key: what others call so, names like it at its level, the same name elsewhere, then anything like it."""
     parent, _, name = key.rpartition(".")
     owner = _resolve(target, parent) if parent else target
     here = _field_names(owner) if dataclasses.is_dataclass(owner) else []
-    near = [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, here, n=2, cutoff=0.6)]
-    meant = [candidate for candidate in _dotted_keys(target) if candidate.endswith(f".{name}") and not parent]
-    near = [*meant, *(match for match in [name.replace("_", ".", 1)] if match in _dotted_keys(target)), *near]
+    everywhere = _dotted_keys(target)
+    near = [ours for ours, theirs in OTHER_NAMES.items() if name in theirs.split() and ours in everywhere]
+    near += [candidate for candidate in everywhere if candidate.endswith(f".{name}") and not parent]
+    near += [dotted for dotted in [name.replace("_", ".", 1)] if dotted in everywhere]
+    near += [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, here, n=2, cutoff=0.6)]
     if not near:
-        everywhere = _dotted_keys(target)
         same_name = [candidate for candidate in everywhere if candidate.rpartition(".")[2] == name]
         near = same_name or difflib.get_close_matches(key, everywhere, n=3, cutoff=0.6)
+    near = list(dict.fromkeys(near))
     hint = f"nearest: {', '.join(near[:3])}" if near else f"keys here: {', '.join(here)}"
     return ConfigError(f"{who}: unknown key {key!r}; {hint}. Correct the name.")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fp8train.arguments import describe, parse_arguments
+from fp8train.arguments import OTHER_NAMES, _dotted_keys, _field_names, describe, parse_arguments
 from fp8train.bench import Turn
 from fp8train.benchmarks.timing import BenchArguments
 from fp8train.calibration_setup import CalibrationArguments
-from fp8train.config import config_from_dict, config_to_dict, load_config
+from fp8train.config import RunConfig, config_from_dict, config_to_dict, load_config
 from fp8train.errors import ConfigError, UserError
 from fp8train.eval import EvalArguments
 from fp8train.explain import ExplainArguments
@@ -153,6 +153,10 @@ class TestLoadConfig:
         with pytest.raises(UserError, match="^/home/me/llama"):
             load_config(["model=hf", "model.init_from=~/llama"])
 
+    def test_what_others_call_a_key_leads_to_one_that_is_there(self):
+        assert set(OTHER_NAMES) <= set(_dotted_keys(RunConfig))
+        assert not {name for theirs in OTHER_NAMES.values() for name in theirs.split()} & set(_field_names(RunConfig))
+
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
@@ -160,6 +164,10 @@ class TestLoadConfig:
             pytest.param(["optim.warmup_step=3"], "nearest: optim.warmup_steps", id="key of a section"),
             pytest.param(["lr=3"], "unknown key 'lr'; nearest: optim.lr", id="key at the wrong level"),
             pytest.param(["seeds=3"], "unknown key 'seeds'; nearest: compare.seeds", id="one much like another"),
+            pytest.param(["optim.learning_rate=3"], "'optim.learning_rate'; nearest: optim.lr. Correct", id="theirs"),
+            pytest.param(
+                ["batch_size=8"], "nearest: global_batch_tokens, micro_batch_samples. Correct", id="two of theirs"
+            ),
             pytest.param(["eval_every=3"], "unknown key 'eval_every'; nearest: eval.every", id="no dot"),
             pytest.param(["modle=quickstart"], "nearest: model", id="group"),
             pytest.param(
