@@ -18,9 +18,8 @@ from fp8train.nn.inputs import InputNeeds, quantize_input
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.operands import Operand, as_matrix, gemm, quantized, requantized
 from fp8train.nn.remedies import channel_scale
-from fp8train.nn.weights import evaluation_precision
+from fp8train.nn.weights import evaluation_precision, named_linears
 from fp8train.quant.formats import BF16, LinearPrecision
-from fp8train.telemetry.observer import named_linears
 from fp8train.telemetry.statistics import STATS, operand_statistics
 from fp8train.trainer.step import inputs
 

@@ -14,6 +14,7 @@ from fp8train.calibration import Calibration, LinearSensitivity, ranked
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import load_recipe
 from fp8train.search import (
@@ -29,7 +30,6 @@ from fp8train.search import (
     searched_recipe,
 )
 from fp8train.sensitivity import main as sensitivity
-from fp8train.telemetry.observer import named_linears
 from tests.planted import LAYERS, PLANTED, own_text, planted_model
 from tests.tiny_run import tiny_arguments, tiny_train
 

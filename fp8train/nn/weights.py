@@ -218,6 +218,13 @@ def converted_linears(model: nn.Module) -> list[Float8Linear]:
     return [module for module in model.modules() if isinstance(module, Float8Linear)]
 
 
+def named_linears(model: nn.Module) -> dict[str, Float8Linear]:
+    """converted_linears by module path."""
+    from fp8train.nn.linear import Float8Linear
+
+    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, Float8Linear)}
+
+
 def own_weights(model: nn.Module) -> set[int]:
     """Ids of the parameters that one module alone holds."""
     seen: dict[int, int] = {}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fp8train.backends.coverage import NOT_COUNTED
 from fp8train.nn.inputs import QuantizedInput
@@ -21,11 +21,6 @@ from fp8train.quant.formats import BLOCKWISE, LinearPrecision, QuantSpec
 from fp8train.telemetry.statistics import as_numbers, operand_statistics
 
 OPERANDS = ("x", "w", "dy", "x.T", "w.T", "dy.T")
-
-
-def named_linears(model: nn.Module) -> dict[str, Float8Linear]:
-    """The converted linears of a model by module path, each once."""
-    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, Float8Linear)}
 
 
 def operand_specs(precision: LinearPrecision) -> dict[str, QuantSpec]:

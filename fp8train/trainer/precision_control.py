@@ -12,9 +12,9 @@ from torch import nn
 from fp8train.backends.coverage import COUNTS
 from fp8train.checkpoint import Checkpoint
 from fp8train.errors import RecipeError
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16, LinearPrecision
 from fp8train.recipe import Recipe
-from fp8train.telemetry.observer import named_linears
 
 
 class PrecisionControl:

@@ -10,9 +10,9 @@ from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig
 from fp8train.convert import convert_model
 from fp8train.models import build_model
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import Recipe
-from fp8train.telemetry.observer import named_linears
 from fp8train.trainer.assembly import Assembly, assemble, resolve_activations
 from fp8train.trainer.precision_control import follow_run
 

@@ -9,8 +9,9 @@ from typing import Any
 from fp8train.config import RunConfig
 from fp8train.data import Batch
 from fp8train.distributed import World
+from fp8train.nn.weights import named_linears
 from fp8train.shards import is_sharded
-from fp8train.telemetry.observer import Observer, named_linears, what_if_precision
+from fp8train.telemetry.observer import Observer, what_if_precision
 from fp8train.telemetry.table import first_nonfinite, samples, to_row, worst_table
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.probe import pass_apart

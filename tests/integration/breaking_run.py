@@ -11,8 +11,8 @@ import torch
 
 from fp8train.config import load_config
 from fp8train.distributed import init
+from fp8train.nn.weights import named_linears
 from fp8train.shards import local
-from fp8train.telemetry.observer import named_linears
 from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import parameter_hash
 from fp8train.trainer.step import StepResult

@@ -21,10 +21,10 @@ from fp8train.models.norm import AddRMSNorm
 from fp8train.nn.fused_mlp import FusedMLP
 from fp8train.nn.fused_norm import FusedRMSNorm
 from fp8train.nn.linear import Float8Linear
-from fp8train.nn.weights import converted_linears, evaluation_precision
+from fp8train.nn.weights import converted_linears, evaluation_precision, named_linears
 from fp8train.quant.formats import BF16, BLOCKWISE
 from fp8train.recipe import load_recipe
-from fp8train.telemetry.observer import Observer, named_linears
+from fp8train.telemetry.observer import Observer
 from fp8train.trainer.strict_coverage import StepAudit
 from tests.nn import precisions
 from tests.tiny_run import tiny_train

@@ -11,9 +11,10 @@ from fp8train.convert import convert_model
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.metrics import read_metrics
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16, BLOCKWISE, QuantSpec
 from fp8train.recipe import load_recipe
-from fp8train.telemetry.observer import Observer, named_linears, operand_specs, uncounted, what_if_precision
+from fp8train.telemetry.observer import Observer, operand_specs, uncounted, what_if_precision
 from fp8train.telemetry.statistics import STATS, as_numbers, operand_statistics
 from fp8train.telemetry.table import Sample, first_nonfinite, samples, to_row, worst, worst_table
 from fp8train.trainer.assembly import assemble

@@ -16,9 +16,9 @@ from fp8train.checkpoint import open_checkpoint
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, RecipeError
 from fp8train.metrics import read_metrics
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
-from fp8train.telemetry.observer import named_linears
 from fp8train.trainer.alarm_watcher import AlarmWatcher
 from fp8train.trainer.assembly import assemble
 from fp8train.trainer.console import Console

@@ -14,10 +14,10 @@ from fp8train.comparison.crossing import crossed_losses
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError
 from fp8train.eval import score_checkpoint
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import load_recipe
 from fp8train.sensitivity import SensitivityArguments
-from fp8train.telemetry.observer import named_linears
 from fp8train.trainer import Trainer
 from fp8train.trainer.alarm_watcher import AlarmWatcher
 from fp8train.trainer.changed_run import evaluation_config
