@@ -21,7 +21,7 @@ from fp8train.data import Batch, Batcher, Dataset, build_dataset
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.nn.linear import Float8Linear
-from fp8train.nn.weights import converted_linears, weights_changed
+from fp8train.nn.weights import named_linears, weights_changed
 from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
 from fp8train.recipe import Recipe, load_recipe
@@ -84,10 +84,9 @@ class Rerun:
         assembly = self.model(precision)
         restore_random_state(self.ranks[0].random_state)
         found: list[str] = []
-        names = {module: name for name, module in assembly.model.named_modules()}
         hooks = [
-            linear.register_forward_hook(_NoteNonfinite(names[linear], found))
-            for linear in converted_linears(assembly.model)
+            linear.register_forward_hook(_NoteNonfinite(fqn, found))
+            for fqn, linear in named_linears(assembly.model).items()
         ]
         still = _Still(assembly.model)
         result = train_step(
@@ -138,9 +137,8 @@ class Rerun:
         with torch.no_grad():
             for name, parameter in assembly.model.named_parameters():
                 parameter.copy_(self._weights[name])
-        rows = {row.site: row for row in assembly.report.rows}
-        for linear in converted_linears(assembly.model):
-            changed = self.dump.precisions.get(rows[linear.site].fqn)
+        for fqn, linear in named_linears(assembly.model).items():
+            changed = self.dump.precisions.get(fqn)
             if precision != OWN:
                 linear.set_precision(HIGH[precision])
             elif changed is not None:

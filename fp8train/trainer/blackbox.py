@@ -26,7 +26,7 @@ from fp8train.data import Batch
 from fp8train.distributed import World
 from fp8train.distributed.agreement import ranks_text
 from fp8train.errors import CheckpointError
-from fp8train.nn.weights import converted_linears
+from fp8train.nn.weights import named_linears
 from fp8train.shards import is_sharded, whole
 from fp8train.spikes import spike_limit
 from fp8train.trainer.assembly import Assembly
@@ -103,17 +103,10 @@ class BlackBox(Watcher):
         self._newest: str | None = None  # name of the last dump, which makes room for the next beyond `keep`
         self._quiet_until = 0
         self._rank = RankDump()
-        self._precisions: dict[str, str] = {}
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Keep micro-batches, generators and precisions."""
+        """Keep micro-batches and generators."""
         self._rank = RankDump(batches=list(batches), random_state=random_state())
-        rows = {row.site: row for row in self._assembly.report.rows}
-        self._precisions = {
-            rows[linear.site].fqn: linear.precision.name
-            for linear in converted_linears(self._assembly.model)
-            if linear.site in rows and linear.precision != rows[linear.site].numbers
-        }
 
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
         """Write a dump, if the step went wrong, not too soon after the last; the same decision on every rank."""
@@ -183,7 +176,7 @@ class BlackBox(Watcher):
             history=self._history,
             world_size=self._world.world_size,
             weights=keep_weights,
-            precisions=self._precisions,
+            precisions=self._changed_precisions(),
             statistics={
                 "parameters": described,
                 "micro_batches": [token_statistics(batch) for batch in self._rank.batches],
@@ -200,6 +193,11 @@ class BlackBox(Watcher):
             writer.write_json(DUMP_FILE, asdict(dump))
 
         return self._all_wrote(path, write_main if self._world.main else lambda: None)
+
+    def _changed_precisions(self) -> dict[str, str]:
+        rules = {row.fqn: row.numbers for row in self._assembly.report.rows}
+        linears = named_linears(self._assembly.model).items()
+        return {fqn: linear.precision.name for fqn, linear in linears if linear.precision != rules[fqn]}
 
     def _write_rank(self, path: Path) -> None:
         self._folder.mkdir(exist_ok=True)  # not the run folder itself: where that is gone another run may come

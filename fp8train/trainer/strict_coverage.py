@@ -143,13 +143,12 @@ def raise_problems(problems: Sequence[str], step: int) -> None:
 
 def swapped_precisions(assembly: Assembly) -> list[str]:
     """Linears that do not have the precision which the conversion report says."""
-    rows = {row.site: row for row in assembly.report.rows}
+    linears = {linear.site: linear for linear in converted_linears(assembly.model)}
     return [
-        f"{rows[linear.site].fqn} was converted to {rows[linear.site].precision} "
-        f"and is set to {linear.precision.name}: "
-        "something changed its precision after the conversion"
-        for linear in converted_linears(assembly.model)
-        if linear.site in rows and linear.precision != rows[linear.site].numbers
+        f"{row.fqn} was converted to {row.precision} and is set to {linear.precision.name}: something changed its "
+        "precision after the conversion"
+        for row in assembly.report.rows
+        if (linear := linears.get(row.site)) is not None and linear.precision != row.numbers
     ]
 
 
