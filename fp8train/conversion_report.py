@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from fp8train.backends import get_backend
-from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
+from fp8train.backends.coverage import COUNTS, GEMMS, Counts, GemmCount
 from fp8train.nn.weights import COPIES
 from fp8train.quant.formats import LinearPrecision
 from fp8train.units import bytes_text, percent_text
@@ -263,8 +263,8 @@ class ConversionReport:
             "ropes": [row.to_dict() for row in self.ropes],
         }
 
-    def coverage(self) -> dict[str, Any]:
-        """What the GEMMs ran in since the counts were last reset, as the ops counted; FLOPs = 2 * rows * N * K.
+    def coverage(self, counts: Counts | None = None) -> dict[str, Any]:
+        """What the GEMMs ran in, by these counts or those since the last reset; FLOPs = 2 * rows * N * K.
 
         fp8_flops_share is of the FLOPs of the linears that are counted; uncounted: subclasses of nn.Linear that were
         left as they are, whose GEMMs are not. not_reached: matrices of what is no linear, in words. decoded: GEMMs for
@@ -272,23 +272,17 @@ class ConversionReport:
         on their first use so far, each with the reason. precision, rule, reason of a linear are the recipe's; changed:
         what schedule or alarm made of it since, or null.
         """
-        counts = COUNTS.snapshot()
+        counts = COUNTS.snapshot() if counts is None else counts
         fp8_flops = other_flops = 0
         linears = []
         for row in self.rows:
+            own = {gemm: counts.get(row.site, {}).get(gemm, GemmCount()) for gemm in GEMMS}
             gemms = {}
-            for gemm in GEMMS:
-                count = counts.get(row.site, {}).get(gemm, GemmCount())
+            for gemm, count in own.items():
                 fp8_flops += 2 * count.fp8_rows * row.out_features * row.in_features
                 other_flops += 2 * count.other_rows * row.out_features * row.in_features
-                gemms[gemm] = {
-                    "planned": row.planned(gemm),
-                    "fp8_calls": count.fp8_calls,
-                    "other_calls": count.other_calls,
-                    "fp8_rows": count.fp8_rows,
-                    "other_rows": count.other_rows,
-                    "exception": exception(row, gemm, count, counts.get(row.site, {}).get("fprop", GemmCount())),
-                }
+                why = exception(row, gemm, count, own["fprop"])
+                gemms[gemm] = {"planned": row.planned(gemm), **asdict(count), "exception": why}
             keys = {"fqn": row.fqn, "shape": list(row.shape), "precision": row.precision}
             words = {"rule": row.rule, "reason": row.reason, "changed": COUNTS.changed(row.site)}
             linears.append({**keys, **words, "gemms": gemms})

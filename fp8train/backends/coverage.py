@@ -7,6 +7,7 @@ own steps, over interruptions, each once: CoverageLog (trainer/assembly.py) take
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 GEMMS = ("fprop", "dgrad", "wgrad")
@@ -21,6 +22,14 @@ class GemmCount:
     other_calls: int = 0
     fp8_rows: int = 0
     other_rows: int = 0
+
+    def plus(self, other: GemmCount, times: int = 1) -> GemmCount:
+        """The sum of this count and so many times the other."""
+        return GemmCount(*(getattr(self, key) + times * getattr(other, key) for key in COUNTED))
+
+
+COUNTED = tuple(GemmCount.__dataclass_fields__)
+Counts = Mapping[int, Mapping[str, GemmCount]]  # {site: {"fprop": GemmCount, ...}}
 
 
 class CoverageCounter:
@@ -45,12 +54,6 @@ class CoverageCounter:
             count.other_calls += 1
             count.other_rows += rows
 
-    def put(self, site: int, gemm: str, count: GemmCount) -> None:
-        """Go on counting from a count."""
-        if site == NOT_COUNTED:
-            return
-        self._counts[site, gemm] = count
-
     def reset(self) -> None:
         """Forget all counts; reasons and changes stay."""
         self._counts.clear()
@@ -74,12 +77,11 @@ class CoverageCounter:
         """What `change` said last."""
         return self._changes.get(site)
 
-    def snapshot(self) -> dict[int, dict[str, GemmCount]]:
-        """A copy of the counts: {site: {"fprop": GemmCount, ...}}."""
+    def snapshot(self) -> Counts:
+        """A copy of the counts."""
         sites: dict[int, dict[str, GemmCount]] = {}
         for (site, gemm), count in self._counts.items():
-            copy = GemmCount(count.fp8_calls, count.other_calls, count.fp8_rows, count.other_rows)
-            sites.setdefault(site, {})[gemm] = copy
+            sites.setdefault(site, {})[gemm] = GemmCount().plus(count)
         return sites
 
 

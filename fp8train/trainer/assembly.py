@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
+from fp8train.backends.coverage import COUNTED, COUNTS, GEMMS, NOT_COUNTED, GemmCount
 from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport
 from fp8train.convert import convert_model
@@ -25,7 +25,6 @@ from fp8train.recipe import Recipe, load_recipe
 from fp8train.shards import is_sharded, local_bytes, whole
 
 SPARE_GRAPHS = 8  # that a run may compile of its layers beside one for each: dynamo's own limit
-COUNTED = ("fp8_calls", "other_calls", "fp8_rows", "other_rows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,37 +155,29 @@ class CoverageLog:
     """What the GEMMs of training ran in on all ranks, counted at run time; evaluation is left out.
 
     Args:
-        report: of the conversion; its coverage() reads the counts since they were last reset.
+        report: of the conversion.
         ranks: each of which does as much as this one, and in the same precisions.
     """
 
     def __init__(self, report: ConversionReport, ranks: int = 1) -> None:
         self._report = report
         self._ranks = ranks
-        self._total: dict[str, Any] | None = None
-        self._earlier: dict[tuple[int, str], Sequence[int]] = {}  # of all ranks, however many they were
+        self._counts: dict[int, dict[str, GemmCount]] = {}  # of all ranks, however many they were
         COUNTS.reset()
 
     def pause(self) -> None:
         """Take the counts so far; what follows does not count until `resume`."""
-        ran = COUNTS.snapshot()
-        for site, gemm in ((row.site, gemm) for row in self._report.rows for gemm in GEMMS):
-            own, earlier = ran.get(site, {}).get(gemm), self._earlier.pop((site, gemm), None)
-            if own is not None or earlier is not None:
-                numbers = zip(COUNTED, earlier or [0] * len(COUNTED), strict=True)
-                here = own or GemmCount()
-                COUNTS.put(site, gemm, GemmCount(**{key: self._ranks * getattr(here, key) + n for key, n in numbers}))
-        part = self._report.coverage()
-        self._total = part if self._total is None else add_coverage(self._total, part)
+        for site, gemms in COUNTS.snapshot().items():
+            own = self._counts.setdefault(site, {})
+            own |= {gemm: own.get(gemm, GemmCount()).plus(ran, self._ranks) for gemm, ran in gemms.items()}
 
     def resume(self) -> None:
         """Count again."""
         COUNTS.reset()
 
     def total(self) -> dict[str, Any]:
-        """The content of coverage.json; call it between `pause` and `resume`."""
-        assert self._total is not None, "pause() first"
-        return self._total
+        """The content of coverage.json, as of the last `pause`."""
+        return self._report.coverage(self._counts)
 
     def counts(self) -> dict[str, dict[str, list[int]]]:
         """What was counted so far, for a checkpoint: {module path: {GEMM: the counts in the order of COUNTED}}."""
@@ -197,29 +188,9 @@ class CoverageLog:
 
     def go_on(self, counts: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
         """Count on from what `counts` gave; steps since then were undone, or another process made those before."""
-        self._total = None
         COUNTS.reset()
-        found = ((row.site, counts.get(row.fqn, {})) for row in self._report.rows)
-        self._earlier = {(site, gemm): numbers for site, gemms in found for gemm, numbers in gemms.items()}
-
-
-def add_coverage(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Sum of two coverages of one model, as ConversionReport.coverage() gives them; else as `right`, the later one."""
-    linears = []
-    flops = {"fp8_rows": 0, "other_rows": 0}
-    for first, second in zip(left["linears"], right["linears"], strict=True):
-        gemms = {}
-        for gemm in GEMMS:
-            one, two = first["gemms"][gemm], second["gemms"][gemm]
-            gemms[gemm] = one | {key: one[key] + two[key] for key in COUNTED}
-            if one["exception"] is None or two["exception"] is None:  # it ran in FP8 in one of them
-                other = gemms[gemm]["other_rows"]
-                gemms[gemm]["exception"] = (one["exception"] or two["exception"]) if other else None
-            elif not one["fp8_rows"] + one["other_rows"]:  # nothing had reached it then, which says nothing now
-                gemms[gemm]["exception"] = two["exception"]
-            N, K = first["shape"]
-            for key in flops:
-                flops[key] += 2 * gemms[gemm][key] * N * K
-        linears.append(second | {"gemms": gemms})
-    share = flops["fp8_rows"] / max(sum(flops.values()), 1)
-    return right | {"fp8_flops_share": share, "linears": linears}
+        self._counts = {
+            row.site: {gemm: GemmCount(*numbers) for gemm, numbers in counts.get(row.fqn, {}).items()}
+            for row in self._report.rows
+            if row.site != NOT_COUNTED
+        }

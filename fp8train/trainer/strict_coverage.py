@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.backends.coverage import COUNTS, GEMMS, NOT_COUNTED, GemmCount
+from fp8train.backends.coverage import COUNTS, GEMMS, NOT_COUNTED, Counts, GemmCount
 from fp8train.conversion_report import ConversionRow
 from fp8train.data import Batch
 from fp8train.distributed import World
@@ -53,7 +53,7 @@ class StepAudit:
         self._linears = {linear.site: linear for linear in converted_linears(assembly.model)}
         self._compiled = compiled
         self._demands: dict[int, Demand] = {}
-        self._before: dict[int, dict[str, GemmCount]] = {}
+        self._before: Counts = {}
         self._hooks: list[Any] = []
 
     def begin(self) -> None:
@@ -220,13 +220,6 @@ class _Arrived:
         self._demand.gradient = True
 
 
-def _difference(
-    after: dict[int, dict[str, GemmCount]], before: dict[int, dict[str, GemmCount]], site: int, gemm: str
-) -> GemmCount:
+def _difference(after: Counts, before: Counts, site: int, gemm: str) -> GemmCount:
     new, old = (counts.get(site, {}).get(gemm, GemmCount()) for counts in (after, before))
-    return GemmCount(
-        new.fp8_calls - old.fp8_calls,
-        new.other_calls - old.other_calls,
-        new.fp8_rows - old.fp8_rows,
-        new.other_rows - old.other_rows,
-    )
+    return new.plus(old, -1)

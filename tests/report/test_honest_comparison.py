@@ -17,7 +17,6 @@ from fp8train.report import build_report
 from fp8train.report.results import drawn
 from fp8train.report.run_record import Arms, read_run
 from fp8train.report.summary import summary
-from fp8train.trainer.assembly import COUNTED, GEMMS, add_coverage
 from tests.run_folders import ENVIRONMENT, verdict_of, words_of, write_run
 
 
@@ -169,13 +168,3 @@ def test_other_noise_than_the_shipped_one_is_no_placebo(tmp_path: Path) -> None:
 def test_the_smoothed_curve_has_gaps_where_there_is_no_loss() -> None:
     curve = drawn(np.array([4.0, np.nan, 2.0, np.nan]))
     assert np.isnan(curve).tolist() == [False, True, False, True] and curve[2] == pytest.approx(3.8)
-
-
-def test_what_nothing_had_reached_says_nothing_of_the_whole() -> None:
-    def part(rows: dict[str, int], exception: str | None) -> dict[str, object]:
-        gemm = dict.fromkeys(COUNTED, 0) | rows | {"exception": exception}
-        return {"linears": [{"fqn": "a", "shape": [2, 2], "gemms": dict.fromkeys(GEMMS, gemm)}]}
-
-    early, late = part({}, "no tokens reached it"), part({"other_rows": 5}, "the schedule: bf16 from step 3")
-    found = add_coverage(early, late)["linears"][0]["gemms"]["fprop"]
-    assert found["exception"] == "the schedule: bf16 from step 3" and found["other_rows"] == 5
