@@ -211,7 +211,7 @@ class Trainer:
         self.coverage.go_on(self.progress.coverage if own else {})
         self.speed = Speed(config.log.skip_steps)
         self.stream = StreamHash(self.progress.stream_sum if world.main else 0)
-        self.profile = ProfileWindow(config.profile.steps, self.run_dir, world)
+        self.profile = ProfileWindow(config.profile.steps, self.run_dir, world, self.console.info)
         facts = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "world_size": world.world_size,
@@ -274,9 +274,7 @@ class Trainer:
             except RollBack as request:
                 self._roll_back(request)
                 continue
-            note = self.profile.after(progress.step)
-            if note is not None:
-                self.console.info(note)
+            self.profile.after(progress.step)
             stopping = result.stop and progress.step < config.steps
             if _due(progress.step, config.eval.every) and progress.step < config.steps:
                 if stopping:  # whoever asks to may not wait until held-out text is scored
@@ -349,9 +347,7 @@ class Trainer:
 
     def _finish(self, stopped_by: str | None, started: float) -> RunResult:
         """Last evaluation and checkpoint, result.json, and the line that says how it ended."""
-        note = self.profile.close()
-        if note is not None:
-            self.console.info(note)
+        self.profile.close()
         if stopped_by is None and not (self.evals and self.evals[-1]["step"] == self.progress.step):
             self._evaluate()
         due = stopped_by is None or _due(self.progress.step, self.config.checkpoint.every)

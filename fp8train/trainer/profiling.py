@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ class ProfileWindow:
 
     Args:
         steps: [FIRST, LAST]; None profiles nothing.
+        info: takes the line that says where the files are.
     """
 
-    def __init__(self, steps: Sequence[int] | None, run_dir: Path, world: World) -> None:
+    def __init__(self, steps: Sequence[int] | None, run_dir: Path, world: World, info: Callable[[str], None]) -> None:
         self._first, self._last = steps if steps is not None else (0, -1)
         self._folder = run_dir / "profile"
-        self._world = world
+        self._world, self._info = world, info
         self._profile: profile | None = None
 
     def before(self, step: int) -> None:
@@ -35,16 +36,15 @@ class ProfileWindow:
             self._profile = profile(activities=activities)
             self._profile.__enter__()
 
-    def after(self, step: int) -> str | None:
-        """Call after a step; at the end of the window, writes the files and says where."""
-        if self._profile is None or step < self._last:
-            return None
-        return self.close()
+    def after(self, step: int) -> None:
+        """Call after a step; ends the window with its last."""
+        if step >= self._last:
+            self.close()
 
-    def close(self) -> str | None:
-        """End the window, complete or not."""
+    def close(self) -> None:
+        """End the window, complete or not: write the files and say where."""
         if self._profile is None:
-            return None
+            return
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
         self._profile.__exit__(None, None, None)
@@ -55,4 +55,4 @@ class ProfileWindow:
         table = self._profile.key_averages().table(sort_by=order, row_limit=TABLE_ROWS)
         Path(f"{stem}.txt").write_text(table, encoding="utf-8")
         self._profile = None
-        return f"profile of steps {self._first} to {self._last}: {stem}.json (chrome://tracing) and {stem}.txt"
+        self._info(f"profile of steps {self._first} to {self._last}: {stem}.json (chrome://tracing) and {stem}.txt")
