@@ -31,6 +31,7 @@ from fp8train.comparison.parallel import Job, train_in_processes
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.config_sections import CompareConfig
 from fp8train.distributed import World, rank_exit_code
+from fp8train.distributed.agreement import on_main
 from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics
 from fp8train.report import build_report
@@ -40,7 +41,7 @@ from fp8train.report.verdict import Crossed, make_verdict
 from fp8train.trainer import Trainer
 from fp8train.trainer.agreement import check_same_command, joined
 from fp8train.trainer.console import Console
-from fp8train.trainer.run_folder import RESULT_FILE, RunResult, on_main, write_file
+from fp8train.trainer.run_folder import RESULT_FILE, RunResult, write_file
 from fp8train.trainer.shared_folder import check_shared
 
 REPORT_FILE = "report.html"

@@ -13,12 +13,13 @@ from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset, check_vocabulary
 from fp8train.distributed import World, init, rank_exit_code
+from fp8train.distributed.agreement import on_main
 from fp8train.metrics import to_json_line
 from fp8train.recipe import load_recipe
 from fp8train.trainer.changed_run import check_split, evaluation_config, help_on_run
 from fp8train.trainer.evaluation import EvalSet, evaluate, source_losses
 from fp8train.trainer.restored import restored
-from fp8train.trainer.run_folder import on_main, write_file
+from fp8train.trainer.run_folder import write_file
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,12 +11,12 @@ from typing import Any
 from fp8train.checkpoint import open_checkpoint
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
-from fp8train.distributed.agreement import on_every_rank
+from fp8train.distributed.agreement import on_every_rank, on_main
 from fp8train.recipe import load_recipe
 from fp8train.report.run_record import read_mapping
 from fp8train.trainer.evaluation import EvalSet
 from fp8train.trainer.restored import crossed
-from fp8train.trainer.run_folder import RESULT_FILE, on_main, write_file
+from fp8train.trainer.run_folder import RESULT_FILE, write_file
 
 
 def crossed_losses(weights: Path, arithmetics: Mapping[str, Path], world: World) -> dict[str, float]:

@@ -54,6 +54,23 @@ def on_every_rank(world: World, action: Callable[[], T]) -> T:
     return result[0]
 
 
+def on_main(world: World, action: Callable[[], T], *, patient: bool = False) -> T:
+    """Run something on rank 0 and hand its result to every rank; a UserError or TrainingError is raised on each.
+
+    patient: it reads or writes whole checkpoints, for which the others wait longer than parallel.timeout_seconds.
+    """
+    outcome: tuple[Any, UserError | TrainingError | None] = (None, None)
+    if world.main:
+        try:
+            outcome = (action(), None)
+        except (UserError, TrainingError) as error:
+            outcome = (None, error)
+    result, refusal = world.broadcast_object(outcome, patient=patient)
+    if refusal is not None:
+        raise refusal
+    return result
+
+
 def ranks_text(ranks: Sequence[int]) -> str:
     """`rank 1`, `ranks 1 and 3`, `ranks 8 to 15`, `ranks 1, 3 and 62 more`."""
     if len(ranks) == 1:

@@ -16,6 +16,7 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher
 from fp8train.distributed import World
+from fp8train.distributed.agreement import on_main
 from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics
 from fp8train.models import count_parameters
@@ -36,7 +37,6 @@ from fp8train.trainer.run_folder import (
     check_folder,
     finished_result,
     lost_rows,
-    on_main,
     saved_evals,
     set_aside,
     write_result,
@@ -191,12 +191,14 @@ class Trainer:
         states = self.world.all_gather_object(random_state())
         content = gathered_content(self.model, self.optimizer, keep=self.world.main)
         recipe, data = self.assembly.recipe, data_facts(self.batcher.dataset, self.eval_set)
-        before = self.check_claim, self.metrics.sync if self.metrics is not None else lambda: None
-        saved = on_main(
-            self.world,
-            lambda: write_progress(self.run_dir, self.config, recipe, progress, data, content, states, before=before),
-            patient=True,
-        )
+
+        def write() -> Path:
+            self.check_claim()
+            if self.metrics is not None:
+                self.metrics.sync()
+            return write_progress(self.run_dir, self.config, recipe, progress, data, content, states)
+
+        saved = on_main(self.world, write, patient=True)
         self.clock.restart()
         return saved
 

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
 
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
-from fp8train.distributed import World
-from fp8train.errors import CheckpointError, ConfigError, TrainingError, UserError
+from fp8train.errors import CheckpointError, ConfigError
 from fp8train.metrics import METRICS_FILE, missing_rows, read_metrics
 from fp8train.recipe import Recipe
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
-from fp8train.units import bytes_text
 from fp8train.whole_file import write_whole
-
-T = TypeVar("T")
 
 RESULT_FILE = "result.json"
 EVENTS_FILE = "events.jsonl"  # what alarms did
@@ -90,23 +85,6 @@ class RunResult:
     eval_hash: str
     init_hash: str
     stream_hash: str
-
-
-def on_main(world: World, action: Callable[[], T], *, patient: bool = False) -> T:
-    """Run something on rank 0 and hand its result to every rank; a UserError or TrainingError is raised on each.
-
-    patient: it reads or writes whole checkpoints, for which the others wait longer than parallel.timeout_seconds.
-    """
-    outcome: tuple[Any, UserError | TrainingError | None] = (None, None)
-    if world.main:
-        try:
-            outcome = (action(), None)
-        except (UserError, TrainingError) as error:
-            outcome = (None, error)
-    result, refusal = world.broadcast_object(outcome, patient=patient)
-    if refusal is not None:
-        raise refusal
-    return result
 
 
 def check_folder(path: Path, resume: str) -> None:
@@ -281,28 +259,4 @@ def write_file(path: Path, text: str) -> None:
 def _not_written(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"{path}: cannot be written ({error.strerror or error}); needs a writable folder with space."
-    )
-
-
-def check_space(path: Path, each_bytes: int, number: int) -> None:
-    """Refuse to train where the checkpoints have no room; a run overnight must not find out in the morning.
-
-    Args:
-        each_bytes: of one checkpoint.
-        number: that will lie on the disk at once, less those that are there.
-
-    Raises:
-        CheckpointError: the disk has less than that left.
-    """
-    folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free, needed = shutil.disk_usage(folder).free, number * each_bytes
-    if free >= needed:
-        return
-    what, fewer = "one checkpoint", ""
-    if number > 1:
-        what = f"{number} more checkpoints of {bytes_text(each_bytes)}, those that are kept and the one being written"
-        fewer = "keep fewer (checkpoint.keep_last, checkpoint.keep_every), "
-    raise CheckpointError(
-        f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed)} for {what}. Make room, "
-        f"{fewer}or give a run_dir on another disk."
     )

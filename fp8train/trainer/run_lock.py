@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.distributed import World
+from fp8train.distributed.agreement import on_main
 from fp8train.errors import CheckpointError, UserError
-from fp8train.trainer.run_folder import on_main
 from fp8train.trainer.shared_folder import check_shared
 
 LOCK_FILE = ".lock"

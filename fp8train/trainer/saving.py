@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError
 from fp8train.recipe import Recipe
 from fp8train.trainer.progress import Progress
-from fp8train.trainer.run_folder import check_space
+from fp8train.units import bytes_text
 
 
 class SaveClock:
@@ -57,7 +58,6 @@ def write_progress(
     data: Mapping[str, Any],
     content: Content,
     random_states: Sequence[Mapping[str, str]],
-    before: Sequence[Callable[[], None]] = (),
 ) -> Path:
     """Write the checkpoint of a run's current step and remove those that need not be kept. On one rank only.
 
@@ -65,13 +65,10 @@ def write_progress(
         data: what is to be found again in the data set by a resume.
         content: as gathered_content gave it on this rank.
         random_states: of every rank, in rank order.
-        before: what is to be done first; may refuse.
 
     Raises:
         CheckpointError: disk full or folder not writable.
     """
-    for act in before:
-        act()
     state = TrainingState(
         config=config_to_dict(config),
         recipe_document=recipe.document,
@@ -116,8 +113,27 @@ def checkpoints_to_come(config: RunConfig, progress: Progress, there: Sequence[i
 
 
 def check_room(run_dir: Path, config: RunConfig, progress: Progress, each_bytes: int, alarm: bool) -> None:
-    """Refuse a disk without room for the checkpoints to come; see check_space and checkpoints_to_come."""
-    check_space(run_dir, each_bytes, checkpoints_to_come(config, progress, saved_steps(run_dir), alarm=alarm))
+    """Refuse to train where the checkpoints have no room; a run overnight must not find out in the morning.
+
+    Args:
+        each_bytes: of one checkpoint. progress, alarm: see checkpoints_to_come.
+
+    Raises:
+        CheckpointError: the disk has less than that left.
+    """
+    number = checkpoints_to_come(config, progress, saved_steps(run_dir), alarm=alarm)
+    folder = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    free, needed = shutil.disk_usage(folder).free, number * each_bytes
+    if free >= needed:
+        return
+    what, fewer = "one checkpoint", ""
+    if number > 1:
+        what = f"{number} more checkpoints of {bytes_text(each_bytes)}, those that are kept and the one being written"
+        fewer = "keep fewer (checkpoint.keep_last, checkpoint.keep_every), "
+    raise CheckpointError(
+        f"run_dir: the disk of {folder} has {bytes_text(free)} free; needs {bytes_text(needed)} for {what}. Make room, "
+        f"{fewer}or give a run_dir on another disk."
+    )
 
 
 def return_point(run_dir: Path, step: int | None) -> tuple[Checkpoint, bool]:

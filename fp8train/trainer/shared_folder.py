@@ -11,9 +11,9 @@ from pathlib import Path
 from fp8train.checkpoint import Checkpoint
 from fp8train.checkpoint.files import read_marker
 from fp8train.distributed import World
-from fp8train.distributed.agreement import ranks_text
+from fp8train.distributed.agreement import on_main, ranks_text
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.trainer.run_folder import on_main, write_file
+from fp8train.trainer.run_folder import write_file
 
 WAIT_SECONDS = 30.0  # a network file system may show another machine's new file as late as that
 REMEDY = "run_dir needs to be on a file system that every rank sees."
