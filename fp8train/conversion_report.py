@@ -249,6 +249,14 @@ class ConversionReport:
             for (path, kind), elements in groups.items()
         ]
 
+    def copy_bytes(self, gathered: str | None = None) -> int:
+        """Bytes that the GEMMs read in place of the weights, codes and scales, kept from step to step.
+
+        gathered: module path of layers that keep none, since they are sharded and gathered one by one.
+        """
+        kept = (row for row in self.rows if gathered is None or not row.fqn.startswith(f"{gathered}."))
+        return sum(row.code_bytes + row.scale_bytes for row in kept)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         return {

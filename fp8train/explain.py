@@ -242,8 +242,7 @@ def _totals(report: ConversionReport, scheduled: bool) -> str:
 def _rank_holds(report: ConversionReport, model: nn.Module, moments: str, ranks: int) -> str:
     """What a rank holds between two steps, and what a sharded one gathers besides while it computes."""
     layers, gathered = gathered_layers(model)
-    kept = [row for row in report.rows if ranks == 1 or not row.fqn.startswith(f"{layers}.")]
-    held = footprint(model, moments, ranks, copies=sum(row.code_bytes + row.scale_bytes for row in kept))
+    held = footprint(model, moments, ranks, copies=report.copy_bytes(None if ranks == 1 else layers))
     total, parts = bytes_text(held.total), held.text()
     if ranks == 1:
         return f"each rank holds {total} besides activations: {parts}, and these copies"

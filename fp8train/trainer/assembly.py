@@ -137,8 +137,6 @@ def model_hash(model: ModelConfig) -> str:
 
 def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes that training holds on this rank from step to step, by kind."""
-    sharded = is_sharded(assembly.model.parameters())
-    kept = [row for row in assembly.report.rows if not (sharded and row.fqn.startswith("layers."))]
     weights = list(assembly.model.parameters())
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
@@ -147,7 +145,7 @@ def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict
         "weights": local_bytes(weights),
         "gradients": local_bytes(weight for weight in weights if weight.requires_grad),
         "moments": local_bytes(moments),
-        "weight_copies": sum(row.code_bytes + row.scale_bytes for row in kept),
+        "weight_copies": assembly.report.copy_bytes("layers" if is_sharded(weights) else None),
     }
 
 
