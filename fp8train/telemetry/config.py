@@ -11,7 +11,7 @@ from fp8train.errors import ConfigError
 class TelemetryConfig:
     """Statistics of the operands of every linear, in metrics.jsonl under fp8/ and as a table at the end.
 
-    every: steps between samples; null: off
+    every: steps between samples, each of the first micro-batch of rank 0; null: off
     rows: rows of an operand that are measured, evenly spread; amax and non-finite values are those of all rows
     """
 

@@ -182,8 +182,8 @@ class AlarmWatcher(Watcher):
 
     def _weights_broken(self) -> bool:
         """Whether a weight is not finite on some rank: no precision helps, only an earlier checkpoint."""
-        bad = [not bool(local(p.detach()).isfinite().all()) for p in self._model.parameters()]
-        return self._world.all_reduce_sum(float(sum(bad))) > 0
+        own = any(not bool(local(p.detach()).isfinite().all()) for p in self._model.parameters())
+        return self._world.any(own)
 
     def _worst(
         self, step: int, result: StepResult, candidates: Mapping[str, Float8Linear]

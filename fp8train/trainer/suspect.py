@@ -82,12 +82,12 @@ def loss_of(
 
 def finite_in_bf16(model: nn.Module, batches: Sequence[Batch], world: World, linears: Linears) -> bool:
     """Whether loss and gradients of micro-batches are finite on all ranks where every linear computes in BF16."""
-    bad = 0.0
+    bad = False
     with evaluation_precision(model, BF16):
         for batch in batches:
             loss, broken = _pass(model, batch, world, linears)
-            bad += not math.isfinite(loss) or bool(broken)
-    return world.all_reduce_sum(bad) == 0
+            bad |= not math.isfinite(loss) or bool(broken)
+    return not world.any(bad)
 
 
 def find_culprit(model: nn.Module, batches: Sequence[Batch], world: World, linears: Linears) -> str | None:
