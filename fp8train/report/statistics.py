@@ -20,7 +20,7 @@ Status = Literal["indicative", "equivalent", "inferior", "superior", "inconclusi
 ALPHA = 0.05  # of each one-sided test; the interval of two of them covers 90 %
 POWER = 0.8  # of the comparison that `seeds_needed` plans
 MAX_SEEDS = 1000
-_GRID = 2000  # points of the integral over the estimated standard deviation: 1e-6 of the power
+_GRID = 2000  # points of the integral over the estimated sd: 4e-6 of the power for two runs, 1e-6 for more
 _FRACTION_STEPS = 500
 
 
