@@ -313,7 +313,13 @@ class TritonBackend(Producers):
         served = self._served.get(key)
         if served is not None:
             return served
-        served = self._admission.admits(operation, variant_in_form(operation, variant, form), device)
+        if form:  # usual ones share a verdict
+            named = variant_in_form(operation, variant, form)
+            served = self._admitted(operation, named, device)
+            if (operation, named, device, ()) in self._served:
+                self._served[key] = served
+            return served
+        served = self._admission.admits(operation, variant, device)
         if served or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             self._served[key] = served
             self._renew_note(device)

@@ -70,17 +70,18 @@ with init(60, "cpu") as world:
 def test_ranks_that_torchrun_starts_again_meet(machines, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(RESTARTED)
-    several = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    place = several if machines == 2 else ["--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, "-m", "torch.distributed.run", *place, "--max-restarts=1"]
-    agents = [
-        subprocess.Popen(
-            [*command, f"--node-rank={number}", str(program)], env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(machines)
-    ]  # fmt: skip
-    ended = [(*agent.communicate(timeout=240), agent.returncode) for agent in agents]
+    with free_port() as port:
+        several = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        place = several if machines == 2 else ["--standalone", "--nproc-per-node=2"]
+        command = [sys.executable, "-m", "torch.distributed.run", *place, "--max-restarts=1"]
+        agents = [
+            subprocess.Popen(
+                [*command, f"--node-rank={number}", str(program)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for number in range(machines)
+        ]  # fmt: skip
+        ended = [(*agent.communicate(timeout=240), agent.returncode) for agent in agents]
     assert [status for *_, status in ended] == [0] * machines, ended
     assert [out for out, *_ in ended] == ["ranks 2\n", ""][:machines]
 
