@@ -179,16 +179,19 @@ def test_launcher_refuses_a_port_in_use_in_one_line():
     )
 
 
+END_OF_JOB = "sleep 1; kill -USR1 $PPID; while :; do sleep 0.1; done"
+
+
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
         ("exit 0", 0, ""),
         ("exit 3", 3, ""),
-        ("sleep 1; trap 'echo saves; exit 1' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done", 0,
-         "saves\n<requeue><7>\n"),
-        ("sleep 1; trap 'exit 0' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done", 0, ""),
+        (f"trap 'echo saves; echo of 20 > *b/result.json; exit 1' USR1; {END_OF_JOB}", 0, "saves\n<requeue><7>\n"),
+        (f"trap 'exit 0' USR1; {END_OF_JOB}", 0, ""),
+        (f"trap 'echo disk full; exit 1' USR1; {END_OF_JOB}", 1, "disk full\n"),
     ],
-    ids=["finished", "failed", "at the end of the job", "finished at the end of the job"],
+    ids=["finished", "failed", "end of the job", "finished at the end of the job", "failed at the end of the job"],
 )  # fmt: skip
 def test_batch_script_starts_every_node_on_the_first_ones_address_and_goes_back_into_the_queue(
     end, status, said, tmp_path
@@ -197,8 +200,11 @@ def test_batch_script_starts_every_node_on_the_first_ones_address_and_goes_back_
         "scontrol": '[[ $1 == requeue ]] && printf "<%s>" "$@" && echo && exit; echo node1; sleep 0.2; echo node2',
         "srun": f'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done; {end}',
         "launch/torchrun.sh": 'echo "$MASTER_ADDR $NNODES $NODE_RANK"; printf "<%s>" "$@"; echo',
+        ".venv/bin/python": f'exec "{sys.executable}" "$@"',
     }
-    (tmp_path / "launch").mkdir()
+    for folder in ("launch", ".venv/bin", "a b"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "a b" / "result.json").write_text("of 10\n")  # of the job before
     for name, text in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
