@@ -113,7 +113,7 @@ def parse_assignments(argv: Sequence[str], target: type) -> dict[str, Any]:
         if not equals:
             names = ", ".join(_field_names(target))
             raise ConfigError(f"arguments: got {argument!r}; needs key=value. Keys: {names}.")
-        _set_dotted(values, key, _parse_value(text, _resolve(target, key)))
+        _set_dotted(values, key, _parse_value(key, text, _resolve(target, key)))
     return values
 
 
@@ -314,7 +314,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     values[name] = value
 
 
-def _parse_value(text: str, hint: Any) -> Any:
+def _parse_value(key: str, text: str, hint: Any) -> Any:
     """Text for a `str` or a `Path` stays as typed, less quotes around the whole of it; else YAML, as _Scalars has it.
 
     A ~ that begins a `Path` is the home folder, without quotes: shells leave that of checkpoint=~/x alone.
@@ -322,6 +322,8 @@ def _parse_value(text: str, hint: Any) -> Any:
     if text == "null":
         return None
     kinds = (hint, *(typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else ()))
+    if Path in kinds and not text:  # as from out=$UNSET; the empty path would be the folder that the user stands in
+        raise ConfigError(f"arguments: {key} is empty; needs a path. Give {key}=PATH, or leave it out.")
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
     if not text or ((str in kinds or Path in kinds) and not quoted):
         return os.path.expanduser(text) if Path in kinds else text

@@ -93,6 +93,7 @@ class TestParseArguments:
             pytest.param(["folder=x", "count=1:30"], "count: got '1:30'; needs int", id="sexagesimal"),
             pytest.param(["count=1"], "folder is not given.*folder=VALUE", id="required"),
             pytest.param(["folder"], "got 'folder'; needs key=value", id="no equals sign"),
+            pytest.param(["folder=x", "place="], "place is empty; needs a path. Give place=PATH", id="empty path"),
         ],
     )
     def test_mistake_is_one_line_that_names_the_remedy(self, argv: list[str], message: str):
