@@ -108,6 +108,13 @@ def compiled(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any
     return triton.compile(made, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def in_compiling_process(module: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run a module where kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", module, *options]
+    return subprocess.run(command, env=environment, cwd=README.parents[1], capture_output=True, text=True)
+
+
 def figures(case: tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]) -> Figures:
     """Compile one case for sm_90a and read its machine code."""
     made = compiled(case)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -19,16 +16,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def rows() -> list[sm90.Figures]:
     """Figures of all cases."""
-    done = in_compiling_process("--json")
+    done = sm90.in_compiling_process("tests.kernels.sm90", "--json")
     assert done.returncode == 0, done.stderr
     return [sm90.Figures(**row) for row in json.loads(done.stdout)]
-
-
-def in_compiling_process(option: str) -> subprocess.CompletedProcess[str]:
-    """Run tests.kernels.sm90 where kernels are compiled and not interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.sm90", option]
-    return subprocess.run(command, env=environment, cwd=sm90.README.parents[1], capture_output=True, text=True)
 
 
 def test_nothing_spills_flushes_serialises_or_lacks_a_barrier_and_every_sum_is_promoted(
@@ -64,7 +54,7 @@ def test_readme_gives_these_figures(rows: list[sm90.Figures]) -> None:
 
 
 def test_plain_gemms_compile_for_ada_and_blackwell() -> None:
-    done = in_compiling_process("--others")
+    done = sm90.in_compiling_process("tests.kernels.sm90", "--others")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
