@@ -13,6 +13,7 @@ import numpy as np
 
 from tests.kernels.ptx_machine import UNSIGNED, WARP, Array, Fault, Group, Instruction, Launch, Memory
 
+Act = Callable[[Group, Array | None, list[str]], None]
 NAN_F32, NAN_BF16, NAN_FP8 = 0x7FFFFFFF, 0x7FFF, 0x7F
 MIN_NORMAL = 2.0**-126
 # bits of the mantissa, exponent of the smallest normal number, largest number
@@ -30,10 +31,17 @@ INTEGERS = {
 }  # fmt: skip
 
 
-def launch_of(ptx: str, shared_bytes: int, grid: int, arguments: Sequence[int], memory: Memory) -> Launch:
-    """A launch of the one kernel in this text; arguments are numbers, and addresses in `memory`."""
+def launch_of(
+    ptx: str,
+    shared_bytes: int,
+    grid: int,
+    arguments: Sequence[int],
+    memory: Memory,
+    act: Callable[[str], Act | None] | None = None,
+) -> Launch:
+    """A launch of the one kernel in this text; arguments are numbers, and addresses in `memory`; act: as `action`."""
     threads = re.search(r"\.reqntid\s+(\d+)", ptx)
-    body = re.search(r"^\{(.*?)^\}", re.sub(r"//.*|^\s*\.loc.*", "", ptx, flags=re.M), re.M | re.S)
+    body = re.search(r"^\{(.*)^\$L__func_end", re.sub(r"//.*|^\s*\.loc.*", "", ptx, flags=re.M), re.M | re.S)
     assert threads and body
     code, labels = [], {}
     for text in re.split(r";|(?<=:)\s*\n", body[1]):
@@ -44,11 +52,11 @@ def launch_of(ptx: str, shared_bytes: int, grid: int, arguments: Sequence[int], 
         found = re.match(r"(?:@(!?%p\d+)\s+)?([a-z]\S*)\s*(.*)", text, re.S)
         if found:
             operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
-            code.append(Instruction(found[1] or "", found[2], operands, action(found[2])))
+            code.append(Instruction(found[1] or "", found[2], operands, (act or action)(found[2])))
     return Launch(code, labels, int(threads[1]), shared_bytes, grid, arguments, memory)
 
 
-def action(opcode: str) -> Callable[[Group, Array | None, list[str]], None] | None:
+def action(opcode: str) -> Act | None:
     """What an instruction does to a group of programs; None: a branch."""
     parts = opcode.replace("::", "_").split(".")
     name = parts[0]
@@ -58,12 +66,12 @@ def action(opcode: str) -> Callable[[Group, Array | None, list[str]], None] | No
         return lambda group, mask, operands: group.shared.barrier()
     if name in ("ld", "st"):
         return _parameter if parts[1] == "param" else functools.partial(_access, parts)
-    if name == "mov":
-        return functools.partial(_move, parts[-1])
+    if name in ("mov", "cvta"):
+        return functools.partial(move, parts[-1])
     others = {"ldmatrix": _matrix_access, "stmatrix": _matrix_access, "shfl": _shuffle, "redux": _reduce}
     if name in others:
         return functools.partial(others[name], parts)
-    return functools.partial(_calculate, parts)
+    return functools.partial(calculate, parts)
 
 
 def rounded(x: Array, mantissa: int, least: int) -> Array:
@@ -116,7 +124,7 @@ def flushed(x: Array) -> Array:
     return np.where(np.abs(x) < MIN_NORMAL, np.copysign(0, x), x).astype(np.float32)
 
 
-def _calculate(parts: list[str], group: Group, mask: Array | None, operands: list[str]) -> None:
+def calculate(parts: list[str], group: Group, mask: Array | None, operands: list[str]) -> None:
     """Instructions that compute one register from others."""
     name, kind, to = parts[0], parts[-1], operands[0]
 
@@ -226,11 +234,13 @@ def _permuted(a: Array, b: Array, selector: Array) -> Array:
     return made
 
 
-def _names(operand: str) -> list[str]:
+def names_in(operand: str) -> list[str]:
+    """The registers of {a, b}."""
     return re.findall(r"[^\s,{}]+", operand)
 
 
-def _move(kind: str, group: Group, mask: Array | None, operands: list[str]) -> None:
+def move(kind: str, group: Group, mask: Array | None, operands: list[str]) -> None:
+    """mov, of one register or of halves of one."""
     to, source = operands
     if kind == "pred":
         return group.set(to, group.get(source, kind), mask)
@@ -238,11 +248,11 @@ def _move(kind: str, group: Group, mask: Array | None, operands: list[str]) -> N
     whole, half, by = f"u{bits}", f"u{bits // 2}", UNSIGNED[bits // 8](bits // 2)
     if to[0] == "{":
         value = group.get(source, whole)
-        for name, part in zip(_names(to), (value, value >> by), strict=True):
+        for name, part in zip(names_in(to), (value, value >> by), strict=True):
             if name != "_":
                 group.set(name, part.astype(UNSIGNED[bits // 16]), mask)
     elif source[0] == "{":
-        low, high = (group.get(name, half).astype(UNSIGNED[bits // 8]) for name in _names(source))
+        low, high = (group.get(name, half).astype(UNSIGNED[bits // 8]) for name in names_in(source))
         group.set(to, low | high << by, mask)
     else:
         group.set(to, group.get(source, whole), mask)
@@ -253,17 +263,18 @@ def _parameter(group: Group, mask: Array | None, operands: list[str]) -> None:
     group.set(operands[0], np.asarray(group.launch.arguments[number] & (1 << 64) - 1, np.uint64))
 
 
-def _address(group: Group, operand: str, kind: str) -> Array:
+def address_of(group: Group, operand: str, kind: str) -> Array:
+    """What `[base + offset]` says, of each thread."""
     base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
     return group.whole(group.get(base, kind) + UNSIGNED[int(kind[1:]) // 8](int(offset or 0)))
 
 
 def _access(parts: list[str], group: Group, mask: Array | None, operands: list[str]) -> None:
     """ld and st, of one to four registers."""
-    load, shared, size = parts[0] == "ld", parts[1] == "shared", int(parts[-1][1:]) // 8
+    load, shared, size = parts[0] == "ld", parts[1].startswith("shared"), int(parts[-1][1:]) // 8
     registers, place = operands[:2] if load else operands[1::-1]
-    names, pick = _names(registers), group.whole(np.asarray(True) if mask is None else mask)
-    address = _address(group, place, "u32" if shared else "u64")[pick]
+    names, pick = names_in(registers), group.whole(np.asarray(True) if mask is None else mask)
+    address = address_of(group, place, "u32" if shared else "u64")[pick]
     local, warp = group.local[pick], group.warp[pick]
     program, memory, barriers = group.programs[local], group.launch.memory, group.shared.barriers
     if load:
@@ -288,8 +299,8 @@ def _matrix_access(parts: list[str], group: Group, mask: Array | None, operands:
     """ldmatrix and stmatrix of 8x8 numbers of 16 bits: lane i holds the address of row i % 8 of matrix i // 8."""
     load = parts[0] == "ldmatrix"
     registers, place = operands if load else operands[::-1]
-    names = _names(registers)
-    address = _address(group, place, "u32").reshape(len(group.programs), -1, WARP)
+    names = names_in(registers)
+    address = address_of(group, place, "u32").reshape(len(group.programs), -1, WARP)
     if mask is not None or (address[:, :, : 8 * len(names)] % 16).any():
         raise Fault("matrix access with a predicate or not aligned")
     lane, half = np.arange(WARP)[:, None], np.arange(2)

@@ -192,7 +192,7 @@ class Group:
 
     def whole(self, value: Array) -> Array:
         """[programs, threads]."""
-        return np.broadcast_to(value, self.shape)
+        return value if value.shape == self.shape else np.broadcast_to(value, self.shape)
 
     def get(self, name: str, kind: str) -> Array:
         """An operand as a type such as u32, [programs, threads] or a number for all.

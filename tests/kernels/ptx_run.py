@@ -65,19 +65,21 @@ class Launcher:
         signature, constants, odd, passed = {}, {}, [], []
         for parameter in kernel.params:
             name, value = parameter.name, arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
                 constants[name] = value
                 continue
-            tensor = isinstance(value, Tensor)
-            signature[name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
-            odd += [name] if (value.data_ptr() if tensor else value) % 16 else []
-            passed.append(value)
-        compiled = sm90.compiled(("", kernel, signature, constants, options | {"odd": odd}))
+            signature[name] = type_of(value)
+            place = value.data_ptr() if isinstance(value, Tensor) else value
+            odd += [name] if isinstance(place, int) and (place % 16 or not special) else []
+            passed += [value, *value.shape, *value.strides] if hasattr(value, "block_shape") else [value]
+        options |= {"odd": odd, "gluon": hasattr(kernel, "is_gluon") and kernel.is_gluon()}
+        compiled = sm90.compiled(("", kernel, signature, constants, options))
         self.ptx = compiled.asm["ptx"]
-        storages = {x.untyped_storage().data_ptr(): storage(x) for x in passed if isinstance(x, Tensor)}
+        tensors = [getattr(x, "base", x) for x in passed]  # of a descriptor, what it describes
+        storages = {x.untyped_storage().data_ptr(): storage(x) for x in tensors if isinstance(x, Tensor)}
         memory = Memory(storages)
-        values = [argument(x, memory) for x in passed] + [0, 0]  # Triton's scratch memory, of which there is none
-        launch_of(self.alter.get(self.ptx, self.ptx), compiled.metadata.shared, grid[0], values, memory).run()
+        self.execute(compiled, grid[0], passed, memory)
         for place, data in storages.items():
             after, written = memory.result(place, data.size)
             if place in self.results:
@@ -85,6 +87,21 @@ class Launcher:
             elif written.any():
                 raise Fault(f"{kernel.fn.__name__} writes what it reads")
         self.results.clear()
+
+    def execute(self, compiled: Any, grid: int, passed: list[Any], memory: Memory) -> None:
+        """Run what was compiled with these arguments. Raises Fault."""
+        values = [argument(x, memory) for x in passed] + [0, 0]  # Triton's scratch memory, of which there is none
+        launch_of(self.alter.get(self.ptx, self.ptx), compiled.metadata.shared, grid, values, memory).run()
+
+
+def type_of(value: Any) -> str:
+    """What Triton calls the type of an argument."""
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    if hasattr(value, "block_shape"):
+        kind = TYPES[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def storage(x: Tensor) -> Array:

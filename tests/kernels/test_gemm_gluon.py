@@ -5,7 +5,6 @@ Their numbers are tested with those of every other entry, in test_gemm.py and te
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.backends.product_checks import CROWD, SHAPES, check_crowd, check_product  # noqa: E402
 from fp8train.kernels import gemm, gemm_gluon, gemm_gluon_sum, gemm_launch, gemm_wgrad  # noqa: E402
 from tests.kernels import sm90  # noqa: E402
+from tests.kernels.gluon_faults import EARLY_AHEAD, GIVE_BACK, faulty_modules  # noqa: E402
 from tests.kernels.gluon_machine import Hazard  # noqa: E402
 from tests.kernels.gluon_model import Kernel  # noqa: E402
 from tests.kernels.products import DEVICE, assert_product, m_contiguous, quantized  # noqa: E402
@@ -82,7 +82,6 @@ FAULTS = {  # what to change in the source of the kernel or in that of its loops
     "the scales of the block before are used": ("k + 1, blocks, a_step", "k, blocks, a_step"),
 }  # fmt: skip
 NEXT_WAIT = "        mbarrier.wait(full.index(slot), phase)\n        a_scale_ptrs"
-GIVE_BACK = "        mbarrier.arrive(empty.index(held), count=1)\n        held = slot\n"
 LAST_SLOT = "        mbarrier.arrive(full.index(slot), count=1)\n"
 FIRST_WAIT = "        mbarrier.wait(ring[3].index(slot), phase)\n"
 AHEAD_FAULTS = {
@@ -112,28 +111,6 @@ ABREAST_FAULTS = {
 }  # fmt: skip
 
 
-def faulty_kernel(folder: Path, *changes: tuple[str, str]) -> Kernel:
-    """The kernel with changes to its source."""
-    faulty = []
-    found = 0
-    for module in (gemm_gluon_sum, gemm_gluon):
-        text = Path(module.__file__).read_text(encoding="utf-8")
-        for old, new in changes:
-            found += old in text
-            text = text.replace(old, new)
-        path = folder / f"{module.__name__.rpartition('.')[2]}.py"
-        path.write_text(text, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(f"faulty_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        faulty.append(importlib.util.module_from_spec(spec))
-        spec.loader.exec_module(faulty[-1])
-    assert found == len(changes)
-    loops = {name for name, value in vars(gemm_gluon_sum).items() if hasattr(value, "fn") or name == "BOX_M"}
-    for name in loops & set(vars(faulty[1])):  # imported from the right one
-        delattr(faulty[1], name)
-    return Kernel(*faulty)
-
-
 PLANTED = [
     pytest.param(module, config, change, id=f"{config}-{fault}")
     for module, config, faults in (
@@ -150,7 +127,7 @@ PLANTED = [
 def test_the_model_sees_a_fault(
     module: object, config: str, change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, change))
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(*faulty_modules(tmp_path, change)))
     with pytest.raises(SEEN):
         for _ in range(5):
             product(module, config)
@@ -165,7 +142,7 @@ def test_a_slot_whose_scales_may_be_on_their_way_is_not_given_back(
         (promoted, promoted + "        mbarrier.arrive(empty.index(slot), count=1)\n"),  # as it was: H200, 2026-11-26
         ("    if B_ROWS == 1:\n        mbarrier.arrive(empty.index(held), count=1)\n        held = slot\n", ""),
     )
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, *changes))
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(*faulty_modules(tmp_path, *changes)))
     with pytest.raises(Hazard, match="may be on its way"):
         product(gemm_wgrad, "gluon_128x128_k2_s6")
 
@@ -174,12 +151,7 @@ def test_a_slot_whose_scales_may_be_on_their_way_is_not_given_back(
 def test_a_slot_whose_scales_may_be_on_their_way_is_not_given_back_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    promoted = "gl.expand_dims(scale, 1) * gl.expand_dims(b_scale, 0), acc)\n    return acc, slot, phase, held"
-    changes = (
-        (GIVE_BACK, "        held = slot\n"),
-        (promoted, promoted.replace("\n", "\n        mbarrier.arrive(empty.index(held), count=1)\n")),
-    )
-    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", faulty_kernel(tmp_path, *changes))
+    monkeypatch.setattr(gemm_gluon, "_gemm_gluon_kernel", Kernel(*faulty_modules(tmp_path, *EARLY_AHEAD)))
     with pytest.raises(Hazard, match="may be on its way"):
         product(gemm_wgrad, "gluon_192x128_ahead_s5")
 
