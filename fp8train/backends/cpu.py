@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp8train.backends import cpu_library
 from fp8train.backends.device_gemm import exact_in_bf16, fp32_product, sum_of_blocks
-from fp8train.backends.interface import Square
-from fp8train.backends.producers import Producers, rows_dense
+from fp8train.backends.interface import Backend, Square
+from fp8train.backends.producers import rows_dense
 from fp8train.quant import reference
-from fp8train.quant.formats import E5M2, LinearPrecision, QuantSpec
+from fp8train.quant.formats import E5M2, QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.scaling import amax_bits, scale_inv_from_amax
 
@@ -29,7 +29,7 @@ TILE = 128  # tile of cpu_kernels.cpp
 _SETTING = threading.Lock()  # of torch.backends.mkldnn.matmul.fp32_precision
 
 
-class CpuBackend(Producers):
+class CpuBackend(Backend):
     """Fast CPU execution, bit-identical codes."""
 
     name = "cpu"
@@ -47,10 +47,6 @@ class CpuBackend(Producers):
     def unavailable(self, device_type: str) -> str | None:
         """See Backend."""
         return None if device_type in ("cpu", "meta") else f"it computes on the CPU, and the model is on {device_type}"
-
-    def unsupported(self, precision: LinearPrecision) -> str | None:
-        """None: it serves every precision."""
-        return None
 
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""
@@ -76,7 +72,7 @@ class CpuBackend(Producers):
         """See Backend."""
         tiled = row.block == (1, TILE) == col.block and row.format is col.format
         if self._lib is None or not tiled:
-            return self.quantize(x, row, False), self.quantize(x, col, True)
+            return super().quantize_dual(x, row, col)
         x = rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(row, (rows, cols), x.device)
@@ -90,8 +86,7 @@ class CpuBackend(Producers):
         """See Backend."""
         block = spec.block_shape(*x.shape)[0]
         if self._lib is None or spec.block == "tensor" or block > TILE:
-            made = self.quantize(x, spec, False)
-            return made, made.transpose() if turned else None
+            return super().quantize_square(x, spec, out, turned)
         x = rows_dense(x)
         rows, cols = x.shape
         q, scale = _empty(spec, (rows, cols), x.device)
@@ -101,10 +96,6 @@ class CpuBackend(Producers):
         qt, scale_t = _empty(spec, (cols, rows), x.device)
         self._square(x, spec, block, q, scale, qt, scale_t)
         return QTensor(q, scale, spec), QTensor(qt, scale_t, spec)
-
-    def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
-        """See Backend."""
-        return reference.dequantize(q, dtype)
 
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

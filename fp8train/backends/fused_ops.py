@@ -1,4 +1,4 @@
-"""Operators of backends/producers.py, registered beside those of backends/ops.py and in the same way.
+"""Operators of what feeds a linear (backends/interface.py), registered beside those of ops.py and in the same way.
 
 Those that quantise return a list: (codes, scale_inv) of the row copy, the same of the column copy if `col` is given,
 and what else is said. `col` null: no column copy.

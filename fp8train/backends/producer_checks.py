@@ -10,10 +10,10 @@ import importlib
 import torch
 from torch import Tensor
 
-from fp8train.backends.producers import Producers
+from fp8train.backends.reference import ReferenceBackend
 
 PRODUCERS = ("rmsnorm_quantize", "swiglu_quantize", "swiglu_backward_quantize")
-DEFINITION = Producers()
+DEFINITION = ReferenceBackend()
 EPS = 1e-5
 # Rows of up to 2048 numbers: a sum of 2 rounds a lane and 10 levels of pairs, all positive: 12 of 2^-24, halved by the
 # root as are those of the mean and eps; root and inverse.

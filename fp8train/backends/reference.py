@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.backends.interface import Square
-from fp8train.backends.producers import Producers
+from fp8train.backends.interface import Backend
 from fp8train.quant import reference
-from fp8train.quant.formats import LinearPrecision, QuantSpec
+from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 
-class ReferenceBackend(Producers):
+class ReferenceBackend(Backend):
     """The definition of quant/reference.py as a backend."""
 
     name = "reference"
@@ -23,26 +22,9 @@ class ReferenceBackend(Producers):
         """None: it runs everywhere."""
         return None
 
-    def unsupported(self, precision: LinearPrecision) -> str | None:
-        """None: it serves every precision."""
-        return None
-
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""
         return reference.quantize(x, spec, transpose=transpose)
-
-    def quantize_dual(self, x: Tensor, row: QuantSpec, col: QuantSpec) -> tuple[QTensor, QTensor]:
-        """See Backend."""
-        return self.quantize(x, row, False), self.quantize(x, col, True)
-
-    def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
-        """See Backend."""
-        q = self.quantize(x, spec, False)
-        return q, q.transpose() if turned else None
-
-    def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
-        """See Backend."""
-        return reference.dequantize(q, dtype)
 
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

@@ -13,7 +13,8 @@ import torch
 from fp8train._layout import folder
 
 CHECKS = (
-    "admission", "admission_checks", "check_process", "code_checks", "producer_checks", "producers", "product_checks",
+    "admission", "admission_checks", "check_process", "code_checks", "interface", "producer_checks", "producers",
+    "product_checks",
 )  # fmt: skip
 ASSEMBLERS = ("ptxas", "ptxas_blackwell")  # knobs of Triton, which takes one or the other by its version and the GPU
 OPTIONS = ("ptxas_options", "disable_ptxas_opt", "libdevice_path")

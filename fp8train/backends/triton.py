@@ -20,7 +20,7 @@ from fp8train.backends import device_gemm, launch_rates
 from fp8train.backends.admission import Admission
 from fp8train.backends.admission_checks import variants
 from fp8train.backends.code_checks import PLAIN, Form, variant_in_form
-from fp8train.backends.interface import Copies, Square
+from fp8train.backends.interface import Backend, Copies, Square
 from fp8train.backends.kernel_codes import (
     ROW,
     SQUARE,
@@ -34,7 +34,7 @@ from fp8train.backends.kernel_codes import (
     tensors_of,
 )
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
-from fp8train.backends.producers import Producers, rows_dense
+from fp8train.backends.producers import rows_dense
 from fp8train.backends.product_checks import entry_for
 from fp8train.errors import BackendError
 from fp8train.quant import reference
@@ -59,7 +59,7 @@ def triton_refusal() -> str | None:
     return None
 
 
-class TritonBackend(Producers):
+class TritonBackend(Backend):
     """Blockwise FP8 by our kernels, everything else by torch on the same device."""
 
     name = "triton"
@@ -104,7 +104,7 @@ class TritonBackend(Producers):
         together = row.block == ROW and col.block == ROW and row.format is col.format
         more = self._words("quantize", "dual", x.device, (row, col)) if together else None
         if more is None:
-            return self.quantize(x, row, False), self.quantize(x, col, True)
+            return super().quantize_dual(x, row, col)
         run = kernel("quantize").quantize_dual
         q, scale, qt, scale_t = run(rows_dense(x), **format_of(row), col_pow2=col.scale == "pow2", **more)
         return QTensor(q, scale, row), QTensor(qt, scale_t, col)
@@ -112,8 +112,7 @@ class TritonBackend(Producers):
     def quantize_square(self, x: Tensor, spec: QuantSpec, out: Square | None = None, turned: bool = True) -> Square:
         """See Backend."""
         if spec.block != SQUARE:
-            made = self.quantize(x, spec, False)
-            return made, made.transpose() if turned else None
+            return super().quantize_square(x, spec, out, turned)
         if not turned:
             return self._one_square(x, spec, False, out), None
         one_read = self._admitted("quantize_weight", "one_read", x.device, (spec,))
@@ -245,10 +244,6 @@ class TritonBackend(Producers):
         run(rows_dense(x), **format_of(spec), stats=counted)
         return counted
 
-    def dequantize(self, q: QTensor, dtype: torch.dtype) -> Tensor:
-        """See Backend."""
-        return reference.dequantize(q, dtype)
-
     def scaled_mm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
     ) -> Tensor:
@@ -260,12 +255,6 @@ class TritonBackend(Producers):
             return self._gemm_wgrad(a, b, bias, out, accumulate, out_dtype)
         multiply = device_gemm.cublas_mm if pair in WHOLE_PAIRS else device_gemm.decoded_mm
         return multiply(a, b, bias, out, accumulate, out_dtype)
-
-    def mm(
-        self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype
-    ) -> Tensor:
-        """See Backend."""
-        return device_gemm.mm(a, b, bias, out, accumulate, out_dtype)
 
     def _gemm(
         self, a: QTensor, b: QTensor, bias: Tensor | None, out: Tensor | None, accumulate: bool, out_dtype: torch.dtype

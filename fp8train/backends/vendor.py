@@ -17,10 +17,8 @@ from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 
-class VendorBackend(DequantBackend):
+class VendorBackend(Backend):
     """Quantises and rotates by our kernels where Triton can compile them, else by the definition: the same bits."""
-
-    emulates = False
 
     @functools.cached_property
     def quantisers(self) -> Backend:

@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="needs Triton: pip install fp8train[triton]
 from fp8train.backends import get_backend  # noqa: E402
 from fp8train.backends.admission import Admission  # noqa: E402
 from fp8train.backends.kernel_codes import kernel  # noqa: E402
-from fp8train.backends.producers import Producers, rotated  # noqa: E402
+from fp8train.backends.producers import rotated  # noqa: E402
+from fp8train.backends.reference import ReferenceBackend  # noqa: E402
 from fp8train.backends.triton import TritonBackend  # noqa: E402
 from fp8train.errors import BackendError  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
@@ -68,7 +69,7 @@ def test_refused_quantisers_give_way_to_what_is_right(machine: Path, monkeypatch
     """Whichever kernels are refused, codes, scales and strides are the definition's; so is what fused ones compute."""
     row, square = QuantSpec.parse("e4m3 1x128"), QuantSpec.parse("e4m3 128x128")
     x, gate, up = (matrix(140, 270, seed=seed).bfloat16() for seed in range(3))
-    weight, plain = torch.linspace(0.5, 1.5, 270), Producers()
+    weight, plain = torch.linspace(0.5, 1.5, 270), ReferenceBackend()
     h, dgate, dup = plain.swiglu(gate, up), *plain.swiglu_backward(x, gate, up)
     rstd = plain.rstd(x, 1e-5)
     norm, total = plain.rms_norm(x, weight, rstd, torch.bfloat16), plain.add_rstd(gate, up, 1e-5)
@@ -123,7 +124,7 @@ def test_a_kernel_that_takes_words_gives_way_to_the_plain_one(
     if operation == "quantize":
         sources, copies = [x], [backend.quantize_dual(x, row, row)]
     elif operation == "rmsnorm_quantize":
-        norm = torch.linspace(0.5, 1.5, 256), Producers().rstd(x, 1e-5), torch.bfloat16
+        norm = torch.linspace(0.5, 1.5, 256), ReferenceBackend().rstd(x, 1e-5), torch.bfloat16
         sources, copies = [backend.rms_norm(x, *norm)], [backend.rmsnorm_quantize(x, *norm, row, row)]
     elif operation == "swiglu_quantize":
         sources, copies = [backend.swiglu(gate, up)], [backend.swiglu_quantize(gate, up, row, row)]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8train.backends.coverage import COUNTS, GEMMS, GemmCount
-from fp8train.backends.producers import Producers
+from fp8train.backends.interface import Backend
 from fp8train.conversion_report import exception
 from fp8train.convert import convert_model
 from fp8train.errors import TrainingError
@@ -227,11 +227,11 @@ def test_coverage_file_names_kernels_that_were_refused_by_its_end(
 ) -> None:
     asked: list[int] = []
 
-    def refused(self: Producers) -> list[str]:
+    def refused(self: Backend) -> list[str]:
         asked.append(len(asked))
         return [] if len(asked) == 1 else ["gemm x: it hung"]
 
-    monkeypatch.setattr(Producers, "refused", property(refused))
+    monkeypatch.setattr(Backend, "refused", property(refused))
     tiny_train(tmp_path, "steps=2", "eval.every=1")
     assert json.loads((tmp_path / "run" / "coverage.json").read_text())["refused_kernels"] == ["gemm x: it hung"]
     assert len(asked) > 1, "coverage was added up of several parts"
