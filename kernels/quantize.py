@@ -28,11 +28,12 @@ from fp8train.kernels.tile import (
 )
 from fp8train.kernels.tile_launch import (
     BLOCK,
+    MAX_BITS,
     NUM_WARPS,
     are_whole,
     as_words,
-    check_format,
     check_matrix,
+    check_statistics,
     empty_codes,
     empty_copies,
     empty_scales,
@@ -138,7 +139,7 @@ def _compile_cases() -> list[tuple]:
         for dtype in ("bf16", "fp32"):
             for pow2 in (True, False):
                 signature = {"x_ptr": f"*{dtype}"} | dict.fromkeys(sizes, "i32")
-                constants = {"MAX_BITS": 0x43E00000, "ROW_POW2": pow2, "COL_POW2": pow2}
+                constants = {"MAX_BITS": MAX_BITS[torch.float8_e4m3fn], "ROW_POW2": pow2, "COL_POW2": pow2}
                 constants |= {"ROW": row, "COL": col, "STATS": False, "stats_ptr": None}
                 for copy, wanted in (("row", row), ("col", col)):
                     (signature if wanted else constants)[f"{copy}_ptr"] = "*fp8e4nv" if wanted else None
@@ -154,7 +155,9 @@ def _compile_cases() -> list[tuple]:
     free = {"num_warps": NUM_WARPS}
     e5m2 = signature | {"row_ptr": "*fp8e5", "col_ptr": "*fp8e5"}
     counting = {key: value for key, value in constants.items() if key != "stats_ptr"} | {"STATS": True}
-    cases.append(("quantize dual bf16 pow2 e5m2", kernel, e5m2, constants | {"MAX_BITS": 0x47600000}, options))
+    cases.append(
+        ("quantize dual bf16 pow2 e5m2", kernel, e5m2, constants | {"MAX_BITS": MAX_BITS[torch.float8_e5m2]}, options)
+    )
     ragged, counting = constants | plain | {"WHOLE": False}, counting | plain | {"WHOLE": False}
     cases.append(("quantize dual bf16 pow2 ragged", kernel, signature, ragged, free | {"odd": sizes[:3]}))
     cases.append(("quantize dual bf16 pow2 stats", kernel, signature | {"stats_ptr": "*i64"}, counting, free))
@@ -166,33 +169,31 @@ COMPILE_CASES = _compile_cases()
 
 
 def quantize_rows(
-    x: Tensor, *, fp8_dtype: torch.dtype, fp8_max: float, pow2: bool, block: int = BLOCK, stats: Tensor | None = None
+    x: Tensor, *, fp8_dtype: torch.dtype, pow2: bool, stats: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes of x with one scale per 1x128 block.
 
     Args:
         x: [M, K] bf16 or fp32, row-major with any leading stride, on a GPU; any M, K >= 0.
         fp8_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        fp8_max: largest finite number of that format.
         pow2: round the scales up to powers of two.
-        block: 128.
         stats: [5] int64 (see STATISTICS): amax is maximised into it, counts are added; None counts nothing, at no cost.
 
     Returns:
         (qdata, scale_inv): [M, K] row-major, leading stride padded to 16; [M, ceil(K/128)] fp32 with M contiguous.
 
     Raises:
-        ValueError: x, the format, the block or stats do not fit.
+        ValueError: x, the format or stats do not fit.
     """
-    _check("quantize_rows", x, fp8_dtype, block, stats, (len(STATISTICS),))
+    largest = _checked("quantize_rows", x, fp8_dtype, stats, (len(STATISTICS),))
     M, K = x.shape
     row, row_scale = empty_codes(x, M, K, fp8_dtype, 16), empty_scales(x, M, K)
-    _launch(x, row, row_scale, None, None, stats, max_bits(fp8_max), pow2, pow2)
+    _launch(x, row, row_scale, None, None, stats, largest, pow2, pow2)
     return row, row_scale
 
 
 def quantize_columns(
-    x: Tensor, *, fp8_dtype: torch.dtype, fp8_max: float, pow2: bool, block: int = BLOCK, stats: Tensor | None = None
+    x: Tensor, *, fp8_dtype: torch.dtype, pow2: bool, stats: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes of x.T with one scale per block of 128 rows and one column of x; arguments as quantize_rows.
 
@@ -200,12 +201,12 @@ def quantize_columns(
         (qdata, scale_inv): [K, M] row-major, leading stride padded to 128; [K, ceil(M/128)] fp32 with K contiguous.
 
     Raises:
-        ValueError: x, the format, the block or stats do not fit.
+        ValueError: x, the format or stats do not fit.
     """
-    _check("quantize_columns", x, fp8_dtype, block, stats, (len(STATISTICS),))
+    largest = _checked("quantize_columns", x, fp8_dtype, stats, (len(STATISTICS),))
     M, K = x.shape
     col, col_scale = empty_codes(x, K, M, fp8_dtype, BLOCK), empty_scales(x, K, M)
-    _launch(x, None, None, col, col_scale, stats, max_bits(fp8_max), pow2, pow2)
+    _launch(x, None, None, col, col_scale, stats, largest, pow2, pow2)
     return col, col_scale
 
 
@@ -213,11 +214,9 @@ def quantize_dual(
     x: Tensor,
     *,
     fp8_dtype: torch.dtype,
-    fp8_max: float,
     pow2: bool,
     col_pow2: bool | None = None,
     words: bool = True,
-    block: int = BLOCK,
     stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """quantize_rows and quantize_columns of x from one read; arguments as there.
@@ -231,18 +230,17 @@ def quantize_dual(
         (qdata, scale_inv, qdata of x.T, scale_inv of x.T).
 
     Raises:
-        ValueError: x, the format, the block or stats do not fit.
+        ValueError: x, the format or stats do not fit.
     """
-    _check("quantize_dual", x, fp8_dtype, block, stats, (2, len(STATISTICS)))
+    largest = _checked("quantize_dual", x, fp8_dtype, stats, (2, len(STATISTICS)))
     row, row_scale, col, col_scale = empty_copies(x, fp8_dtype, columns=True)
-    kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    _launch(x, row, row_scale, col, col_scale, stats, *kinds, words)
+    _launch(x, row, row_scale, col, col_scale, stats, largest, pow2, pow2 if col_pow2 is None else col_pow2, words)
     return row, row_scale, col, col_scale
 
 
 def _launch(
     x: Tensor, row: Tensor | None, row_scale: Tensor | None, col: Tensor | None, col_scale: Tensor | None,
-    stats: Tensor | None, max_bits: int, pow2: bool, col_pow2: bool, words: bool = False,
+    stats: Tensor | None, largest: int, pow2: bool, col_pow2: bool, words: bool = False,
 ) -> None:  # fmt: skip
     if x.numel() == 0:
         return
@@ -252,21 +250,16 @@ def _launch(
         whole = are_whole(M, K, x.stride(0)) and stats is None
         fits = as_words(bf16, True, whole, pow2 and col_pow2, x)
         tile, options = word_tiling(bf16, col is not None, KEEP, whole, fits, words and row is not None, MAX_REGISTERS)
-        constants = {"MAX_BITS": max_bits, "ROW_POW2": pow2, "COL_POW2": col_pow2}
+        constants = {"MAX_BITS": largest, "ROW_POW2": pow2, "COL_POW2": col_pow2}
         constants |= {"ROW": row is not None, "COL": col is not None, "STATS": stats is not None}
         scalars = M, K, x.stride(0), *leading_strides(row, row_scale, col, col_scale), 0
         return tiles(M, K), scalars, constants | tile, options
 
-    launch(_quantize_kernel, (max_bits, pow2, col_pow2, words), (x, row, row_scale, col, col_scale, stats), rest)
+    launch(_quantize_kernel, (largest, pow2, col_pow2, words), (x, row, row_scale, col, col_scale, stats), rest)
 
 
-def _check(
-    name: str, x: Tensor, fp8_dtype: torch.dtype, block: int, stats: Tensor | None, wanted: tuple[int, ...]
-) -> None:
-    """Raise ValueError unless x is a row-major matrix and format, block and stats are ones that the kernel serves."""
+def _checked(name: str, x: Tensor, fp8_dtype: torch.dtype, stats: Tensor | None, wanted: tuple[int, ...]) -> int:
+    """max_bits of a format; raises ValueError unless x is a row-major matrix and stats [*wanted]."""
     check_matrix(name, "x", x)
-    check_format(name, fp8_dtype, block)
-    if stats is not None and (stats.shape != wanted or stats.dtype is not torch.int64 or not stats.is_contiguous()):
-        got = f"{list(stats.shape)} {stats.dtype}, strides {stats.stride()}"
-        remedy = f"Pass torch.zeros({list(wanted)}, dtype=torch.int64)"
-        raise ValueError(f"{name}: stats is {got}; needs {list(wanted)} torch.int64, contiguous. {remedy}.")
+    check_statistics(name, stats, wanted)
+    return max_bits(name, fp8_dtype)

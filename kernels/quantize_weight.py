@@ -28,8 +28,9 @@ from fp8train.kernels.tile import (
 )
 from fp8train.kernels.tile_launch import (
     BLOCK,
-    check_format,
+    MAX_BITS,
     check_matrix,
+    check_statistics,
     empty_codes,
     max_bits,
     tiles,
@@ -84,18 +85,18 @@ def _compile_cases() -> list[tuple]:
     sizes = ("N", "K", "stride_wn", "stride_qn", "stride_qk")
     pointers = dict.fromkeys(("qdata_ptr", "qdata_t_ptr"), "*fp8e4nv")
     pointers |= dict.fromkeys(("scale_inv_ptr", "scale_inv_t_ptr"), "*fp32")
-    options = {"num_warps": NUM_WARPS}
+    options, e4m3 = {"num_warps": NUM_WARPS}, MAX_BITS[torch.float8_e4m3fn]
     cases = []
     for dtype in ("fp32", "bf16"):
         for pow2 in (True, False):
             signature = {"w_ptr": f"*{dtype}"} | pointers | dict.fromkeys(sizes, "i32")
-            constants = {"MAX_BITS": 0x43E00000, "POW2": pow2, "STRAIGHT": True, "TRANSPOSED": True, "STATS": False}
+            constants = {"MAX_BITS": e4m3, "POW2": pow2, "STRAIGHT": True, "TRANSPOSED": True, "STATS": False}
             title = f"quantize_weight {dtype} {'pow2' if pow2 else 'fp32'}"
             cases.append((title, _quantize_weight_kernel, signature, constants | {"stats_ptr": None}, options))
     title, kernel, signature, constants, _ = cases[0]
     e5m2 = signature | {"qdata_ptr": "*fp8e5", "qdata_t_ptr": "*fp8e5"}
     counting = {key: value for key, value in constants.items() if key != "stats_ptr"} | {"STATS": True}
-    cases.append((f"{title} e5m2", kernel, e5m2, constants | {"MAX_BITS": 0x47600000}, options))
+    cases.append((f"{title} e5m2", kernel, e5m2, constants | {"MAX_BITS": MAX_BITS[torch.float8_e5m2]}, options))
     cases.append((f"{title} straight", kernel, signature, constants | {"TRANSPOSED": False}, options))
     cases.append((f"{title} transposed", kernel, signature, constants | {"STRAIGHT": False}, options))
     cases.append((f"{title} ragged", kernel, signature, constants, options | {"odd": sizes[:3]}))
@@ -111,9 +112,7 @@ def quantize_weight(
     w: Tensor,
     *,
     fp8_dtype: torch.dtype,
-    fp8_max: float,
     pow2: bool,
-    block: int = BLOCK,
     out: Copies | None = None,
     stats: Tensor | None = None,
     two_launches: bool = False,
@@ -125,9 +124,7 @@ def quantize_weight(
     Args:
         w: [N, K] fp32 or bf16, row-major with any leading stride, on a GPU; any N, K >= 0.
         fp8_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        fp8_max: largest finite number of that format.
         pow2: round the scales up to powers of two.
-        block: 128.
         out: what an earlier call for the same shape returned, to be overwritten.
         stats: [5] int64, as in quantize.STATISTICS: amax is maximised into it, counts are added; None counts nothing.
         two_launches: write each copy by a kernel of its own, two reads: for a toolchain that miscompiles the pair.
@@ -138,9 +135,12 @@ def quantize_weight(
         are not wanted. The leading strides of the codes are multiples of 16, and of 128 for w.T.
 
     Raises:
-        ValueError: w, the format, the block, out or stats do not fit.
+        ValueError: w, the format, out or stats do not fit.
     """
-    _check(w, fp8_dtype, block, stats)
+    name = "quantize_weight"
+    check_matrix(name, "w", w, "[N, K]")
+    check_statistics(name, stats, (5,))
+    largest = max_bits(name, fp8_dtype)
     N, K = w.shape
     if out is None:
         out = (
@@ -150,12 +150,12 @@ def quantize_weight(
     else:
         reason = misfit(w, out, fp8_dtype, straight, transposed)
         if reason is not None:
-            raise ValueError(f"quantize_weight: {reason}. Pass what a call for this weight returned.")
+            raise ValueError(f"{name}: {reason}. Pass what a call for this weight returned.")
     if N == 0 or K == 0:
         return out
     both = straight and transposed
     for copies in ((True, False), (False, True)) if two_launches and both else ((straight, transposed),):
-        _launch(w, out, stats, (max_bits(fp8_max), pow2, *copies))
+        _launch(w, out, stats, (largest, pow2, *copies))
     return out
 
 
@@ -175,17 +175,6 @@ def _launch(w: Tensor, out: Copies, stats: Tensor | None, kinds: tuple[int, bool
         return tiles(*w.shape), scalars, constants | {"STATS": stats is not None}, {"num_warps": NUM_WARPS}
 
     launch(_quantize_weight_kernel, kinds, (w, *out, stats), rest)
-
-
-def _check(w: Tensor, fp8_dtype: torch.dtype, block: int, stats: Tensor | None) -> None:
-    """Raise ValueError unless w is a row-major matrix and format, block and stats are ones that the kernel serves."""
-    name = "quantize_weight"
-    check_matrix(name, "w", w, "[N, K]")
-    check_format(name, fp8_dtype, block)
-    if stats is not None and (stats.shape != (5,) or stats.dtype is not torch.int64 or not stats.is_contiguous()):
-        got = f"{list(stats.shape)} {stats.dtype}, strides {stats.stride()}"
-        remedy = "Pass torch.zeros(5, dtype=torch.int64)"
-        raise ValueError(f"{name}: stats is {got}; needs [5] torch.int64, contiguous. {remedy}.")
 
 
 def misfit(

@@ -18,10 +18,9 @@ from torch import Tensor
 from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import load_strip, store_plain, store_tile, strip
 from fp8train.kernels.tile_launch import (
-    BLOCK,
+    MAX_BITS,
     are_whole,
     as_words,
-    check_format,
     check_matrix,
     check_vector,
     empty_copies,
@@ -104,7 +103,7 @@ def _compile_cases() -> list[tuple]:
     kernel = _rmsnorm_quantize_kernel
     sizes = [name for name in kernel.arg_names if name.startswith("stride_")] + ["zero"]
     vectors = dict.fromkeys(("rstd_ptr", "weight_ptr"), "*fp32") | dict.fromkeys(("M", "K", *sizes), "i32")
-    common = {"MAX_BITS": 0x43E00000, "BF16": True, "out_ptr": None, "QUANTIZE": True}
+    common = {"MAX_BITS": MAX_BITS[torch.float8_e4m3fn], "BF16": True, "out_ptr": None, "QUANTIZE": True}
     cases = []
     for dtype in ("bf16", "fp32"):
         for pow2 in (True, False):
@@ -135,13 +134,11 @@ def rmsnorm_quantize(
     rstd: Tensor,
     *,
     fp8_dtype: torch.dtype,
-    fp8_max: float,
     pow2: bool,
     out_dtype: torch.dtype = torch.bfloat16,
     col_pow2: bool | None = None,
     columns: bool = True,
     words: bool = True,
-    block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Row copy and column copy of the normalised x: quantize.quantize_dual(rmsnorm(x)), bit for bit.
 
@@ -150,23 +147,21 @@ def rmsnorm_quantize(
         weight: [K] fp32.
         rstd: [M] fp32, of rmsnorm_rstd.
         fp8_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        fp8_max: largest finite number of that format.
         pow2: round the scales up to powers of two.
         out_dtype: torch.bfloat16 or torch.float32: what y would be rounded to if it were written.
         col_pow2: kind of scale of the column copy; None is that of the row copy.
         columns: write the column copy; without it both of its outputs are None.
         words: take two numbers at a time where that serves (as_words), to the same codes.
-        block: 128.
 
     Returns:
         (qdata, scale_inv, qdata of y.T, scale_inv of y.T), laid out as by quantize_dual.
 
     Raises:
-        ValueError: x, weight, rstd, a dtype or the block do not fit.
+        ValueError: x, weight, rstd or a dtype do not fit.
     """
-    _check("rmsnorm_quantize", x, weight, rstd, out_dtype, fp8_dtype, block)
+    _check("rmsnorm_quantize", x, weight, rstd, out_dtype)
+    kinds = max_bits("rmsnorm_quantize", fp8_dtype), pow2, pow2 if col_pow2 is None else col_pow2
     copies = empty_copies(x, fp8_dtype, columns)
-    kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
     _launch(x, rstd, weight, out_dtype, None, *copies, kinds, words)
     return copies
 
@@ -177,7 +172,7 @@ def rmsnorm(x: Tensor, weight: Tensor, rstd: Tensor, *, out_dtype: torch.dtype =
     Raises:
         ValueError: x, weight, rstd or out_dtype do not fit.
     """
-    _check("rmsnorm", x, weight, rstd, out_dtype, torch.float8_e4m3fn, BLOCK)
+    _check("rmsnorm", x, weight, rstd, out_dtype)
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     _launch(x, rstd, weight, out_dtype, y, None, None, None, None, (0, True, True))
     return y
@@ -205,13 +200,10 @@ def _launch(
     launch(_rmsnorm_quantize_kernel, (out_dtype, kinds, words), tensors, rest)
 
 
-def _check(
-    name: str, x: Tensor, weight: Tensor, rstd: Tensor, out_dtype: torch.dtype, fp8_dtype: torch.dtype, block: int
-) -> None:
-    """Raise ValueError unless x is row-major, weight and rstd fit it, and dtypes and block are ones that it serves."""
+def _check(name: str, x: Tensor, weight: Tensor, rstd: Tensor, out_dtype: torch.dtype) -> None:
+    """Raise ValueError unless x is row-major, weight and rstd fit it, and out_dtype is one that the kernel serves."""
     check_matrix(name, "x", x)
     check_vector(name, "weight", weight, x.shape[1], "Pass the norm's own, .float().contiguous()")
     check_vector(name, "rstd", rstd, x.shape[0], "Pass what rmsnorm_rstd gave")
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name}: out_dtype is {out_dtype}; needs torch.bfloat16 or torch.float32. Cast the result.")
-    check_format(name, fp8_dtype, block)

@@ -25,10 +25,10 @@ from fp8train.kernels.swiglu_quantize import load_factors, sigmoid, swiglu_strip
 from fp8train.kernels.tile import load_strip, store_strip, store_tile
 from fp8train.kernels.tile_launch import (
     BLOCK,
+    MAX_BITS,
     NUM_WARPS,
     are_whole,
     as_words,
-    check_format,
     check_matrix,
     empty_codes,
     empty_scales,
@@ -204,7 +204,7 @@ def _compile_cases() -> list[tuple]:
     pairs = [(f"{copy}_ptr", f"{copy}_scale_ptr") for copy in ("row", "col", "h")]
     pointers = {name: kind for pair in pairs for name, kind in zip(pair, ("*fp8e4nv", "*fp32"), strict=True)}
     without_h = dict.fromkeys(pairs[2])
-    kernel, e4m3 = _swiglu_backward_quantize_kernel, 0x43E00000
+    kernel, e4m3 = _swiglu_backward_quantize_kernel, MAX_BITS[torch.float8_e4m3fn]
     sizes = [name for name in kernel.arg_names if name.startswith("stride_")] + ["zero"]
     common = {"MAX_BITS": e4m3, "out_ptr": None}
     cases = []
@@ -254,45 +254,40 @@ def swiglu_backward_quantize(
     up: Tensor,
     *,
     fp8_dtype: torch.dtype,
-    fp8_max: float,
     pow2: bool,
     col_pow2: bool | None = None,
     columns: bool = True,
-    h: tuple[torch.dtype, float, bool] | None = None,
+    h: tuple[torch.dtype, bool] | None = None,
     words: bool = True,
-    block: int = BLOCK,
 ) -> tuple[Copies, Copies, tuple[Tensor, Tensor] | None]:
     """Row and column copies of dgate and of dup: quantize.quantize_dual of swiglu_backward's results, bit for bit.
 
     Args:
         dh, gate, up: [M, K] bf16 or fp32, the same dtype, row-major with any leading strides, on a GPU; any M, K >= 0.
         fp8_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        fp8_max: largest finite number of that format.
         pow2: round the scales up to powers of two.
         col_pow2: kind of scale of the column copies; None is that of the row copies.
         columns: write the column copies; without them the last two outputs of each are None.
-        h: fp8_dtype, fp8_max and pow2 of a column copy of h, as swiglu_quantize writes it; None: none is written.
+        h: fp8_dtype and pow2 of a column copy of h, as swiglu_quantize writes it; None: none is written.
         words: take two numbers at a time, and both gradients in one program, where that serves (as_words), to the
             same codes.
-        block: 128.
 
     Returns:
         For dgate and for dup (qdata, scale_inv, qdata of the transpose, its scale_inv), laid out as by quantize_dual;
         and (qdata of h.T [K, M], its scale_inv), or None.
 
     Raises:
-        ValueError: an input, the format or the block do not fit.
+        ValueError: an input or a format do not fit.
     """
-    _check("swiglu_backward_quantize", dh, gate, up, fp8_dtype, block)
+    name = "swiglu_backward_quantize"
+    _check(name, dh, gate, up)
+    kinds = max_bits(name, fp8_dtype), pow2, pow2 if col_pow2 is None else col_pow2
+    h_kinds = None if h is None else (max_bits(name, h[0]), h[1])
     M, K = gate.shape
     row, row_scale = empty_codes(gate, 2 * M, K, fp8_dtype, 16), empty_scales(gate, M, 2 * BLOCK * -(-K // BLOCK))
     col = empty_codes(gate, 2 * K, M, fp8_dtype, BLOCK) if columns else None
     col_scale = empty_scales(gate, K, 2 * BLOCK * -(-M // BLOCK)) if columns else None
-    kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
-    h_copy, h_kinds = None, None
-    if h is not None:
-        check_format("swiglu_backward_quantize", h[0], block)
-        h_copy, h_kinds = (empty_codes(gate, K, M, h[0], BLOCK), empty_scales(gate, K, M)), (max_bits(h[1]), h[2])
+    h_copy = None if h is None else (empty_codes(gate, K, M, h[0], BLOCK), empty_scales(gate, K, M))
     _launch(dh, gate, up, None, (row, row_scale, col, col_scale), h_copy or (None, None), kinds, h_kinds, words)
     halves = [
         (
@@ -312,7 +307,7 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     Raises:
         ValueError: an input does not fit.
     """
-    _check("swiglu_backward", dh, gate, up, torch.float8_e4m3fn, BLOCK)
+    _check("swiglu_backward", dh, gate, up)
     gradients = torch.empty(2, *gate.shape, dtype=gate.dtype, device=gate.device)
     _launch(dh, gate, up, gradients[0], (None, None, None, None), (None, None), (0, True, True), None)
     return gradients[0], gradients[1]
@@ -340,12 +335,11 @@ def _launch(
     launch(_swiglu_backward_quantize_kernel, (*kinds, h_kinds, words), tensors, rest)
 
 
-def _check(name: str, dh: Tensor, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:
-    """Raise ValueError unless the inputs are alike, row-major, and format and block ones that the kernel serves."""
+def _check(name: str, dh: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Raise ValueError unless the inputs are alike and row-major."""
     check_matrix(name, "gate", gate)
     for label, x in (("dh", dh), ("up", up)):
         if x.shape != gate.shape or x.dtype is not gate.dtype:
             got, wanted = f"{list(x.shape)} {x.dtype}", f"{list(gate.shape)} {gate.dtype}, as gate"
             raise ValueError(f"{name}: {label} is {got}; needs {wanted}. Reshape or cast one of them.")
         check_matrix(name, label, x)
-    check_format(name, fp8_dtype, block)

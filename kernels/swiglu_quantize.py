@@ -19,10 +19,9 @@ from torch import Tensor
 from fp8train.kernels.launch import Rest, launch
 from fp8train.kernels.tile import INTERPRETED, load_strip, store_plain, store_tile
 from fp8train.kernels.tile_launch import (
-    BLOCK,
+    MAX_BITS,
     are_whole,
     as_words,
-    check_format,
     check_matrix,
     empty_copies,
     leading_strides,
@@ -114,7 +113,7 @@ def _compile_cases() -> list[tuple]:
     """What tests compile: both dtypes and kinds of scale, the row copy alone, and h itself."""
     pointers = {"row_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "col_ptr": "*fp8e4nv", "col_scale_ptr": "*fp32"}
     sizes = [name for name in _swiglu_quantize_kernel.arg_names if name.islower() and not name.endswith("_ptr")]
-    common = {"MAX_BITS": 0x43E00000, "out_ptr": None, "QUANTIZE": True}
+    common = {"MAX_BITS": MAX_BITS[torch.float8_e4m3fn], "out_ptr": None, "QUANTIZE": True}
     cases = []
     for dtype in ("bf16", "fp32"):
         inputs = dict.fromkeys(("gate_ptr", "up_ptr"), f"*{dtype}") | dict.fromkeys(("M", "K", *sizes), "i32")
@@ -146,34 +145,30 @@ def swiglu_quantize(
     up: Tensor,
     *,
     fp8_dtype: torch.dtype,
-    fp8_max: float,
     pow2: bool,
     col_pow2: bool | None = None,
     columns: bool = True,
     words: bool = True,
-    block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Row copy and column copy of h = silu(gate) * up: quantize.quantize_dual(swiglu(gate, up)), bit for bit.
 
     Args:
         gate, up: [M, K] bf16 or fp32, the same dtype, row-major with any leading strides, on a GPU; any M, K >= 0.
         fp8_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        fp8_max: largest finite number of that format.
         pow2: round the scales up to powers of two.
         col_pow2: kind of scale of the column copy; None is that of the row copy.
         columns: write the column copy; without it the last two outputs are None.
         words: take two numbers at a time where that serves (as_words), to the same codes.
-        block: 128.
 
     Returns:
         (qdata, scale_inv, qdata of h.T, scale_inv of h.T), laid out as by quantize_dual.
 
     Raises:
-        ValueError: gate, up, the format or the block do not fit.
+        ValueError: gate, up or the format do not fit.
     """
-    _check("swiglu_quantize", gate, up, fp8_dtype, block)
+    _check("swiglu_quantize", gate, up)
+    kinds = max_bits("swiglu_quantize", fp8_dtype), pow2, pow2 if col_pow2 is None else col_pow2
     copies = empty_copies(gate, fp8_dtype, columns)
-    kinds = max_bits(fp8_max), pow2, pow2 if col_pow2 is None else col_pow2
     _launch(gate, up, None, *copies, kinds, words)
     return copies
 
@@ -184,7 +179,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: gate or up do not fit.
     """
-    _check("swiglu", gate, up, torch.float8_e4m3fn, BLOCK)
+    _check("swiglu", gate, up)
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _launch(gate, up, h, None, None, None, None, (0, True, True))
     return h
@@ -211,11 +206,10 @@ def _launch(
     launch(_swiglu_quantize_kernel, (*kinds, words), (gate, up, out, row, row_scale, col, col_scale), rest)
 
 
-def _check(name: str, gate: Tensor, up: Tensor, fp8_dtype: torch.dtype, block: int) -> None:
-    """Raise ValueError unless gate and up are alike, row-major, and format and block ones that the kernel serves."""
+def _check(name: str, gate: Tensor, up: Tensor) -> None:
+    """Raise ValueError unless gate and up are alike and row-major."""
     check_matrix(name, "gate", gate)
     if up.shape != gate.shape or up.dtype is not gate.dtype:
         got, wanted = f"{list(up.shape)} {up.dtype}", f"{list(gate.shape)} {gate.dtype}, as gate"
         raise ValueError(f"{name}: up is {got}; needs {wanted}. Reshape or cast one of them.")
     check_matrix(name, "up", up)
-    check_format(name, fp8_dtype, block)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fp8train.kernels.launch import SIZE_LIMIT
 
 BLOCK = 128
+MAX_BITS = {torch.float8_e4m3fn: 0x43E00000, torch.float8_e5m2: 0x47600000}  # largest number of a format, as FP32
 NUM_WARPS = 8  # of a tile of which a column copy is written; 4 warps hold twice as much a thread
 ROW_WARPS = 8  # of one of which none is
 WORD_REGISTERS = 64  # of a tile made as words (tile_words.py): four programs of NUM_WARPS on an SM
@@ -95,10 +94,12 @@ def leading_strides(
     return [0 if tensor is None else tensor.stride(axis) for tensor, axis in axes]
 
 
-def max_bits(fp8_max: float) -> int:
-    """Bit pattern of fp8_max as an fp32 number."""
-    fraction, exponent = math.frexp(fp8_max)
-    return (exponent + 126 << 23) | int((2 * fraction - 1) * 2**23)
+def max_bits(name: str, fp8_dtype: torch.dtype) -> int:
+    """As MAX_BITS; raises ValueError for a format that the kernels do not serve."""
+    if fp8_dtype not in MAX_BITS:
+        wanted = " or ".join(map(str, MAX_BITS))
+        raise ValueError(f"{name}: fp8_dtype is {fp8_dtype}; needs {wanted}. Choose one of them.")
+    return MAX_BITS[fp8_dtype]
 
 
 def check_matrix(name: str, label: str, x: Tensor, sizes: str = "[M, K]") -> None:
@@ -121,10 +122,9 @@ def check_vector(name: str, label: str, vector: Tensor, size: int, remedy: str) 
         raise ValueError(f"{name}: {label} is {got}; needs [{size}] torch.float32, contiguous. {remedy}.")
 
 
-def check_format(name: str, fp8_dtype: torch.dtype, block: int) -> None:
-    """Raise ValueError unless format and block are ones that the kernels serve."""
-    if fp8_dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        wanted = "torch.float8_e4m3fn or torch.float8_e5m2"
-        raise ValueError(f"{name}: fp8_dtype is {fp8_dtype}; needs {wanted}. Choose one of them.")
-    if block != BLOCK:
-        raise ValueError(f"{name}: block is {block}; needs {BLOCK}. Other blocks run on backend=reference.")
+def check_statistics(name: str, stats: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless it is int64 of that shape, contiguous, or None."""
+    if stats is not None and (stats.shape != shape or stats.dtype is not torch.int64 or not stats.is_contiguous()):
+        got = f"{list(stats.shape)} {stats.dtype}, strides {stats.stride()}"
+        remedy = f"Pass torch.zeros({list(shape)}, dtype=torch.int64)"
+        raise ValueError(f"{name}: stats is {got}; needs {list(shape)} torch.int64, contiguous. {remedy}.")

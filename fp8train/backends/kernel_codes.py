@@ -66,7 +66,7 @@ def tensors_of(copies: Copies) -> tuple[Tensor, Tensor, Tensor | None, Tensor | 
 
 def format_of(spec: QuantSpec) -> dict[str, Any]:
     """A specification, as the launchers of one copy take it."""
-    return {"fp8_dtype": spec.format.dtype, "fp8_max": spec.format.max, "pow2": spec.scale == "pow2"}
+    return {"fp8_dtype": spec.format.dtype, "pow2": spec.scale == "pow2"}
 
 
 def both_formats(row: QuantSpec, col: QuantSpec | None) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def wrong_copies(made: tuple[Tensor, ...], x: Tensor, spec: QuantSpec) -> list[s
 
 def settings(scale: str, fmt: Format = E4M3, block: tuple[int, int] = (1, 128)) -> tuple[QuantSpec, dict[str, Any]]:
     """A specification, and what the launchers call it."""
-    return QuantSpec(fmt, block, scale), {"fp8_dtype": fmt.dtype, "fp8_max": fmt.max, "pow2": scale == "pow2"}
+    return QuantSpec(fmt, block, scale), {"fp8_dtype": fmt.dtype, "pow2": scale == "pow2"}
 
 
 def quantiser(shape: tuple[int, int], dtype: torch.dtype, scale: str) -> list[str]:

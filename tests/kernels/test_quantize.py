@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: E402
 
 from fp8train.kernels.quantize import STATISTICS, quantize_columns, quantize_dual, quantize_rows  # noqa: E402
 from fp8train.kernels.tile import losses  # noqa: E402
-from fp8train.kernels.tile_launch import max_bits  # noqa: E402
+from fp8train.kernels.tile_launch import MAX_BITS  # noqa: E402
 from fp8train.quant import reference  # noqa: E402
 from fp8train.quant.formats import E4M3, E5M2, FORMATS, Format, QuantSpec  # noqa: E402
 from fp8train.quant.qtensor import QTensor  # noqa: E402
@@ -29,7 +29,7 @@ kinds = pytest.mark.parametrize("scale", ["pow2", "fp32"])
 
 
 def options(spec: QuantSpec) -> dict[str, object]:
-    return {"fp8_dtype": spec.format.dtype, "fp8_max": spec.format.max, "pow2": spec.scale == "pow2"}
+    return {"fp8_dtype": spec.format.dtype, "pow2": spec.scale == "pow2"}
 
 
 def dual(x: Tensor, spec: QuantSpec, **more: object) -> tuple[QTensor, QTensor]:
@@ -216,7 +216,7 @@ def test_what_a_scale_takes_beyond_the_maximum_is_counted_as_saturated(fmt: Form
     x[31, :10], x[7, 127] = scaled / encode_scale, 2 * fmt.max / encode_scale  # outside
     amax, counts = (torch.zeros(32, dtype=torch.int32, device=DEVICE) for _ in range(2))
     fp8 = {"e4m3": tl.float8e4nv, "e5m2": tl.float8e5}[fmt.name]
-    _losses_kernel[(1,)](x.to(DEVICE), amax, counts, encode_scale, FP8=fp8, MAX_BITS=max_bits(fmt.max))
+    _losses_kernel[(1,)](x.to(DEVICE), amax, counts, encode_scale, FP8=fp8, MAX_BITS=MAX_BITS[fmt.dtype])
     wanted = torch.zeros(32, 3, dtype=torch.int32)  # flushed, saturated, not finite
     wanted[[3, 5]] = torch.tensor([0, 3, 2], dtype=torch.int32)
     assert torch.stack([counts & 0x3FF, counts >> 10 & 0x3FF, counts >> 20], dim=1).tolist() == wanted.tolist()
@@ -242,12 +242,11 @@ def test_statistics_of_calls_add_up() -> None:
         ({"x": torch.zeros(4, 8).T}, r"strides \(1, 8\)"),
         ({"x": torch.empty(0, 2**31, device="meta")}, "below 2\\^31"),
         ({"fp8_dtype": torch.int8}, "fp8_dtype is torch.int8"),
-        ({"block": 32}, "block is 32"),
         ({"stats": torch.zeros(4, dtype=torch.int64)}, r"stats is \[4\]"),
         ({"stats": torch.zeros(5)}, "torch.float32, .*; needs"),
         ({"stats": torch.zeros(10, dtype=torch.int64)[::2]}, r"stats is .* strides \(2,\); needs .* contiguous"),
     ],
-    ids=["vector", "fp16", "column-major", "too-large", "int8", "block", "short-stats", "fp32-stats", "strided-stats"],
+    ids=["vector", "fp16", "column-major", "too-large", "int8", "short-stats", "fp32-stats", "strided-stats"],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"x": torch.zeros(4, 4), **options(QuantSpec(E4M3, (1, 128)))} | change

@@ -31,7 +31,7 @@ def inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def run(x: Tensor, weight: Tensor, variant: str = "pow2", **more: object) -> tuple[Tensor, ...]:
     fmt, row, col = VARIANTS[variant]
-    formats = {"fp8_dtype": fmt.dtype, "fp8_max": fmt.max, "pow2": row == "pow2", "col_pow2": col == "pow2"}
+    formats = {"fp8_dtype": fmt.dtype, "pow2": row == "pow2", "col_pow2": col == "pow2"}
     return rmsnorm_quantize(x, weight, row_rstd(x, EPS), **formats, **more)  # type: ignore[arg-type, return-value]
 
 
@@ -134,7 +134,6 @@ def test_no_columns_give_nothing() -> None:
         ({"rstd": torch.zeros(3)}, r"rstd is \[3\] torch.float32, .*; needs \[4\]"),
         ({"out_dtype": torch.float16}, "out_dtype is torch.float16"),
         ({"fp8_dtype": torch.int8}, "fp8_dtype is torch.int8"),
-        ({"block": 32}, "block is 32"),
     ],
     ids=[
         "vector",
@@ -146,12 +145,11 @@ def test_no_columns_give_nothing() -> None:
         "short-rstd",
         "fp16-out",
         "int8",
-        "block",
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"x": torch.zeros(4, 4), "weight": torch.ones(4), "rstd": torch.ones(4), "pow2": True}
-    arguments |= {"fp8_dtype": torch.float8_e4m3fn, "fp8_max": 448.0} | change
+    arguments |= {"fp8_dtype": torch.float8_e4m3fn} | change
     with pytest.raises(ValueError, match=f"rmsnorm_quantize: .*{message}") as refused:
         rmsnorm_quantize(**arguments)  # type: ignore[arg-type]
     assert has_remedy(refused)
