@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8train.backends import device_gemm
+from fp8train.backends.device_gemm import MULTIPLE, dense_codes, round_up
 from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
-from fp8train.backends.vendor import VendorBackend, blocks_first, dense_codes, round_up, rows_first
+from fp8train.backends.vendor import VendorBackend, blocks_first, rows_first
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision
 from fp8train.quant.qtensor import QTensor
@@ -60,13 +61,11 @@ def blockwise_mm(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> Tensor:
     """
     (M, K), N = a.shape, b.shape[0]
     square = b.spec.block == (128, 128)
-    rows, cols, depth = round_up(M, 16), round_up(N, 16), round_up(K, 16)
-    left = dense_codes(a, rows, depth).view(a.qdata.dtype)
-    right = dense_codes(b, cols, depth).view(b.qdata.dtype)
+    rows, cols, depth = (round_up(size, MULTIPLE) for size in (M, N, K))
     kinds = F.ScalingType
     return F.scaled_mm(
-        left,
-        right.T,
+        dense_codes(a, rows, depth),
+        dense_codes(b, cols, depth).T,
         rows_first(a.scale_inv, rows),
         kinds.BlockWise1x128,
         blocks_first(b.scale_inv).T if square else rows_first(b.scale_inv, cols),

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import device_gemm
+from fp8train.backends.device_gemm import MULTIPLE, dense_codes, round_up
 from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu
-from fp8train.backends.vendor import VendorBackend, dense_codes, imported, required, round_up, rows_first
+from fp8train.backends.vendor import VendorBackend, imported, required, rows_first
 from fp8train.quant import reference
 from fp8train.quant.qtensor import QTensor
-
-MULTIPLE = 16  # rows of codes are read by TMA, in units of 16 bytes
 
 
 class DeepGemmBackend(VendorBackend):
@@ -42,10 +41,10 @@ class DeepGemmBackend(VendorBackend):
         direct = bias is None and not accumulate and (out_dtype if out is None else out.dtype) is torch.bfloat16
         square = direct and b.spec.block == (128, 128)
         rows, cols, depth = round_up(M, 4), round_up(N, MULTIPLE), round_up(K, MULTIPLE)
-        left = (dense_codes(a, rows, depth).view(a.qdata.dtype), rows_first(a.scale_inv, rows))
+        left = (dense_codes(a, rows, depth), rows_first(a.scale_inv, rows))
         scale_b = b.scale_inv if b.spec.block == (1, 128) or square else b.scale_inv.repeat_interleave(128, 0)[:N]
         scale = scale_b.contiguous() if square else rows_first(scale_b, cols)
-        right = (dense_codes(b, cols, depth).view(b.qdata.dtype), scale)
+        right = (dense_codes(b, cols, depth), scale)
         product = torch.zeros(rows, cols, dtype=torch.bfloat16 if square else torch.float32, device=left[0].device)
         recipe = (1, 128, 128) if square else (1, 1, 128)
         multiply = required("deep_gemm").fp8_gemm_nt

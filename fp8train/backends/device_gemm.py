@@ -14,7 +14,7 @@ from fp8train.quant.qtensor import QTensor
 # with scales in this range the smallest decoded value is 2^-50 * 2^-16 (E5M2), so that even a product of two, 2^-132
 # ... 2^132, is off only where its terms are 2^-100 of the largest; outside it, codes are multiplied block by block
 SCALE_RANGE = (2.0**-50, 2.0**50)
-CUBLAS_MULTIPLE = 16  # cuBLASLt wants N and K of FP8 operands to be multiples of 16
+MULTIPLE = 16  # N and K of FP8 operands, for cuBLASLt and for TMA
 
 
 def mm(
@@ -88,10 +88,11 @@ def cublas_mm(
 
     FP32 results are the product of the codes, scaled afterwards: cuBLASLt's rowwise kernels write BF16 only.
     """
-    N, scale = b.shape[0], (a.scale_inv, b.scale_inv)
-    left, right = padded(a.qdata, 1), padded(b.qdata, CUBLAS_MULTIPLE)
-    if 0 in (*a.shape, N):
-        return reference.finish(torch.zeros(a.shape[0], N, device=left.device), bias, out, accumulate, out_dtype)
+    (M, K), N, scale = a.shape, b.shape[0], (a.scale_inv, b.scale_inv)
+    if 0 in (M, N, K):
+        return reference.finish(torch.zeros(M, N, device=a.qdata.device), bias, out, accumulate, out_dtype)
+    depth = round_up(K, MULTIPLE)
+    left, right = dense_codes(a, M, depth), dense_codes(b, round_up(N, MULTIPLE), depth)
     if bias is None and out is None and out_dtype is torch.bfloat16:
         if a.spec.block == "row":
             scale = (scale[0], F.pad(scale[1], (0, 0, 0, right.shape[0] - N), value=1.0).T.contiguous())
@@ -101,12 +102,17 @@ def cublas_mm(
     return reference.finish(codes * (scale[0] * scale[1].T), bias, out, accumulate, out_dtype)
 
 
-def padded(codes: Tensor, row_multiple: int) -> Tensor:
-    """FP8 codes with zeros appended: rows to a multiple of row_multiple, columns to one of 16; a copy if needed."""
-    rows, cols = -codes.shape[0] % row_multiple, -codes.shape[1] % CUBLAS_MULTIPLE
-    if rows or cols or codes.stride() != (codes.shape[1], 1):
-        return F.pad(codes.view(torch.uint8), (0, cols, 0, rows)).contiguous().view(codes.dtype)
-    return codes
+def dense_codes(q: QTensor, rows: int, cols: int) -> Tensor:
+    """Codes as a contiguous matrix [rows, cols], zero beyond the operand; a copy if needed."""
+    if q.shape == (rows, cols):
+        return q.qdata.contiguous()
+    codes = F.pad(q.qdata.view(torch.uint8), (0, cols - q.shape[1], 0, rows - q.shape[0]))
+    return codes.view(q.qdata.dtype)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
 
 
 def _scale_of_rows(q: QTensor) -> Tensor:

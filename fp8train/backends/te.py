@@ -14,23 +14,21 @@ import torch
 from torch import Tensor
 
 from fp8train.backends import device_gemm
+from fp8train.backends.device_gemm import MULTIPLE, dense_codes, round_up
 from fp8train.backends.interface import Square
 from fp8train.backends.kernel_codes import codes_like
 from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu
 from fp8train.backends.vendor import (
     VendorBackend,
     blocks_first,
-    dense_codes,
     imported,
     required,
-    round_up,
     rows_first,
 )
 from fp8train.quant import reference
 from fp8train.quant.formats import E4M3, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
-MULTIPLE = 16
 WHOLE = 128  # so that codes come in the strides of our own quantisers, which the operators promise
 WORKSPACE_BYTES = 32 * 2**20
 TENSORS = "transformer_engine.pytorch.tensor.float8_blockwise_tensor"
@@ -139,7 +137,7 @@ def _wrapped(q: QTensor) -> Any:
         shape=(rows, cols),
         dtype=torch.bfloat16,
         fp8_dtype=required("transformer_engine_torch").DType.kFloat8E4M3,
-        rowwise_data=dense_codes(q, rows, cols),
+        rowwise_data=dense_codes(q, rows, cols).view(torch.uint8),
         rowwise_scale_inv=blocks_first(q.scale_inv) if square else rows_first(q.scale_inv, rows).T,
         columnwise_data=None,
         columnwise_scale_inv=None,

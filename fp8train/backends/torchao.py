@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8train.backends import device_gemm
+from fp8train.backends.device_gemm import dense_codes, round_up
 from fp8train.backends.machine import BLOCKWISE_PAIRS, no_gpu
 from fp8train.backends.vendor import (
     VendorBackend,
     blocks_first,
-    dense_codes,
     imported,
     required,
-    round_up,
     rows_first,
 )
 from fp8train.quant import reference
@@ -68,8 +67,8 @@ class TorchaoBackend(VendorBackend):
         direct = bias is None and out is None
         square = b.spec.block == (BLOCK, BLOCK)
         product = getattr(required(KERNELS), SQUARE if square else ROWS)(
-            dense_codes(a, M, depth).view(a.qdata.dtype),
-            dense_codes(b, N, depth).view(b.qdata.dtype).T,
+            dense_codes(a, M, depth),
+            dense_codes(b, N, depth).T,
             _scale_of_rows(a.scale_inv),
             (_scale_of_blocks if square else _scale_of_rows)(b.scale_inv).T,
             block_size=BLOCK,

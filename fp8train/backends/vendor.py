@@ -88,16 +88,3 @@ def rows_first(scale: Tensor, rows: int) -> Tensor:
 def blocks_first(scale: Tensor) -> Tensor:
     """128x128 scales [ceil(N/128), ceil(K/128)], row-major, padded with 1 to a multiple of four blocks of K."""
     return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0).contiguous()
-
-
-def dense_codes(q: QTensor, rows: int, cols: int) -> Tensor:
-    """Codes as a contiguous uint8 matrix [rows, cols], zero beyond the operand."""
-    codes = q.qdata.view(torch.uint8)
-    if q.shape == (rows, cols):
-        return codes.contiguous()
-    return F.pad(codes, (0, cols - q.shape[1], 0, rows - q.shape[0]))
-
-
-def round_up(size: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-size // multiple) * multiple
