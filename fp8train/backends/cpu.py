@@ -33,10 +33,13 @@ class CpuBackend(Backend):
     """Fast CPU execution, bit-identical codes."""
 
     name = "cpu"
+    on_gpus = False
     emulates = True
 
     def __init__(self, compiled: bool = True) -> None:
         """Load the C++ kernels; compiled=False computes in torch even if there is a compiler."""
+        if not compiled:
+            self.name = "cpu_torch"
         library = cpu_library.load() if compiled else cpu_library.CpuLibrary(None, "asked for torch only")
         self._lib = library.functions
         # a CPU without BF16 instructions multiplies BF16 matrices about three times slower than FP32 ones

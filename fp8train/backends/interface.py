@@ -29,7 +29,13 @@ class Backend(ABC):
     name: str
     note: str  # how it computes, for the log and for `explain`
     decoded: tuple[str, ...] = ()  # GEMMs for which none of its kernels may: BF16 units multiplied decoded numbers
+    on_gpus: bool = True  # whether it can compute there
     emulates: bool = False  # FP8 numbers by wider instructions: its losses carry over to a GPU, its speed does not
+
+    @property
+    def pads_codes(self) -> bool:
+        """Whether its blockwise quantisers return the padded layout of kernels/quantize.py."""
+        return False
 
     @property
     def refused(self) -> list[str]:

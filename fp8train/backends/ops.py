@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fp8train.backends.coverage import COUNTS
-from fp8train.backends.kernel_codes import codes_like
-from fp8train.backends.selection import get_backend, pads_codes
+from fp8train.backends.kernel_codes import ROW, SQUARE, codes_like
+from fp8train.backends.selection import get_backend
 from fp8train.quant import noise
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.qtensor import QTensor
@@ -183,7 +183,7 @@ def _span(size: int) -> int:
 def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
     rows, cols = reversed(x.shape) if transpose else x.shape
     parsed = as_spec(spec)
-    if pads_codes(backend) and parsed.block in ((1, 128), (128, 128)):
+    if get_backend(backend).pads_codes and parsed.block in (ROW, SQUARE):
         return codes_like(x, parsed, rows, cols, transpose)
     return _codes_like(x, parsed, rows, cols)
 

@@ -15,20 +15,13 @@ from fp8train.backends.interface import Backend
 from fp8train.backends.reference import ReferenceBackend
 from fp8train.backends.te import TransformerEngineBackend
 from fp8train.backends.torchao import TorchaoBackend
-from fp8train.backends.triton import TritonBackend, triton_refusal
+from fp8train.backends.triton import TritonBackend
 from fp8train.errors import BackendError
 from fp8train.quant.formats import LinearPrecision
 
-
-def _cpu_torch() -> Backend:
-    backend = CpuBackend(compiled=False)
-    backend.name = "cpu_torch"
-    return backend
-
-
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "cpu": CpuBackend,
-    "cpu_torch": _cpu_torch,
+    "cpu_torch": functools.partial(CpuBackend, compiled=False),
     "cublaslt": CublasltBackend,
     "deepgemm": DeepGemmBackend,
     "dequant_bf16": DequantBackend,
@@ -37,8 +30,6 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "torchao": TorchaoBackend,
     "triton": TritonBackend,
 }
-QUANTISE_BY_KERNELS = ("triton", "cublaslt", "te", "deepgemm", "torchao")
-ON_GPUS = (*QUANTISE_BY_KERNELS, "dequant_bf16", "reference")
 # dequant_bf16: a GPU without FP8 units, or a recipe without FP8 kernels, trains with the same numbers; the log says so
 _GPU_ORDER = ("triton", "cublaslt", "dequant_bf16")
 PLANNED = "sm_90"  # stands for a device of this kind that the machine need not have: what would run there is asked
@@ -68,12 +59,6 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"backend: {name!r} is not known; needs one of auto, {', '.join(BACKENDS)}, hopper.")
     return BACKENDS[name]()
-
-
-@functools.cache
-def pads_codes(name: str) -> bool:
-    """Whether a backend's blockwise quantisers return the padded layout of kernels/quantize.py."""
-    return name in QUANTISE_BY_KERNELS and triton_refusal() is None
 
 
 def select_backend(name: str, device_type: str, precisions: Iterable[LinearPrecision] = ()) -> Selection:
@@ -116,7 +101,7 @@ def _planned(device_type: str) -> str:
 
 def _refusal(backend: Backend, device_type: str, precisions: list[LinearPrecision]) -> str | None:
     if device_type == PLANNED:
-        reason = None if backend.name in ON_GPUS else "it computes on the CPU"
+        reason = None if backend.on_gpus else "it computes on the CPU"
     else:
         reason = backend.unavailable(device_type)
     if reason:

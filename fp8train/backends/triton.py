@@ -7,6 +7,7 @@ operands. Tensorwise and rowwise GEMMs are cuBLASLt's, and their quantiser is th
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import re
@@ -73,6 +74,11 @@ class TritonBackend(Backend):
         self._entries: dict[Hashable, str | None] = {}
         self._served: dict[Hashable, bool] = {}
         self._decoded: set[str] = set()
+
+    @functools.cached_property
+    def pads_codes(self) -> bool:
+        """See Backend."""
+        return triton_refusal() is None
 
     @property
     def refused(self) -> list[str]:

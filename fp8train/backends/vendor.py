@@ -28,6 +28,11 @@ class VendorBackend(Backend):
         return TritonBackend()
 
     @property
+    def pads_codes(self) -> bool:
+        """See Backend."""
+        return self.quantisers.pads_codes
+
+    @property
     def refused(self) -> list[str]:
         """See Backend; the GEMMs are not asked for."""
         return self.quantisers.refused

@@ -81,6 +81,7 @@ def test_fakes_promise_the_strides_that_the_kernels_return(text: str, rows: int,
     for op, arguments in (
         (torch.ops.fp8train.quantize, (text, False, "triton")),
         (torch.ops.fp8train.quantize, (text, True, "triton")),
+        (torch.ops.fp8train.quantize, (text, False, "triton:pointer_64x64_s3")),
         (torch.ops.fp8train.quantize_dual, (text, text, "triton")),
     ):
         made = op(x, *arguments)
