@@ -13,7 +13,8 @@ plain forward, and where hooks want to see numbers it computes the same ones and
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,15 @@ from fp8train.quant.formats import LinearPrecision, QuantSpec
 T = TypeVar("T", bound=nn.Module)
 
 
-class Fusion(Protocol):
-    """What a fused module knows beyond the module that it took the place of."""
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What a fused module knows beyond the module that it took the place of.
 
-    @property
-    def plain(self) -> type[nn.Module]:
-        """Class of that module."""
+    Args:
+        plain: class of that module.
+    """
+
+    plain: type[nn.Module]
 
 
 class Fused(nn.Module):

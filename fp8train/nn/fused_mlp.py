@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fp8train.nn.fused import Fused, input_operands, input_specs, refusal, taking_over, trains, watched
+from fp8train.nn.fused import Fused, Fusion, input_operands, input_specs, refusal, taking_over, trains, watched
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.linear_function import (
@@ -26,17 +25,9 @@ from fp8train.nn.linear_function import (
 from fp8train.nn.operands import OPS, LaterOperand, Operand, as_matrix, gemm, refuse_transforms
 
 
-@dataclass(frozen=True, slots=True)
-class MLPFusion:
-    """See Fusion."""
-
-    plain: type[nn.Module]
-
-
 class FusedMLP(Fused):
     """A SwiGLU MLP, down_proj(silu(gate_proj(x)) * up_proj(x)), whose product exists in FP8 only; see `fused_mlp`."""
 
-    fusion: MLPFusion
     gate_proj: Float8Linear
     up_proj: Float8Linear
     down_proj: Float8Linear
@@ -171,7 +162,7 @@ class _MLP(torch.autograd.Function):
 def fused_mlp(mlp: nn.Module) -> FusedMLP:
     """A FusedMLP with the linears, hooks and attributes of `mlp`."""
     fused = taking_over(FusedMLP, mlp)
-    fused.fusion = MLPFusion(type(mlp))
+    fused.fusion = Fusion(type(mlp))
     return fused
 
 

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8train.backends.producers import norm_gradients, row_rstd
-from fp8train.nn.fused import Fused, input_operands, input_specs, refusal, taking_over, trains, unwritten, watched
+from fp8train.nn.fused import (
+    Fused,
+    Fusion,
+    input_operands,
+    input_specs,
+    refusal,
+    taking_over,
+    trains,
+    unwritten,
+    watched,
+)
 from fp8train.nn.fused_layouts import NormLayout
 from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import HIGH, Float8Linear
@@ -22,11 +32,10 @@ Made = Tensor | tuple[list[Tensor], QuantSpec, QuantSpec | None]  # y itself, or
 
 
 @dataclass(frozen=True, slots=True)
-class NormFusion:
+class NormFusion(Fusion):
     """See Fusion.
 
     Args:
-        plain: class of that module.
         readers: the linears that read its result; nothing else does.
         through: the modules that its result passes on the way to them.
         eps: added to the mean square.
@@ -34,7 +43,6 @@ class NormFusion:
             gives the same numbers here.
     """
 
-    plain: type[nn.Module]
     readers: tuple[Float8Linear, ...]
     through: tuple[nn.Module, ...]
     eps: float

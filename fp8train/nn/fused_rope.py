@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.nn.fused import Fused, taking_over
+from fp8train.nn.fused import Fused, Fusion, taking_over
 from fp8train.nn.linear import HIGH
 from fp8train.nn.operands import OPS
 
 
 @dataclass(frozen=True, slots=True)
-class RopeFusion:
+class RopeFusion(Fusion):
     """See Fusion; and the backend that rotates."""
 
-    plain: type[nn.Module]
     backend: str
 
 
