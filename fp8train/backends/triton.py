@@ -96,7 +96,7 @@ class TritonBackend(Backend):
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""
         if spec.block == SQUARE:
-            return self._one_square(x, spec, transpose)
+            return self._squares(x, spec, not transpose, transpose)[transpose]
         if spec.block != ROW:
             return reference.quantize(x, spec, transpose=transpose)
         if not self._admitted("quantize", "columns" if transpose else "rows", x.device, (spec,)):
@@ -119,30 +119,23 @@ class TritonBackend(Backend):
         """See Backend."""
         if spec.block != SQUARE:
             return super().quantize_square(x, spec, out, turned)
-        if not turned:
-            return self._one_square(x, spec, False, out), None
-        one_read = self._admitted("quantize_weight", "one_read", x.device, (spec,))
-        if not one_read and not self._admitted("quantize_weight", "two_launches", x.device, (spec,)):
-            return as_defined(x, spec, False), as_defined(x, spec, True)
-        module, x = kernel("quantize_weight"), rows_dense(x)
-        held = None if out is None else tensors_of(out)
-        if held is not None and module.misfit(x, held, spec.format.dtype) is not None:
-            held = None
-        made = module.quantize_weight(x, out=held, two_launches=not one_read, **format_of(spec))
-        return as_copies(made, spec, spec)
+        return self._squares(x, spec, True, turned, out)
 
-    def _one_square(self, x: Tensor, spec: QuantSpec, transposed: bool, out: Square | None = None) -> QTensor:
-        """The codes of x in blocks of 128x128, or those of x.T, by one of the kernels that `two_launches` checks."""
-        if not self._admitted("quantize_weight", "two_launches", x.device, (spec,)):
-            return as_defined(x, spec, transposed)
+    def _squares(
+        self, x: Tensor, spec: QuantSpec, straight: bool, transposed: bool, out: Square | None = None
+    ) -> tuple[Any, Any]:
+        """Codes of x and of x.T in blocks of 128x128, None for those that are not wanted; into `out` where it fits."""
+        one_read = straight and transposed and self._admitted("quantize_weight", "one_read", x.device, (spec,))
+        if not one_read and not self._admitted("quantize_weight", "two_launches", x.device, (spec,)):
+            return as_defined(x, spec, False) if straight else None, as_defined(x, spec, True) if transposed else None
         module, x = kernel("quantize_weight"), rows_dense(x)
-        wanted = {"straight": not transposed, "transposed": transposed}
+        wanted = {"straight": straight, "transposed": transposed}
         held = None if out is None else tensors_of(out)
         if held is not None and module.misfit(x, held, spec.format.dtype, **wanted) is not None:
             held = None
-        made = module.quantize_weight(x, out=held, **wanted, **format_of(spec))
-        codes, scale_inv = made[2:] if transposed else made[:2]
-        return QTensor(codes, scale_inv, spec)
+        made = module.quantize_weight(x, out=held, two_launches=not one_read, **wanted, **format_of(spec))
+        q, qt = (None if codes is None else QTensor(codes, scale, spec) for codes, scale in (made[:2], made[2:]))
+        return q, qt
 
     def transpose_codes(self, q: QTensor) -> QTensor:
         """See Backend."""
