@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp8train.backends.interface import Copies
-from fp8train.backends.ops import as_spec, operator
+from fp8train.backends.ops import as_spec, fake_quantize, operator
 from fp8train.backends.selection import get_backend
 from fp8train.quant.formats import QuantSpec
 from fp8train.quant.reference import check_quantize_input
@@ -27,9 +27,7 @@ def _tensors(copies: Copies) -> list[Tensor]:
 
 
 def _fake_copies(x: Tensor, row: str, col: str | None, backend: str) -> list[Tensor]:
-    """As the quantisers of backends/ops.py promise them."""
-    quantize = torch.ops.fp8train.quantize
-    return [*quantize(x, row, False, backend), *([] if col is None else quantize(x, col, True, backend))]
+    return [*fake_quantize(x, row, False, backend), *([] if col is None else fake_quantize(x, col, True, backend))]
 
 
 def _fake_rms_norm_backward(
@@ -42,7 +40,7 @@ def _fake_rms_norm_backward(
 def _fake_swiglu_backward_quantize(
     dh: Tensor, gate: Tensor, up: Tensor, row: str, col: str | None, h: str | None, backend: str
 ) -> list[Tensor]:
-    h_t = [] if h is None else list(torch.ops.fp8train.quantize(gate, h, True, backend))
+    h_t = [] if h is None else list(fake_quantize(gate, h, True, backend))
     return _fake_copies(gate, row, col, backend) + _fake_copies(gate, row, col, backend) + h_t
 
 

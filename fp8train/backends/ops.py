@@ -121,7 +121,8 @@ def _span(size: int) -> int:
     return min(size, 1) if isinstance(size, int) else 1
 
 
-def _fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
+def fake_quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales in the shapes, dtypes and strides that the backend's quantiser gives them."""
     rows, cols = reversed(x.shape) if transpose else x.shape
     parsed = as_spec(spec)
     if get_backend(backend).pads_codes and parsed.block in (ROW, SQUARE):
@@ -133,7 +134,7 @@ def _fake_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-@operator("(Tensor x, str spec, bool transpose, str backend) -> (Tensor, Tensor)", _fake_quantize)
+@operator("(Tensor x, str spec, bool transpose, str backend) -> (Tensor, Tensor)", fake_quantize)
 def quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of x [M, K], or of x.T."""
     check_quantize_input(x)
@@ -143,7 +144,7 @@ def quantize(x: Tensor, spec: str, transpose: bool, backend: str) -> tuple[Tenso
 
 @operator(
     "(Tensor x, str row, str col, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, row, col, backend: (*_fake_quantize(x, row, False, backend), *_fake_quantize(x, col, True, backend)),
+    lambda x, row, col, backend: (*fake_quantize(x, row, False, backend), *fake_quantize(x, col, True, backend)),
 )
 def quantize_dual(
     x: Tensor, row: str | QuantSpec, col: str | QuantSpec, backend: str
@@ -156,7 +157,7 @@ def quantize_dual(
 
 @operator(
     "(Tensor q, Tensor scale_inv, str spec, str to, str backend) -> (Tensor, Tensor)",
-    lambda q, scale_inv, spec, to, backend: _fake_quantize(q, to, True, backend),
+    lambda q, scale_inv, spec, to, backend: fake_quantize(q, to, True, backend),
 )
 def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -> tuple[Tensor, Tensor]:
     """Decode x [M, K] and quantise x.T: the column copy made from the row copy."""
@@ -168,7 +169,7 @@ def requantize(q: Tensor, scale_inv: Tensor, spec: str, to: str, backend: str) -
 
 @operator(
     "(Tensor q, Tensor scale_inv, str spec, Tensor? after, str backend) -> (Tensor, Tensor)",
-    lambda q, scale_inv, spec, after, backend: _fake_quantize(q, spec, True, backend),
+    lambda q, scale_inv, spec, after, backend: fake_quantize(q, spec, True, backend),
 )
 def transpose_codes(
     q: Tensor, scale_inv: Tensor, spec: str | QuantSpec, after: Tensor | None, backend: str
