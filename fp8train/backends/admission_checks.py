@@ -5,14 +5,13 @@ Run by admission.py in a process of its own, since a kernel that a toolchain com
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fp8train.backends.code_checks import MATRICES, PLAIN, check_codes, dtype_text, uneven_matrix
-from fp8train.backends.kernel_codes import DTYPES
+from fp8train.backends.kernel_codes import DTYPES, kernel
 from fp8train.backends.producer_checks import EPS, norm_input, rstd_is_off, wrong_norm_gradient
 from fp8train.backends.producers import rotated
 from fp8train.backends.product_checks import check_entry
@@ -77,7 +76,7 @@ def check_sums(variant: str, device: torch.device, matrices: Sequence[tuple[int,
         device: where to compute.
         matrices: rows and columns of x, at most 2048.
     """
-    module = importlib.import_module("fp8train.kernels.rmsnorm_rstd")
+    module = kernel("rmsnorm_rstd")
     for number, shape in enumerate(matrices):
         x = norm_input(shape, DTYPES[variant], device)
         for dtype in DTYPES.values():
@@ -99,7 +98,7 @@ def check_norm_gradients(variant: str, device: torch.device, matrices: Sequence[
         device: where to compute.
         matrices: rows and columns of x.
     """
-    run = importlib.import_module("fp8train.kernels.rmsnorm_backward").rmsnorm_backward
+    run = kernel("rmsnorm_backward").rmsnorm_backward
     for number, (rows, cols) in enumerate(matrices):
         for dtype in DTYPES.values():
             generator = torch.Generator().manual_seed(number)
@@ -124,7 +123,7 @@ def check_transposes(device: torch.device, matrices: Sequence[tuple[int, int]] =
         device: where to compute.
         matrices: rows and columns of the codes, of which every one is a byte as good as another.
     """
-    run = importlib.import_module("fp8train.kernels.transpose_codes").transpose_codes
+    run = kernel("transpose_codes").transpose_codes
     for number, (rows, cols) in enumerate(matrices):
         generator = torch.Generator().manual_seed(number)
         codes = torch.randint(0, 256, (rows, cols + 16), dtype=torch.uint8, generator=generator).to(device)[:, :cols]
@@ -148,7 +147,7 @@ def check_rotation(
         device: where to compute.
         shapes: of x, [B, heads, T, head_dim].
     """
-    run = importlib.import_module("fp8train.kernels.rope").rope
+    run = kernel("rope").rope
     for number, (B, heads, T, head_dim) in enumerate(shapes):
         angles = torch.arange(T).float().outer(torch.logspace(0, -4, head_dim // 2))
         cos, sin = angles.cos(), angles.sin()

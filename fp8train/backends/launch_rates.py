@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fp8train.backends.admission_checks import KERNEL_GEMMS
+from fp8train.backends.kernel_codes import kernel
 from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder
 from fp8train.errors import BackendError
@@ -68,6 +68,6 @@ def write(index: int, rates: Mapping[str, Mapping[str, float]]) -> Path:
 
 
 def _with_tiles(operation: str, rates: Mapping[str, float]) -> Rates:
-    configs = importlib.import_module(f"fp8train.kernels.{operation}").CONFIGS
-    tile_of = importlib.import_module("fp8train.kernels.gemm_tile").tile_of
+    configs = kernel(operation).CONFIGS
+    tile_of = kernel("gemm_tile").tile_of
     return {entry: (*tile_of(configs[entry]), float(rate)) for entry, rate in rates.items()}

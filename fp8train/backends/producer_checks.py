@@ -5,11 +5,10 @@ The tests of these kernels keep the same tolerances, which are derived here.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
+from fp8train.backends.kernel_codes import kernel
 from fp8train.backends.reference import ReferenceBackend
 
 PRODUCERS = ("rmsnorm_quantize", "swiglu_quantize", "swiglu_backward_quantize")
@@ -104,7 +103,7 @@ def check_producer(operation: str, shape: tuple[int, int], dtype: torch.dtype, d
         dtype: of what it reads.
         device: where to compute.
     """
-    module = importlib.import_module(f"fp8train.kernels.{operation}")
+    module = kernel(operation)
     if operation == "rmsnorm_quantize":
         x = norm_input(shape, dtype, device)
         weight, rstd = torch.linspace(0.5, 1.5, shape[1], device=device), DEFINITION.rstd(x, EPS)
