@@ -13,6 +13,7 @@ from fp8train.kernels.gemm_tile import FP8, TILE_ORDER, multiprocessors, scale_r
 from fp8train.kernels.launch import READY, SIZE_LIMIT, first_launch, overlaps, properties
 
 ARGUMENTS = ("a", "b", "out", "a_scale", "b_scale", "bias")  # the tensors of a launch
+POINTERS = ("a_ptr", "b_ptr", "c_ptr", "a_scale_ptr", "b_scale_ptr", "bias_ptr")  # what the kernels call them
 BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -105,15 +106,13 @@ class Gemm:
         if "WARP_SPECIALIZE" in constants:
             kernel, grid = self.tma_kernel, min(grid, multiprocessors(a.device))
             constants["TMA_STORE"] = out.dtype is torch.bfloat16 and tma_reads(out)
-        arguments = {
-            "a_ptr": a, "b_ptr": b, "c_ptr": out, "a_scale_ptr": a_scale, "b_scale_ptr": b_scale, "bias_ptr": bias,
+        arguments = dict(zip(POINTERS, operands, strict=True)) | {
             "M": M, "N": N, "K": K, "stride_am": a.stride(0), "stride_bn": b.stride(0), "stride_cm": out.stride(0),
             "stride_sam": a_scale.stride(0), "stride_sak": a_scale.stride(1), "stride_sbn": b_scale.stride(0),
             "stride_sbk": b_scale.stride(1), "BIAS": bias is not None, "ACCUMULATE": accumulate,
             **TILE_ORDER, **constants,
         }  # fmt: skip
-        named = {f"{name}_ptr".replace("out", "c"): number for number, name in enumerate(ARGUMENTS)}
-        tensors = {name: number for name, number in named.items() if name in kernel.arg_names}
+        tensors = {name: number for number, name in enumerate(POINTERS) if name in kernel.arg_names}
         options = {name: value for name, value in entry.items() if name.islower()}
         first_launch(key, kernel, (grid,), arguments, tensors, a.device, enable_fp_fusion=True, **options)
 
