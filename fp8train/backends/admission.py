@@ -31,10 +31,12 @@ from fp8train.backends.admission_checks import (
     STANDBY,
     STREAM,
     TRANSPOSES,
+    asked_of,
 )
 from fp8train.backends.check_process import NO_GPU, SECONDS, WRONG, Kernel, check_here, check_in_child, says_no_gpu
 from fp8train.backends.toolchain import fingerprint
 from fp8train.backends.user_cache import cache_folder
+from fp8train.quant.formats import LinearPrecision
 from fp8train.whole_file import write_whole
 
 LOG = logging.getLogger("fp8train")
@@ -46,6 +48,11 @@ class Admission:
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple[str, str, int], str | None] = {}
+        self._precisions: dict[LinearPrecision, None] = {}
+
+    def expect(self, precisions: Iterable[LinearPrecision]) -> None:
+        """Take what linears of these precisions will use into the checks that are made first."""
+        self._precisions |= dict.fromkeys(precisions)
 
     @property
     def refused(self) -> list[str]:
@@ -65,7 +72,8 @@ class Admission:
                 return False  # a graph that is being captured must not wait for a check; the plain way serves it
             alone = (operation, entry) in ROTATIONS  # a run in BF16 needs no other
             settled = [(op, name) for op, name, of in self._verdicts if of == index]
-            for (op, name), reason in verdicts(index, [(operation, entry)], settled, alone=alone).items():
+            found = verdicts(index, [(operation, entry)], settled, self._precisions, alone=alone)
+            for (op, name), reason in found.items():
                 self._verdicts.setdefault((op, name, index), reason)
         return self._verdicts[operation, entry, index] is None
 
@@ -74,6 +82,7 @@ def verdicts(
     index: int,
     wanted: Iterable[Kernel] = (),
     settled: Collection[Kernel] = (),
+    precisions: Collection[LinearPrecision] = (),
     *,
     alone: bool = False,
     again: bool = False,
@@ -85,6 +94,7 @@ def verdicts(
         index: of the GPU.
         wanted: kernels to answer for besides those of the launch table and the quantisers.
         settled: kernels that this process has an answer for, also where that is not kept.
+        precisions: of linears; also in what other forms these ask for them, the kernels that are used are checked.
         alone: only for these, and for what the cache has.
         again: forget what the cache has against kernels.
         seconds: for one check.
@@ -94,7 +104,9 @@ def verdicts(
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine check once
         known = {name: reason for name, reason in _kept(path).items() if reason is None or not again}
         found: dict[Kernel, str | None] = {_kernel(name): reason for name, reason in known.items()}
-        asked = dict.fromkeys([*wanted, *([] if alone else _used(index))])
+        used = [] if alone else _used(index)
+        forms = [(op, form) for op, name in used for each in precisions for form in asked_of(op, name, each)]
+        asked = dict.fromkeys([*wanted, *used, *forms])
         missing = [kernel for kernel in asked if kernel not in found and kernel not in settled]
         made: dict[Kernel, tuple[str | None, bool]] = {}
         with ThreadPoolExecutor(AT_ONCE) as pool:

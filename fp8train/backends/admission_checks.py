@@ -10,11 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fp8train.backends.code_checks import MATRICES, PLAIN, check_codes, dtype_text, uneven_matrix
+from fp8train.backends.code_checks import (
+    MATRICES,
+    PLAIN,
+    check_codes,
+    dtype_text,
+    forms_of,
+    uneven_matrix,
+    variant_in_form,
+)
 from fp8train.backends.kernel_codes import DTYPES, kernel
 from fp8train.backends.producer_checks import EPS, norm_input, rstd_is_off, wrong_norm_gradient
 from fp8train.backends.producers import rotated
-from fp8train.backends.product_checks import check_entry
+from fp8train.backends.product_checks import check_entry, entry_for, pairs_of
+from fp8train.quant.formats import LinearPrecision
 
 KERNEL_GEMMS = ("gemm", "gemm_wgrad")
 # (operation, variant) of the quantisers that every model may use; each has a plain way that takes its place where it is
@@ -46,6 +55,15 @@ HEADS = ((2, 32, 128, 128), (1, 8, 129, 128), (2, 16, 33, 64), (3, 5, 77, 80), (
 def variants(operation: str, name: str) -> tuple[str, ...]:
     """A variant of a quantiser, and the one that stands by."""
     return (name, name + PLAIN) if (operation, name + PLAIN) in STANDBY else (name,)
+
+
+def asked_of(operation: str, entry: str, precision: LinearPrecision) -> list[str]:
+    """What `check` takes for the entry where linears of a precision use it."""
+    if operation in KERNEL_GEMMS:
+        return [entry_for(entry, *pair) for pair in pairs_of(operation, precision)]
+    if (operation, entry) not in QUANTISERS:
+        return []
+    return [variant_in_form(operation, entry, form) for form in forms_of(operation, entry, precision)]
 
 
 def check(operation: str, entry: str, device: torch.device) -> str | None:

@@ -2,7 +2,7 @@
 
 A compiler makes other code for other formats and scales, and where a copy is not wanted. Those of USUAL are checked
 together, as a variant of a kernel; any other form has its specifications behind the variant's name, and a verdict of
-its own, asked for when it is first wanted.
+its own. Those that a recipe will ask for (`forms_of`) are checked beside the usual ones, others when they are wanted.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fp8train.backends.kernel_codes import DTYPES, as_copies, both_formats, format_of
+from fp8train.backends.kernel_codes import DTYPES, ROW, SQUARE, as_copies, both_formats, format_of
 from fp8train.backends.producer_checks import EPS, PRODUCERS, check_producer
 from fp8train.backends.producers import row_rstd
-from fp8train.quant.formats import QuantSpec
+from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import quantize
 
@@ -46,6 +46,31 @@ def variant_in_form(operation: str, variant: str, form: Form) -> str:
 
 def _usual(operation: str, variant: str) -> tuple[Form, ...]:
     return USUAL[f"{operation} {variant.removesuffix(PLAIN)}" if operation == "quantize" else operation]
+
+
+def forms_of(operation: str, variant: str, precision: LinearPrecision) -> list[Form]:
+    """Forms that training and evaluating linears of a precision ask a quantiser for, where nothing is frozen."""
+    x, x_t, dy, dy_t = precision.fprop.left, precision.wgrad.right, precision.dgrad.left, precision.wgrad.left
+    kept = x_t if precision.wgrad_source == "dual" else None
+    forms: dict[str, list[Form]] = {
+        "rows": [(x,), (dy,)],
+        "columns": [(x_t,), (dy_t,)],
+        "dual": [pair for pair in ((x, kept), (dy, dy_t)) if None not in pair],
+        "quantize_weight": [(precision.fprop.right,), (precision.dgrad.right,)],
+        "rmsnorm_quantize": [] if x_t is None else [(x, kept), (x, None)],
+        "swiglu_quantize": [] if x_t is None else [(x, kept), (x, None)],
+        "swiglu_backward_quantize": [] if dy_t is None else [(dy, dy_t, kept)],
+    }
+    block = SQUARE if operation == "quantize_weight" else ROW
+    return [form for form in forms[variant if operation == "quantize" else operation] if _served(form, block)]
+
+
+def _served(form: Form, block: tuple[int, int]) -> bool:
+    """Whether a kernel for such blocks makes these copies: two of one matrix are of one format."""
+    first, *second = [None if spec is None else spec.format for spec in form[:2]]
+    return (
+        first is not None and {*second} <= {first, None} and all(spec is None or spec.block == block for spec in form)
+    )
 
 
 def check_codes(

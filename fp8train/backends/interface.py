@@ -8,6 +8,7 @@ backend whose kernels quantise what they compute says so with `fuses`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,10 @@ class Backend(ABC):
 
     def unsupported(self, precision: LinearPrecision) -> str | None:
         """Why it cannot serve a precision, or None."""
+        return None
+
+    def expect(self, precisions: Iterable[LinearPrecision]) -> None:
+        """Be told what a model will ask for: what must be checked before it may run is checked together."""
         return None
 
     @abstractmethod

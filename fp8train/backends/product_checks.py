@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fp8train.backends.device_gemm import fp32_product, sum_of_blocks
-from fp8train.quant.formats import FORMATS, QuantSpec
+from fp8train.backends.kernel_codes import ROW, SQUARE
+from fp8train.quant.formats import FORMATS, LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 from fp8train.quant.reference import finish, quantize
 
@@ -34,6 +35,13 @@ def entry_for(entry: str, left: QuantSpec, right: QuantSpec) -> str:
     """What the verdict on an entry is kept under: with the formats of its operands where they are not USUAL."""
     formats = left.format.name, right.format.name
     return entry if formats == USUAL else f"{entry} {' x '.join(formats)}"
+
+
+def pairs_of(operation: str, precision: LinearPrecision) -> list[tuple[QuantSpec, QuantSpec]]:
+    """Operands that linears of a precision have multiplied by gemm or by gemm_wgrad."""
+    blocks = ROW, SQUARE if operation == "gemm" else ROW
+    pairs = [(gemm.left, gemm.right) for gemm in precision.gemms.values()]
+    return [(a, b) for a, b in pairs if a is not None and b is not None and (a.block, b.block) == blocks]
 
 
 def check_entry(operation: str, entry: str, device: torch.device) -> str | None:

@@ -93,6 +93,10 @@ class TritonBackend(Backend):
         """See Backend."""
         return not_served(precision, BLOCKWISE_PAIRS | WHOLE_PAIRS)
 
+    def expect(self, precisions: Iterable[LinearPrecision]) -> None:
+        """See Backend."""
+        self._admission.expect(precisions)
+
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""
         if spec.block == SQUARE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -40,6 +41,10 @@ class VendorBackend(Backend):
     def unsupported(self, precision: LinearPrecision) -> str | None:
         """See Backend; blockwise only, but for one that says otherwise."""
         return not_served(precision, BLOCKWISE_PAIRS, mixed=False)
+
+    def expect(self, precisions: Iterable[LinearPrecision]) -> None:
+        """See Backend."""
+        self.quantisers.expect(precisions)
 
     def quantize(self, x: Tensor, spec: QuantSpec, transpose: bool) -> QTensor:
         """See Backend."""

@@ -28,6 +28,8 @@ from fp8train.backends.admission_checks import (  # noqa: E402
 )
 from fp8train.backends.kernel_codes import kernel  # noqa: E402
 from fp8train.backends.user_cache import cache_folder  # noqa: E402
+from fp8train.quant.formats import BF16, BLOCKWISE  # noqa: E402
+from tests.nn.precisions import PRECISIONS  # noqa: E402
 from tests.source_tree import ROOT  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -281,6 +283,19 @@ def test_the_command_checks_entries_too_that_no_table_has(
         assert admission.main(arguments) == status
         assert f"gemm ws_128x128_s4: {said}" in capsys.readouterr().out.splitlines()
     assert json.loads(path.read_text()) == {"gemm ws_128x128_s4": None}
+
+
+def test_forms_of_a_recipe_are_checked_with_the_usual_ones(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [("gemm", "a"), ("gemm_wgrad", "a"), ("quantize", "dual"), ("quantize_weight", "one_read"), *STREAM]
+    monkeypatch.setattr(admission, "_used", lambda index: used)
+    monkeypatch.setattr(subprocess, "run", run := child(0, "correct"))
+    verdicts = Admission()
+    verdicts.expect([BF16, BLOCKWISE, PRECISIONS["gradients-in-e5m2"]])
+    assert verdicts.admits("quantize", "dual", torch.device("cuda", 0))
+    e5m2 = "e5m2 1x128 pow2"
+    wanted = {*used, ("gemm", "a e5m2 x e4m3"), ("gemm_wgrad", "a e5m2 x e4m3"), ("quantize", f"dual {e5m2}, {e5m2}")}
+    assert {tuple(call[:2]) for call in run.calls} == wanted and len(run.calls) == len(wanted)  # type: ignore[attr-defined]
+    assert all(verdicts.admits(*kernel, torch.device("cuda", 0)) for kernel in wanted) and len(run.calls) == len(wanted)  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -18,22 +18,24 @@ from fp8train.backends.admission_checks import (  # noqa: E402
     STANDBY,
     STREAM,
     SUMS,
+    asked_of,
     check,
     check_norm_gradients,
     check_rotation,
     check_sums,
 )
-from fp8train.backends.code_checks import MATRICES, check_codes, variant_in_form  # noqa: E402
+from fp8train.backends.code_checks import MATRICES, PLAIN, check_codes, variant_in_form  # noqa: E402
 from fp8train.backends.kernel_codes import kernel  # noqa: E402
 from fp8train.backends.product_checks import check_crowd, check_product, entry_for  # noqa: E402
 from fp8train.backends.selection import get_backend  # noqa: E402
 from fp8train.backends.triton import TritonBackend  # noqa: E402
 from fp8train.convert import convert_model  # noqa: E402
-from fp8train.quant.formats import QuantSpec  # noqa: E402
+from fp8train.quant.formats import LinearPrecision, QuantSpec  # noqa: E402
 from fp8train.recipe import available_recipes, load_recipe  # noqa: E402
 from tests.hardware import devices  # noqa: E402
 from tests.kernels.products import DEVICE  # noqa: E402
 from tests.nn.precisions import tiny_model  # noqa: E402
+from tests.recipe_documents import FP8, REST, document  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ((1, 128, 128), (130, 140, 272))
@@ -222,10 +224,20 @@ def blockwise(recipe: str) -> bool:
     return any(left is not None and left.block == POW2.block for left in lefts)
 
 
-@pytest.mark.parametrize("recipe", [*filter(blockwise, available_recipes())])
-def test_what_the_recipes_ask_for_is_checked_together(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ALL_E5M2 = {name: {key: text.replace("e4m3", "e5m2") for key, text in gemm.items()} for name, gemm in FP8.items()}
+MIXED = {**FP8, "wgrad": {"dy": "e5m2 1x128", "x": "e4m3 1x128 fp32"}}
+OTHER_RECIPES = {
+    name: {**document({"match": "*layers.*", "use": "fp8"}, REST), "precisions": {"fp8": precision}}
+    for name, precision in {"e5m2": ALL_E5M2, "mixed": MIXED}.items()
+}
+RECIPES = {**{name: name for name in available_recipes() if blockwise(name)}, **OTHER_RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_recipes_ask_for_is_checked_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step in training and one in evaluation: no form is asked for that would be checked by itself, and later."""
-    asked: set[tuple[str, str]] = set()
+    recipe, asked, expected = RECIPES[name], set[tuple[str, str]](), list[LinearPrecision]()
+    monkeypatch.setattr(Admission, "expect", lambda self, precisions: expected.extend(precisions))
     monkeypatch.setattr(Admission, "admits", lambda self, *kernel: asked.add(kernel[:2]))  # refused: torch computes
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self, device_type: None)
     for kept in ("_served", "_entries"):
@@ -238,10 +250,12 @@ def test_what_the_recipes_ask_for_is_checked_together(recipe: str, monkeypatch: 
     model(tokens, targets=tokens).backward()
     with torch.no_grad():
         model(tokens)
-    gemms = {f"{operation} {entry}" for operation in ("gemm", "gemm_wgrad") for entry in kernel(operation).PLAIN}
-    together = {" ".join(each) for each in (*QUANTISERS, *STANDBY, *STREAM, *ROTATIONS)} | gemms
-    assert {f"{operation} {variant}" for operation, variant in asked} <= together
-    assert ("swiglu_backward_quantize", "bf16") in asked or recipe == "wgrad_bf16"
+    gemms = [(operation, entry) for operation in ("gemm", "gemm_wgrad") for entry in kernel(operation).PLAIN]
+    usual = {*QUANTISERS, *STREAM, *ROTATIONS, *gemms}
+    forms = {(op, form) for op, variant in usual for each in expected for form in asked_of(op, variant, each)}
+    assert (forms <= usual) == (name not in OTHER_RECIPES)
+    assert {(operation, variant.replace(PLAIN, "")) for operation, variant in asked} <= usual | forms
+    assert "swiglu_backward_quantize" in dict(asked) or name in ("wgrad_bf16", "mixed")
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp32"])
