@@ -20,6 +20,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -109,15 +110,20 @@ def verdicts(
         asked = dict.fromkeys([*wanted, *used, *forms])
         missing = [kernel for kernel in asked if kernel not in found and kernel not in settled]
         made: dict[Kernel, tuple[str | None, bool]] = {}
+        writing = Lock()
+
+        def settle(kernel: Kernel) -> None:
+            reason, final = made[kernel] = check_in_child(kernel, index, seconds)
+            if final:  # kept at once: whoever ends this process has not made the others for nothing
+                with writing:
+                    known[" ".join(kernel)] = reason
+                    write_whole(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            first = sorted(missing, key=_must_end)
-            checks = {pool.submit(check_in_child, kernel, index, seconds): kernel for kernel in first}
+            checks = [pool.submit(settle, kernel) for kernel in sorted(missing, key=_must_end)]
             try:
                 for check in as_completed(checks):
-                    reason, final = made[checks[check]] = check.result()
-                    if final:  # kept at once: whoever ends this process has not made the others for nothing
-                        known[" ".join(checks[check])] = reason
-                        write_whole(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+                    check.result()
             finally:
                 for check in checks:
                     check.cancel()
