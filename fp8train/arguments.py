@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 import os.path
 import re
 import sys
@@ -81,10 +82,21 @@ def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
     return structure(arguments, _literal(parse_assignments(argv, arguments)), who="arguments")
 
 
-def take_arguments(argv: Sequence[str], arguments: type[T]) -> tuple[T, list[str]]:
-    """(those of a dataclass, as parse_arguments reads them, the rest); for commands that take the keys of a run too."""
-    own = [argument for argument in argv if argument.partition("=")[0] in _field_names(arguments)]
-    return parse_arguments(own, arguments), [argument for argument in argv if argument not in own]
+def take_arguments(argv: Sequence[str], arguments: type[T], others: type | None = None) -> tuple[T, list[str]]:
+    """(those of a dataclass, as parse_arguments reads them, the rest); for commands that take the keys of a run too.
+
+    others: dataclass of the rest; an unknown key that is nearest to one of `arguments` is taken for that, misspelt.
+    """
+    names = _field_names(arguments)
+    known = [*names, *(_field_names(others) if others else ())]
+
+    def is_own(argument: str) -> bool:
+        key, equals, _ = argument.partition("=")
+        if others and equals and key not in known and "." not in key:
+            key = next(iter(difflib.get_close_matches(key, known, n=1)), key)
+        return key in names
+
+    return parse_arguments([*filter(is_own, argv)], arguments), [*itertools.filterfalse(is_own, argv)]
 
 
 def with_key(argv: Sequence[str], key: str) -> list[str]:

@@ -72,7 +72,7 @@ def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunCon
     Raises:
         UserError: an argument, recipe, checkpoint or text does not serve.
     """
-    arguments, rest = take_arguments(argv, kind)
+    arguments, rest = take_arguments(argv, kind, RunConfig)
     checkpoint = None if arguments.checkpoint is None else open_checkpoint(arguments.checkpoint)
     config = load_config(rest, command) if checkpoint is None else evaluation_config(checkpoint, rest, command)
     named = checkpoint is None or any(argument.startswith("recipe=") for argument in rest)

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(f"{describe(EvalArguments)}\n{help_on_run(argv)}")
         return 0
-    arguments, changes = take_arguments(argv, EvalArguments)
+    arguments, changes = take_arguments(argv, EvalArguments, RunConfig)
     checkpoint = open_checkpoint(arguments.checkpoint)
     config = evaluation_config(checkpoint, changes, "eval")
     with init(config.parallel.timeout_seconds) as world:

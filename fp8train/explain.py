@@ -19,7 +19,7 @@ from torch import nn
 from fp8train.arguments import describe, take_arguments
 from fp8train.backends.coverage import GEMMS
 from fp8train.backends.selection import PLANNED
-from fp8train.config import load_config
+from fp8train.config import RunConfig, load_config
 from fp8train.conversion_report import ConversionReport, ProducerRow, RopeRow, align, index_ranges
 from fp8train.convert import convert_model
 from fp8train.distributed.sharding import gathered_layers
@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(f"{USAGE}{describe(ExplainArguments)}\n{KEYS_OF_A_RUN}")
         return 0
-    arguments, rest = take_arguments([argument for argument in argv if argument not in FLAGS], ExplainArguments)
+    given = [argument for argument in argv if argument not in FLAGS]
+    arguments, rest = take_arguments(given, ExplainArguments, RunConfig)
     clash = next((argument for argument in rest if argument.startswith("model")), None)
     if arguments.hf is not None and clash is not None:
         raise ConfigError(f"explain: {clash!r} and hf={arguments.hf} both name a model; needs one. Drop one of them.")

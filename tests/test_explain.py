@@ -166,7 +166,8 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param(["hf=a", "model=quickstart"], "both name a model", id="folder and preset"),
         pytest.param(["--al"], "--al", id="flag"),
         pytest.param(["device=tpu"], "needs one of auto, cpu, cuda, sm_90", id="device"),
-        pytest.param(["rank=2"], "unknown key 'rank'", id="key of its own"),
+        pytest.param(["rank=2"], "unknown key 'rank'; nearest: ranks", id="key of its own"),
+        pytest.param(["rankz.x=2"], "explain: unknown key 'rankz", id="below a key of its own"),
     ],
 )
 def test_bad_arguments_exit_with_2_and_one_line(

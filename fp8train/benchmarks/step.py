@@ -49,7 +49,7 @@ def run(argv: Sequence[str], world: World) -> int:
     Raises:
         ConfigError: the recipe is the baseline itself.
     """
-    arguments, rest = take_arguments(argv, StepArguments)
+    arguments, rest = take_arguments(argv, StepArguments, RunConfig)
     config = load_config(rest, "bench")
     if config.recipe == BASELINE:
         raise ConfigError("bench: recipe is bf16, which is the baseline itself; needs another. Try recipe=blockwise.")

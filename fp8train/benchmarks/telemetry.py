@@ -22,7 +22,7 @@ def run(argv: Sequence[str], world: World) -> int:
     Raises:
         ConfigError: telemetry.every is null.
     """
-    arguments, rest = take_arguments(argv, BenchArguments)
+    arguments, rest = take_arguments(argv, BenchArguments, RunConfig)
     config = load_config(rest, "bench")
     if config.telemetry.every is None:
         raise ConfigError("bench: telemetry.every is null; needs a number of steps. Leave it out for the default.")
