@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from fp8train.distributed import check_single
 from fp8train.errors import exit_code
 from fp8train.trainer.changed_run import help_on_run
 from fp8train.trainer.run_folder import write_file
+from fp8train.units import finite
 
 LEGEND = """\
 loss: nats, with fprop alone in FP8: change of the mean, rms change of a token's; dB: SQNR; 1-cos: of all gradients
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             "windows": arguments.windows,
             "tokens": calibration.tokens,
             "metric": arguments.metric,
-            "linears": [asdict(linear) | {"score": _finite(score)} for linear, score in order],
+            "linears": [asdict(linear) | {"score": finite(score)} for linear, score in order],
         }
         write_file(arguments.out, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return 0
@@ -82,10 +82,6 @@ def table(order: Sequence[tuple[LinearSensitivity, float]], metric: str) -> str:
             ]
         )
     return f"{align(lines, right=head[1:])}\nby {metric}; {LEGEND}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _text(value: float | None, form: str = ".3g") -> str:

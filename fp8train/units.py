@@ -1,9 +1,10 @@
-"""Numbers as text, with units, in plain ASCII."""
+"""Numbers as text, with units, in plain ASCII; and which are numbers at all."""
 
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from numbers import Real
+from typing import Any, TypeGuard
 
 NOTHING = "-"
 FLOP_UNITS = (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP")
@@ -66,6 +67,11 @@ def seconds_text(seconds: float | None) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def finite(value: Any) -> float | None:
+    """The number as a float; None where there is none or it is not finite."""
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _present(value: float | None) -> TypeGuard[float]:

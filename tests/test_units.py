@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from fp8train.units import (
     bytes_text,
     count_text,
+    finite,
     flops_text,
     percent_text,
     ratio_text,
@@ -50,3 +52,9 @@ def test_difference_has_a_sign_unless_it_is_zero(value: float, wanted: str) -> N
 def test_absent_number_is_a_dash(value: float | None) -> None:
     for text in (signed_text, percent_text, ratio_text, count_text, bytes_text, seconds_text):
         assert text(value) == "-"
+
+
+@pytest.mark.parametrize("nothing", [None, "1", math.nan, -math.inf, np.float32("nan"), [1.0]], ids=repr)
+def test_what_is_no_finite_number_is_none(nothing: object) -> None:
+    assert finite(nothing) is None
+    assert [finite(number) for number in (3, np.int64(-2), np.float32(0.5))] == [3.0, -2.0, 0.5]

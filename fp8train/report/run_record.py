@@ -18,6 +18,7 @@ from fp8train.backends import get_backend
 from fp8train.config import config_from_dict
 from fp8train.config_sections import LogConfig
 from fp8train.errors import BackendError, ConfigError, DataError
+from fp8train.units import finite
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "process_step")
 # configuration and environment of a run's first steps, where it went on with another
@@ -240,11 +241,6 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
         raise DataError(f"{path}: has no training step; needs at least one row with a loss. Let the run train first.")
     tables = {"train": _table(train, TRAIN_KEYS), "evals": _table(evals, (*EVAL_KEYS, *sources))}
     return MetricsFile(**tables, telemetry=[telemetry[step] for step in sorted(telemetry)], damaged=damaged)
-
-
-def finite(value: Any) -> float | None:
-    """The number as a float; None where there is none or it is not finite."""
-    return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
 
 
 def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fp8train.report.run_record import OF_SOURCE, Table, finite
+from fp8train.report.run_record import OF_SOURCE, Table
 from fp8train.spikes import count_spikes
+from fp8train.units import finite
 
 SMOOTHING = 0.9  # DeepSeek-V3 (arXiv:2412.19437) shows its losses smoothed like that; its 0.25 % refers to those
 EARLY_FRACTION = 0.05

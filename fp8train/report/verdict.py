@@ -24,10 +24,11 @@ from fp8train.report.conclusion import (
 from fp8train.report.divergence import finished, judged
 from fp8train.report.learning import learning
 from fp8train.report.looks import looks_made
-from fp8train.report.run_record import Arms, RunRecord, finite
+from fp8train.report.run_record import Arms, RunRecord
 from fp8train.report.sentence import caveats, common_status, headline, numbers
 from fp8train.report.statistics import ALPHA
 from fp8train.report.trajectory import SMOOTHING, ema, heldout_gap
+from fp8train.units import finite
 
 BASELINES = ("bf16", "fp32")
 

@@ -32,6 +32,7 @@ from fp8train.spikes import spike_limit
 from fp8train.trainer.assembly import Assembly
 from fp8train.trainer.step import StepResult
 from fp8train.trainer.watcher import Watcher
+from fp8train.units import finite
 
 FOLDER = "blackbox"
 DUMP_FILE = "dump.json"
@@ -170,8 +171,8 @@ class BlackBox(Watcher):
         dump = Dump(
             step=step,
             kind=kind,
-            loss=_finite(result.loss),
-            grad_norm=_finite(result.grad_norm),
+            loss=finite(result.loss),
+            grad_norm=finite(result.grad_norm),
             limit=limit,
             history=self._history,
             world_size=self._world.world_size,
@@ -241,10 +242,10 @@ class BlackBox(Watcher):
 
 def tensor_statistics(x: Tensor) -> dict[str, Any]:
     """amax and rms of the finite elements, and how many are not finite."""
-    finite = torch.where(x.isfinite(), x, torch.zeros_like(x)).float()
-    amax = float(finite.abs().max()) if x.numel() else 0.0
-    rms = float(finite.square().mean().sqrt()) if x.numel() else 0.0
-    return {"amax": _finite(amax), "rms": _finite(rms), "nonfinite": int((~x.isfinite()).sum())}
+    usable = torch.where(x.isfinite(), x, torch.zeros_like(x)).float()
+    amax = float(usable.abs().max()) if x.numel() else 0.0
+    rms = float(usable.square().mean().sqrt()) if x.numel() else 0.0
+    return {"amax": finite(amax), "rms": finite(rms), "nonfinite": int((~x.isfinite()).sum())}
 
 
 def token_statistics(batch: Batch) -> dict[str, Any]:
@@ -291,7 +292,3 @@ def _read_rank(path: Path, rank: int) -> RankDump:
         for number, ids in enumerate(content["sample_ids"])
     ]
     return RankDump(batches=batches, random_state=content["random_state"])
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -9,6 +9,7 @@ from fp8train.errors import DivergedError
 from fp8train.optim import OptimConfig
 from fp8train.trainer.progress import Progress
 from fp8train.trainer.step import StepResult
+from fp8train.units import finite
 
 SHARE_WINDOW = 100  # steps that optim.max_nonfinite_share is of
 TOLD = (3, 10, 20, 30, 40)  # skipped steps among them at which the console says so
@@ -17,7 +18,7 @@ TOLD = (3, 10, 20, 30, 40)  # skipped steps among them at which the console says
 def count_step(progress: Progress, result: StepResult, warn: Callable[[str], None]) -> None:
     """Take a step into the counts of skipped ones; `warn` takes a line as they become many."""
     step = progress.step
-    progress.loss = result.loss if math.isfinite(result.loss) else None
+    progress.loss = finite(result.loss)
     progress.nonfinite_in_a_row = 0 if result.updated else progress.nonfinite_in_a_row + 1
     progress.recent_skips = [one for one in progress.recent_skips if one > step - SHARE_WINDOW]
     if len(progress.recent_skips) < progress.told_skips / 2:
