@@ -20,6 +20,11 @@ from tests.tiny_run import tiny_config, tiny_train
 KEPT = Path(__file__).with_name("losses.json")
 STEPS = 24
 PERTURBED_RUNS = 8
+# A run on another machine differs from the kept one as the perturbed ones do. Of normal differences of that size one in
+# 5e8 is larger than six root mean squares.
+SPREADS = 6
+# The logged loss is an FP32 sum over 512 tokens: roundings of 2^-24 that add up as the root of their number.
+ROUNDING = 512**0.5 * 2**-24
 
 
 def golden_losses(folder: Path, recipe: str, run: str = "run") -> Tensor:
@@ -35,6 +40,13 @@ def spread(folder: Path, recipe: str, golden: Tensor) -> Tensor:
         PerturbedTrainer(tiny_config(folder, *_settings(recipe), run=f"perturbed{seed}"), seed).run()
         apart.append(losses(folder / f"perturbed{seed}") - golden)
     return torch.stack(apart).square().mean(0).sqrt().cummax(0).values
+
+
+def in_spreads(losses: Tensor, recipe: str, wanted: Tensor | None = None) -> Tensor:
+    """Distance from `wanted`, or else the kept losses of a recipe, in root mean squares of its perturbed runs."""
+    content = json.loads(KEPT.read_text(encoding="utf-8"))[recipe]
+    kept, spread = (torch.tensor(content[name], dtype=torch.float64) for name in ("losses", "spread"))
+    return (losses - (kept if wanted is None else wanted)).abs() / torch.maximum(spread, ROUNDING * kept)
 
 
 def _settings(recipe: str) -> tuple[str, ...]:

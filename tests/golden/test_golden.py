@@ -9,20 +9,9 @@ import pytest
 import torch
 
 from fp8train.recipe import available_recipes
-from tests.golden.runs import KEPT, STEPS, golden_losses
+from tests.golden.runs import KEPT, SPREADS, STEPS, golden_losses, in_spreads
 
-# A run on another machine differs from the kept one as the perturbed ones do. Of normal differences of that size one in
-# 5e8 is larger than six root mean squares.
-SPREADS = 6
-# The logged loss is an FP32 sum over 512 tokens: roundings of 2^-24 that add up as the root of their number.
-ROUNDING = 512**0.5 * 2**-24
 GOLDEN = json.loads(KEPT.read_text(encoding="utf-8"))
-
-
-def in_spreads(losses: torch.Tensor, recipe: str) -> torch.Tensor:
-    """Distance from the kept losses of a recipe, in root mean squares of the perturbed runs."""
-    kept, spread = (torch.tensor(GOLDEN[recipe][name], dtype=torch.float64) for name in ("losses", "spread"))
-    return (losses - kept).abs() / torch.maximum(spread, ROUNDING * kept)
 
 
 def test_every_recipe_has_kept_losses():
