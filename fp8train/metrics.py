@@ -11,12 +11,12 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from fp8train.errors import CheckpointError, TrainingError
-from fp8train.whole_file import write_whole
+from fp8train.whole_file import whole_file
 
 Row = Mapping[str, Any]
 Warn = Callable[[str], None]
@@ -265,30 +265,36 @@ def to_json_line(row: Row) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a crash cut short is left out.
+    """All of metrics_lines' rows."""
+    return [row for _, row in metrics_lines(path)]
+
+
+def metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line of a metrics.jsonl with its row, one at a time: a long run has more of them than one wants in memory.
+
+    A last line that a crash cut short is left out.
 
     Raises:
         CheckpointError: another line is damaged; names its number.
     """
-    rows = []
-    try:
-        with path.open("rb") as lines:  # decoded line by line, so that an error is of its own line
-            for line in lines:
-                if line.endswith(b"\n"):
-                    row = json.loads(line.decode())
-                    if not isinstance(row, dict) or "step" not in row:
-                        raise ValueError(f"got {type(row).__name__} without a step")
-                    rows.append(row)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: line {len(rows) + 1} is damaged ({error}); needs one JSON object with its step. Delete the line."
-        ) from error
-    return rows
+    with path.open("rb") as lines:  # decoded line by line, so that an error is of its own line
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line.decode())
+                if not isinstance(row, dict) or "step" not in row:
+                    raise ValueError(f"got {type(row).__name__} without a step")
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path}: line {number} is damaged ({error}); needs one JSON object with its step. Delete the line."
+                ) from error
+            yield line, row
 
 
 def missing_rows(path: Path, step: int, every: int) -> tuple[int, int] | None:
     """First and last step of rows up to `step` that a metrics.jsonl lacks: a machine that goes down may lose some."""
-    last = max((row["step"] for row in read_metrics(path)), default=0) if path.is_file() else 0
+    last = max((row["step"] for _, row in metrics_lines(path)), default=0) if path.is_file() else 0
     wanted = step // every * every
     return (last + 1, wanted) if last < wanted else None
 
@@ -302,8 +308,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     try:
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        write_whole(path, "".join(to_json_line(row) for row in kept))
+        with whole_file(path) as kept:
+            kept.writelines(line for line, row in metrics_lines(path) if row["step"] <= step)
     except OSError as error:
         raise _not_written(path, error) from error
 

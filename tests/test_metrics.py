@@ -3,14 +3,25 @@ from __future__ import annotations
 import io
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from fp8train.errors import CheckpointError, TrainingError
-from fp8train.metrics import METRICS_FILE, Metrics, flat, peak_flops, read_metrics, to_json_line, truncate_metrics
+from fp8train.metrics import (
+    METRICS_FILE,
+    Metrics,
+    flat,
+    missing_rows,
+    peak_flops,
+    read_metrics,
+    to_json_line,
+    truncate_metrics,
+)
 from fp8train.trainer.console import Console, progress_line, rate_text
+from fp8train.trainer.run_folder import saved_evals
 from tests.full_disk import files_of_at_most
 
 
@@ -53,6 +64,17 @@ class TestJsonLines:
         path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
         truncate_metrics(path, 10)
         assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+    def test_resume_holds_one_row_at_a_time(self, tmp_path: Path):
+        path = tmp_path / METRICS_FILE
+        path.write_text("".join(to_json_line({"step": step, "x/y/z": [0.5] * 250}) for step in range(1, 2001)))
+        size = path.stat().st_size
+        tracemalloc.start()
+        truncate_metrics(path, 1500)
+        assert missing_rows(path, 1501, 1) == (1501, 1501) and saved_evals(tmp_path) == []
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < size / 4
 
 
 class TestMetricsFileThatFails:

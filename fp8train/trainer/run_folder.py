@@ -15,7 +15,7 @@ import yaml
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.metrics import METRICS_FILE, missing_rows, read_metrics
+from fp8train.metrics import METRICS_FILE, metrics_lines, missing_rows
 from fp8train.recipe import Recipe
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
@@ -137,7 +137,7 @@ def finished_result(path: Path, config: RunConfig) -> RunResult | None:
 def saved_evals(path: Path) -> list[dict[str, Any]]:
     """Evaluation rows of the metrics in a run folder."""
     file = path / METRICS_FILE
-    return [row for row in read_metrics(file) if "eval_loss" in row] if file.is_file() else []
+    return [row for _, row in metrics_lines(file) if "eval_loss" in row] if file.is_file() else []
 
 
 def lost_rows(path: Path, found: Checkpoint | None) -> list[str]:
