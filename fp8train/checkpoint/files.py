@@ -6,6 +6,7 @@ sizes and CRC-32 of all others, then the folder is renamed. A folder without a g
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -247,7 +248,11 @@ def _leaving(folder: Path) -> Path:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # NFS keeps a file that some process has open; the next save removes what is left
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                raise
     elif path.exists():
         path.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -105,6 +106,36 @@ with new_folder(Path({str(tmp_path)!r}) / "checkpoints" / "step_00000002", 2, 2)
     assert find_resume(tmp_path, "auto").step == 1
     save(tmp_path, 3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_checkpoint_that_somebody_reads_on_nfs_goes_with_a_later_save(tmp_path, monkeypatch):
+    def held(path):
+        """As the client of NFS has it: an open file gets another name in its folder, and keeps that until it closes."""
+        number = errno.EBUSY if (path / ".nfs1").exists() else errno.ENOTEMPTY
+        for file in path.iterdir():
+            file.unlink()
+        (path / ".nfs1").touch()
+        raise OSError(number, os.strerror(number), str(path))
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", held)
+        for step in (2, 3):
+            save(tmp_path, step, keep_last=1)
+            assert find_resume(tmp_path, "auto", recover=True).step == step
+            assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{step:08d}"]
+    save(tmp_path, 4, keep_last=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_checkpoint_that_may_not_be_removed_is_one_line(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(files.shutil, "rmtree", forbidden)
+    with pytest.raises(CheckpointError, match="cannot be removed: Permission denied; needs a writable run_dir.*whole"):
+        save(tmp_path, 2, keep_last=1)
 
 
 def test_safetensors_of_every_dtype_and_shape_are_read_back_by_the_library(tmp_path):
