@@ -36,8 +36,10 @@ def check_same(world: World, facts: Mapping[str, Any], remedy: str) -> None:
     )
 
 
-def on_every_rank(world: World, action: Callable[[], T]) -> T:
+def on_every_rank(world: World, action: Callable[[], T], *, patient: bool = False) -> T:
     """Run something on every rank and return its result there; an error of one rank is raised on all of them.
+
+    patient: one rank may take longer for it than another by more than parallel.timeout_seconds.
 
     Raises:
         UserError or TrainingError: that of the lowest rank that met one, which it names where that is not rank 0.
@@ -48,7 +50,7 @@ def on_every_rank(world: World, action: Callable[[], T]) -> T:
         result.append(action())
     except (UserError, TrainingError) as error:
         refusal = error
-    for rank, met in enumerate(world.all_gather_object(refusal)):
+    for rank, met in enumerate(world.all_gather_object(refusal, patient=patient)):
         if met is not None:
             raise met if rank == 0 else type(met)(f"on rank {rank}, not on rank 0: {met}")
     return result[0]

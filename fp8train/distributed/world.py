@@ -35,7 +35,7 @@ class World:
     not, because the other ranks may be waiting in a collective that this one left.
 
     rank, world_size: this process among all. local_rank: among those of its machine. device: where it trains.
-    patient: group in which the others wait for what rank 0 does with files, which may take longer than a collective.
+    patient: group in which ranks wait for what one does with files, which may take longer than a collective.
     """
 
     rank: int = 0
@@ -82,11 +82,11 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.patient if patient else None)
         return box[0]
 
-    def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank. Pickled: for small things."""
+    def all_gather_object(self, value: T, *, patient: bool = False) -> list[T]:
+        """Every rank's value, in rank order, on every rank. Pickled: for small things. patient: as broadcast_object."""
         every: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(every, value)
+            dist.all_gather_object(every, value, group=self.patient if patient else None)
         return every
 
     def close(self) -> None:

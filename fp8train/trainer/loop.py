@@ -16,7 +16,7 @@ from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import Batcher
 from fp8train.distributed import World
-from fp8train.distributed.agreement import on_main
+from fp8train.distributed.agreement import on_every_rank, on_main
 from fp8train.errors import DivergedError
 from fp8train.metrics import Metrics
 from fp8train.models import count_parameters
@@ -163,7 +163,8 @@ class Trainer:
         """Weights, moments, counters and position in the data as saved; says what it cost."""
         found.restore(self.model, self.optimizer, self.world.rank)
         self.progress = saved_progress(found.state)
-        return self.batcher.skip_to(found.step)
+        # a stream is read again up to there: hours, and not the same on every rank
+        return on_every_rank(self.world, lambda: self.batcher.skip_to(found.step), patient=True)
 
     def _roll_back(self, request: RollBack) -> None:
         """Go on from the checkpoint that an alarm goes back to, as if the steps since had not been."""

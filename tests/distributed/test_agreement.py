@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from fp8train.distributed import World
 from fp8train.distributed.agreement import check_same, on_every_rank, ranks_text
 from fp8train.errors import ConfigError, DataError
+from fp8train.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 
 
@@ -37,6 +42,30 @@ def test_every_rank_is_told_which_rank_has_what(tmp_path: Path):
         "rank. Start alike.",
         "on rank 1, not on rank 0: text.txt is missing",
     ]  # fmt: skip
+
+
+def resumed(world: World) -> list[str]:
+    """A stream that rank 1 reads to its position more slowly than a collective waits; and one that it cannot read."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+
+    def skip_to(step: int) -> str:
+        if world.rank == 1:
+            time.sleep(3)
+        if world.rank == 1 and step == 2:
+            raise DataError("the stream has ended")
+        return f"step {step}"
+
+    trainer = SimpleNamespace(world=world, model=None, optimizer=None, batcher=SimpleNamespace(skip_to=skip_to))
+    state = SimpleNamespace(progress={"coverage_of_all_ranks": True})
+    found = [SimpleNamespace(step=step, state=state, restore=lambda *arguments: None) for step in (1, 2)]
+    told = [Trainer._take_back(trainer, found[0])]
+    with pytest.raises(DataError) as refused:
+        Trainer._take_back(trainer, found[1])
+    return [*told, str(refused.value)]
+
+
+def test_ranks_wait_for_the_one_that_reads_on_slowly_and_end_with_its_error(tmp_path: Path):
+    assert run_ranks(resumed, 2, tmp_path) == [["step 1", "on rank 1, not on rank 0: the stream has ended"]] * 2
 
 
 @pytest.mark.parametrize(
