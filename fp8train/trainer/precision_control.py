@@ -33,7 +33,9 @@ class PrecisionControl:
         self.linears = named_linears(model)
         self._rules = {fqn: linear.precision for fqn, linear in self.linears.items()}
         self._recipe = recipe
-        self._steps = steps
+        # as the document has it: 0.55 of 100 steps are 55, of which the binary number is a little more
+        shares = [(Fraction(repr(part.at)), part.use) for part in recipe.schedule]
+        self._parts = [(math.ceil(share * steps) + 1, use) for share, use in shares]
         self.demoted: dict[str, str] = {}  # module path: when and why
         if recipe.schedule and not any(precision.quantized for precision in self._rules.values()):
             raise RecipeError(
@@ -48,10 +50,7 @@ class PrecisionControl:
 
     def _begun(self, step: int) -> list[tuple[int, str]]:
         """The schedule's precisions up to a step, each with its first step: that with at * steps steps behind it."""
-        # as the document has it: 0.55 of 100 steps are 55, of which the binary number is a little more
-        shares = [(Fraction(repr(part.at)), part.use) for part in self._recipe.schedule]
-        parts = [(math.ceil(share * self._steps) + 1, use) for share, use in shares]
-        return [part for part in parts if part[0] <= step]
+        return [part for part in self._parts if part[0] <= step]
 
     def precision(self, fqn: str, step: int) -> LinearPrecision:
         """What a linear computes with at a step. A rule's bf16 or fp32 stays, whatever the schedule says."""
