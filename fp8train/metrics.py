@@ -22,6 +22,9 @@ Row = Mapping[str, Any]
 Warn = Callable[[str], None]
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_END_SECONDS = (
+    120  # without a network wandb would wait for ever, and the job with it; `wandb sync` uploads the rest
+)
 WANDB_INIT_SECONDS = 15  # wandb's own default blocks for 90 s where there is a key but no network
 
 # Dense BF16 peaks in FLOP/s by a part of the device name, the longer name first; without sparsity.
@@ -124,7 +127,9 @@ class WandbSink:
             dir=str(run_dir),
             mode=mode,  # type: ignore[arg-type]
             config=dict(config),
-            settings=wandb.Settings(init_timeout=WANDB_INIT_SECONDS, silent=True, console="off"),
+            settings=wandb.Settings(
+                init_timeout=WANDB_INIT_SECONDS, finish_timeout=WANDB_END_SECONDS, silent=True, console="off"
+            ),
         )
 
     def write(self, row: Row) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -23,6 +24,7 @@ from fp8train.metrics import (
 from fp8train.trainer.console import Console, progress_line, rate_text
 from fp8train.trainer.run_folder import saved_evals
 from tests.full_disk import files_of_at_most
+from tests.source_tree import ROOT
 
 
 def open_metrics(folder: Path, warnings: list[str], **options) -> Metrics:
@@ -169,6 +171,16 @@ class TestWandb:
             open_metrics(tmp_path, [], wandb="offline", resumed_step=resumed).close()
         assert len(fake.ids) == 2 and fake.ids[0] == fake.ids[1]
 
+    def test_network_that_is_gone_does_not_hold_the_job_at_its_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        wandb, fake = pytest.importorskip("wandb", reason="needs the extra [wandb]"), FakeWandb()
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        open_metrics(tmp_path, [], wandb="online").close()
+        (settings,) = fake.settings
+        before_the_job_ends = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "launch" / "slurm.sbatch").read_text())
+        assert 0 < wandb.Settings(**vars(settings)).finish_timeout < int(before_the_job_ends[1])
+
 
 def test_tensorboard_forgets_the_steps_after_the_one_that_training_goes_on_from(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
@@ -271,10 +283,12 @@ class FakeWandb(ModuleType):
         self.refuses, self.breaks_at = refuses, breaks_at
         self.modes: list[str] = []
         self.ids: list[str] = []
+        self.settings: list[SimpleNamespace] = []
         self.rows: list[tuple[dict, int]] = []
 
-    def init(self, *, mode: str, id: str, **_options) -> SimpleNamespace:
+    def init(self, *, mode: str, id: str, settings: SimpleNamespace, **_options) -> SimpleNamespace:
         self.modes.append(mode)
+        self.settings.append(settings)
         self.ids.append(id)
         if mode in self.refuses:
             raise RuntimeError(f"no {mode}")
