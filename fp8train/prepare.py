@@ -30,7 +30,7 @@ from fp8train.data.shards import finished_shard, write_index, write_shard
 from fp8train.data.sources import Piece, plan_pieces, read_piece
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import DataError, exit_code
-from fp8train.whole_file import write_whole
+from fp8train.whole_file import remove_leftovers, write_whole
 
 Report = Callable[[str], None]
 DECIDING_KEYS = {
@@ -94,8 +94,7 @@ def prepare(config: PrepareConfig, report: Report = lambda line: None) -> dict[s
             if not sum(shard["documents"] for shard in shards):
                 raise DataError("data: its documents are all empty; needs text. Give other files.")
             index = write_index(folder, shards, tokenizer)
-            for leftover in folder.glob("*.tmp"):
-                leftover.unlink()
+            remove_leftovers(folder)
     except OSError as error:
         raise DataError(
             f"out: {folder} cannot be written ({error.strerror or error}). Free space or correct the path; "

@@ -37,3 +37,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote files as a whole: for whoever alone writes there.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for leftover in folder.glob(".*.[0-9]*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def test_half_written_files_are_written_again(source: Path, tmp_path: Path) -> N
     prepare(make_config(source, tmp_path / "out"))
     (tmp_path / "out" / "shard_00002.json").unlink()
     (tmp_path / "out" / "shard_00003.bin").write_bytes(b"half")
-    (tmp_path / "out" / "shard_00004.bin.1.tmp").write_bytes(b"half")
+    (tmp_path / "out" / ".shard_00004.bin.1.tmp").write_bytes(b"half")
     prepare(make_config(source, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

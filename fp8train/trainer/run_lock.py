@@ -17,6 +17,7 @@ from fp8train.distributed import World
 from fp8train.distributed.agreement import on_main
 from fp8train.errors import CheckpointError, UserError
 from fp8train.trainer.shared_folder import check_shared
+from fp8train.whole_file import remove_leftovers
 
 LOCK_FILE = ".lock"
 
@@ -37,6 +38,7 @@ def lock_run_folder(run_dir: str | Path) -> Iterator[Callable[[], None]]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path)
+        remove_leftovers(run_dir)
     except OSError as error:
         raise CheckpointError(
             f"run_dir: {run_dir} cannot be written to: {error.strerror or error}; needs a writable folder. "

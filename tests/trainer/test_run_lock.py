@@ -60,6 +60,23 @@ def test_folder_is_made_and_nothing_stays_behind(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
+def test_what_a_killed_run_was_writing_goes_and_all_else_stays(tmp_path):
+    writer = """
+import os, signal, sys
+from pathlib import Path
+from fp8train.whole_file import whole_file
+with whole_file(Path(sys.argv[1])) as file:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "metrics.jsonl").write_text("rows")
+    (tmp_path / ".notes.tmp").write_text("the user's")
+    done = subprocess.run([sys.executable, "-c", writer, str(tmp_path / "metrics.jsonl")], check=False)
+    assert done.returncode == -9 and len(list(tmp_path.iterdir())) == 3
+    with lock_run_folder(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", ".notes.tmp"}
+
+
 def test_error_inside_releases_the_folder(tmp_path):
     with pytest.raises(RuntimeError), lock_run_folder(tmp_path):
         raise RuntimeError
