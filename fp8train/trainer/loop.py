@@ -76,7 +76,7 @@ class Trainer:
         self.progress = Progress()
         self.metrics: Metrics | None = None
         self.evals: list[dict[str, Any]] = []
-        self.saved: Path | None = None  # the last checkpoint, where it has been written before the end
+        self.saved = Path()  # the last checkpoint
 
     def run(self, asked: Callable[[], str | None] | None = None) -> RunResult:
         """Train to the last step, or until a signal, the time limit or `asked`; a finished run is only reported.
@@ -266,9 +266,12 @@ class Trainer:
         """Steps until the last, or until some rank is asked to stop; returns why it stopped early."""
         config = self.config
         self.clock = SaveClock(config.checkpoint.minutes)
-        if self.assembly.recipe.alarm is not None and (self.progress.step == 0 or self.resume != "auto"):
+        begun = self.progress.step
+        if self.assembly.recipe.alarm is not None and (begun == 0 or self.resume != "auto"):
             self._save()  # an alarm before the next one goes back here
-        if config.eval.first and self.progress.step == 0 and not self.evals:
+        # a process may have been killed while it scored the text at this step, whose checkpoint was there
+        due = _due(begun, config.eval.every) and self.resume == "auto" if begun else config.eval.first
+        if due and begun < config.steps and not (self.evals and self.evals[-1]["step"] == begun):
             self._evaluate()
         while (progress := self.progress).step < config.steps:
             self.profile.before(progress.step + 1)
@@ -278,17 +281,16 @@ class Trainer:
                 self._roll_back(request)
                 continue
             self.profile.after(progress.step)
-            stopping = result.stop and progress.step < config.steps
-            if _due(progress.step, config.eval.every) and progress.step < config.steps:
-                if stopping:  # whoever asks to may not wait until held-out text is scored
-                    self.saved = self._save(by_clock=not _due(progress.step, config.checkpoint.every))
-                self._evaluate()
-            if stopping:
-                return next(reason for reason in self.world.all_gather_object(stop.reason) if reason is not None)
+            if progress.step == config.steps:
+                break
             by_steps = _due(progress.step, config.checkpoint.every)
             # not amid steps that are not finite: its weights may be why, and older checkpoints would go for it
-            if (by_steps or result.save) and not progress.nonfinite_in_a_row and progress.step < config.steps:
-                self._save(by_clock=not by_steps)
+            if result.stop or ((by_steps or result.save) and not progress.nonfinite_in_a_row):
+                self.saved = self._save(by_clock=not by_steps)
+            if _due(progress.step, config.eval.every):  # saved before: whoever asks to stop may not wait for the scores
+                self._evaluate()
+            if result.stop:
+                return next(reason for reason in self.world.all_gather_object(stop.reason) if reason is not None)
         return None
 
     def _step(self, stop: bool) -> StepResult:
@@ -349,16 +351,16 @@ class Trainer:
         self._write(row)
 
     def _finish(self, stopped_by: str | None, started: float) -> RunResult:
-        """Last evaluation and checkpoint, result.json, and the line that says how it ended."""
+        """Last checkpoint and evaluation, result.json, and the line that says how it ended."""
         self.profile.close()
-        if stopped_by is None and not (self.evals and self.evals[-1]["step"] == self.progress.step):
-            self._evaluate()
-        due = stopped_by is None or _due(self.progress.step, self.config.checkpoint.every)
-        saved = self.saved or self._save(by_clock=not due)
+        if stopped_by is None:
+            self.saved = self._save()
+            if not (self.evals and self.evals[-1]["step"] == self.progress.step):
+                self._evaluate()
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))
-        self.console.info(ending(self.config, self.progress, stopped_by, saved, result.fp8_flops_share))
+        self.console.info(ending(self.config, self.progress, stopped_by, self.saved, result.fp8_flops_share))
         return result
 
     def _result(self, stopped_by: str | None, started: float, diverged: dict[str, Any] | None = None) -> RunResult:

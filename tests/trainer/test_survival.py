@@ -201,6 +201,23 @@ def test_line_that_is_not_utf8_is_named_by_its_number(tmp_path):
         read_metrics(tmp_path / "m.jsonl")
 
 
+@pytest.mark.parametrize("killed_at", [4, 8], ids=["amid the steps", "after the last"])
+def test_kill_while_text_is_scored_costs_no_step_and_no_row(tmp_path, killed_at):
+    class Killed(Trainer):
+        def _evaluate(self) -> None:
+            if self.progress.step == killed_at:
+                raise MemoryError
+            super()._evaluate()
+
+    options = ("steps=8", "eval.every=4", "checkpoint.every=4")
+    with pytest.raises(MemoryError):
+        Killed(tiny_config(tmp_path, *options), World(), Console(enabled=False)).run()
+    assert saved_steps(tmp_path / "run")[-1] == killed_at
+    one, two = tiny_train(tmp_path, *options), tiny_train(tmp_path, *options, run="straight")
+    assert [row["step"] for row in one.evals] == [row["step"] for row in two.evals]
+    assert one.evals[-1]["eval_loss"] == two.evals[-1]["eval_loss"] and one.stream_hash == two.stream_hash
+
+
 def test_stop_at_a_step_that_is_to_be_evaluated_saves_first(tmp_path):
     saved_before: list[list[int]] = []
 
