@@ -79,7 +79,7 @@ def parse_arguments(argv: Sequence[str], arguments: type[T]) -> T:
     if any(arg in ("-h", "--help") for arg in argv):
         sys.stdout.write(describe(arguments))
         raise SystemExit(0)
-    return structure(arguments, _literal(parse_assignments(argv, arguments)), who="arguments")
+    return structure(arguments, literal(parse_assignments(argv, arguments)), who="arguments")
 
 
 def take_arguments(argv: Sequence[str], arguments: type[T], others: type | None = None) -> tuple[T, list[str]]:
@@ -106,12 +106,16 @@ def with_key(argv: Sequence[str], key: str) -> list[str]:
     return [f"{key}={first}", *rest] if bare else list(argv)
 
 
-def _literal(value: Any) -> Any:
-    """The same with ${...} as text: an argument, such as a prompt, refers to no other."""
+def literal(value: Any) -> Any:
+    """The same with ${...} as text for `structure`.
+
+    An argument, such as a prompt, refers to no other. A configuration that a run left has nothing open: in one of a
+    stranger's ${oc.env:WANDB_API_KEY} would read it from the reader's environment, into a path or an address.
+    """
     if isinstance(value, dict):
-        return {key: _literal(inner) for key, inner in value.items()}
+        return {key: literal(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_literal(inner) for inner in value]
+        return [literal(inner) for inner in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
     return value

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8train._layout import folder
-from fp8train.arguments import describe, merged, parse_assignments, structure
+from fp8train.arguments import describe, literal, merged, parse_assignments, structure
 from fp8train.config_sections import (
     BlackBoxConfig,
     CheckpointConfig,
@@ -214,7 +214,7 @@ def config_from_dict(values: Mapping[str, Any], *, who: str = "config.yaml") -> 
     Raises:
         ConfigError: a key or type that RunConfig does not have.
     """
-    return structure(RunConfig, values, who=who)
+    return structure(RunConfig, literal(values), who=who)
 
 
 def _split_options(overrides: list[str], command: str) -> tuple[list[str], str | None, list[Path]]:

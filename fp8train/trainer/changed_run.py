@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fp8train._layout import folder
-from fp8train.arguments import describe, merged, parse_assignments, structure
+from fp8train.arguments import describe, literal, merged, parse_assignments, structure
 from fp8train.checkpoint import Checkpoint, open_checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data import DataConfig, Dataset, SourceConfig, covers
@@ -52,7 +52,7 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
             values["data"] = _data_choice(checkpoint, choice)
         else:
             keys.append(change)
-    config = structure(RunConfig, merged(values, parse_assignments(keys, RunConfig)), who=command)
+    config = structure(RunConfig, merged(literal(values), parse_assignments(keys, RunConfig)), who=command)
     config.data.check_read([key.partition("=")[0].removeprefix("data.") for key in keys if key.startswith("data.")])
     if config.seq_len > config.model.max_seq_len:
         raise ConfigError(

