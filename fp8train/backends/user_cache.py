@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import stat
 import tempfile
 from pathlib import Path
 
+LOG = logging.getLogger("fp8train")
+
 
 def cache_folder() -> Path:
-    """Folder of the user's that outlives the process; with a read-only home, or without one, one of this process's."""
+    """Folder of the user's that outlives the process; one of this process's where there is no home, a read-only one, or
+    where another user could put in what this one would run: HOME may be a folder of all, such as /tmp in a container.
+    """
     try:
         path = Path.home() / ".cache" / "fp8train"
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
-            return path
+            return path if _is_own(path) else _folder_of_process(tempfile.gettempdir())
     except (OSError, RuntimeError):
         return _folder_of_process(tempfile.gettempdir())
+
+
+@functools.cache
+def _is_own(path: Path) -> bool:
+    """Whether only this user, and root, can write to the folder; root may use anybody's, as in a container."""
+    status, user = path.stat(), os.geteuid()
+    foreign, open_to_all = user not in (0, status.st_uid), status.st_mode & stat.S_IWOTH
+    if foreign or open_to_all:
+        what = f"belongs to user {status.st_uid}" if foreign else "can be written to by every user"
+        LOG.warning(
+            "cache: %s %s; needs to be of user %d alone, since code is loaded from it. Delete it, or set HOME to a "
+            "folder of your own; until then every process builds and checks its kernels anew",
+            path, what, user,
+        )  # fmt: skip
+        return False
+    if status.st_uid == user and status.st_mode & stat.S_IWGRP:  # made under umask 002, as were the files in it
+        path.chmod(stat.S_IRWXU)
+    return True
 
 
 @functools.cache

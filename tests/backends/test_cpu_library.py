@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import shutil
 import stat
 from collections.abc import Callable
@@ -130,6 +131,30 @@ def test_user_without_a_home_builds_for_this_process(tmp_path: Path, monkeypatch
     folder = cache_folder()
     assert folder.parent == tmp_path and folder.name.startswith("fp8train-")
     assert cache_folder() == folder, "what is kept there is found again"
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "said"),
+    [(0o777, 0, "can be written to by every user"), (0o755, 1, "belongs to user"), (0o775, 0, "")],
+    ids=["open to all", "of another user", "open to a group"],
+)
+def test_nothing_is_loaded_that_another_user_could_have_put_there(
+    mode: int, uid: int, said: str, home: Path, tmp_path_factory, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    planted = home / ".cache" / "fp8train"
+    planted.mkdir(parents=True)
+    planted.chmod(mode)
+    user = os.geteuid() + uid
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))
+    folder = cache_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "nor can anybody put something there later"
+    assert (folder != planted) == bool(said) and said in caplog.text
+    assert cache_folder() == folder and caplog.text.count("needs to be of user") == bool(said), "said once"
+
+
+def test_new_folder_is_the_users_alone(home: Path) -> None:
+    assert stat.S_IMODE(cache_folder().stat().st_mode) == 0o700
 
 
 def test_processes_that_start_together_all_get_a_whole_library(home: Path) -> None:
