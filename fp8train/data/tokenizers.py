@@ -204,7 +204,9 @@ def _convert_folder(path: Path) -> Any:
             f"data.tokenizer: {path} has no tokenizer.json; converting needs transformers. pip install 'fp8train[hf]'."
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, use_fast=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, use_fast=True, trust_remote_code=False
+        ).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

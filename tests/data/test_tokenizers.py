@@ -100,6 +100,23 @@ def test_slow_tokenizer_folder_is_converted(tmp_path: Path) -> None:
     assert tokenizer.bytes_of(np.asarray(tokenizer.encode("hi there"))) == 8
 
 
+def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers would ask, and wait, on every rank
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match="custom code"):
+        build_tokenizer(str(tmp_path))
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
