@@ -233,7 +233,13 @@ def _configured_end(folder: Path) -> list[str]:
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return []
-    token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    try:
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"data.tokenizer: {file} cannot be read ({error}); needs a JSON object. Fetch the folder again."
+        ) from error
+    token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     return [token] if isinstance(token, str) else []
 

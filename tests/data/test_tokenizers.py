@@ -129,6 +129,8 @@ def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(
         ),
         pytest.param(lambda folder, bpe: _without_special(folder, bpe), "no end-of-text token", id="no-separator"),
         pytest.param(lambda folder, bpe: str(folder), "holds no tokenizer", id="empty-folder"),
+        pytest.param(lambda folder, bpe: _with_settings(folder, bpe, b'{"eos'), "config.json cannot be read", id="cut"),
+        pytest.param(lambda folder, bpe: _with_settings(folder, bpe, b"3"), "needs a JSON object", id="no-object"),
     ],
 )
 def test_bad_tokenizer_is_one_line(make: object, message: str, tmp_path: Path, bpe_file: Path) -> None:
@@ -145,6 +147,12 @@ def test_missing_package_says_what_to_install(bpe_file: Path, monkeypatch: pytes
 def _write(file: Path, content: bytes) -> str:
     file.write_bytes(content)
     return str(file)
+
+
+def _with_settings(folder: Path, bpe: Path, settings: bytes) -> str:
+    _write(folder / "tokenizer.json", bpe.read_bytes())
+    _write(folder / "tokenizer_config.json", settings)
+    return str(folder)
 
 
 def _without_special(folder: Path, bpe: Path) -> str:
