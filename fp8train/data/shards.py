@@ -113,10 +113,11 @@ def write_index(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
     return index
 
 
-INDEX_KEYS = (
-    "dtype", "vocab_size", "separator", "separator_token", "tokenizer", "tokenizer_hash", "block_bytes", "tokens",
-    "documents", "max_token_id", "shards",
-)  # fmt: skip
+INDEX_TYPES: dict[str, Any] = {
+    "dtype": str, "vocab_size": int, "separator": int, "separator_token": (str, type(None)), "tokenizer": str,
+    "tokenizer_hash": str, "block_bytes": int, "tokens": int, "documents": int, "max_token_id": int, "shards": list,
+}  # fmt: skip
+SHARD_TYPES = {"name": str, "tokens": int, "documents": int, "max_token_id": int, "idx_crc32": int, "bin_crc32": list}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -153,9 +154,24 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"data.path: {file} is {got}; needs {FORMAT} version {VERSION}. Make it with `fp8train prepare`."
         )
-    if lacking := [key for key in INDEX_KEYS if key not in index]:
-        raise DataError(f"data.path: {file} is damaged (lacks {', '.join(lacking)}). Prepare the folder again.")
+    if odd := _odd_keys(index):
+        raise DataError(f"data.path: {file} is damaged ({', '.join(odd)} missing or odd). Prepare the folder again.")
     return index
+
+
+def _odd_keys(index: dict[str, Any]) -> list[str]:
+    """Keys of an index.json that prepare would have written otherwise."""
+    odd = [key for key, kind in INDEX_TYPES.items() if not isinstance(index.get(key, ...), kind)]
+    if not odd and index["dtype"] != token_dtype(index["vocab_size"]).name:
+        odd.append("dtype")  # the same bytes as other numbers would be other tokens, and signed ones negative
+    shards = index["shards"] if "shards" not in odd else []
+    whole = [isinstance(meta, dict) and _is_shard(meta) for meta in shards]
+    return odd if whole and all(whole) else list(dict.fromkeys([*odd, "shards"]))
+
+
+def _is_shard(meta: dict[str, Any]) -> bool:
+    typed = all(isinstance(meta.get(key), kind) for key, kind in SHARD_TYPES.items())
+    return typed and bool(meta["bin_crc32"]) == (meta["tokens"] > 0)
 
 
 def shard_tokenizer(folder: Path) -> Tokenizer:
@@ -231,6 +247,11 @@ def _map_shard(
     documents = meta["documents"]
     sizes = np.frombuffer(content, dtype="<u4", count=documents).astype(np.int64)
     hashes = np.frombuffer(content, dtype="<u8", count=documents, offset=4 * documents).astype(np.uint64)
+    if sizes.sum() != meta["tokens"]:
+        raise DataError(
+            f"data.path: {side} divides {sizes.sum()} tokens; {data.name} has {meta['tokens']} (damaged or foreign). "
+            "Delete it and index.json and prepare again."
+        )
     if meta["tokens"] == 0:
         return np.empty(0, dtype=dtype), sizes, hashes
     tokens = np.memmap(data, dtype=dtype, mode="r")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,17 @@ def rewrite_index(**values: object) -> Callable[[Path], None]:
     return damage
 
 
+def shorter_document(folder: Path) -> None:
+    """As a program would write it that counts the first document without its separator."""
+    index = json.loads((folder / "index.json").read_text())
+    side = folder / "shard_00000.idx"
+    content = bytearray(side.read_bytes())
+    content[:4] = (int.from_bytes(content[:4], "little") - 1).to_bytes(4, "little")
+    side.write_bytes(content)
+    index["shards"][0]["idx_crc32"] = zlib.crc32(content)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -126,6 +138,10 @@ def rewrite_index(**values: object) -> Callable[[Path], None]:
         pytest.param(truncate("index.json"), "index.json is damaged", id="damaged-index"),
         pytest.param(rewrite_index(format="other"), "needs fp8train-tokens version 1", id="foreign-index"),
         pytest.param(rewrite_index(version=2), "'version': 2.*needs fp8train-tokens version 1", id="later-version"),
+        pytest.param(rewrite_index(dtype="int16"), r"damaged \(dtype missing or odd\)", id="other-dtype"),
+        pytest.param(rewrite_index(max_token_id=None), r"damaged \(max_token_id missing", id="no-number"),
+        pytest.param(rewrite_index(shards=[{"name": "x"}]), r"damaged \(shards missing or odd\)", id="half-a-shard"),
+        pytest.param(shorter_document, r"00.idx divides \d+ tokens; shard_00000.bin has \d+ ", id="other-lengths"),
         pytest.param(unfinish, "is not finished .* `fp8train prepare` again", id="unfinished"),
     ],
 )  # fmt: skip
