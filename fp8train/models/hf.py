@@ -180,8 +180,8 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     index = directory / INDEX
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            shards = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{index}: holds no weight_map ({error!r}); needs the index of a sharded model. Fetch the folder again."
             ) from error
@@ -190,15 +190,19 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for shard in shards:
         path = directory / shard
-        if not path.is_file():
+        if path.name != shard or not path.is_file():  # an index may name a file anywhere
             raise CheckpointError(
-                f"{path}: does not exist; needs the weights as safetensors. Fetch the folder again, or convert "
-                "pytorch_model.bin to safetensors."
+                f"{path}: is no file of this folder; needs the weights as safetensors. Fetch the folder again, or "
+                "convert pytorch_model.bin to safetensors."
             )
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged or cut off ({error}). Fetch the file again.") from error
+        if twice := files.keys() & file.keys():
+            raise CheckpointError(
+                f"{path}: has {min(twice)}, as another file has; needs it once. Fetch the folder again."
+            )
         files.update(dict.fromkeys(file.keys(), file))
     return files
 

@@ -222,9 +222,27 @@ def edited(change):
     return lambda folder: edit(folder, change)
 
 
+def indexed(*files: object):
+    """An index over these files, beside which lies one more with a tensor of other values."""
+
+    def damage(folder: Path) -> None:
+        save_file({NORM: torch.zeros(64)}, folder / "more.safetensors")
+        index = {"weight_map": {str(number): file for number, file in enumerate(files)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
 NORM = "model.norm.weight"
 DAMAGES = {
-    "no_file": (damage_nothing_there, "does not exist"),
+    "twice": (indexed("model.safetensors", "more.safetensors"), f"has {NORM}, as another file has"),
+    "outside": (
+        lambda folder: indexed(f"../{folder.name}/model.safetensors")(folder),
+        r"/\.\./.*/model.safetensors: is no file of this folder",
+    ),
+    "elsewhere": (indexed("/etc/model.safetensors"), "/etc/model.safetensors: is no file of this folder"),
+    "number": (indexed(5), "/5: is no file of this folder"),
+    "no_file": (damage_nothing_there, "is no file of this folder"),
     "cut_off": (damage_cut_off, "damaged or cut off"),
     "missing": (edited(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "lacks 1 .*layers.1.mlp.up_proj"),
     "unexpected": (edited(lambda t: t.update({"model.extra": torch.ones(1)})), "model.extra"),
