@@ -168,8 +168,8 @@ def read_marker(folder: Path) -> Marker:
         )
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        return Marker(step=content["step"], sequence=content["sequence"], files=files)
-    except (KeyError, TypeError, AttributeError) as error:
+        return Marker(step=int(content["step"]), sequence=int(content["sequence"]), files=files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is damaged ({error!r}); take another checkpoint.") from error
 
 

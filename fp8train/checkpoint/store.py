@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import platform
 import re
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,8 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is damaged.
         """
-        tensors, metadata = read_tensors(self.path / MODEL_FILE)
-        return tensors | {name: tensors[first] for name, first in json.loads(metadata["tied"]).items()}
+        tensors, tied = self._read(MODEL_FILE, "tied")
+        return tensors | {name: tensors[first] for name, first in tied.items() if first in tensors}
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, rank: int = 0) -> None:
         """Put weights, moments and this rank's random generators back as they were. Hyper-parameters stay as they are.
@@ -139,6 +140,12 @@ class Checkpoint:
         model = unwrap(model)
         state, own = self.load_model_state(), model.state_dict()
         self._check_fit("model", shapes(state), shapes(own))
+        for name, tensor in state.items():
+            if tensor.dtype != own[name].dtype:  # copying would convert in secret
+                raise CheckpointError(
+                    f"{self.path / MODEL_FILE}: {name} is {tensor.dtype}; needs {own[name].dtype}, as fp8train wrote "
+                    "it. Take another checkpoint."
+                )
         model.load_state_dict({name: sharded_like(tensor, own[name]) for name, tensor in state.items()})
         if optimizer is None:
             return
@@ -147,10 +154,12 @@ class Checkpoint:
             restore_random_state(self.state.random_states[rank])
 
     def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        tensors, metadata = read_tensors(self.path / OPTIMIZER_FILE)
+        tensors, parameters = self._read(OPTIMIZER_FILE, "parameters")
         names = optimizer_names(model, optimizer)
-        own = {name: list(p.shape) for name, p in names.items()}
-        self._check_fit("optimizer", json.loads(metadata["parameters"]), own)
+        self._check_fit("optimizer", parameters, shapes(names))
+        like = {name: names.get(name.partition("/")[2]) for name in tensors}
+        moments = {name: list(p.shape) if tensors[name].dim() else [] for name, p in like.items() if p is not None}
+        self._check_fit("optimizer", shapes(tensors), moments)
         indices = {name: index for index, name in enumerate(names)}
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -159,6 +168,17 @@ class Checkpoint:
             placed = sharded_like(tensor, p) if tensor.shape == p.shape else tensor
             state.setdefault(indices[parameter], {})[key] = placed.clone()  # the optimizer must not write to a file map
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _read(self, name: str, key: str) -> tuple[dict[str, Tensor], Any]:
+        """Tensors of a file, and what its header says under `key`."""
+        tensors, metadata = read_tensors(self.path / name)
+        try:
+            return tensors, dict(json.loads(metadata[key]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path / name}: its header does not say what is {key} ({error!r}); needs the file as fp8train "
+                "wrote it. Take another checkpoint."
+            ) from error
 
     def _check_fit(self, what: str, saved: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> None:
         """Raise unless both have the same names with the same shapes."""
@@ -318,10 +338,12 @@ def _open(path: Path, marker: Marker, check_content: bool) -> Checkpoint:
     if check_content:
         verify(path, marker)
     content = read_json(path / STATE_FILE)
-    names = {f.name for f in fields(TrainingState)}
-    if not isinstance(content, dict) or set(content) != names:
+    kinds = {name: typing.get_origin(hint) or hint for name, hint in typing.get_type_hints(TrainingState).items()}
+    whole = isinstance(content, dict) and set(content) == set(kinds)
+    if not whole or not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+        wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in sorted(kinds.items()))
         raise CheckpointError(
-            f"{path / STATE_FILE}: lacks keys or has others; needs {', '.join(sorted(names))}. Take another checkpoint."
+            f"{path / STATE_FILE}: lacks keys or has others; needs {wanted}. Take another checkpoint."
         )
     return Checkpoint(path=path, step=marker.step, state=TrainingState(**content))
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fp8train.checkpoint import open_checkpoint
+from fp8train.checkpoint.files import read_tensors
 from fp8train.checkpoint.random_state import random_state, restore_random_state
 from fp8train.errors import CheckpointError
 from fp8train.optim import OptimConfig, build_optimizer
@@ -197,6 +198,42 @@ def test_checkpoint_of_another_model_is_refused_before_anything_is_loaded(tmp_pa
     with pytest.raises(CheckpointError, match=message):
         checkpoint.restore(other)
     assert torch.equal(other.embed_tokens.weight, before)
+
+
+HALF, MOMENT = torch.ones(6, 6, dtype=torch.bfloat16), "exp_avg/proj.weight"
+REWRITTEN = {
+    "other_dtype": ("model", {"proj.weight": HALF}, True, "proj.weight is torch.bfloat16; needs torch.float32"),
+    "no_header": ("model", {}, False, "model.safetensors: its header does not say what is tied"),
+    "moment_shape": ("optimizer", {MOMENT: torch.ones(6)}, True, rf"{MOMENT} has shape \[6\], the optimizer \[6, 6\]"),
+    "moment_of_nothing": ("optimizer", {"exp_avg/other": torch.ones(6)}, True, "exp_avg/other is unknown to the optim"),
+    "no_parameters": ("optimizer", {}, False, "optimizer.safetensors: its header does not say what is parameters"),
+}
+
+
+@pytest.mark.parametrize("case", REWRITTEN)
+def test_file_that_another_program_wrote_anew_is_refused(tmp_path, case):
+    file, changes, header, message = REWRITTEN[case]
+    path = save(tmp_path, 1) / f"{file}.safetensors"
+    tensors, metadata = read_tensors(path)
+    save_file(
+        {name: tensor.clone() for name, tensor in (tensors | changes).items()}, path, metadata if header else None
+    )
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, check_content=False).restore(*start())
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("state.json", {"progress": [1]}, r"lacks keys or has others; needs .*progress \(dict\)"),
+        ("COMPLETE", {"sequence": "x"}, "is damaged"),
+    ],
+)
+def test_value_of_another_kind_is_refused(tmp_path, file, changes, message):
+    path = save(tmp_path, 1) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path.parent, check_content=False)
 
 
 def test_other_trainable_parameters_are_refused(tmp_path):
