@@ -26,7 +26,7 @@ from typing import Any
 from fp8train.arguments import flattened, parse_arguments
 from fp8train.comparison.arms import ARMS, ArmRun, ComparisonProgress, check_same_data, plan_arms
 from fp8train.comparison.crossing import cross_evaluate
-from fp8train.comparison.folders import CROSSED_FILE, VERDICT_FILE, FolderArguments, plan_folders
+from fp8train.comparison.folders import CROSSED_FILE, VERDICT_FILE, FolderArguments, plan_folders, read_verdict
 from fp8train.comparison.parallel import Job, train_in_processes
 from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.config_sections import CompareConfig
@@ -181,7 +181,7 @@ def _conclude(
         crossed=crossed,
         parallel=settings.parallel,
         looks=settings.looks,
-        earlier=[read_mapping(file) for file in sorted(run_dir.glob("verdict*.json"))],  # of other arms too
+        earlier=[read_verdict(file) for file in sorted(run_dir.glob("verdict*.json"))],  # of other arms too
     )
     kept = keep_earlier(run_dir, verdict)
     write_file(run_dir / VERDICT_FILE, json.dumps(verdict, indent=1, allow_nan=False) + "\n")
@@ -205,12 +205,12 @@ def keep_earlier(run_dir: Path, verdict: Mapping[str, Any]) -> Path | None:
         The report under its new name, report-ARM.html after the arms that were held against the baseline, with a number
         if another comparison has that name; None where nothing had to be kept.
     """
-    earlier = read_mapping(run_dir / VERDICT_FILE)
+    earlier = read_verdict(run_dir / VERDICT_FILE)
     if runs_of(earlier) <= runs_of(verdict):
         return None
     stem, number = "-".join(arm for arm in earlier["arms"] if arm != earlier["baseline"]), 1
     name = stem
-    while not runs_of(read_mapping(run_dir / f"verdict-{name}.json")) <= runs_of(earlier):
+    while not runs_of(read_verdict(run_dir / f"verdict-{name}.json")) <= runs_of(earlier):
         number += 1
         name = f"{stem}-{number}"
     report = run_dir / f"report-{name}.html"

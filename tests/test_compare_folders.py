@@ -244,6 +244,30 @@ def test_other_things_among_the_runs_of_a_comparison_are_no_runs(tmp_path: Path)
     assert list(json.loads((folder / "verdict.json").read_text())["arms"]) == ["bf16", "blockwise", "placebo"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arms": {"bf16": {"runs": []}, "x/../../outside": {"runs": [{"seed": 1, "run_dir": "/elsewhere"}]}}},
+        {"arms": {"bf16": {"runs": [{"seed": "../../x", "run_dir": "a"}]}}},
+        {"margin_percent": "0.25"},
+        {"alpha": None},
+    ],
+    ids=["arm outside", "seed outside", "text", "null"],
+)
+def test_a_verdict_that_is_none_is_refused_and_moves_no_file(changes: dict[str, Any], tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / name, recipe=name)) for name in ("bf16", "blockwise")]
+    out = tmp_path / "out"
+    given = [f"runs=[{','.join(runs)}]", f"run_dir={out}"]
+    main(given)
+    for part in ("report-x", "verdict-x"):  # or there would be no way through them to what lies outside
+        (out / part).mkdir()
+    verdict = json.loads((out / "verdict.json").read_text()) | changes
+    (out / "verdict.json").write_text(json.dumps(verdict))
+    with pytest.raises(DataError, match=r"verdict.json: is not as fp8train writes it; needs .* Delete it\."):
+        main(given)
+    assert json.loads((out / "verdict.json").read_text()) == verdict and not (tmp_path / "outside.json").exists()
+
+
 @pytest.mark.parametrize("argument", ["margin_percent=0", "looks=0"])
 def test_zero_is_refused_and_not_taken_for_nothing(argument: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=argument.partition("=")[0]):

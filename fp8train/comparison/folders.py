@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fp8train.comparison.arms import ARMS, BASELINE, check_run_dir
 from fp8train.comparison.crossing import stored
 from fp8train.config_sections import CompareConfig
-from fp8train.errors import ConfigError
+from fp8train.errors import ConfigError, DataError
 from fp8train.metrics import METRICS_FILE
 from fp8train.report.run_record import read_mapping, read_run
 from fp8train.report.statistics import ALPHA
@@ -69,7 +70,7 @@ def plan_folders(arguments: FolderArguments) -> FolderPlan:
     _check_seeds(folders)
     run_dir = Path(arguments.run_dir or whole or f"runs/compare-{'-'.join(folders)}")
     check_run_dir(run_dir, "auto")
-    before, standard = read_mapping(run_dir / VERDICT_FILE), CompareConfig()
+    before, standard = read_verdict(run_dir / VERDICT_FILE), CompareConfig()
     margin, looks = arguments.margin_percent, arguments.looks
     settings = CompareConfig(
         margin_percent=before.get("margin_percent", standard.margin_percent) if margin is None else margin,
@@ -83,11 +84,40 @@ def plan_folders(arguments: FolderArguments) -> FolderPlan:
     return FolderPlan(run_dir=run_dir, folders=folders, settings=settings, crossed=crossed)
 
 
+def read_verdict(path: Path) -> dict[str, Any]:
+    """A verdict.json; {} where there is none.
+
+    Raises:
+        DataError: it is damaged, or what it says of arms, runs and numbers is not of the kind that a verdict says: the
+            names of arms become names of files, which must not be wherever a stranger wants them.
+    """
+    verdict = read_mapping(path)
+    arms, numbers = verdict.get("arms"), [verdict.get(key, 1) for key in ("margin_percent", "alpha", "parallel")]
+    whole = (
+        isinstance(arms, dict)
+        and verdict.get("baseline") in [*arms]
+        and all(Path(arm).name == arm and _has_runs(entry) for arm, entry in arms.items())
+        and all(type(number) in (int, float) and 0 < number < 1e6 for number in numbers)
+        and isinstance(verdict.get("looks", []), list)
+    )
+    if verdict and not whole:
+        raise DataError(f"{path}: is not as fp8train writes it; needs the verdict of a comparison. Delete it.")
+    return verdict
+
+
+def _has_runs(entry: Any) -> bool:
+    """Whether the entry of an arm holds runs, each with its seed and folder."""
+    runs = entry.get("runs") if isinstance(entry, dict) else None
+    return isinstance(runs, list) and all(
+        isinstance(run, dict) and type(run.get("seed")) is int and isinstance(run.get("run_dir"), str) for run in runs
+    )
+
+
 def _runs_of_comparison(folder: Path) -> dict[str, dict[int, Path]]:
     """arm -> seed -> folder: the runs that the comparison's verdict.json is of; without one all that are there, the
     baseline first.
     """
-    arms = read_mapping(folder / VERDICT_FILE).get("arms", {})
+    arms = read_verdict(folder / VERDICT_FILE).get("arms", {})
     if arms:
         return {
             arm: {run["seed"]: folder / ARMS / arm / f"seed_{run['seed']}" for run in entry["runs"]}
