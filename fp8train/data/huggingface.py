@@ -34,8 +34,11 @@ def read_rows(source: SourceConfig, start: int, stop: int | None) -> Iterator[by
     dataset = load(source)
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, ROWS_PER_READ):
-        rows = dataset[first : min(first + ROWS_PER_READ, stop)]
-        for offset, text in enumerate(rows[source.text_key]):
+        try:
+            texts = dataset[first : min(first + ROWS_PER_READ, stop)][source.text_key]
+        except Exception as error:  # a damaged file may load, and hold text that is none
+            raise _unreadable(source, f"from row {first:,} on", error) from error
+        for offset, text in enumerate(texts):
             document = _encode(text, source, f"{first + offset:,}")
             if document:
                 yield document
@@ -51,10 +54,7 @@ def stream(source: SourceConfig, dataset: Any, seed: int | None, epoch: int) -> 
         try:
             row = next(rows, None)
         except Exception as error:  # pyarrow, json and the network have theirs
-            raise DataError(
-                f"data: {name_of(source)} cannot be read after {number:,} rows in the order of this pass "
-                f"({_reason(error)}). Correct the file, or check the network."
-            ) from error
+            raise _unreadable(source, f"after {number:,} rows in the order of this pass", error) from error
         if row is None:
             return
         if source.text_key not in row:
@@ -191,6 +191,12 @@ def _encode(text: Any, source: SourceConfig, row: str) -> bytes:
             f"data: row {row} of {name_of(source)} holds half a surrogate pair at character {error.start}; needs "
             "text. Correct it."
         ) from error
+
+
+def _unreadable(source: SourceConfig, where: str, error: Exception) -> DataError:
+    return DataError(
+        f"data: {name_of(source)} cannot be read {where} ({_reason(error)}). Correct the file, or check the network."
+    )
 
 
 def _no_key(source: SourceConfig, columns: list[str]) -> DataError:

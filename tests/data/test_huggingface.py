@@ -16,6 +16,7 @@ from fp8train.errors import DataError
 from tests.data.corpora import make_documents
 
 datasets = pytest.importorskip("datasets")
+pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
 TEXTS = [document.decode() for document in make_documents(400, longest=100)]
 
 
@@ -216,6 +217,16 @@ def test_damaged_stream_is_one_line(name: str, content: str, message: str, tmp_p
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         build_dataset(make_config(tmp_path / name, hf_streaming=True, hf_shuffle_buffer=0), 16, 1).sample(0)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_file_with_a_byte_that_is_no_text_is_one_line(streaming: bool, tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    table = pyarrow.table({"body": ["what is to be found " * 4] * 40})
+    parquet.write_table(table, file, compression="none")  # so that the text lies in the file as it is
+    file.write_bytes(file.read_bytes().replace(b"found", b"f\xffund"))
+    with pytest.raises(DataError, match=r"rows.parquet cannot be read (from|after) .* Correct the file"):
+        build_dataset(make_config(file, hf_streaming=streaming, hf_shuffle_buffer=0), 16, 1).sample(0)
 
 
 def test_rows_that_are_formatted_are_read_as_text(tmp_path: Path) -> None:
