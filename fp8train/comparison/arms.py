@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fp8train.config import RunConfig
 from fp8train.convert import convert_model
 from fp8train.data import build_dataset
@@ -18,6 +16,7 @@ from fp8train.errors import ConfigError
 from fp8train.models import build_model
 from fp8train.nn.gathered import gather_weights
 from fp8train.recipe import load_recipe
+from fp8train.report.run_record import read_mapping
 from fp8train.trainer.assembly import resolve_activations, shards
 from fp8train.trainer.console import Console
 from fp8train.trainer.evaluation import held_out_hashes
@@ -230,8 +229,7 @@ def _check_begun(run: ArmRun) -> None:
     file = Path(str(run.config.run_dir)) / "config.yaml"
     if not file.is_file():
         return
-    begun = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    for key, (then, now) in changed_keys(begun, run.config).items():
+    for key, (then, now) in changed_keys(read_mapping(file), run.config).items():
         raise ConfigError(
             f"compare: {run.config.run_dir} was begun with {key}={then}, this comparison has {key}={now}; "
             f"needs the same. Give another run_dir, or {key}={then}."

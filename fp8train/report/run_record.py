@@ -18,6 +18,7 @@ from fp8train.backends import get_backend
 from fp8train.config import config_from_dict
 from fp8train.config_sections import LogConfig
 from fp8train.errors import BackendError, ConfigError, DataError
+from fp8train.telemetry.table import samples
 from fp8train.units import finite
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "process_step")
@@ -26,6 +27,17 @@ EARLIER, EARLIER_PLACE = "config.until_step_*.yaml", "environment.until_step_*.j
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
 NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
+NUMBER = (int, float)
+# what a file must say of these where it says anything, for what is made of them
+KINDS: dict[str, dict[str, Any]] = {
+    "result.json": {
+        **dict.fromkeys(("steps", "tokens_seen", "skipped_steps", "train_seconds", "peak_memory_bytes"), NUMBER),
+        "parameters": NUMBER, "memory_bytes": dict, "diverged": dict,
+    },
+    "config.yaml": {"seed": int, **dict.fromkeys(("model", "data", "optim", "log"), dict)},
+    "environment.json": {"world_size": int, "runs_on_device": int, "device": dict},
+    "coverage.json": {"fp8_flops_share": NUMBER, "linears": list},
+}  # fmt: skip
 OF_SOURCE = ("eval_loss/", "eval_loss_bf16/")  # what keys with the loss of one source of a mix begin with
 
 
@@ -179,6 +191,7 @@ def read_run(folder: str | Path, *, skip_damaged: bool = False) -> RunRecord:
         raise DataError(f"compare: {path} is not a folder; needs a run folder. Give the run_dir of a finished run.")
     metrics = read_metrics(path / "metrics.jsonl", skip_damaged=skip_damaged)
     recipe = path / "recipe.yaml"
+    read_mapping(recipe)  # refuses what is no document
     return RunRecord(
         path=path,
         train=metrics.train,
@@ -224,6 +237,7 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
                 break
             try:
                 row = _parse_line(line, path, number)
+                kept = _telemetry(row, path, number) if TELEMETRY.encode() in line else {}
                 if TRAIN_KEYS[0] in row:
                     train[row["step"]] = _numbers(row, TRAIN_KEYS, path, number)
                 if EVAL_KEYS[0] in row:
@@ -234,8 +248,7 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
                     raise
                 damaged.append(str(error))
                 continue
-            if TELEMETRY.encode() in line:
-                kept = {key: value for key, value in row.items() if key.startswith(TELEMETRY)}
+            if kept:
                 telemetry.setdefault(row["step"], {"step": row["step"]}).update(kept)
     if not train:
         raise DataError(f"{path}: has no training step; needs at least one row with a loss. Let the run train first.")
@@ -246,10 +259,10 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> MetricsFile:
 def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = DECODER.decode(line.decode())
-    except ValueError as error:  # also bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         detail = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise _damaged(path, number, detail) from error
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or abs(row["step"]) >= 2**63:
         raise _damaged(path, number, "not an object with an integer step")
     return row
 
@@ -263,6 +276,15 @@ def _numbers(row: Mapping[str, Any], keys: Sequence[str], path: Path, number: in
     return values
 
 
+def _telemetry(row: Mapping[str, Any], path: Path, number: int) -> dict[str, Any]:
+    """The keys of telemetry in a row."""
+    try:
+        list(samples(row))
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, number, f"telemetry: {error}") from error
+    return {key: value for key, value in row.items() if key.startswith(TELEMETRY)}
+
+
 def _damaged(path: Path, number: int, detail: str) -> DataError:
     return DataError(
         f"{path}:{number}: damaged line ({detail}); needs one JSON object with an integer step and finite "
@@ -274,7 +296,15 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would build one for every line
+def _integer(text: str) -> int:
+    if len(text) > 300:  # no float is as large
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_integer
+)  # json.loads would build one for every line
 
 
 def _table(rows: Mapping[int, list[Any]], keys: tuple[str, ...]) -> Table:
@@ -292,11 +322,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        content = DECODER.decode(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             f"{path}: cannot be read ({' '.join(str(error).split())}); needs {path.suffix[1:].upper()}. Repeat the run."
         ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}; needs a mapping. Repeat the run.")
+    for key, kind in KINDS.get(path.name, {}).items():
+        if content.get(key) is not None and not isinstance(content[key], kind):
+            wanted = "a number" if kind in (int, NUMBER) else f"a {kind.__name__}"
+            raise DataError(f"{path}: {key} is {str(content[key])[:80]!r}; needs {wanted}. Repeat the run.")
     return content

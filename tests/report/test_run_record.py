@@ -34,9 +34,18 @@ def test_run_says_whether_its_backend_emulates(tmp_path: Path, recorded: dict[st
 
 @pytest.mark.parametrize(
     "line",
-    ['{"step": 2, "loss":', '{"step": 2, "loss": NaN}', "[1, 2]", '{"loss": 2.5}', '{"step": 2, "loss": "low"}', ""],
-    ids=["cut", "nan", "no object", "no step", "text for a number", "empty"],
-)
+    [
+        '{"step": 2, "loss":', '{"step": 2, "loss": NaN}', "[1, 2]", '{"loss": 2.5}', '{"step": 2, "loss": "low"}', "",
+        '{"step": 1%s, "loss": 2.5}' % ("0" * 20), '{"step": 2, "loss": 1%s}' % ("0" * 400), "[" * 100_000,
+        '{"step": 2, "loss": 2.5, "fp8/columns": ["amax"], "fp8/lm_head/x": [1, 2]}',
+        '{"step": 2, "loss": 2.5, "fp8/what_if": null}',
+    ],
+    ids=[
+        "cut", "nan", "no object", "no step", "text for a number", "empty",
+        "step beyond 64 bits", "loss beyond every float", "deep",
+        "telemetry of other columns", "telemetry of nothing",
+    ],
+)  # fmt: skip
 def test_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{ROW}\n{line}\n{ROW}\n")
@@ -83,9 +92,18 @@ def test_training_and_evaluation_rows_are_told_apart(tmp_path: Path) -> None:
         (lambda run: (run / "metrics.jsonl").write_text(""), "has no training step"),
         (lambda run: (run / "coverage.json").write_text('{"linears"'), "coverage.json: cannot be read"),
         (lambda run: (run / "config.yaml").write_text("- 1"), "config.yaml: holds a list"),
+        (lambda run: (run / "config.yaml").write_text("seed: one"), "config.yaml: seed is 'one'; needs a number"),
+        (lambda run: (run / "recipe.yaml").write_bytes(b"\xff"), "recipe.yaml: cannot be read"),
+        (lambda run: (run / "result.json").write_text('{"steps": "40"}'), "steps is '40'; needs a number"),
+        (lambda run: (run / "result.json").write_text('{"diverged": true}'), "diverged is 'True'; needs a dict"),
+        (lambda run: (run / "environment.json").write_text('{"torch": NaN}'), "NaN is not JSON"),
+        (lambda run: (run / "environment.json").write_text("[" * 100_000), "environment.json: cannot be read"),
     ],
-    ids=["no metrics", "empty metrics", "damaged coverage", "foreign config"],
-)
+    ids=[
+        "no metrics", "empty metrics", "damaged coverage", "foreign config", "seed", "recipe", "steps", "diverged",
+        "nan", "deep",
+    ],
+)  # fmt: skip
 def test_damaged_folder_is_refused(tmp_path: Path, spoil: object, message: str) -> None:
     run = write_run(tmp_path / "run")
     spoil(run)  # type: ignore[operator]
