@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from fp8train.errors import ConfigError
 from fp8train.models.attention import Attention, document_mask, rope_tables
 from fp8train.models.config import ModelConfig
+from fp8train.models.counting import count_parameters
 from fp8train.models.loss import LOGITS_PER_CHUNK, cross_entropy_sum
 from fp8train.models.norm import AddRMSNorm, RMSNorm
 from fp8train.models.recompute import CHOICES, run_layer
+
+MOST_PARAMETERS = 10**13
 
 
 class MLP(nn.Module):
@@ -71,6 +74,11 @@ class Decoder(nn.Module):
                 f"model {config.name}: no size is given; needs all of them. Choose a preset (model=quickstart), or "
                 "give model=hf "
                 "model.init_from=DIR and pass the config through fp8train.models.resolve_config."
+            )
+        if count_parameters(config) > MOST_PARAMETERS:  # laying it out would take hours and all memory
+            raise ConfigError(
+                f"model {config.name}: its sizes come to {count_parameters(config):.1e} parameters; needs at most "
+                f"{MOST_PARAMETERS:.0e}. Correct them, or the config.json that they are from."
             )
         self.config = config
         self.logits_per_chunk = LOGITS_PER_CHUNK

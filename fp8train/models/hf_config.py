@@ -62,7 +62,7 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not JSON ({error}); needs the config.json of a model. Fetch the folder again."
         ) from error
@@ -83,8 +83,9 @@ def config_from_hf(directory: str | Path) -> ModelConfig:
     model_type = document.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         names = document.get("architectures") or [model_type]
+        name = names[0] if isinstance(names, list) else names
         raise ConfigError(
-            f"{who}: architecture {names[0]!r}; needs one of {', '.join(f.architecture for f in FAMILIES.values())}. "
+            f"{who}: architecture {name!r}; needs one of {', '.join(f.architecture for f in FAMILIES.values())}. "
             "Take another folder."
         )
     _refuse_other_features(document, who)

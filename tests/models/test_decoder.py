@@ -173,6 +173,12 @@ def test_checkpointing_changes_what_is_computed_again_and_no_bit_of_the_gradient
     assert counts["full"][0] > counts["none"][0] and counts["full"][1] == 4
 
 
+@pytest.mark.parametrize("size", ["num_layers", "vocab_size", "intermediate_size", "head_dim"])
+def test_model_beyond_every_machine_is_refused_before_it_is_laid_out(size):
+    with pytest.raises(ConfigError, match=r"its sizes come to .* parameters; needs at most 1e\+13"):
+        build_model(dataclasses.replace(CONFIG, **{size: 10**12}), "meta")
+
+
 def test_unknown_checkpointing_is_refused():
     with pytest.raises(ConfigError, match="activation_checkpointing is 'some'; needs one of none, selective, full"):
         make().checkpointing = "some"

@@ -191,6 +191,7 @@ def change_config(folder: Path, **changes) -> None:
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; needs a bool"),
         ({"head_dim": "16"}, "head_dim is '16'; needs a whole number"),
         ({"model_type": ["llama"]}, "architecture"),
+        ({"model_type": "x", "architectures": 5}, "architecture 5; needs one of"),
         ({"layer_types": 3}, "layer_types is 3; needs a list"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"hidden_size": None}, "hidden_size"),
@@ -277,7 +278,9 @@ def test_tied_folder_whose_head_differs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("document", "message"), [(None, "no config.json"), ("{", "not JSON"), ("[]", "needs an object")], ids=str
+    ("document", "message"),
+    [(None, "no config.json"), ("{", "not JSON"), ("[]", "needs an object"), ("[" * 10**5, "not JSON")],
+    ids=lambda text: str(text)[:20],
 )
 def test_unreadable_config_is_refused(document, message, tmp_path):
     if document is not None:
