@@ -196,25 +196,26 @@ END_OF_JOB = "sleep 1; kill -USR1 $PPID; while :; do sleep 0.1; done"
 def test_batch_script_starts_every_node_on_the_first_ones_address_and_goes_back_into_the_queue(
     end, status, said, tmp_path
 ):
+    run_dir = "\u00e4: b"  # YAML writes it in quotes
     tools = {
         "scontrol": '[[ $1 == requeue ]] && printf "<%s>" "$@" && echo && exit; echo node1; sleep 0.2; echo node2',
         "srun": f'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done; {end}',
         "launch/torchrun.sh": 'echo "$MASTER_ADDR $NNODES $NODE_RANK"; printf "<%s>" "$@"; echo',
         ".venv/bin/python": f'exec "{sys.executable}" "$@"',
     }
-    for folder in ("launch", ".venv/bin", "a b"):
+    for folder in ("launch", ".venv/bin", run_dir):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "a b" / "result.json").write_text("of 10\n")  # of the job before
+    (tmp_path / run_dir / "result.json").write_text("of 10\n")  # of the job before
     for name, text in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
     done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sbatch"), "run_dir=a b"], cwd=tmp_path,
+        ["bash", str(ROOT / "launch" / "slurm.sbatch"), f"run_dir={run_dir}"], cwd=tmp_path,
         env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    begun = "".join(f"node1 2 {node}\n<run_dir=a b>\n" for node in range(2))
+    begun = "".join(f"node1 2 {node}\n<run_dir={run_dir}>\n" for node in range(2))
     assert (done.returncode, done.stdout) == (status, begun + said), done.stderr
 
 
