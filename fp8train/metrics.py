@@ -288,8 +288,8 @@ def metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 return
             try:
                 row = json.loads(line.decode())
-                if not isinstance(row, dict) or "step" not in row:
-                    raise ValueError(f"got {type(row).__name__} without a step")
+                if not isinstance(row, dict) or type(row.get("step")) is not int:
+                    raise ValueError(f"got {type(row).__name__} without an integer step")
             except ValueError as error:
                 raise CheckpointError(
                     f"{path}: line {number} is damaged ({error}); needs one JSON object with its step. Delete the line."

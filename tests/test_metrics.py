@@ -78,6 +78,14 @@ class TestJsonLines:
         tracemalloc.stop()
         assert peak < size / 4
 
+    @pytest.mark.parametrize("line", ['{"step": "2"}', '{"step": null}', "[2]", '{"step": 2'])
+    def test_damaged_line_is_named_and_the_file_left_as_it_is(self, line: str, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(text := f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl: line 2 is damaged .* Delete the line"):
+            truncate_metrics(path, 10)
+        assert path.read_text() == text
+
 
 class TestMetricsFileThatFails:
     def test_full_disk_stops_the_run_with_the_rows_before(self, tmp_path: Path):
