@@ -32,7 +32,7 @@ from fp8train.config import RunConfig, config_to_dict, load_config
 from fp8train.config_sections import CompareConfig
 from fp8train.distributed import World, rank_exit_code
 from fp8train.distributed.agreement import on_main
-from fp8train.errors import DivergedError
+from fp8train.errors import DivergedError, printable
 from fp8train.metrics import Metrics
 from fp8train.report import build_report
 from fp8train.report.run_record import RunRecord, read_mapping, read_run
@@ -189,7 +189,7 @@ def _conclude(
     write_file(report, build_report(verdict, arms))
     if config is not None and config.log.wandb != "off":
         _send_to_wandb(run_dir, verdict, config)
-    print(summary(verdict, arms))
+    print(printable(summary(verdict, arms)))
     if kept is not None:
         print(f"\nearlier comparison: kept as {kept.resolve()}, since this one is not of all its runs", end="")
     print(f"\nrun folder: {run_dir.resolve()}")

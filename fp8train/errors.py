@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -85,5 +86,10 @@ def exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None =
         return 130
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, with the control characters that names in files of others may hold written out."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from fp8train import eval as command
 from fp8train.compare import main
 from fp8train.errors import ConfigError, DataError, UserError, exit_code
 from tests.run_folders import write_diverged_run, write_run
@@ -37,6 +39,17 @@ def test_folder_of_the_verdict_is_named_after_the_arms_unless_given(
     assert main(["runs=[a,b]"]) == 0
     written = sorted(path.name for path in (tmp_path / "runs" / "compare-bf16-blockwise").iterdir())
     assert written == ["report.html", "verdict.json"]
+
+
+def test_names_in_the_files_of_others_do_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(write_run(tmp_path / name, recipe=name)) for name in ("bf16", "blockwise")]
+    (tmp_path / "blockwise" / "config.yaml").write_text(yaml.safe_dump({"recipe": "x\x1b[2J\x9b"}))
+    assert main([f"runs=[{','.join(runs)}]", f"run_dir={tmp_path / 'out'}"]) == 0
+    assert r"x\x1b[2J\x9b" in (printed := capsys.readouterr().out) and not {"\x1b", "\x9b"} & set(printed)
+    assert exit_code(command.main, [f"checkpoint={tmp_path}/no\x1b[2J"]) == 2
+    assert r"no\x1b[2J: is not a folder" in (said := capsys.readouterr().err) and "\x1b" not in said
 
 
 def test_two_runs_of_one_recipe_are_told_apart(tmp_path: Path) -> None:
