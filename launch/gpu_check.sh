@@ -25,6 +25,10 @@ cd "$root" || exit 2
 cache=${TMPDIR:-/tmp}/fp8train-compiled
 export PYTHONPATH=$root TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
 mkdir -p "$cache"
+[[ -O $cache ]] || {
+  echo "gpu_check.sh: $cache belongs to another user; needs to be yours, since code is run from it. Set TMPDIR." >&2
+  exit 2
+}
 if [[ -n ${COMPILED:-} ]]; then
   tar -xf "$compiled" -C "$cache" || exit 2
 fi

@@ -106,6 +106,18 @@ def test_what_was_compiled_lies_in_the_same_place_in_a_later_call(tmp_path: Path
     assert done.returncode == 2 and "none" in done.stderr
 
 
+def test_no_code_is_run_from_the_folder_of_another_user(tmp_path: Path, pretender: Path) -> None:
+    cache = pretender / "fp8train-compiled"
+    if os.geteuid() == 0:
+        cache.mkdir()
+        os.chown(cache, 12345, 12345)
+    else:
+        cache.symlink_to("/usr")
+    done = run_script(tmp_path / "out", pretender / "python", pretender)
+    assert done.returncode == 2 and "belongs to another user; needs to be yours" in done.stderr
+    assert not (pretender / "calls").exists()
+
+
 def test_a_step_that_fails_costs_its_own_row_and_the_status(tmp_path: Path, pretender: Path) -> None:
     steps = {
         "(swiglu or rmsnorm_quantize) and not compile": "test_producers",  # one of those that run at once
