@@ -56,6 +56,7 @@ class Float8Linear(nn.Linear):
     channel_scale: Tensor | None
     _seen: tuple[SeenWeight, ...]  # the weights that the operands were made from
     _trained: bool  # whether that was in training
+    _stepped = False  # whether they were made by a step of an optimizer on the very weight
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class Float8Linear(nn.Linear):
         with torch.inference_mode(False), torch.no_grad():
             self.provider.refresh(self)
         self._seen = tuple(SeenWeight(weight, self.provider.exchanges) for weight in self._sources())
-        self._trained = self.training
+        self._trained, self._stepped = self.training, False
 
     def refresh_if_stale(self) -> None:
         """As refresh_weight, where the weight was replaced or written in place since.

@@ -1,12 +1,14 @@
 """The weight as GEMM operands: made from the FP32 master once per optimizer step, reused by every micro-batch.
 
 Codes are attributes of the linear, not buffers, which others average, send and check as if they were numbers of the
-model. They are rewritten in place, eagerly and outside any compiled graph: after an optimizer step, after a state dict
-is loaded, after `weights_changed`; at the first forward after the linear was moved, or changed between training and
-evaluation; and at the next forward after any in-place edit that autograd's version counter sees and any exchange of
-`.data`. In a compiled graph the operator of fprop looks for itself, unless CUDA replays a recorded graph, or the input
-is scaled by other weights (`smooth`). Any other write through `.data`, by torch.distributed (broadcast, receive) or by
-numpy is invisible: announce it with `weights_changed`; `check_weights` finds it.
+model. They are rewritten in place, eagerly and outside any compiled graph: after a step of an optimizer that has the
+weight, after a state dict is loaded, after `weights_changed`; at the first forward after the linear was moved, or
+changed between training and evaluation; where no optimizer has the weight, at the first forward after a step of any,
+which may have had a copy that is written back through `.data` (ZeRO of DeepSpeed); and at the next forward after any
+in-place edit that autograd's version counter sees and any exchange of `.data`. In a compiled graph the operator of
+fprop looks for itself, unless CUDA replays a recorded graph, or the input is scaled by other weights (`smooth`). Any
+other write through `.data`, by torch.distributed (broadcast, receive) or by numpy is invisible: announce it with
+`weights_changed`; `check_weights` finds it.
 """
 
 from __future__ import annotations
@@ -51,8 +53,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for linear in list(_LIVE.values()):
         linear.inputs.clear()  # an input may itself be a parameter that was stepped
         weight = linear._parameters.get("weight")
-        if weight is not None and _memory(weight) in stepped:
+        if weight is None:
+            continue
+        if _memory(weight) in stepped:
             linear.refresh_weight()
+            linear._stepped = True
+        elif not linear._stepped and (weight.requires_grad or linear.remedy is not None):
+            linear._seen = ()  # what was stepped may be a copy, which will be written over the weight through `.data`
 
 
 def _memory(weight: Tensor) -> int:

@@ -32,6 +32,44 @@ def test_a_step_of_a_flat_parameter_reaches_the_weights_that_are_parts_of_it(opt
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_a_step_of_a_copy_that_is_written_over_the_weights_reaches_them(compiled: bool, trained_before: bool) -> None:
+    """As DeepSpeed's ZeRO does it: parameters are views of one buffer, and the optimizer has a copy of that."""
+    model = model_of()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    if trained_before:
+        step_of(list(model.parameters()))
+    parameters = list(model.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    master = nn.Parameter(flat.clone())
+    for _ in range(2):
+        run(normal(6, 130))
+        step_of([master])
+        flat.copy_(master.detach())
+        run(normal(6, 130))
+        assert is_current(model[0]) and is_current(model[2])
+
+
+def step_of(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(parameters, lr=0.5).step()
+
+
+def test_steps_of_other_parameters_requantise_no_weight_that_has_an_optimizer_or_is_frozen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, other = model_of(), nn.Parameter(torch.ones(4))
+    model[2].requires_grad_(False)
+    step_of(list(model[0].parameters()))
+    step_of([other])
+    monkeypatch.setattr(type(model[0]), "refresh_weight", lambda self: pytest.fail("requantised"))
+    model(normal(6, 130))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 def test_an_average_put_in_for_an_evaluation_through_data_is_followed_both_ways(compiled: bool) -> None:
     model = model_of()
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
