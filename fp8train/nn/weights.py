@@ -270,7 +270,7 @@ def _some_linears(model: nn.Module, who: str) -> list[Float8Linear]:
 def check_weights(model: nn.Module) -> None:
     """Raise where codes are not those of the weights; costs a quantisation of each.
 
-    What the next forward makes anew in any case counts as made. Codes of gathered weights (FSDP2) are not looked at.
+    What the next forward makes anew in any case counts as made. Codes of gathered weights are not looked at.
 
     Args:
         model: a converted model; its linears may be anywhere below it.
@@ -292,9 +292,9 @@ def check_weights(model: nn.Module) -> None:
 @torch.no_grad()
 def _is_current(linear: Float8Linear) -> bool:
     """Whether what the next forward would multiply with is made from the weight as it is."""
-    if linear.weight.is_meta or not isinstance(linear.provider, LocalWeight):
-        return True
     linear.refresh_if_stale()
+    if linear.weight.is_meta or linear.weight.dim() != 2 or not isinstance(linear.provider, LocalWeight):
+        return True
     made = {name: tensor for name, tensor in linear.provider.made(linear, anew=True).items() if tensor is not None}
     return all(torch.equal(_bytes(tensor), _bytes(getattr(linear, name))) for name, tensor in made.items())
 

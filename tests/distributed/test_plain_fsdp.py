@@ -12,6 +12,7 @@ from fp8train.backends import get_backend
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError
 from fp8train.nn.linear import Float8Linear
+from fp8train.nn.weights import check_weights
 from fp8train.quant.formats import QuantSpec
 from tests.convertible_model import EVERYTHING
 from tests.distributed.ranks import run_ranks
@@ -32,6 +33,7 @@ def _train(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         results.append(y.detach())
+    check_weights(model)
     with torch.no_grad():
         return [*results, model(x)]
 
