@@ -67,8 +67,8 @@ def convert_model(
 
     Each nn.Linear becomes a Float8Linear, also where it is to run in BF16 or FP32: two recipes differ in the GEMMs, and
     in what `fused` joins to their casts. The objects stay, linears and parameters, and so do state-dict names and
-    hooks; works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP.
-    A second conversion changes precisions.
+    hooks; works on the meta device. All is checked before anything is changed. Convert before wrapping in DDP or FSDP,
+    and before deepspeed.initialize. A second conversion changes precisions.
     A model class may declare `keep_high_precision`, a tuple of globs on module paths relative to it; such a linear
     stays in BF16 unless the rule that covers it names it (Recipe.resolve says when). A subclass of nn.Linear that
     adds more than an __init__ is left as it is where its rule says bf16 or fp32, and refused elsewhere; out_proj of

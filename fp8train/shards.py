@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether each rank has its rows only of one of these tensors."""
     return any(_has_rows(tensor) for tensor in tensors)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 of DeepSpeed has it: a plain tensor, of shape [0] except while a module that owns it computes."""
+    return hasattr(parameter, "ds_status")
+
+
+def sent_as(parameter: Tensor) -> torch.dtype:
+    """The dtype in which ranks exchange it and its gradient where DeepSpeed casts for that, and rounds it (ZeRO-3)."""
+    dtype: torch.dtype = getattr(parameter, "comm_dtype", parameter.dtype)
+    return dtype
 
 
 def local(tensor: Tensor) -> Tensor:

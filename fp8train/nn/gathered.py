@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fp8train.errors import ConfigError
 from fp8train.nn.operands import LaterOperand, Operand
 from fp8train.nn.weights import COPIES, converted_linears, weight_operand
-from fp8train.shards import is_sharded
+from fp8train.shards import is_partitioned, is_sharded
 
 if TYPE_CHECKING:
     from fp8train.nn.linear import Float8Linear
 
 
 class GatheredWeight:
-    """Provider of a weight that something else makes whole for forward, and again for backward (FSDP2).
+    """Provider of a weight that something else makes whole for forward, and again for backward (FSDP2, ZeRO-3).
 
     Operands are made from the whole FP32 master: the codes of a weight on one rank, however its rows are spread.
 
@@ -47,6 +47,12 @@ class GatheredWeight:
                 "makes of it for forward. Call the module that was sharded, and keep nn.Linear where "
                 "parallelize_module splits a layer."
             )
+        if linear.weight.dim() != 2:
+            raise ConfigError(
+                f"Float8Linear: weight is {list(linear.weight.shape)} while its layer computes; needs [out_features, "
+                "in_features], which ZeRO-3 of DeepSpeed makes of it where a module is called. Call the module, not "
+                "its forward, or stay within deepspeed.zero.GatheredParameters."
+            )
         if not self._keep:
             return weight_operand(linear, False), LaterOperand(partial(_gathered, linear))
         if self._held is None:
@@ -68,9 +74,10 @@ def follow_sharding(linear: Float8Linear) -> None:
         ConfigError: its recipe treats its input (`swiglu`), which needs weights of other linears too.
         ValueError: its weight is of another tensor class that holds no matrix itself.
     """
-    if not is_traceable_wrapper_subclass(linear.weight) or isinstance(linear.provider, GatheredWeight):
+    wrapped, partitioned = is_traceable_wrapper_subclass(linear.weight), is_partitioned(linear.weight)
+    if not (wrapped or partitioned) or isinstance(linear.provider, GatheredWeight):
         return
-    if not is_sharded((linear.weight,)):
+    if not (partitioned or is_sharded((linear.weight,))):
         raise ValueError(
             f"Float8Linear: weight is a {type(linear.weight).__name__}; needs a plain tensor, whose memory the kernels "
             "read. Keep nn.Linear for this layer."

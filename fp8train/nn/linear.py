@@ -24,6 +24,7 @@ from fp8train.nn.operands import refuse_transforms
 from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import OPERANDS, LocalWeight, SeenWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
+from fp8train.shards import sent_as
 
 HIGH = (torch.bfloat16, torch.float32)  # dtypes of an input
 _SITES = itertools.count(1)  # 0 is coverage.NOT_COUNTED
@@ -163,21 +164,27 @@ class Float8Linear(nn.Linear):
         """Make the weight's operands from the master now; those of a weight that is sharded, when they are needed.
 
         Raises:
-            ValueError: the weight is not FP32, or of a class that gives no whole matrix.
+            ValueError: the weight is not FP32, or not sent as that, or of a class that gives no whole matrix.
             ConfigError: the weight is sharded, and the recipe treats the input (`swiglu`).
         """
         if self.weight.is_meta:
-            return
-        if self.weight.dim() != 2:  # between two forwards a part of FSDP1's flat parameter
-            self.forget_weight()
             return
         if self.weight.dtype is not torch.float32:
             raise ValueError(
                 f"Float8Linear: weight is {self.weight.dtype}; needs torch.float32, the master of its codes. "
                 "Cast the activations instead of the model, or call model.float(); under fully_shard leave "
-                "MixedPrecisionPolicy's param_dtype None."
+                "MixedPrecisionPolicy's param_dtype None; for DeepSpeed write torch_autocast in place of bf16 or fp16."
+            )
+        if (sent := sent_as(self.weight)) is not torch.float32:
+            raise ValueError(
+                f"Float8Linear: weight is sent between ranks as {sent}, by torch_autocast of DeepSpeed; needs "
+                "torch.float32. Convert before deepspeed.initialize; leave Float8Linear out of "
+                "lower_precision_safe_modules."
             )
         follow_sharding(self)
+        if self.weight.dim() != 2 and isinstance(self.provider, LocalWeight):  # FSDP1's, between two forwards
+            self.forget_weight()
+            return
         # not as inference tensors, even if an evaluation asks first: training will save them for backward
         with torch.inference_mode(False), torch.no_grad():
             self.provider.refresh(self)
