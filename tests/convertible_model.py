@@ -1,6 +1,8 @@
-"""A small model with what conversion must respect, and the recipe that converts all of it to FP8."""
+"""Small models: one with what conversion must respect, and the recipe that converts all of it; a language model."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,3 +43,17 @@ class Model(nn.Module):
 
 def names_and_identities(model: nn.Module) -> dict[str, int]:
     return {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+class Bigrams(nn.Module):
+    """The smallest model that the examples of the READMEs fit: called as a Hugging Face language model is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(64, 128)
+        self.layers = nn.ModuleList([nn.Linear(128, 128)])
+        self.lm_head = nn.Linear(128, 64, bias=False)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = self.lm_head(self.layers[0](self.embed_tokens(tokens)))
+        return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))

@@ -9,11 +9,8 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from fp8train import explain
 from fp8train.arguments import take_arguments
@@ -21,6 +18,7 @@ from fp8train.backends.selection import BACKENDS
 from fp8train.cli import COMMANDS
 from fp8train.config import load_config
 from fp8train.models import ModelConfig, build_model, save_hf
+from tests.convertible_model import Bigrams
 from tests.source_tree import ROOT, files, imports, python_files, syntax
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "fp8train", "configs", "kernels", "recipes", "tests", "launch"}
@@ -139,7 +137,7 @@ def test_every_page_is_finished() -> None:
 def test_readme_example_converts_and_trains_a_model() -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     torch.manual_seed(0)
-    model = _Bigrams()
+    model = Bigrams()
     tokens = torch.randint(64, (2, 32))
     before = model.layers[0].weight.detach().clone()
     names = {"model": model, "tokens": tokens, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
@@ -147,20 +145,6 @@ def test_readme_example_converts_and_trains_a_model() -> None:
         exec(compile(code, "README.md", "exec"), names)
     assert "fp8" in printed.getvalue()
     assert not torch.equal(model.layers[0].weight, before)
-
-
-class _Bigrams(nn.Module):
-    """The smallest model that README's example fits: called as a Hugging Face language model is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(64, 128)
-        self.layers = nn.ModuleList([nn.Linear(128, 128)])
-        self.lm_head = nn.Linear(128, 64, bias=False)
-
-    def forward(self, tokens: Tensor, labels: Tensor) -> SimpleNamespace:
-        logits = self.lm_head(self.layers[0](self.embed_tokens(tokens)))
-        return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
 
 def test_readme_commands_exist_and_their_settings_are_accepted(tmp_path: Path) -> None:

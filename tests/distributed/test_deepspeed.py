@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -19,12 +20,13 @@ from fp8train.errors import ConfigError
 from fp8train.models import ModelConfig, build_model
 from fp8train.nn.weights import OPERANDS, check_weights, converted_linears
 from fp8train.recipe import load_recipe
-from tests.convertible_model import EVERYTHING
-from tests.distributed.ranks import own_folders, run_ranks
+from tests.convertible_model import EVERYTHING, Bigrams
+from tests.distributed.ranks import ROOT, own_folders, run_ranks
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs deepspeed: pip install -e '.[dev,deepspeed]'"
 )
+README = ROOT / "fp8train/nn/README.md"
 STEPS = 3
 DECODER = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1, max_seq_len=16
@@ -227,12 +229,23 @@ def _on_ranks(world: Any) -> dict[str, Any]:
     }
 
 
+def _example() -> bool:
+    """Whether the README's example changes the weights of a model."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    torch.manual_seed(0)
+    model = Bigrams()
+    before = model.layers[0].weight.detach().clone()
+    exec(compile(code, "README.md", "exec"), {"model": model, "tokens": torch.randint(64, (2, 32))})
+    return not torch.equal(_whole(model)["layers.0.weight"], before)
+
+
 def _other_facts(rank: int) -> dict[str, Any]:
     engine = _engine(_model(), _config(3))
     _trained(engine, rank)
     linears = converted_linears(engine.module)
     return {
         "resident": [name for linear in linears for name in OPERANDS if getattr(linear, name) is not None],
+        "example": _example(),
         "messages": {
             "apart": _message(lambda: linears[0].forward(torch.zeros(4, 64))),
             "bf16": _message(lambda: _zero(rank, 2, bf16={"enabled": True})),
@@ -258,6 +271,10 @@ def test_losses_and_weights_are_those_of_ddp_bit_for_bit(ranks: list[dict[str, A
         (losses, weights), (got_losses, got) = result["runs"][name]
         assert len(set(losses)) == len(losses) == len(got_losses)
         assert all(map(torch.equal, got_losses, losses)) and _same(weights, got)
+
+
+def test_example_trains(ranks: list[dict[str, Any]]) -> None:
+    assert all(result["example"] for result in ranks)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
