@@ -26,6 +26,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp8train.backends import get_backend
 from fp8train.backends.ops import before_fprop
+from fp8train.errors import ConfigError
 from fp8train.nn.operands import LaterOperand, Operand, quantized, transposed
 from fp8train.nn.remedies import channel_scale
 from fp8train.quant.formats import LinearPrecision, QuantSpec
@@ -68,10 +69,21 @@ def _memory(weight: Tensor) -> int:
 
 
 def _follow(site: int) -> None:
-    """As an eager forward does; one with a remedy has scaled its input already, to the codes that are there."""
+    """As an eager forward does. An input that is scaled by other weights has been scaled before it comes here."""
     linear = _LIVE.get(site)
-    if linear is not None and linear.remedy is None and isinstance(linear.provider, LocalWeight):
+    if linear is None or not isinstance(linear.provider, LocalWeight):
+        return
+    if linear.remedy is None or linear.remedy.smooth is None:
         linear.refresh_if_stale()
+    elif not linear._seen and linear.channel_scale is not None:
+        used = linear.channel_scale.clone()
+        linear.refresh_if_stale()
+        if not torch.equal(used, linear.channel_scale):
+            raise ConfigError(
+                "Float8Linear: the input was scaled by weights that changed without a sign before a compiled forward "
+                "(swiglu: smooth); needs a sign. Call fp8train.weights_changed(model) after each step, do not compile, "
+                "or take `smooth` out of the recipe."
+            )
 
 
 register_optimizer_step_post_hook(_after_step)

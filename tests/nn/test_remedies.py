@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8train.convert import convert_model
-from fp8train.errors import RecipeError
+from fp8train.errors import ConfigError, RecipeError
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.linear_function import InplaceGrad
 from fp8train.nn.remedies import channel_scale, fold_channel_scale
+from fp8train.nn.weights import check_weights, weights_changed
 from fp8train.quant.formats import BF16, BLOCKWISE
 from fp8train.recipe import load_recipe
 
@@ -187,3 +188,21 @@ def test_last_down_projections_in_bf16_are_a_rule():
     report = convert_model(stack, document | {"rules": rules})
     high = {row.fqn for row in report.rows if row.precision == "bf16"}
     assert high == {"layers.1.mlp.down_proj", "layers.2.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("swiglu", [{"clamp": 4.0}, {"smooth": True}], ids=str)
+def test_a_compiled_model_follows_its_weights_or_stops(x: torch.Tensor, swiglu: dict[str, object]) -> None:
+    made = model(**swiglu)
+    run = torch.compile(made, backend="aot_eager", fullgraph=True)
+    run(x)
+    made.up_proj.weight.data[7] *= 64  # as ZeRO of DeepSpeed writes what it has stepped
+    made.down_proj.weight.data.mul_(3)
+    torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
+    if "smooth" in swiglu:
+        with pytest.raises(ConfigError, match="scaled by weights that changed.*Call fp8train.weights_changed"):
+            run(x)
+    else:
+        run(x)
+        check_weights(made)
+    weights_changed(made)
+    run(x)
