@@ -24,7 +24,7 @@ from tests.convertible_model import EVERYTHING, Bigrams
 from tests.distributed.ranks import ROOT, own_folders, run_ranks
 
 pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="needs deepspeed: pip install -e '.[dev,deepspeed]'"
+    find_spec("deepspeed") is None, reason="needs deepspeed: pip install -e '.[dev]'"
 )
 README = ROOT / "fp8train/nn/README.md"
 STEPS = 3
