@@ -23,9 +23,7 @@ from fp8train.recipe import load_recipe
 from tests.convertible_model import EVERYTHING, Bigrams
 from tests.distributed.ranks import ROOT, own_folders, run_ranks
 
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="needs deepspeed: pip install -e '.[dev]'"
-)
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: pip install -e '.[dev]'")
 README = ROOT / "fp8train/nn/README.md"
 STEPS = 3
 DECODER = ModelConfig(
