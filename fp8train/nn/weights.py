@@ -56,10 +56,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         weight = linear._parameters.get("weight")
         if weight is None:
             continue
-        if _memory(weight) in stepped:
+        sources = (weight,) if linear.remedy is None else linear._sources()
+        if any(_memory(source) in stepped for source in sources):
             linear.refresh_weight()
             linear._stepped = True
-        elif not linear._stepped and (weight.requires_grad or linear.remedy is not None):
+        elif not linear._stepped and any(source.requires_grad for source in sources):
             linear._seen = ()  # what was stepped may be a copy, which will be written over the weight through `.data`
 
 

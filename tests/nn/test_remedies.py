@@ -206,3 +206,17 @@ def test_a_compiled_model_follows_its_weights_or_stops(x: torch.Tensor, swiglu: 
         check_weights(made)
     weights_changed(made)
     run(x)
+
+
+def test_a_frozen_linear_follows_the_weights_that_scale_its_input(x: torch.Tensor) -> None:
+    made = model(smooth=True)
+    made.down_proj.requires_grad_(False)
+    run, up = torch.compile(made, backend="aot_eager"), made.up_proj.weight
+    before = made.down_proj.channel_scale.clone()
+    run(x)
+    up.grad = torch.zeros_like(up)
+    up.grad[7] = up.detach()[7]
+    torch.optim.SGD([up], lr=63.0).step()
+    run(x)
+    scale = made.down_proj.channel_scale
+    assert not torch.equal(scale, before) and torch.equal(scale, channel_scale(made.gate_proj.weight, up))
