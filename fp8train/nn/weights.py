@@ -3,12 +3,12 @@
 Codes are attributes of the linear, not buffers, which others average, send and check as if they were numbers of the
 model. They are rewritten in place, eagerly and outside any compiled graph: after a step of an optimizer that has the
 weight, after a state dict is loaded, after `weights_changed`; at the first forward after the linear was moved, or
-changed between training and evaluation; where no optimizer has the weight, at the first forward after a step of any,
-which may have had a copy that is written back through `.data` (ZeRO of DeepSpeed); and at the next forward after any
-in-place edit that autograd's version counter sees and any exchange of `.data`. In a compiled graph the operator of
-fprop looks for itself, unless CUDA replays a recorded graph, or the input is scaled by other weights (`smooth`). Any
-other write through `.data`, by torch.distributed (broadcast, receive) or by numpy is invisible: announce it with
-`weights_changed`; `check_weights` finds it.
+changed between training and evaluation; where no optimizer has the weight, at the first forward after a step of one
+that has no linear's, and so perhaps copies that are written back through `.data` (ZeRO of DeepSpeed); and at the next
+forward after any in-place edit that autograd's version counter sees and any exchange of `.data`. In a compiled graph
+the operator of fprop looks for itself, unless CUDA replays a recorded graph, or the input is scaled by other weights
+(`smooth`). Any other write through `.data`, by torch.distributed (broadcast, receive) or by numpy is invisible:
+announce it with `weights_changed`; `check_weights` finds it.
 """
 
 from __future__ import annotations
@@ -51,17 +51,23 @@ def keep_current(linear: Float8Linear) -> None:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # by identity, not by version: fused optimizers do not move the version counter of what they write
     stepped = {_memory(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own, others = [], []
     for linear in list(_LIVE.values()):
         linear.inputs.clear()  # an input may itself be a parameter that was stepped
         weight = linear._parameters.get("weight")
         if weight is None:
             continue
         sources = (weight,) if linear.remedy is None else linear._sources()
-        if any(_memory(source) in stepped for source in sources):
-            linear.refresh_weight()
-            linear._stepped = True
+        if not stepped.isdisjoint(map(_memory, sources)):
+            own.append(linear)
         elif not linear._stepped and any(source.requires_grad for source in sources):
-            linear._seen = ()  # what was stepped may be a copy, which will be written over the weight through `.data`
+            others.append(linear)
+    for linear in own:
+        linear.refresh_weight()
+        linear._stepped = True
+    if not own:
+        for linear in others:
+            linear._seen = ()  # what was stepped may be copies, which will be written over the weights through `.data`
 
 
 def _memory(weight: Tensor) -> int:

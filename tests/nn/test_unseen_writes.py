@@ -58,6 +58,15 @@ def step_of(parameters: list[nn.Parameter]) -> None:
     torch.optim.SGD(parameters, lr=0.5).step()
 
 
+def test_a_step_of_another_model_leaves_the_codes_as_backward_needs_them() -> None:
+    """Whose optimizer has linears itself and no copies: a generator is called again after its discriminator's step."""
+    generator, discriminator = model_of(), model_of()
+    y = generator(normal(6, 130))
+    step_of(list(discriminator.parameters()))
+    generator(normal(6, 130))
+    y.sum().backward()
+
+
 def test_steps_of_other_parameters_requantise_no_weight_that_has_an_optimizer_or_is_frozen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
