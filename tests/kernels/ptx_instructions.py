@@ -16,6 +16,7 @@ from tests.kernels.ptx_machine import UNSIGNED, WARP, Array, Fault, Group, Instr
 Act = Callable[[Group, Array | None, list[str]], None]
 NAN_F32, NAN_BF16, NAN_FP8 = 0x7FFFFFFF, 0x7FFF, 0x7F
 MIN_NORMAL = 2.0**-126
+WAIT_LOOP = "@!complete bra.uni waitLoop"  # around mbarrier.try_wait, which waits here until the phase has ended
 # bits of the mantissa, exponent of the smallest normal number, largest number
 FP8 = {"e4m3x2": (3, -6, 448.0), "e5m2x2": (2, -14, 57344.0)}
 COMPARE = {
@@ -53,6 +54,8 @@ def launch_of(
         if found:
             operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
             code.append(Instruction(found[1] or "", found[2], operands, (act or action)(found[2])))
+        else:
+            assert text[:1] in ("", ".") or text == WAIT_LOOP, f"not understood: {text}"
     return Launch(code, labels, int(threads[1]), shared_bytes, grid, arguments, memory)
 
 
