@@ -172,8 +172,10 @@ def _map_out(parts: list[str], warp: Warp, mask: Array | None, operands: list[st
         tuple(field[name, at] for at in range(rank)) for name in ("global_dim", "box_dim", "element_stride")
     )
     strides = tuple(field["global_stride", at] for at in range(rank - 1))
-    if set(steps) != {1} or to % 128:
-        raise Fault("a tensor map with steps, or not aligned")
+    if set(steps) != {1}:
+        raise NotImplementedError("a tensor map with steps")
+    if to % 128:
+        raise Fault("a tensor map that is not aligned")
     made = warp.number, int(warp.clock.seen[warp.number])
     size = {0: 1, 1: 2, 7: 4, 10: 2}[field.get(("elemtype", 0), 0)]  # u8, u16, f32, bf16
     warp.program.descriptors[to] = Descriptor(
@@ -254,6 +256,8 @@ def _copy(parts: list[str], warp: Warp, mask: Array | None, operands: list[str])
                 shared.coming[at] = False
                 shared.writer[at], shared.written[at] = warp.number, warp.clock.seen[warp.number]
     else:
+        if mask is not None and not mask.all():
+            raise NotImplementedError("copies of some threads of a warp")
         to, source = (address_of(warp, operand, kind) for operand, kind in zip(operands, ("u32", "u64"), strict=False))
         count = warp.whole(warp.get(operands[3], "u32"))
         data = np.zeros((WARP, 16), np.uint8)
@@ -286,7 +290,7 @@ def _rows(warp: Warp, operand: str, first: int, count: int, kind: str) -> tuple[
     word = one(warp, operand, "u64")
     start, step, swizzle = (word & 0x3FFF) << 4, (word >> 32 & 0x3FFF) << 4, word >> 62
     if swizzle != 1 or word >> 49 & 7:
-        raise Fault("an operand of a tensor core that does not lie in rows of 128 bytes, swizzled")
+        raise NotImplementedError("an operand of a tensor core that does not lie in rows of 128 bytes, swizzled")
     row = np.arange(first, first + count)[:, None]
     place = start + row // 8 * step + row % 8 * 128 + np.arange(0, 32, 16)
     place ^= (place >> 7 & 7) << 4
@@ -318,7 +322,7 @@ def _multiply(parts: list[str], warp: Warp, operands: list[str]) -> None:
     registers, columns = names_in(operands[0]), int(parts[4].partition("n")[2].partition("k")[0])
     adds = bool(one(warp, operands[3], "pred"))
     if operands[4:] != ["1", "1"] or not parts[4].endswith("k32"):
-        raise Fault("a multiplication of another kind")
+        raise NotImplementedError("a multiplication of another kind")
     if warp.touched & set(registers):
         raise Fault("a multiplication writes registers that were used after the last wgmma.fence")
     for group in (*warp.groups, warp.started):

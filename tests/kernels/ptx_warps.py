@@ -2,7 +2,8 @@
 
 As ptx_machine.py, whose registers, global memory and instructions these are; the programs come one after another. What
 TMA brings comes at a random moment that the barriers allow; what a tensor core writes may not be touched before it has
-been waited for. Fault is also raised where nobody can go on. Instructions: ptx_tensor.py.
+been waited for. Fault is also raised where nobody can go on; NotImplementedError at what the PTX ISA allows and no
+kernel has. Instructions: ptx_tensor.py.
 """
 
 from __future__ import annotations
@@ -269,7 +270,7 @@ class Warp(Group):
         if len(operands) == 2:  # brx.idx
             which = np.unique(self.get(operands[0], "u32"))
             if which.size != 1 or mask is not None or self.apart is not None:
-                raise Fault("threads of a warp take different branches of a table")
+                raise NotImplementedError("threads of a warp take different branches of a table")
             self.pc = self.launch.labels[self.program.facts.tables[operands[1]][int(which[0])]]
             return
         target = self.launch.labels[operands[0]] if operands else len(self.launch.code)
@@ -279,5 +280,5 @@ class Warp(Group):
             self.pc = target
         elif taken.any():
             if self.apart is not None or target <= self.pc:
-                raise Fault("threads of a warp part twice, or in a loop")
+                raise NotImplementedError("threads of a warp part twice, or in a loop")
             self.apart = target, taken
