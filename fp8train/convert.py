@@ -102,7 +102,7 @@ def convert_model(
     precisions = [assigned[found.paths[0]].precision for found in swappable]
     selection = select_backend(backend, device_type or _device_type(model), dict.fromkeys(precisions))
     treated = _swiglu_blocks(model, recipe)
-    selection.backend.expect(precisions)
+    selection.backend.expect([*precisions, *(recipe.precisions[part.use] for part in recipe.schedule)])
     _swap(swappable, precisions, selection.backend.name, weight_copies)
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)

@@ -226,10 +226,13 @@ def blockwise(recipe: str) -> bool:
 
 ALL_E5M2 = {name: {key: text.replace("e4m3", "e5m2") for key, text in gemm.items()} for name, gemm in FP8.items()}
 MIXED = {**FP8, "wgrad": {"dy": "e5m2 1x128", "x": "e4m3 1x128 fp32"}}
+LAYERS = {"match": "*layers.*", "use": "fp8"}
 OTHER_RECIPES = {
-    name: {**document({"match": "*layers.*", "use": "fp8"}, REST), "precisions": {"fp8": precision}}
+    name: document(LAYERS, REST) | {"precisions": {"fp8": precision}}
     for name, precision in {"e5m2": ALL_E5M2, "mixed": MIXED}.items()
 }
+OTHER_RECIPES["scheduled"] = document(LAYERS, REST, schedule=[{"at": 0.5, "use": "later"}])
+OTHER_RECIPES["scheduled"]["precisions"] = {"fp8": FP8, "later": ALL_E5M2}
 RECIPES = {**{name: name for name in available_recipes() if blockwise(name)}, **OTHER_RECIPES}
 
 
