@@ -294,6 +294,7 @@ def test_forms_of_a_recipe_are_checked_with_the_usual_ones(machine: Path, monkey
     monkeypatch.setattr(subprocess, "run", run := child(0, "correct"))
     verdicts = Admission()
     verdicts.expect([BF16, BLOCKWISE, PRECISIONS["gradients-in-e5m2"]])
+    assert run.calls == []  # type: ignore[attr-defined]
     assert verdicts.admits("quantize", "dual", torch.device("cuda", 0))
     e5m2 = "e5m2 1x128 pow2"
     wanted = {*used, ("gemm", "a e5m2 x e4m3"), ("gemm_wgrad", "a e5m2 x e4m3"), ("quantize", f"dual {e5m2}, {e5m2}")}
