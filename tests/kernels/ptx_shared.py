@@ -1,6 +1,6 @@
 """Shared memory of one program whose warps run on their own, with what each of them knows to have happened.
 
-A warp counts its steps: one ends where it gives its work free, at a barrier or a fence. A byte remembers who wrote and
+A warp counts its steps: one ends where it releases its work, at a barrier or a fence. A byte remembers who wrote and
 who read it last, and in which step; whoever comes next must know that step, by a barrier that he has waited for. What
 the asynchronous proxy reads (TMA stores, tensor cores) must have been fenced besides. Source: PTX ISA 8.8, memory
 consistency model and async proxy.
@@ -17,7 +17,7 @@ from tests.kernels.ptx_machine import Array, Fault
 
 @dataclass(slots=True)
 class Clock:
-    """What is known to have happened.
+    """A vector clock: what is known to have happened.
 
     seen: [warps] steps of each warp
     fenced: [warps] those before a fence of proxies

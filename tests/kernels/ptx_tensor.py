@@ -99,7 +99,7 @@ def _elect(parts: list[str], warp: Warp, mask: Array | None, operands: list[str]
 def _fence(parts: list[str], warp: Warp, mask: Array | None, operands: list[str]) -> None:
     """fence.proxy.async."""
     np.maximum(warp.clock.fenced, warp.clock.seen, out=warp.clock.fenced)
-    warp.gives_free()
+    warp.release()
 
 
 def _mbarrier(parts: list[str], warp: Warp, mask: Array | None, operands: list[str]) -> None:
@@ -125,7 +125,7 @@ def _mbarrier(parts: list[str], warp: Warp, mask: Array | None, operands: list[s
         threads = WARP if mask is None else int(mask.sum())
         expected = count if "expect_tx" in parts else 0
         barrier.change(warp.clock, threads if expected else threads * count, threads * expected)
-        warp.gives_free()
+        warp.release()
     else:
         parity = one(warp, operands[2], "u32", mask) & 1  # Triton gives -1 for 1
         if barrier.parity == parity:  # this phase has not ended: try again when it has
@@ -181,7 +181,7 @@ def _map_out(parts: list[str], warp: Warp, mask: Array | None, operands: list[st
     warp.program.descriptors[to] = Descriptor(
         field["global_address", 0], sizes, strides, box, size, field["swizzle_mode", 0], made
     )
-    warp.gives_free()
+    warp.release()
 
 
 def _box(warp: Warp, operand: str, place: int, mask: Array | None) -> tuple[Array, Array, Array, int]:

@@ -104,7 +104,7 @@ class Program:
                 together.join(one.clock)
             for one in here:
                 one.clock.join(together)
-                one.gives_free()
+                one.release()
             self.waiting[number] = []
 
 
@@ -176,7 +176,7 @@ class Warp(Group):
         self.store_groups: list[list[Array]] = []
         self.count = 0  # of multiplications
 
-    def gives_free(self) -> None:
+    def release(self) -> None:
         """What it does from now on is another step."""
         self.clock.seen[self.number] += 1
 
