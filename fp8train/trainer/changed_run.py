@@ -44,7 +44,7 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
         ConfigError: unknown key or choice, wrong type, or windows longer than the model takes.
         DataError: the text would be in another tokenizer than the run's.
     """
-    values = config_to_dict(checkpoint.config)
+    values = literal(config_to_dict(checkpoint.config))
     keys = []
     for change in changes:
         key, _, choice = change.partition("=")
@@ -52,7 +52,7 @@ def evaluation_config(checkpoint: Checkpoint, changes: Sequence[str], command: s
             values["data"] = _data_choice(checkpoint, choice)
         else:
             keys.append(change)
-    config = structure(RunConfig, merged(literal(values), parse_assignments(keys, RunConfig)), who=command)
+    config = structure(RunConfig, merged(values, parse_assignments(keys, RunConfig)), who=command)
     config.data.check_read([key.partition("=")[0].removeprefix("data.") for key in keys if key.startswith("data.")])
     if config.seq_len > config.model.max_seq_len:
         raise ConfigError(
@@ -136,8 +136,9 @@ def _data_choice(checkpoint: Checkpoint, choice: str) -> dict[str, Any]:
         raise ConfigError(f"data: no file {choice!r} in configs/data/; {nearest(choice, sorted(files))}.")
     tokenizer = configured_tokenizer(checkpoint.config.data)
     data = yaml.safe_load(files[choice].read_text(encoding="utf-8")) or {}
-    return data | {
+    kept = {
         "tokenizer": "bytes" if tokenizer.path is None else str(tokenizer.path),
         "separator": tokenizer.separator_token if isinstance(tokenizer, FileTokenizer) else None,
         "document_mask": checkpoint.config.data.document_mask,
     }
+    return {**data, **literal(kept)}

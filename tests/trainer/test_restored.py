@@ -118,3 +118,14 @@ def test_configuration_of_a_stranger_reads_nothing_from_the_environment(
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config.data.path == address
     assert evaluation_config(checkpoint, ["seq_len=8"], "eval").data.path == address
+
+
+def test_choice_of_ones_own_refers_to_what_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(tmp_path)
+    monkeypatch.setenv("CORPUS", "a.txt")
+    monkeypatch.setattr("fp8train.trainer.changed_run.folder", lambda name: tmp_path / name)
+    (tmp_path / "configs" / "data").mkdir(parents=True)
+    (tmp_path / "configs" / "data" / "mine.yaml").write_text("{kind: text, path: '${oc.env:CORPUS}'}")
+    changes = ["data=mine", "data.holdout_fraction=0.01", "data.eval_windows=${seq_len}", "seq_len=8"]
+    data = evaluation_config(open_checkpoint(tmp_path), changes, "eval").data
+    assert (data.path, data.eval_windows) == ("a.txt", 8)
