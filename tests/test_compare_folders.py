@@ -224,6 +224,13 @@ def test_report_of_a_comparison_is_written_again_with_all_that_it_knows(tmp_path
     assert sorted(path.name for path in folder.iterdir()) == ["arms", "crossed.json", "report.html", "verdict.json"]
 
 
+def test_margin_of_any_size_is_taken_up_again(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "c")
+    for margin in (["margin_percent=1e9"], []):
+        assert main([f"runs={folder}", *margin]) == 0
+        assert json.loads((folder / "verdict.json").read_text())["margin_percent"] == 1e9
+
+
 def test_a_comparison_that_was_moved_is_the_same_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = comparison(tmp_path / "c").rename(tmp_path / "elsewhere")
     capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def read_verdict(path: Path) -> dict[str, Any]:
         isinstance(arms, dict)
         and verdict.get("baseline") in [*arms]
         and all(Path(arm).name == arm and _has_runs(entry) for arm, entry in arms.items())
-        and all(type(number) in (int, float) and 0 < number < 1e6 for number in numbers)
+        and all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
         and isinstance(verdict.get("looks", []), list)
     )
     if verdict and not whole:
