@@ -19,17 +19,21 @@ def cache_folder() -> Path:
     try:
         path = Path.home() / ".cache" / "fp8train"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path if _is_own(path) else _folder_of_process(tempfile.gettempdir())
+        with tempfile.TemporaryFile(dir=path) as file:
+            user = os.fstat(file.fileno()).st_uid  # as NFS has it, which may give all that is written to one user
+        return path if _is_own(path, user) else _folder_of_process(tempfile.gettempdir())
     except (OSError, RuntimeError):
         return _folder_of_process(tempfile.gettempdir())
 
 
 @functools.cache
-def _is_own(path: Path) -> bool:
-    """Whether only this user, and root, can write to the folder; root may use anybody's, as in a container."""
-    status, user = path.stat(), os.geteuid()
-    foreign, open_to_all = user not in (0, status.st_uid), status.st_mode & stat.S_IWOTH
+def _is_own(path: Path, user: int) -> bool:
+    """Whether only this user, and root, can write to the folder; root may use anybody's, as in a container.
+
+    user: to whom a file belongs that this process writes there.
+    """
+    status = path.stat()
+    foreign, open_to_all = user != status.st_uid and os.geteuid() != 0, status.st_mode & stat.S_IWOTH
     if foreign or open_to_all:
         what = f"belongs to user {status.st_uid}" if foreign else "can be written to by every user"
         LOG.warning(

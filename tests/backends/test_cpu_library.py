@@ -134,21 +134,27 @@ def test_user_without_a_home_builds_for_this_process(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("mode", "uid", "said"),
-    [(0o777, 0, "can be written to by every user"), (0o755, 1, "belongs to user"), (0o775, 0, "")],
-    ids=["open to all", "of another user", "open to a group"],
+    ("mode", "uid", "writes_as", "said"),
+    [
+        (0o777, 0, 0, "can be written to by every user"),
+        (0o755, 1, 1, "belongs to user"),
+        (0o775, 0, 0, ""),
+        (0o755, 1, 0, ""),
+    ],
+    ids=["open to all", "of another user", "open to a group", "NFS maps users to its owner"],
 )
 def test_nothing_is_loaded_that_another_user_could_have_put_there(
-    mode: int, uid: int, said: str, home: Path, tmp_path_factory, monkeypatch, caplog: pytest.LogCaptureFixture
+    mode: int, uid: int, writes_as: int, said: str, home: Path, tmp_path_factory, monkeypatch, caplog
 ) -> None:
     planted = home / ".cache" / "fp8train"
     planted.mkdir(parents=True)
     planted.chmod(mode)
-    user = os.geteuid() + uid
-    monkeypatch.setattr("os.geteuid", lambda: user)
+    user, fstat = os.geteuid(), os.fstat
+    monkeypatch.setattr("os.geteuid", lambda: user + uid)
+    monkeypatch.setattr("os.fstat", lambda file: os.stat_result((*fstat(file)[:4], user + writes_as, *fstat(file)[5:])))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))
     folder = cache_folder()
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "nor can anybody put something there later"
+    assert not stat.S_IMODE(folder.stat().st_mode) & 0o022, "nor can anybody put something there later"
     assert (folder != planted) == bool(said) and said in caplog.text
     assert cache_folder() == folder and caplog.text.count("needs to be of user") == bool(said), "said once"
 
