@@ -190,7 +190,8 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for shard in shards:
         path = directory / shard
-        if path.name != shard or not path.is_file():  # an index may name a file anywhere
+        outside = ".." in Path(shard).parts or os.path.isabs(shard)  # the file itself may be a link out of the folder
+        if outside or not path.is_file():
             raise CheckpointError(
                 f"{path}: is no file of this folder; needs the weights as safetensors. Fetch the folder again, or "
                 "convert pytorch_model.bin to safetensors."
