@@ -18,7 +18,8 @@ from fp8train.backends import get_backend
 from fp8train.config import config_from_dict
 from fp8train.config_sections import LogConfig
 from fp8train.errors import BackendError, ConfigError, DataError
-from fp8train.telemetry.table import samples
+from fp8train.telemetry.statistics import STATS
+from fp8train.telemetry.table import COLUMNS_KEY, WHAT_IF_KEY
 from fp8train.units import finite
 
 TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "process_step")
@@ -277,12 +278,17 @@ def _numbers(row: Mapping[str, Any], keys: Sequence[str], path: Path, number: in
 
 
 def _telemetry(row: Mapping[str, Any], path: Path, number: int) -> dict[str, Any]:
-    """The keys of telemetry in a row."""
+    """The keys of telemetry in a row, of which `samples` can be made; to make them takes as long as to read the row."""
+    kept = {key: value for key, value in row.items() if key.startswith(TELEMETRY)}
     try:
-        list(samples(row))
-    except (TypeError, ValueError) as error:
+        columns = len(dict.fromkeys(kept.get(COLUMNS_KEY, STATS)))
+        set(kept.get(WHAT_IF_KEY, ()))
+        odd = [key for key, numbers in kept.items() if key.count("/") > 1 and len(numbers) != columns]
+    except TypeError as error:
         raise _damaged(path, number, f"telemetry: {error}") from error
-    return {key: value for key, value in row.items() if key.startswith(TELEMETRY)}
+    if odd:
+        raise _damaged(path, number, f"telemetry: {odd[0]} has not one number for each of {columns} columns")
+    return kept
 
 
 def _damaged(path: Path, number: int, detail: str) -> DataError:
