@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -182,6 +183,31 @@ def test_launcher_refuses_a_port_in_use_in_one_line():
 END_OF_JOB = "sleep 1; kill -USR1 $PPID; while :; do sleep 0.1; done"
 
 
+RUN_DIR = "\u00e4: b"  # YAML writes it in quotes
+
+
+def run_batch_script(folder: Path, end: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it among programs that stand for Slurm's, of which srun ends as `end` says."""
+    tools = {
+        "scontrol": '[[ $1 == requeue ]] && printf "<%s>" "$@" && echo && exit; echo node1; sleep 0.2; echo node2',
+        "srun": f'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done; {end}',
+        "launch/torchrun.sh": 'echo "$MASTER_ADDR $NNODES $NODE_RANK"; printf "<%s>" "$@"; echo',
+        ".venv/bin/python": f'exec "{sys.executable}" "$@"',
+    }
+    for name in ("launch", ".venv/bin", RUN_DIR):
+        (folder / name).mkdir(parents=True)
+    (folder / RUN_DIR / "result.json").write_text("of 10\n")  # of the job before
+    for name, text in tools.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sbatch"), f"run_dir={RUN_DIR}", *arguments], cwd=folder,
+        env=os.environ | job | {"PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
@@ -196,27 +222,15 @@ END_OF_JOB = "sleep 1; kill -USR1 $PPID; while :; do sleep 0.1; done"
 def test_batch_script_starts_every_node_on_the_first_ones_address_and_goes_back_into_the_queue(
     end, status, said, tmp_path
 ):
-    run_dir = "\u00e4: b"  # YAML writes it in quotes
-    tools = {
-        "scontrol": '[[ $1 == requeue ]] && printf "<%s>" "$@" && echo && exit; echo node1; sleep 0.2; echo node2',
-        "srun": f'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done; {end}',
-        "launch/torchrun.sh": 'echo "$MASTER_ADDR $NNODES $NODE_RANK"; printf "<%s>" "$@"; echo',
-        ".venv/bin/python": f'exec "{sys.executable}" "$@"',
-    }
-    for folder in ("launch", ".venv/bin", run_dir):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / run_dir / "result.json").write_text("of 10\n")  # of the job before
-    for name, text in tools.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sbatch"), f"run_dir={run_dir}"], cwd=tmp_path,
-        env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    begun = "".join(f"node1 2 {node}\n<run_dir={run_dir}>\n" for node in range(2))
+    done = run_batch_script(tmp_path, end)
+    begun = "".join(f"node1 2 {node}\n<run_dir={RUN_DIR}>\n" for node in range(2))
     assert (done.returncode, done.stdout) == (status, begun + said), done.stderr
+
+
+def test_batch_script_with_a_misspelt_key_is_one_line(tmp_path):
+    done = run_batch_script(tmp_path, "exit 0", "stepz=1")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("fp8train: error: train: unknown key 'stepz'")
 
 
 @pytest.mark.parametrize("command", ["export", "prepare", "search", "sensitivity", "generate", "doctor"])
