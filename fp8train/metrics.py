@@ -22,9 +22,7 @@ Row = Mapping[str, Any]
 Warn = Callable[[str], None]
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_END_SECONDS = (
-    120  # without a network wandb would wait for ever, and the job with it; `wandb sync` uploads the rest
-)
+WANDB_END_SECONDS = 120  # without a network wandb would wait for ever, and the job with it; `wandb sync` sends the rest
 WANDB_INIT_SECONDS = 15  # wandb's own default blocks for 90 s where there is a key but no network
 
 # Dense BF16 peaks in FLOP/s by a part of the device name, the longer name first; without sparsity.

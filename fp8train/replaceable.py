@@ -48,9 +48,7 @@ def check_bare(module: nn.Linear, fqn: str) -> None:
     carried = [f"parameter {name!r}" for name in module._parameters if name not in ("weight", "bias")]
     carried += [f"buffer {name!r}" for name in module._buffers] + [f"module {name!r}" for name in module._modules]
     carried += ["a forward of its own"] if "forward" in vars(module) else []
-    carried += (
-        ["hooks of DeepSpeed's ZeRO-3"] if "ds_id" in vars(module) else []
-    )  # bound to modules that may be swapped
+    carried += ["hooks of DeepSpeed's ZeRO-3"] if "ds_id" in vars(module) else []  # bound to modules that may be moved
     if carried:
         raise ConfigError(
             f"convert_model: {fqn!r} carries {', '.join(carried)}; needs a bare nn.Linear, since a Float8Linear may "

@@ -308,9 +308,8 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-DECODER = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_integer
-)  # json.loads would build one for every line
+# json.loads would build one for every line
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer)
 
 
 def _table(rows: Mapping[int, list[Any]], keys: tuple[str, ...]) -> Table:
