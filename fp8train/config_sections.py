@@ -16,14 +16,18 @@ class ParallelConfig:
     """How a run is spread over processes.
 
     strategy: ddp (each rank holds all parameters, gradients and moments) or fsdp (its rows of each, torch's FSDP2)
+    gather: what fsdp gathers of a layer's weights: operands (what its GEMMs multiply: FP8 codes, or BF16) or fp32 (the
+        masters, of which each rank makes those); the same numbers
     timeout_seconds: how long a rank waits for the others, at start and in every collective
     """
 
     strategy: str = "ddp"
+    gather: str = "operands"
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         need_one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
+        need_one_of("parallel.gather", self.gather, ("operands", "fp32"))
         need_at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
 
 

@@ -14,13 +14,15 @@ from fp8train.nn.weights import COPIES, converted_linears, weight_operand
 from fp8train.shards import is_partitioned, is_sharded
 
 if TYPE_CHECKING:
+    from fp8train.nn.gathered_operands import GatheredOperand
     from fp8train.nn.linear import Float8Linear
 
 
 class GatheredWeight:
     """Provider of a weight that something else makes whole for forward, and again for backward (FSDP2, ZeRO-3).
 
-    Operands are made from the whole FP32 master: the codes of a weight on one rank, however its rows are spread.
+    Operands are made from the whole FP32 master, unless they are gathered themselves (`gathered`): the codes of a weight
+    on one rank, however its rows are spread.
 
     Args:
         keep: make them once after each optimizer step, as those of a replicated weight, because the weight is whole
@@ -34,10 +36,13 @@ class GatheredWeight:
     def __init__(self, keep: bool = False) -> None:
         self._keep = keep
         self._held: tuple[Operand, Operand] | None = None
+        self.gathered: GatheredOperand | None = None
 
     def refresh(self, linear: Float8Linear) -> None:
         """Drop what is kept; operands are made when they are asked for."""
         self._held = None
+        if self.gathered is not None:
+            self.gathered.forget()
 
     def operands(self, linear: Float8Linear) -> tuple[Operand, Operand | LaterOperand]:
         """w [N, K] for fprop, and w.T [K, N] for dgrad, or what makes it once the weight is whole again."""
@@ -47,6 +52,8 @@ class GatheredWeight:
                 "makes of it for forward. Call the module that was sharded, and keep nn.Linear where "
                 "parallelize_module splits a layer."
             )
+        if self.gathered is not None and (operands := self.gathered.operands()) is not None:
+            return operands
         if linear.weight.dim() != 2:
             raise ConfigError(
                 f"Float8Linear: weight is {list(linear.weight.shape)} while its layer computes; needs [out_features, "

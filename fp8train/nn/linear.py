@@ -24,7 +24,7 @@ from fp8train.nn.operands import refuse_transforms
 from fp8train.nn.remedies import InputRemedy
 from fp8train.nn.weights import OPERANDS, LocalWeight, SeenWeight, keep_current
 from fp8train.quant.formats import BLOCKWISE, LinearPrecision
-from fp8train.shards import sent_as
+from fp8train.shards import is_sharded, sent_as
 
 HIGH = (torch.bfloat16, torch.float32)  # dtypes of an input
 _SITES = itertools.count(1)  # 0 is coverage.NOT_COUNTED
@@ -195,8 +195,10 @@ class Float8Linear(nn.Linear):
         """As refresh_weight, where the weight was replaced or written in place since.
 
         Or where train() or eval() was called: with these go writes through `.data` that nobody sees, such as an
-        exchange of the weights for their average.
+        exchange of the weights for their average. Gathered operands are those of the weight as it was sharded.
         """
+        if self.provider.gathered is not None and not is_sharded((self.weight,)):
+            return
         if self.remedy is None and len(self._seen) == 1:  # the usual case, without a list
             if self.training is not self._trained or not self._seen[0].is_that(self._parameters.get("weight")):
                 self.refresh_weight()

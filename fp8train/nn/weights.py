@@ -136,6 +136,7 @@ class LocalWeight:
     """
 
     exchanges = True  # see SeenWeight
+    gathered = None  # see GatheredWeight
     copies = COPIES[0]  # of one that was pickled before there was a choice
 
     def __init__(self, copies: str = COPIES[0]) -> None:

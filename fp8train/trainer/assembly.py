@@ -20,6 +20,7 @@ from fp8train.distributed.sharding import shard
 from fp8train.hf_fp8 import packing_of
 from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf, read_config_json
 from fp8train.nn.gathered import gather_weights
+from fp8train.nn.gathered_operands import gather_operands
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
 from fp8train.shards import is_sharded, local_bytes, whole
@@ -104,7 +105,10 @@ def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     if not shards(config, world.world_size):
         return wrap_ddp(model, world)
     gather_weights(model, model.layers)
-    return shard(model, model.layers, world)
+    sharded = shard(model, model.layers, world)
+    if config.parallel.gather == "operands":
+        gather_operands(model, model.layers)
+    return sharded
 
 
 def resolve_activations(model: ModelConfig, recipe: Recipe) -> ModelConfig:

@@ -15,6 +15,7 @@ from fp8train.data import MASKED_TARGET, Batch
 from fp8train.distributed import World
 from fp8train.distributed.sharding import free_gathered
 from fp8train.nn.inputs import QuantizedInput
+from fp8train.nn.gathered_operands import show_weights
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.shared_inputs import group_of
 from fp8train.nn.weights import evaluation_precision
@@ -126,9 +127,11 @@ def _watching(linears: Linears, trace: Trace) -> Iterator[dict[tuple[str, str], 
     """Inside, forward and backward note which operands and results of linears are finite; gives the notes."""
     flags: dict[tuple[str, str], Tensor] = {}
     hooks = [linear.register_forward_hook(_Note(fqn, trace.order, flags)) for fqn, linear in linears.items()]
+    show_weights(linears.values(), True)
     try:
         yield flags
     finally:
+        show_weights(linears.values(), False)
         for hook in hooks:
             hook.remove()
 

@@ -9,6 +9,7 @@ from typing import Any
 from fp8train.config import RunConfig
 from fp8train.data import Batch
 from fp8train.distributed import World
+from fp8train.nn.gathered_operands import show_weights
 from fp8train.nn.weights import named_linears
 from fp8train.shards import is_sharded
 from fp8train.telemetry.observer import Observer, what_if_precision
@@ -53,6 +54,7 @@ class TelemetryWatcher(Watcher):
         """Begin to look, if this step is sampled."""
         if step % self.every:
             return
+        show_weights(self._linears.values(), True)
         self._looking = self._world.main
         if self._looking:
             self._observer.begin()
@@ -64,6 +66,8 @@ class TelemetryWatcher(Watcher):
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
         """What was seen, see to_row; at the end of the run the worst go to the console."""
         row: dict[str, Any] = {}
+        if step % self.every == 0:
+            show_weights(self._linears.values(), False)
         if self._looking:
             self._looking = False
             values = self._observer.end()
