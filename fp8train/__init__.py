@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fp8train.convert import convert_model
     from fp8train.functional import quantize, scaled_mm
     from fp8train.live_report import report_of
+    from fp8train.nn.gathered_operands import gather_operands
     from fp8train.nn.linear import Float8Linear
     from fp8train.nn.weights import check_weights, weights_changed
     from fp8train.quant.qtensor import QTensor
@@ -25,6 +26,7 @@ __all__ = [
     "QTensor",
     "check_weights",
     "convert_model",
+    "gather_operands",
     "load_recipe",
     "quantize",
     "report_of",
@@ -37,6 +39,7 @@ _HOME = {
     "QTensor": "fp8train.quant.qtensor",
     "check_weights": "fp8train.nn.weights",
     "convert_model": "fp8train.convert",
+    "gather_operands": "fp8train.nn.gathered_operands",
     "load_recipe": "fp8train.recipe",
     "quantize": "fp8train.functional",
     "report_of": "fp8train.live_report",

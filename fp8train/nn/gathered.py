@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class GatheredWeight:
     """Provider of a weight that something else makes whole for forward, and again for backward (FSDP2, ZeRO-3).
 
-    Operands are made from the whole FP32 master, unless they are gathered themselves (`gathered`): the codes of a weight
-    on one rank, however its rows are spread.
+    Operands are made from the whole FP32 master, unless they are what is gathered: the codes of a weight on one rank,
+    however its rows are spread.
 
     Args:
         keep: make them once after each optimizer step, as those of a replicated weight, because the weight is whole

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fp8train.data import MASKED_TARGET, Batch
 from fp8train.distributed import World
 from fp8train.distributed.sharding import free_gathered
-from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.gathered_operands import show_weights
+from fp8train.nn.inputs import QuantizedInput
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.shared_inputs import group_of
 from fp8train.nn.weights import evaluation_precision
