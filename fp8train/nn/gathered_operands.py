@@ -6,6 +6,7 @@ Each rank rounds its own rows, to FP8 once per optimizer step. FSDP2 asks the ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,8 +72,11 @@ class GatheredOperand:
 
     @property
     def held_bytes(self) -> int:
-        """Of what this rank keeps from step to step."""
-        return 0 if self._own is None else self._own.data.numel()
+        """Of what this rank keeps from step to step in this precision: codes of its rows, and all scales."""
+        spec, size = self.linear.plan.precision.fprop.right, self._parameter.padded_sharded_param_size
+        if gathered_form(self.linear.plan.precision) != CODES or spec is None:
+            return 0
+        return int(size.numel() + 4 * math.prod(spec.scale_shape(*self._parameter._orig_size)))
 
     def forget(self) -> None:
         """The master was written: codes are made anew before they are sent again."""

@@ -21,6 +21,7 @@ from fp8train.hf_fp8 import packing_of
 from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf, read_config_json
 from fp8train.nn.gathered import gather_weights
 from fp8train.nn.gathered_operands import gather_operands
+from fp8train.nn.weights import converted_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
 from fp8train.shards import is_sharded, local_bytes, whole
@@ -145,11 +146,13 @@ def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
+    held = [linear.provider.gathered for linear in converted_linears(assembly.model)]
+    own_codes = sum(gathered.held_bytes for gathered in held if gathered is not None)
     return {
         "weights": local_bytes(weights),
         "gradients": local_bytes(weight for weight in weights if weight.requires_grad),
         "moments": local_bytes(moments),
-        "weight_copies": assembly.report.copy_bytes("layers" if is_sharded(weights) else None),
+        "weight_copies": assembly.report.copy_bytes("layers" if is_sharded(weights) else None) + own_codes,
     }
 
 
