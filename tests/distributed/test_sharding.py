@@ -13,6 +13,7 @@ from fp8train.distributed import World
 from fp8train.distributed.sharding import gathered_layers, shard, shard_bytes
 from fp8train.models import ModelConfig, build_model, initialize
 from fp8train.nn.gathered import gather_weights
+from fp8train.nn.gathered_operands import gather_operands
 from fp8train.shards import is_sharded, whole
 from tests.hardware import devices
 
@@ -33,15 +34,17 @@ def world(request) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def gradients(world: World, sharded: bool, steps: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Losses of some steps, and the gradients of the last."""
+def gradients(world: World, gather: str | None, steps: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses of some steps, and the gradients of the last; gather: parallel.gather, None where nothing is sharded."""
     model = build_model(CONFIG, world.device)
     initialize(model, 1)
     convert_model(model, "blockwise", fused="always", device_type=world.device.type)
-    if sharded:
+    if gather is not None:
         gather_weights(model, model.layers)
         shard(model, model.layers, world)
         assert is_sharded(model.parameters())
+    if gather == "operands":
+        gather_operands(model, model.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 129), generator=torch.Generator().manual_seed(2)).to(world.device)
     losses = []
@@ -55,9 +58,10 @@ def gradients(world: World, sharded: bool, steps: int) -> tuple[list[torch.Tenso
     return losses, {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
 
 
-def test_a_sharded_model_computes_what_it_did_bit_for_bit(world: World):
+@pytest.mark.parametrize("gather", ["operands", "fp32"])
+def test_a_sharded_model_computes_what_it_did_bit_for_bit(world: World, gather: str):
     """Three steps: the second and third read operands of weights that the optimizer has moved."""
-    (want_losses, want), (losses, got) = (gradients(world, sharded, 3) for sharded in (False, True))
+    (want_losses, want), (losses, got) = (gradients(world, how, 3) for how in (None, gather))
     assert want_losses[0] > want_losses[2]
     assert losses == want_losses
     assert got.keys() == want.keys()
