@@ -5,7 +5,7 @@ A layer's parameters are gathered in FP32 before it computes, forward and backwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -60,19 +60,23 @@ def shard_bytes(shapes: Iterable[torch.Size], ranks: int, element_size: int) -> 
     return sum(-(-shape[0] // ranks) * shape[1:].numel() * element_size for shape in shapes if len(shape))
 
 
-def gathered_layers(model: nn.Module) -> tuple[str, int]:
-    """The module path of a model's layers, and the bytes of FP32 weights that a sharded rank has whole at a time.
+def gathered_layers(model: nn.Module, element_bytes: Mapping[int, int] | None = None) -> tuple[str, int, int]:
+    """The module path of a model's layers, and bytes that a sharded rank has whole at a time: (weights, gradients).
 
-    Those are the weights in no layer, and of two layers: FSDP gathers a layer while the one before it computes.
+    Those of the weights in no layer, and of two layers: FSDP gathers a layer while the one before it computes.
 
     Args:
         model: its layers are the children of its longest ModuleList.
+        element_bytes: by id of a parameter, what its elements are gathered in; of those that are not in it 4.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     name, layers = max(lists, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
-    sizes = [_numel(layer) for layer in layers]
-    return name, 4 * (_numel(model) - sum(sizes) + sum(sorted(sizes)[-2:]))
 
+    def at_a_time(sizes: Mapping[int, int]) -> int:
+        every, *of_layers = (
+            sum(parameter.numel() * sizes.get(id(parameter), 4) for parameter in module.parameters())
+            for module in (model, *layers)
+        )
+        return every - sum(of_layers) + sum(sorted(of_layers)[-2:])
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return name, at_a_time(element_bytes or {}), at_a_time({})

@@ -221,6 +221,16 @@ def gather_operands(model: nn.Module, layers: nn.Module | None = None) -> None:
         )
 
 
+def element_bytes(model: nn.Module, layers: nn.Module) -> dict[int, int]:
+    """By id of a weight, bytes in which gather_operands(model, layers) would have its elements gathered."""
+    alone = own_weights(model)
+    return {
+        id(linear.weight): ELEMENT_BYTES[gathered_form(linear.precision)]
+        for linear in converted_linears(layers)
+        if id(linear.weight) in alone
+    }
+
+
 def _fsdp_parameters(model: nn.Module) -> Iterator[Any]:
     """FSDP2's records of the parameters that it shards."""
     from torch.distributed.fsdp import FSDPModule  # takes seconds

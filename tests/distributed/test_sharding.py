@@ -77,6 +77,8 @@ def test_layers_are_the_longest_list():
     model = build_model(CONFIG, "meta")
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
     every = sum(p.numel() for p in model.parameters())
-    assert gathered_layers(model) == ("layers", 4 * every)
-    assert gathered_layers(torch.nn.Linear(3, 5)) == ("", 4 * 20)
+    assert gathered_layers(model) == ("layers", 4 * every, 4 * every)
+    assert gathered_layers(torch.nn.Linear(3, 5)) == ("", 4 * 20, 4 * 20)
+    heads = model.lm_head.weight
+    assert gathered_layers(model, {id(heads): 1}) == ("layers", 4 * every - 3 * heads.numel(), 4 * every)
     assert sizes[0] == sizes[1]
