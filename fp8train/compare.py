@@ -90,6 +90,8 @@ def train_and_compare(config: RunConfig, plan: Sequence[ArmRun], world: World, t
         train: trains one run, given its configuration and its label on the console; on every rank. Not used where
             compare.parallel runs are trained at a time, each in a process of its own.
     """
+    run_dir = Path(str(config.run_dir))
+    on_main(world, lambda: len(_earlier_verdicts(run_dir)))  # a damaged one is to be known before the training
     progress = ComparisonProgress(plan, Console(enabled=world.main), config.time_limit_seconds)
     todo = []
     for run in plan:
@@ -115,7 +117,6 @@ def train_and_compare(config: RunConfig, plan: Sequence[ArmRun], world: World, t
     folders: dict[str, dict[int, Path]] = {}
     for run in plan:
         folders.setdefault(run.arm, {})[run.seed] = Path(str(run.config.run_dir))
-    run_dir = Path(str(config.run_dir))
     whole = on_main(world, lambda: _without_diverged(folders, config.compare))
     crossed = cross_evaluate(run_dir / CROSSED_FILE, whole, world, Console(enabled=world.main).info)
     return on_main(world, lambda: _conclude(run_dir, folders, config.compare, crossed, config))
@@ -181,7 +182,7 @@ def _conclude(
         crossed=crossed,
         parallel=settings.parallel,
         looks=settings.looks,
-        earlier=[read_verdict(file) for file in sorted(run_dir.glob("verdict*.json"))],  # of other arms too
+        earlier=_earlier_verdicts(run_dir),
     )
     kept = keep_earlier(run_dir, verdict)
     write_file(run_dir / VERDICT_FILE, json.dumps(verdict, indent=1, allow_nan=False) + "\n")
@@ -196,6 +197,11 @@ def _conclude(
     print(f"report: {report.resolve()}", flush=True)
     baseline = verdict["arms"][verdict["baseline"]]
     return int(all(run["diverged"] for run in baseline["runs"]))
+
+
+def _earlier_verdicts(run_dir: Path) -> list[dict[str, Any]]:
+    """Those that are in the folder, of other arms too."""
+    return [read_verdict(file) for file in sorted(run_dir.glob("verdict*.json"))]
 
 
 def keep_earlier(run_dir: Path, verdict: Mapping[str, Any]) -> Path | None:

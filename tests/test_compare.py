@@ -18,7 +18,7 @@ from fp8train.comparison.arms import plan_arms
 from fp8train.comparison.crossing import crossed_losses
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.distributed import World
-from fp8train.errors import ConfigError, DivergedError, TrainingError, exit_code
+from fp8train.errors import ConfigError, DataError, DivergedError, TrainingError, exit_code
 from fp8train.metrics import read_metrics
 from fp8train.trainer.run_folder import RunResult
 from tests.run_folders import write_diverged_run, write_run
@@ -149,6 +149,16 @@ def test_begun_arms_of_another_configuration_are_not_mixed_in(tmp_path: Path) ->
     compare(configuration(out), FakeTrainer(stop_at=2))
     with pytest.raises(ConfigError, match=r"bf16/seed_1 was begun with optim.lr=.*, this comparison has optim.lr=0.5"):
         compare(configuration(out, "optim.lr=0.5"), FakeTrainer())
+
+
+def test_a_damaged_verdict_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "verdict-rowwise.json").write_text('{"arms": [')
+
+    def train(config: RunConfig, label: str) -> RunResult:
+        raise AssertionError("it trained")
+
+    with pytest.raises(DataError, match=r"verdict-rowwise.json"):
+        compare(configuration(tmp_path), train)
 
 
 @pytest.mark.parametrize(
