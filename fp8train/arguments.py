@@ -45,6 +45,7 @@ OTHER_NAMES = {
     "optim.betas": "beta1 beta2 adam_beta1 adam_beta2",
     "optim.clip_grad_norm": "grad_clip clip_grad max_grad_norm gradient_clipping gradient_clip_val",
     "parallel.strategy": "fsdp ddp",
+    "parallel.shard_ranks": "hsdp data_parallel_shard_degree",
     "checkpoint.every": "save_every save_steps save_interval",
     "eval.every": "eval_steps eval_interval",
     "log.every": "logging_steps log_interval",

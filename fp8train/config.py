@@ -108,12 +108,18 @@ class RunConfig:
         if self.time_limit_seconds is not None and not self.time_limit_seconds > 0:
             raise ConfigError(f"time_limit_seconds: got {self.time_limit_seconds}; needs more than 0, or null.")
 
-    def check(self, world_size: int = 1) -> None:
+    def check(self, world_size: int | None = None) -> None:
         """Refuse values that contradict each other.
+
+        Args:
+            world_size: ranks of the run; None where that is not known yet.
 
         Raises:
             ConfigError: names both values and the nearest that would do.
         """
+        if world_size is not None:
+            self.parallel.check(world_size)
+        world_size = world_size or 1
         if not self.model.has_shape:
             wanted = "needs a preset such as model=quickstart, every size, or model=hf model.init_from=DIR."
             raise ConfigError(f"model: no size is given; {wanted}")

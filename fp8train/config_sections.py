@@ -16,6 +16,8 @@ class ParallelConfig:
     """How a run is spread over processes.
 
     strategy: ddp (each rank holds all parameters, gradients and moments) or fsdp (its rows of each, torch's FSDP2)
+    shard_ranks: consecutive ranks over which fsdp shards, such as those of a machine, each such group all parameters;
+        null: all ranks
     gather: what fsdp gathers of a layer's weights: operands (what its GEMMs multiply: FP8 codes, or BF16) or fp32 (the
         masters, of which each rank makes those); the same numbers
     timeout_seconds: how long a rank waits for the others, at start and in every collective
@@ -23,12 +25,37 @@ class ParallelConfig:
 
     strategy: str = "ddp"
     gather: str = "operands"
+    shard_ranks: int | None = None
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         need_one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
         need_one_of("parallel.gather", self.gather, ("operands", "fp32"))
         need_at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
+        if self.shard_ranks is not None and self.strategy == "ddp":
+            raise ConfigError(
+                f"parallel.shard_ranks: got {self.shard_ranks} with parallel=ddp, which shards nothing; needs "
+                "parallel=fsdp. Set that, or leave shard_ranks out."
+            )
+        if self.shard_ranks is not None and self.shard_ranks < 2:
+            raise ConfigError(
+                f"parallel.shard_ranks: got {self.shard_ranks}; needs at least 2, or null. For parameters that every "
+                "rank holds set parallel=ddp."
+            )
+
+    def check(self, world_size: int) -> None:
+        """Refuse groups of ranks that do not come out even.
+
+        Raises:
+            ConfigError: shard_ranks is no divisor of the number of ranks.
+        """
+        if self.shard_ranks is not None and world_size % self.shard_ranks:
+            divisors = [str(n) for n in range(2, world_size + 1) if world_size % n == 0]
+            raise ConfigError(
+                f"parallel.shard_ranks: got {self.shard_ranks}; needs a divisor of the number of ranks, {world_size}, "
+                f"or null. To go on, set parallel.shard_ranks={' or '.join([*divisors, 'null'])}, or take another "
+                "number of ranks."
+            )
 
 
 @dataclass(kw_only=True, slots=True)

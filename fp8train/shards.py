@@ -52,11 +52,18 @@ def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def sum_over_shards(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The sum over ranks, the same bits on each, of a value that each took from its rows of these sharded tensors."""
+    """The sum, the same bits on each rank, of a value that each took from its rows of these sharded tensors.
+
+    Over the ranks that together have each row once: a group of them, where several hold all rows.
+    """
     sharded = next(tensor for tensor in tensors if _has_rows(tensor))
-    total = value.detach().clone()
-    dist.all_reduce(total, group=sharded.device_mesh.get_group())
-    return total
+    (group,) = [
+        sharded.device_mesh.get_group(dim) for dim, placed in enumerate(sharded.placements) if placed.is_shard()
+    ]
+    every = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    # gathered and not reduced: what adds up in another order in each group would let the groups' weights drift apart
+    dist.all_gather(every, value.detach(), group=group)
+    return torch.stack(every).sum(0)
 
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:

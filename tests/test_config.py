@@ -200,6 +200,10 @@ class TestLoadConfig:
             pytest.param(["hydra/launcher=joblib"], "got 'hydra/launcher=joblib'; needs the keys of", id="launcher"),
             pytest.param(["--config-dir=/nonexistent"], "--config-dir got '/nonexistent'", id="no such folder"),
             pytest.param(["--config-dir="], "--config-dir got ''; needs an existing folder", id="empty folder name"),
+            pytest.param(["parallel.shard_ranks=8"], "got 8 with parallel=ddp, .* needs parallel=fsdp", id="shard ddp"),
+            pytest.param(
+                ["parallel=fsdp", "parallel.shard_ranks=1"], "got 1; needs at least 2.*parallel=ddp", id="shard over 1"
+            ),
             pytest.param(["log.wandb=onlin"], "log.wandb: got 'onlin'; nearest: online", id="one of"),
             pytest.param(["profile.steps=[3,1]"], "profile.steps: got \\[3, 1\\]", id="profile window"),
         ],
@@ -230,6 +234,14 @@ class TestLoadConfig:
         config.check(world_size=3)
         with pytest.raises(ConfigError, match="256 x 2 = 512. Nearest: global_batch_tokens=1024"):
             config.check(world_size=2)
+
+    def test_ranks_must_divide_into_groups(self):
+        config = load_config(["parallel=fsdp", "parallel.shard_ranks=4", "global_batch_tokens=98304"])
+        for world_size in (4, 8):
+            config.check(world_size)
+        for world_size, remedy in ((6, "2 or 3 or 6 or null"), (1, "null")):
+            with pytest.raises(ConfigError, match=f"got 4; needs a divisor .* ranks, {world_size}, .*={remedy}, or"):
+                config.check(world_size)
 
     @pytest.mark.parametrize("experiment", ["quickstart", "llama_125m", "llama3_1b", "llama3_8b", "qwen25_1_5b"])
     def test_shipped_experiment_is_consistent_on_one_and_eight_ranks(self, experiment: str):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fp8train.distributed.sharding import groups_apart
 from fp8train.distributed.world import World
 
 
@@ -49,12 +50,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Whether backward in this block sums gradients over ranks; disable it for all but the last micro-batch of a step.
 
-    With enabled=False, forward must be inside the block too. A model without wrapper is unaffected.
+    With enabled=False, forward must be inside the block too. A sharded model always sums over the ranks that share out
+    its rows, and keeps the sums of several such groups apart. One on one rank is unaffected.
     """
-    if enabled or not isinstance(model, DistributedDataParallel):
+    if enabled:
         yield
         return
-    with model.no_sync():
+    with model.no_sync() if isinstance(model, DistributedDataParallel) else groups_apart(model):
         yield
 
 

@@ -5,7 +5,10 @@ A layer's parameters are gathered in FP32 before it computes, forward and backwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,27 +17,34 @@ from torch import nn
 from fp8train.distributed.world import World
 from fp8train.shards import is_sharded
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Module:
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], world: World, shard_ranks: int | None = None) -> nn.Module:
     """Spread the parameters of a model over the ranks, in place; backward leaves each rank its rows of the sum.
 
     The sum over ranks, as wrap_ddp gives it, in FP32. Each of `layers` is whole only while it computes; what is in none
     of them (embedding, last norm, lm_head) stays whole from forward to the end of backward. With several micro-batches
     each one's gradient is summed and sharded at once. Rank 0's parameters are copied to the others first.
 
+    Groups that hold the same (HSDP) gather and sum up within themselves, and then sum those sums over the groups, of
+    several micro-batches once (gradient_sync).
+
     Args:
         model: on world.device, with fp32 parameters of the same shapes on every rank.
         layers: modules that are called as such, one after another.
+        shard_ranks: consecutive ranks that share out the rows, a divisor of their number; None: all.
 
     Returns:
         nn.Module: the same object; its parameters are DTensors, with the names that they had.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard  # takes seconds
 
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
-    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    mesh = _mesh(world, shard_ranks or world.world_size)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
@@ -45,14 +55,46 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> nn.Mod
     return model
 
 
+def _mesh(world: World, shard_ranks: int) -> DeviceMesh:
+    """[ranks] where all of them share out the rows; else [groups that hold the same, ranks of a group]."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    if shard_ranks == world.world_size:
+        return init_device_mesh(world.device.type, (shard_ranks,))
+    ranks = torch.arange(world.world_size).view(-1, shard_ranks)
+    # not init_device_mesh, whose groups would wait for torch's timeout
+    groups = [
+        dist.new_subgroups_by_enumeration(one.tolist(), timeout=timedelta(seconds=world.timeout_seconds))[0]
+        for one in (ranks.t(), ranks)
+    ]
+    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
 def free_gathered(model: nn.Module) -> None:
     """Free what a forward without backward has left whole, so that `model.parameters()` are the sharded ones."""
-    if is_sharded(model.parameters()):
-        from torch.distributed.fsdp import FSDPModule
+    for module in _sharded_modules(model):
+        module.reshard()
 
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+
+@contextmanager
+def groups_apart(model: nn.Module) -> Iterator[None]:
+    """Inside, backward adds up gradients within groups that hold the same; the next one outside, those of all."""
+    modules = _sharded_modules(model)
+    for module in modules:
+        module.set_requires_all_reduce(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_requires_all_reduce(True, recurse=False)
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    if not is_sharded(model.parameters()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def shard_bytes(shapes: Iterable[torch.Size], ranks: int, element_size: int) -> int:

@@ -35,13 +35,15 @@ class World:
     not, because the other ranks may be waiting in a collective that this one left.
 
     rank, world_size: this process among all. local_rank: among those of its machine. device: where it trains.
-    patient: group in which ranks wait for what one does with files, which may take longer than a collective.
+    timeout_seconds: how long a rank waits for the others in a collective.
+    patient: group in which ranks wait for what one does with files, which may take longer than that.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    timeout_seconds: float = TIMEOUT_SECONDS
     patient: Any = None
 
     @property
@@ -126,7 +128,14 @@ def init(timeout_seconds: float = TIMEOUT_SECONDS, device_type: str | None = Non
     if world_size > 1:
         _join(timeout_seconds, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device, patient=patient)
+    return World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        timeout_seconds=timeout_seconds,
+        patient=patient,
+    )
 
 
 def read_rendezvous(environment: Mapping[str, str]) -> tuple[int, int, int]:

@@ -94,7 +94,14 @@ def _compile(model: Decoder, by_layer: bool) -> None:
 
 def shards(config: RunConfig, world_size: int) -> bool:
     """Whether each of so many ranks holds its rows of the parameters only."""
-    return config.parallel.strategy == "fsdp" and world_size > 1
+    return shard_ranks(config, world_size) > 1
+
+
+def shard_ranks(config: RunConfig, world_size: int) -> int:
+    """Ranks of so many that share out the rows of the parameters; 1 where each holds all of them."""
+    if config.parallel.strategy != "fsdp" or world_size == 1:
+        return 1
+    return config.parallel.shard_ranks or world_size
 
 
 def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
@@ -106,7 +113,7 @@ def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     if not shards(config, world.world_size):
         return wrap_ddp(model, world)
     gather_weights(model, model.layers)
-    sharded = shard(model, model.layers, world)
+    sharded = shard(model, model.layers, world, config.parallel.shard_ranks)
     if config.parallel.gather == "operands":
         gather_operands(model, model.layers)
     return sharded

@@ -15,7 +15,7 @@ from fp8train.conversion_report import ConversionReport
 from fp8train.data import Batcher
 from fp8train.distributed import World
 from fp8train.models import count_parameters
-from fp8train.trainer.assembly import shards
+from fp8train.trainer.assembly import shard_ranks
 from fp8train.trainer.progress import Progress
 
 GIB = 2**30
@@ -151,7 +151,8 @@ def introduction(config: RunConfig, world: World, report: ConversionReport, batc
     """What a run is about to do, in lines."""
     step = f"{batcher.num_micro_batches} x {batcher.micro_batch_samples} sequences"
     ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
-    ranks += ", parameters sharded" if shards(config, world.world_size) else ""
+    over = shard_ranks(config, world.world_size)
+    ranks += f", parameters sharded over {over}" if over > 1 else ""
     read = batcher.dataset.epochs(config.steps * config.global_batch_samples)
     epochs = ", ".join(f"{count:.3g} epochs of {name}" for name, count in read.items())
     return "\n".join(

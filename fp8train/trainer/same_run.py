@@ -11,6 +11,7 @@ import yaml
 from fp8train.arguments import flattened
 from fp8train.checkpoint import Checkpoint, find_resume
 from fp8train.config import RunConfig, config_to_dict
+from fp8train.config_sections import ParallelConfig
 from fp8train.data import Dataset
 from fp8train.data.config import KINDS, READ_BY
 from fp8train.errors import CheckpointError, ConfigError
@@ -166,9 +167,10 @@ def changes_since(
     changes = _with_recipe(
         changed_keys(begun, config), str(begun.get("recipe")), found.recipe_hash, config.recipe, recipe.hash
     )
-    then, now = begun.get("parallel", {}).get("strategy"), config.parallel.strategy
-    if then is not None and then != now:
-        changes["parallel.strategy"] = (then, now)
+    for key in ("strategy", "shard_ranks"):  # earlier versions had only what is the default
+        then, now = begun.get("parallel", {}).get(key, getattr(ParallelConfig(), key)), getattr(config.parallel, key)
+        if then != now:
+            changes[f"parallel.{key}"] = (_text(then), _text(now))
     before = len(found.state.random_states)  # of every rank; a checkpoint without them does not say how many
     if before and before != ranks:
         changes["ranks"] = (str(before), str(ranks))
