@@ -27,7 +27,7 @@ from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
-from fp8train.trainer.assembly import shards
+from fp8train.trainer.assembly import shard_ranks
 from fp8train.trainer.footprint import footprint
 from fp8train.units import bytes_text, percent_text, short_count_text
 
@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.hf is not None and clash is not None:
         raise ConfigError(f"explain: {clash!r} and hf={arguments.hf} both name a model; needs one. Drop one of them.")
     config = load_config(rest, "explain")
+    config.parallel.check(arguments.ranks)
     recipe = load_recipe(config.recipe)
     name, model = (
         (config.model.name, build_model(config.model, "meta")) if arguments.hf is None else hf_layout(arguments.hf)
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
     else:
         moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
-        ranks = arguments.ranks if shards(config, arguments.ranks) else 1
+        ranks = arguments.ranks, shard_ranks(config, arguments.ranks)
         sys.stdout.write(explanation(name, model, recipe, report, moments, every="--all" in argv, ranks=ranks) + "\n")
     return 0
 
@@ -103,12 +104,12 @@ def explanation(
     moments: str,
     *,
     every: bool = False,
-    ranks: int = 1,
+    ranks: tuple[int, int] = (1, 1),
 ) -> str:
     """The plan as text: what was asked for, the precisions in use, one line per linear or group of them, the totals.
 
     moments: of AdamW, "fp32" or "bf16"
-    ranks: that the parameters are sharded over; 1 for replicated ones
+    ranks: processes, and how many of them share out the rows of the parameters; 1 for replicated ones
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     used = dict.fromkeys(row.numbers for row in report.rows if row.numbers is not None)
@@ -240,15 +241,17 @@ def _totals(report: ConversionReport, scheduled: bool) -> str:
     )
 
 
-def _rank_holds(report: ConversionReport, model: nn.Module, moments: str, ranks: int) -> str:
+def _rank_holds(report: ConversionReport, model: nn.Module, moments: str, ranks: tuple[int, int]) -> str:
     """What a rank holds between two steps, and what a sharded one gathers besides while it computes."""
     layers, gathered = gathered_layers(model)
-    held = footprint(model, moments, ranks, copies=report.copy_bytes(None if ranks == 1 else layers))
+    every, over = ranks
+    held = footprint(model, moments, over, copies=report.copy_bytes(None if over == 1 else layers))
     total, parts = bytes_text(held.total), held.text()
-    if ranks == 1:
+    if over == 1:
         return f"each rank holds {total} besides activations: {parts}, and these copies"
+    groups = f", sharded over {over}," if over < every else ""
     return (
-        f"each of {ranks} ranks holds {total} besides activations: {parts},\n"
+        f"each of {every} ranks{groups} holds {total} besides activations: {parts},\n"
         f"{bytes_text(held.copies)} copies that the GEMMs outside of the layers read; while it computes also "
         f"{bytes_text(gathered)} of whole FP32\n"
         "weights, two layers and what is in none, and in backward as much of gradients"

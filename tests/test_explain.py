@@ -92,6 +92,11 @@ def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[
     total = bytes_text(12 * parameters // 8 + head)
     assert f"each of 8 ranks holds {total} besides activations: 3.74 GiB FP32 weights" in text
     assert f"{bytes_text(4 * (parameters - 30 * layer))} of whole FP32\nweights, two layers and what is in none" in text
+    groups = run(capsys, *EIGHT_B, "optim.moments=bf16", "parallel=fsdp", "ranks=64", "parallel.shard_ranks=8")
+    assert groups == text.replace("each of 8 ranks", "each of 64 ranks, sharded over 8,")
+    assert "got 8; needs a divisor of the number of ranks, 12" in refusal(
+        capsys, *EIGHT_B, "parallel=fsdp", "ranks=12", "parallel.shard_ranks=8"
+    )
     assert "each rank holds" in run(capsys, *EIGHT_B, "parallel=fsdp"), "one rank has nothing to shard"
     assert "ranks is 0; needs at least 1" in refusal(capsys, *EIGHT_B, "ranks=0")
 

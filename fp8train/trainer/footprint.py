@@ -14,7 +14,7 @@ from fp8train.distributed.sharding import shard_bytes
 from fp8train.errors import ConfigError
 from fp8train.models import build_model
 from fp8train.recipe import load_recipe
-from fp8train.trainer.assembly import shards
+from fp8train.trainer.assembly import shard_ranks
 from fp8train.units import bytes_text, short_count_text
 
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -70,10 +70,10 @@ def check_memory(config: RunConfig, world: World) -> None:
     Raises:
         ConfigError: on every rank, where one has less memory than that.
     """
-    spread = shards(config, world.world_size)
+    ranks = shard_ranks(config, world.world_size)
     moments = load_recipe(config.recipe).moments if config.optim.moments == "auto" else config.optim.moments
     model = build_model(config.model, "meta")
-    held = footprint(model, moments, world.world_size if spread else 1)
+    held = footprint(model, moments, ranks)
     whole = footprint(model, moments).weights
     needed = max(held.total, whole)
     free = min(
@@ -85,7 +85,8 @@ def check_memory(config: RunConfig, world: World) -> None:
     sum_text = held.text() if needed == held.total else f"{bytes_text(whole)} FP32 weights before they are sharded"
     count = sum(parameter.numel() for parameter in model.parameters())
     remedies = ["take a smaller model"]
-    remedies += [] if spread else ["spread it over several ranks with parallel=fsdp"]
+    remedies += [] if ranks > 1 else ["spread it over several ranks with parallel=fsdp"]
+    remedies += ["shard it over more ranks (parallel.shard_ranks)"] if 1 < ranks < world.world_size else []
     remedies += [] if moments == "bf16" else ["keep moments in BF16 (optim=adamw_bf16_moments)"]
     raise ConfigError(
         f"model: {config.model.name} of {short_count_text(count)} parameters does not fit: the "

@@ -32,23 +32,26 @@ def test_weights_gradients_and_moments_must_fit_to_the_byte(
         check_memory(config, World())
 
 
-class TwoRanks(World):
-    """Rank 0 of two; the other has so much free."""
+class SeveralRanks(World):
+    """Rank 0 of several; the others have so much free."""
 
     def all_gather_object(self, value):
         return [value, 1 << 60]
 
 
-def test_sharded_rank_needs_its_half_and_the_fullest_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = tiny_config(tmp_path, "parallel=fsdp")
+@pytest.mark.parametrize(("ranks", "remedy"), [(2, ""), (4, r"shard it over more ranks \(parallel.shard_ranks\), or ")])
+def test_sharded_rank_needs_its_half_and_the_fullest_decides(
+    ranks: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny_config(tmp_path, "parallel=fsdp", "parallel.shard_ranks=2")
     half = 8 * count_parameters(config.model)  # every first dimension is even, but for the 257 tokens of the vocabulary
     for free in (half * 1.05, half * 0.95):
         monkeypatch.setattr(footprint, "free_bytes", lambda device, free=free: int(free))
         if free > half:
-            check_memory(config, TwoRanks(world_size=2))
+            check_memory(config, SeveralRanks(world_size=ranks))
         else:
-            with pytest.raises(ConfigError, match="smaller model, or keep moments in BF16 "):
-                check_memory(config, TwoRanks(world_size=2))
+            with pytest.raises(ConfigError, match=f"smaller model, or {remedy}keep moments in BF16 "):
+                check_memory(config, SeveralRanks(world_size=ranks))
 
 
 def test_unknown_memory_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
