@@ -50,6 +50,7 @@ MACHINE_FACTS = {
 # The same of the way in which they were run: key of config.yaml, and of a derived micro-batch its size.
 WAY_FACTS = {
     "parallel.strategy": "parallel",
+    "parallel.shard_ranks": "parallel.shard_ranks",
     "micro_batch_samples": "micro-batch",
     "activation_checkpointing": "activation_checkpointing",
     "compile": "compile",
@@ -61,7 +62,7 @@ WAY_FACTS = {
 }
 SPEED_FACTS = MACHINE_FACTS | WAY_FACTS
 # Of them those that decide what a run keeps in memory.
-MEMORY_FACTS = ("device.name", "world_size", *list(WAY_FACTS)[:5])
+MEMORY_FACTS = ("device.name", "world_size", *list(WAY_FACTS)[:6])
 
 
 def check_comparable(runs: Mapping[str, RunRecord]) -> dict[str, Any]:

@@ -128,13 +128,16 @@ class RunRecord:
 
     @property
     def way(self) -> dict[str, Any]:
-        """How and on what it ran: keys of config.yaml and environment.json; a derived micro-batch by its size.
+        """How and on what it ran: keys of config.yaml and environment.json; a derived micro-batch by its size, and
+        what is sharded over all ranks by their number.
 
         What an earlier version did not record is absent, or None.
         """
         way = flattened(self.config) | flattened(self.environment)
+        ranks = int(way.get("world_size") or self.result.get("world_size") or 1)
+        if way.get("parallel.strategy") == "fsdp":
+            way["parallel.shard_ranks"] = way.get("parallel.shard_ranks") or ranks
         if "micro_batch_samples" in way and way["micro_batch_samples"] is None:
-            ranks = int(way.get("world_size") or self.result.get("world_size") or 1)
             with contextlib.suppress(ConfigError):  # the configuration of another version
                 way["micro_batch_samples"] = config_from_dict(self.config).micro_batch(ranks)
         return way

@@ -143,6 +143,17 @@ def test_a_way_that_an_earlier_version_did_not_record_counts_as_the_same(tmp_pat
     assert "its peak memory." in verdict_of(arms)["numbers"][0]
 
 
+@pytest.mark.parametrize(("shard_ranks", "doubted"), [(8, False), (4, True)])
+def test_null_shards_over_the_number_of_ranks(tmp_path: Path, shard_ranks: int, doubted: bool) -> None:
+    for name, over in (("bf16", None), ("fp8", shard_ranks)):
+        folder = write_run(tmp_path / name, recipe="bf16" if over is None else "blockwise")
+        edited(folder, "config.yaml", parallel={"strategy": "fsdp", "shard_ranks": over})
+        edited(folder, "environment.json", world_size=8)
+    arms = {"bf16": {1: read_run(tmp_path / "bf16")}, "blockwise": {1: read_run(tmp_path / "fp8")}}
+    words = "Speed and memory not comparable: the arms ran in other ways, parallel.shard_ranks BF16 8, FP8 blockwise 4"
+    assert (words in words_of(verdict_of(arms))) == doubted
+
+
 def test_steps_are_those_of_the_run_not_of_its_last_logged_row(tmp_path: Path) -> None:
     arms = arms_of(tmp_path)
     for name in ("bf16", "fp8"):
