@@ -101,8 +101,9 @@ def test_every_printed_name_is_one_that_only_takes(
     assert len(set(doctor.NAMES)) == len(machine.CHECKS) + len(doctor.CHECKS)
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
-    outcome = ranks.ranks(Subject(tiny_config(tmp_path), torch.device("cpu")))
+@pytest.mark.parametrize("way", [(), ("parallel=fsdp", "parallel.shard_ranks=4")], ids=["ddp", "fsdp"])
+def test_two_processes_give_the_gradient_of_one(way: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = ranks.ranks(Subject(tiny_config(tmp_path, *way), torch.device("cpu")))
     assert outcome.passed and "2 ranks" in outcome.second
 
 

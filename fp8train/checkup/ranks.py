@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     with init(TIMEOUT_SECONDS, device_type="cpu") as world:
         torch.set_num_threads(max(1, torch.get_num_threads() // world.world_size))
         config = config_from_dict(values)
+        config.parallel.shard_ranks = None  # of the run's ranks, which are more
         config.backend = config.backend if config.backend in ("cpu", "cpu_torch", "reference") else "auto"
         subject = Subject(config, world.device)
         model = subject.fresh().model
