@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -249,13 +249,12 @@ class ConversionReport:
             for (path, kind), elements in groups.items()
         ]
 
-    def copy_bytes(self, gathered: str | None = None) -> int:
+    def copy_bytes(self, without: Collection[str] = ()) -> int:
         """Bytes that the GEMMs read in place of the weights, codes and scales, kept from step to step.
 
-        gathered: module path of layers that keep none, since they are sharded and gathered one by one.
+        without: module paths of linears that keep none, since their weights are gathered when they are used.
         """
-        kept = (row for row in self.rows if gathered is None or not row.fqn.startswith(f"{gathered}."))
-        return sum(row.code_bytes + row.scale_bytes for row in kept)
+        return sum(row.code_bytes + row.scale_bytes for row in self.rows if row.fqn not in without)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""

@@ -22,9 +22,11 @@ from fp8train.backends.selection import PLANNED
 from fp8train.config import RunConfig, load_config
 from fp8train.conversion_report import ConversionReport, ProducerRow, RopeRow, align, index_ranges
 from fp8train.convert import convert_model
-from fp8train.distributed.sharding import gathered_layers
+from fp8train.distributed.sharding import gathered_layers, shard_bytes
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
+from fp8train.nn.gathered_operands import CODES, ELEMENT_BYTES, element_bytes
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
 from fp8train.trainer.assembly import shard_ranks
@@ -92,7 +94,9 @@ def main(argv: Sequence[str]) -> int:
     else:
         moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
         ranks = arguments.ranks, shard_ranks(config, arguments.ranks)
-        sys.stdout.write(explanation(name, model, recipe, report, moments, every="--all" in argv, ranks=ranks) + "\n")
+        operands, every = config.parallel.gather == "operands", "--all" in argv
+        text = explanation(name, model, recipe, report, moments, every=every, ranks=ranks, operands=operands)
+        sys.stdout.write(text + "\n")
     return 0
 
 
@@ -105,11 +109,13 @@ def explanation(
     *,
     every: bool = False,
     ranks: tuple[int, int] = (1, 1),
+    operands: bool = True,
 ) -> str:
     """The plan as text: what was asked for, the precisions in use, one line per linear or group of them, the totals.
 
     moments: of AdamW, "fp32" or "bf16"
     ranks: processes, and how many of them share out the rows of the parameters; 1 for replicated ones
+    operands: layers are gathered as what their GEMMs multiply, see parallel.gather
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     used = dict.fromkeys(row.numbers for row in report.rows if row.numbers is not None)
@@ -122,7 +128,7 @@ def explanation(
         _options(recipe),
         *_remarks(report),
         _totals(report, bool(recipe.schedule)),
-        _rank_holds(report, model, moments, ranks),
+        _rank_holds(report, model, moments, ranks, operands=operands),
     ]
     return "\n\n".join(part for part in parts[:-2] if part) + "\n\n" + "\n".join(parts[-2:])
 
@@ -241,20 +247,26 @@ def _totals(report: ConversionReport, scheduled: bool) -> str:
     )
 
 
-def _rank_holds(report: ConversionReport, model: nn.Module, moments: str, ranks: tuple[int, int]) -> str:
+def _rank_holds(
+    report: ConversionReport, model: nn.Module, moments: str, ranks: tuple[int, int], *, operands: bool
+) -> str:
     """What a rank holds between two steps, and what a sharded one gathers besides while it computes."""
-    layers, gathered = gathered_layers(model)
     every, over = ranks
-    held = footprint(model, moments, over, copies=report.copy_bytes(None if over == 1 else layers))
-    total, parts = bytes_text(held.total), held.text()
     if over == 1:
-        return f"each rank holds {total} besides activations: {parts}, and these copies"
+        held = footprint(model, moments, copies=report.copy_bytes())
+        return f"each rank holds {bytes_text(held.total)} besides activations: {held.text()}, and these copies"
+    sizes = element_bytes(model) if operands else {}
+    path, weights, gradients = gathered_layers(model, sizes)
+    rounded = [parameter.shape for parameter in model.parameters() if sizes.get(id(parameter)) == ELEMENT_BYTES[CODES]]
+    without = [
+        fqn for fqn, linear in named_linears(model).items() if fqn.startswith(f"{path}.") or id(linear.weight) in sizes
+    ]
+    held = footprint(model, moments, over, copies=report.copy_bytes(without) + shard_bytes(rounded, over, 1))
     groups = f", sharded over {over}," if over < every else ""
     return (
-        f"each of {every} ranks{groups} holds {total} besides activations: {parts},\n"
-        f"{bytes_text(held.copies)} copies that the GEMMs outside of the layers read; while it computes also "
-        f"{bytes_text(gathered)} of whole FP32\n"
-        "weights, two layers and what is in none, and in backward as much of gradients"
+        f"each of {every} ranks{groups} holds {bytes_text(held.total)} besides activations: {held.text()},\n"
+        f"{bytes_text(held.copies)} of copies and codes; while it computes also {bytes_text(weights)} of gathered "
+        f"weights, two layers\nand what is in none, and in backward {bytes_text(gradients)} of their FP32 gradients"
     )
 
 

@@ -86,12 +86,18 @@ def test_bytes_of_a_rank(capsys: pytest.CaptureFixture[str], moments: str, total
 
 
 def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every size is a multiple of 8: an eighth of weights, gradients and BF16 moments; lm_head's copy in BF16."""
-    parameters, layer, head = 8_030_261_248, 218_112_000, 2 * 128256 * 4096
+    """Every size is a multiple of 8: an eighth of weights, gradients and BF16 moments, and of the layers' codes."""
+    parameters, layer, norms, embedding = 8_030_261_248, 218_112_000, 2 * 4096, 128256 * 4096
+    codes = 32 * (layer - norms)
     text = run(capsys, *EIGHT_B, "optim.moments=bf16", "parallel=fsdp", "ranks=8")
-    total = bytes_text(12 * parameters // 8 + head)
+    total = bytes_text((12 * parameters + codes) // 8)
     assert f"each of 8 ranks holds {total} besides activations: 3.74 GiB FP32 weights" in text
-    assert f"{bytes_text(4 * (parameters - 30 * layer))} of whole FP32\nweights, two layers and what is in none" in text
+    weights = 2 * (layer + 3 * norms) + 6 * embedding + 4 * 4096  # codes; FP32 embedding and norms; lm_head in BF16
+    gradients = 4 * (parameters - 30 * layer)
+    assert f"{bytes_text(weights)} of gathered weights" in text and f"{bytes_text(gradients)} of their FP32" in text
+    masters = run(capsys, *EIGHT_B, "optim.moments=bf16", "parallel=fsdp", "ranks=8", "parallel.gather=fp32")
+    assert f"holds {bytes_text(12 * parameters // 8 + 2 * embedding)} besides" in masters
+    assert f"{bytes_text(gradients)} of gathered weights" in masters
     groups = run(capsys, *EIGHT_B, "optim.moments=bf16", "parallel=fsdp", "ranks=64", "parallel.shard_ranks=8")
     assert groups == text.replace("each of 8 ranks", "each of 64 ranks, sharded over 8,")
     assert "got 8; needs a divisor of the number of ranks, 12" in refusal(

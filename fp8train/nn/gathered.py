@@ -38,6 +38,11 @@ class GatheredWeight:
         self._held: tuple[Operand, Operand] | None = None
         self.gathered: GatheredOperand | None = None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether operands are kept from one optimizer step to the next."""
+        return self._keep and self.gathered is None
+
     def refresh(self, linear: Float8Linear) -> None:
         """Drop what is kept; operands are made when they are asked for."""
         self._held = None

@@ -180,7 +180,7 @@ class _Unread(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def gather_operands(model: nn.Module, layers: nn.Module | None = None) -> None:
+def gather_operands(model: nn.Module) -> None:
     """From now on the weights of a converted and sharded model are gathered as what their GEMMs multiply.
 
     FP8 codes (1 byte an element) or BF16 (2), in place of FP32 masters (4): the same numbers. Weights that another
@@ -188,18 +188,17 @@ def gather_operands(model: nn.Module, layers: nn.Module | None = None) -> None:
 
     Args:
         model: after convert_model and torch's fully_shard, in this order.
-        layers: a module in it; linears elsewhere are left alone. None: all linears.
 
     Raises:
         ValueError: there is no sharded Float8Linear, or FSDP2 casts or offloads its weights.
         ConfigError: this torch's FSDP2 has other parts, or the recipe treats inputs of sharded linears (`swiglu`).
     """
     alone, peers = own_weights(model), list[GatheredOperand]()
-    inside = {id(linear) for linear in converted_linears(model if layers is None else layers)}
+    linears = {id(linear) for linear in converted_linears(model)}
     try:
         for parameter in _fsdp_parameters(model):
             owner, linear = parameter._module_info, parameter._module_info.module
-            if owner.param_name != "weight" or id(linear) not in inside or id(linear.weight) not in alone:
+            if owner.param_name != "weight" or id(linear) not in linears or id(linear.weight) not in alone:
                 continue
             if parameter.offload_to_cpu or parameter.mp_policy.param_dtype is not None:
                 raise ValueError(
@@ -214,19 +213,19 @@ def gather_operands(model: nn.Module, layers: nn.Module | None = None) -> None:
             f"parallel.gather: got operands with torch {torch.__version__}, whose FSDP2 has other parts ({error}); "
             "needs torch 2.11 to 2.13. Set parallel.gather=fp32."
         ) from error
-    if inside and not peers:
+    if linears and not peers:
         raise ValueError(
             f"gather_operands: {type(model).__name__} has no sharded Float8Linear; needs one. Call convert_model, then "
             "fully_shard, then this."
         )
 
 
-def element_bytes(model: nn.Module, layers: nn.Module) -> dict[int, int]:
-    """By id of a weight, bytes in which gather_operands(model, layers) would have its elements gathered."""
+def element_bytes(model: nn.Module) -> dict[int, int]:
+    """By id of a weight, bytes in which gather_operands would have its elements gathered."""
     alone = own_weights(model)
     return {
         id(linear.weight): ELEMENT_BYTES[gathered_form(linear.precision)]
-        for linear in converted_linears(layers)
+        for linear in converted_linears(model)
         if id(linear.weight) in alone
     }
 

@@ -19,12 +19,12 @@ from fp8train.distributed import World, wrap_ddp
 from fp8train.distributed.sharding import shard
 from fp8train.hf_fp8 import packing_of
 from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf, read_config_json
-from fp8train.nn.gathered import gather_weights
+from fp8train.nn.gathered import GatheredWeight, gather_weights
 from fp8train.nn.gathered_operands import gather_operands
-from fp8train.nn.weights import converted_linears
+from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
-from fp8train.shards import is_sharded, local_bytes, whole
+from fp8train.shards import local_bytes, whole
 
 SPARE_GRAPHS = 8  # that a run may compile of its layers beside one for each: dynamo's own limit
 
@@ -115,7 +115,7 @@ def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     gather_weights(model, model.layers)
     sharded = shard(model, model.layers, world, config.parallel.shard_ranks)
     if config.parallel.gather == "operands":
-        gather_operands(model, model.layers)
+        gather_operands(model)
     return sharded
 
 
@@ -153,13 +153,15 @@ def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
-    held = [linear.provider.gathered for linear in converted_linears(assembly.model)]
-    own_codes = sum(gathered.held_bytes for gathered in held if gathered is not None)
+    linears = named_linears(assembly.model)
+    spread = {fqn: linear.provider for fqn, linear in linears.items() if isinstance(linear.provider, GatheredWeight)}
+    own_codes = sum(provider.gathered.held_bytes for provider in spread.values() if provider.gathered is not None)
+    without = [fqn for fqn, provider in spread.items() if not provider.keeps]
     return {
         "weights": local_bytes(weights),
         "gradients": local_bytes(weight for weight in weights if weight.requires_grad),
         "moments": local_bytes(moments),
-        "weight_copies": assembly.report.copy_bytes("layers" if is_sharded(weights) else None) + own_codes,
+        "weight_copies": assembly.report.copy_bytes(without) + own_codes,
     }
 
 

@@ -44,7 +44,7 @@ def gradients(world: World, gather: str | None, steps: int) -> tuple[list[torch.
         shard(model, model.layers, world)
         assert is_sharded(model.parameters())
     if gather == "operands":
-        gather_operands(model, model.layers)
+        gather_operands(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 129), generator=torch.Generator().manual_seed(2)).to(world.device)
     losses = []
