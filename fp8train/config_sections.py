@@ -20,11 +20,14 @@ class ParallelConfig:
         null: all ranks
     gather: what fsdp gathers of a layer's weights: operands (what its GEMMs multiply: FP8 codes, or BF16) or fp32 (the
         masters, of which each rank makes those); the same numbers
+    reshard_after_forward: fsdp frees a layer's weights behind its forward, and gathers them again for backward; false
+        keeps all layers whole in between, for half of the traffic
     timeout_seconds: how long a rank waits for the others, at start and in every collective
     """
 
     strategy: str = "ddp"
     gather: str = "operands"
+    reshard_after_forward: bool = True
     shard_ranks: int | None = None
     timeout_seconds: float = 600.0
 

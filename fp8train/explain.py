@@ -20,6 +20,7 @@ from fp8train.arguments import describe, take_arguments
 from fp8train.backends.coverage import GEMMS
 from fp8train.backends.selection import PLANNED
 from fp8train.config import RunConfig, load_config
+from fp8train.config_sections import ParallelConfig
 from fp8train.conversion_report import ConversionReport, ProducerRow, RopeRow, align, index_ranges
 from fp8train.convert import convert_model
 from fp8train.distributed.sharding import gathered_layers, shard_bytes
@@ -94,8 +95,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
         ranks = arguments.ranks, shard_ranks(config, arguments.ranks)
-        operands, every = config.parallel.gather == "operands", "--all" in argv
-        text = explanation(name, model, recipe, report, moments, every=every, ranks=ranks, operands=operands)
+        every = "--all" in argv
+        text = explanation(name, model, recipe, report, moments, every=every, ranks=ranks, parallel=config.parallel)
         sys.stdout.write(text + "\n")
     return 0
 
@@ -109,13 +110,13 @@ def explanation(
     *,
     every: bool = False,
     ranks: tuple[int, int] = (1, 1),
-    operands: bool = True,
+    parallel: ParallelConfig | None = None,
 ) -> str:
     """The plan as text: what was asked for, the precisions in use, one line per linear or group of them, the totals.
 
     moments: of AdamW, "fp32" or "bf16"
     ranks: processes, and how many of them share out the rows of the parameters; 1 for replicated ones
-    operands: layers are gathered as what their GEMMs multiply, see parallel.gather
+    parallel: how sharded ranks gather; None: as is usual
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     used = dict.fromkeys(row.numbers for row in report.rows if row.numbers is not None)
@@ -128,7 +129,7 @@ def explanation(
         _options(recipe),
         *_remarks(report),
         _totals(report, bool(recipe.schedule)),
-        _rank_holds(report, model, moments, ranks, operands=operands),
+        _rank_holds(report, model, moments, ranks, parallel or ParallelConfig()),
     ]
     return "\n\n".join(part for part in parts[:-2] if part) + "\n\n" + "\n".join(parts[-2:])
 
@@ -248,15 +249,15 @@ def _totals(report: ConversionReport, scheduled: bool) -> str:
 
 
 def _rank_holds(
-    report: ConversionReport, model: nn.Module, moments: str, ranks: tuple[int, int], *, operands: bool
+    report: ConversionReport, model: nn.Module, moments: str, ranks: tuple[int, int], parallel: ParallelConfig
 ) -> str:
     """What a rank holds between two steps, and what a sharded one gathers besides while it computes."""
     every, over = ranks
     if over == 1:
         held = footprint(model, moments, copies=report.copy_bytes())
         return f"each rank holds {bytes_text(held.total)} besides activations: {held.text()}, and these copies"
-    sizes = element_bytes(model) if operands else {}
-    path, weights, gradients = gathered_layers(model, sizes)
+    sizes = element_bytes(model) if parallel.gather == "operands" else {}
+    path, weights, gradients = gathered_layers(model, sizes, parallel.reshard_after_forward)
     rounded = [parameter.shape for parameter in model.parameters() if sizes.get(id(parameter)) == ELEMENT_BYTES[CODES]]
     without = [
         fqn for fqn, linear in named_linears(model).items() if fqn.startswith(f"{path}.") or id(linear.weight) in sizes
@@ -266,7 +267,8 @@ def _rank_holds(
     return (
         f"each of {every} ranks{groups} holds {bytes_text(held.total)} besides activations: {held.text()},\n"
         f"{bytes_text(held.copies)} of copies and codes; while it computes also {bytes_text(weights)} of gathered "
-        f"weights, two layers\nand what is in none, and in backward {bytes_text(gradients)} of their FP32 gradients"
+        f"weights, {'two layers and what is in none' if parallel.reshard_after_forward else 'all of them'},\n"
+        f"and in backward {bytes_text(gradients)} of FP32 gradients"
     )
 
 

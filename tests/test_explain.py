@@ -94,7 +94,9 @@ def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[
     assert f"each of 8 ranks holds {total} besides activations: 3.74 GiB FP32 weights" in text
     weights = 2 * (layer + 3 * norms) + 6 * embedding + 4 * 4096  # codes; FP32 embedding and norms; lm_head in BF16
     gradients = 4 * (parameters - 30 * layer)
-    assert f"{bytes_text(weights)} of gathered weights" in text and f"{bytes_text(gradients)} of their FP32" in text
+    assert f"{bytes_text(weights)} of gathered weights" in text and f"{bytes_text(gradients)} of FP32 gradients" in text
+    kept = run(capsys, *EIGHT_B, "parallel=fsdp", "ranks=8", "parallel.reshard_after_forward=false")
+    assert f"{bytes_text(weights + 30 * (layer + 3 * norms))} of gathered weights, all of them" in kept
     masters = run(capsys, *EIGHT_B, "optim.moments=bf16", "parallel=fsdp", "ranks=8", "parallel.gather=fp32")
     assert f"holds {bytes_text(12 * parameters // 8 + 2 * embedding)} besides" in masters
     assert f"{bytes_text(gradients)} of gathered weights" in masters

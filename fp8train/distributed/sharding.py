@@ -1,10 +1,11 @@
 """Sharded training by torch's FSDP2: each rank holds its rows of every parameter, gradient and moment.
 
-A layer's parameters are gathered in FP32 before it computes, forward and backward, and freed after it.
+A layer's parameters are gathered before it computes, forward and backward, and freed after it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,14 +16,19 @@ import torch.distributed as dist
 from torch import nn
 
 from fp8train.distributed.world import World
-from fp8train.shards import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], world: World, shard_ranks: int | None = None) -> nn.Module:
+def shard(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    shard_ranks: int | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
     """Spread the parameters of a model over the ranks, in place; backward leaves each rank its rows of the sum.
 
     The sum over ranks, as wrap_ddp gives it, in FP32. Each of `layers` is whole only while it computes; what is in none
@@ -36,6 +42,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World, shard_ran
         model: on world.device, with fp32 parameters of the same shapes on every rank.
         layers: modules that are called as such, one after another.
         shard_ranks: consecutive ranks that share out the rows, a divisor of their number; None: all.
+        reshard_after_forward: False keeps `layers` too whole until backward.
 
     Returns:
         nn.Module: the same object; its parameters are DTensors, with the names that they had.
@@ -46,7 +53,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World, shard_ran
         dist.broadcast(parameter.detach(), 0)
     mesh = _mesh(world, shard_ranks or world.world_size)
     for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -90,8 +97,9 @@ def groups_apart(model: nn.Module) -> Iterator[None]:
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    if not is_sharded(model.parameters()):
-        return []
+    """Those that FSDP2 shards, whole or not at the moment."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []  # to import it takes seconds
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -102,7 +110,9 @@ def shard_bytes(shapes: Iterable[torch.Size], ranks: int, element_size: int) -> 
     return sum(-(-shape[0] // ranks) * shape[1:].numel() * element_size for shape in shapes if len(shape))
 
 
-def gathered_layers(model: nn.Module, element_bytes: Mapping[int, int] | None = None) -> tuple[str, int, int]:
+def gathered_layers(
+    model: nn.Module, element_bytes: Mapping[int, int] | None = None, reshard_after_forward: bool = True
+) -> tuple[str, int, int]:
     """The module path of a model's layers, and bytes that a sharded rank has whole at a time: (weights, gradients).
 
     Those of the weights in no layer, and of two layers: FSDP gathers a layer while the one before it computes.
@@ -110,15 +120,17 @@ def gathered_layers(model: nn.Module, element_bytes: Mapping[int, int] | None = 
     Args:
         model: its layers are the children of its longest ModuleList.
         element_bytes: by id of a parameter, what its elements are gathered in; of those that are not in it 4.
+        reshard_after_forward: False: the weights of all layers.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     name, layers = max(lists, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
 
-    def at_a_time(sizes: Mapping[int, int]) -> int:
+    def at_a_time(sizes: Mapping[int, int], most: int) -> int:
         every, *of_layers = (
             sum(parameter.numel() * sizes.get(id(parameter), 4) for parameter in module.parameters())
             for module in (model, *layers)
         )
-        return every - sum(of_layers) + sum(sorted(of_layers)[-2:])
+        return every - sum(of_layers) + sum(sorted(of_layers)[-most:])
 
-    return name, at_a_time(element_bytes or {}), at_a_time({})
+    weights = at_a_time(element_bytes or {}, 2 if reshard_after_forward else len(layers))
+    return name, weights, at_a_time({}, 2)

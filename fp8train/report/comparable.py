@@ -51,6 +51,8 @@ MACHINE_FACTS = {
 WAY_FACTS = {
     "parallel.strategy": "parallel",
     "parallel.shard_ranks": "parallel.shard_ranks",
+    "parallel.gather": "parallel.gather",
+    "parallel.reshard_after_forward": "parallel.reshard_after_forward",
     "micro_batch_samples": "micro-batch",
     "activation_checkpointing": "activation_checkpointing",
     "compile": "compile",
@@ -62,7 +64,7 @@ WAY_FACTS = {
 }
 SPEED_FACTS = MACHINE_FACTS | WAY_FACTS
 # Of them those that decide what a run keeps in memory.
-MEMORY_FACTS = ("device.name", "world_size", *list(WAY_FACTS)[:6])
+MEMORY_FACTS = ("device.name", "world_size", *list(WAY_FACTS)[:8])
 
 
 def check_comparable(runs: Mapping[str, RunRecord]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ TRAIN_KEYS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "pr
 # configuration and environment of a run's first steps, where it went on with another
 EARLIER, EARLIER_PLACE = "config.until_step_*.yaml", "environment.until_step_*.json"
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
+# what sharded runs have a choice of, and what earlier versions, which had none, did
+SHARDING = {"parallel.gather": "fp32", "parallel.reshard_after_forward": True}
 NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
 NUMBER = (int, float)
@@ -136,7 +138,10 @@ class RunRecord:
         way = flattened(self.config) | flattened(self.environment)
         ranks = int(way.get("world_size") or self.result.get("world_size") or 1)
         if way.get("parallel.strategy") == "fsdp":
+            way = SHARDING | way
             way["parallel.shard_ranks"] = way.get("parallel.shard_ranks") or ranks
+        else:
+            way = {key: value for key, value in way.items() if key not in SHARDING}
         if "micro_batch_samples" in way and way["micro_batch_samples"] is None:
             with contextlib.suppress(ConfigError):  # the configuration of another version
                 way["micro_batch_samples"] = config_from_dict(self.config).micro_batch(ranks)

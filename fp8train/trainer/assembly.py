@@ -113,8 +113,9 @@ def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     if not shards(config, world.world_size):
         return wrap_ddp(model, world)
     gather_weights(model, model.layers)
-    sharded = shard(model, model.layers, world, config.parallel.shard_ranks)
-    if config.parallel.gather == "operands":
+    how = config.parallel
+    sharded = shard(model, model.layers, world, how.shard_ranks, how.reshard_after_forward)
+    if how.gather == "operands":
         gather_operands(model)
     return sharded
 

@@ -32,6 +32,8 @@ CASES = {
     "wgrad_bf16": ("recipe=wgrad_bf16",),
     "placebo": ("recipe=placebo",),
     "fp32": ("recipe=fp32",),
+    "whole": ("recipe=blockwise", "fused=always", "parallel.reshard_after_forward=false"),
+    "gathered_fp32": ("recipe=blockwise", "fused=always", "parallel.gather=fp32"),
     "tied": ("recipe=blockwise", "model.tie_embeddings=true"),
 }
 MICRO_BATCHES = {"accumulated": ("recipe=blockwise", "fused=always", "micro_batch_samples=2")}
@@ -119,6 +121,8 @@ def main(argv: Sequence[str]) -> None:
         for run, overrides in MOMENTS.items():
             strategy = f"parallel={run.partition('_')[0]}"
             Trainer(tiny_config(folder, *SHAPE, *RUN, strategy, *overrides, run=run), world).run()
+        whole = ("parallel=fsdp", "parallel.reshard_after_forward=false")
+        Trainer(tiny_config(folder, *SHAPE, *RUN, *whole, run="whole"), world).run()
         for steps in (3, 6):
             Trainer(tiny_config(folder, *SHAPE, *RUN, "parallel=fsdp", f"steps={steps}", run="stopped"), world).run()
         for strategy in ("ddp", "fsdp"):
