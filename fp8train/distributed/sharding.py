@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from fp8train.distributed.agreement import on_main
 from fp8train.distributed.world import World
+from fp8train.shards import sharded_like
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -33,13 +36,14 @@ def shard(
 
     The sum over ranks, as wrap_ddp gives it, in FP32. Each of `layers` is whole only while it computes; what is in none
     of them (embedding, last norm, lm_head) stays whole from forward to the end of backward. With several micro-batches
-    each one's gradient is summed and sharded at once. Rank 0's parameters are copied to the others first.
+    each one's gradient is summed and sharded at once. Rank 0's parameters are copied to the others first; those on the
+    meta device are for `lay_out`.
 
     Groups that hold the same (HSDP) gather and sum up within themselves, and then sum those sums over the groups, of
     several micro-batches once (gradient_sync).
 
     Args:
-        model: on world.device, with fp32 parameters of the same shapes on every rank.
+        model: on world.device or meta, with fp32 parameters of the same shapes on every rank.
         layers: modules that are called as such, one after another.
         shard_ranks: consecutive ranks that share out the rows, a divisor of their number; None: all.
         reshard_after_forward: False keeps `layers` too whole until backward.
@@ -50,7 +54,8 @@ def shard(
     from torch.distributed.fsdp import FSDPModule, fully_shard  # takes seconds
 
     for parameter in model.parameters():
-        dist.broadcast(parameter.detach(), 0)
+        if not parameter.is_meta:
+            dist.broadcast(parameter.detach(), 0)
     mesh = _mesh(world, shard_ranks or world.world_size)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
@@ -60,6 +65,29 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo can sum only
     return model
+
+
+@torch.no_grad()
+def lay_out(model: nn.Module, values: Iterator[tuple[str, Tensor]], world: World) -> None:
+    """Give a model that was sharded on the meta device memory, and rank 0's values, a parameter at a time.
+
+    Args:
+        values: path and values of each parameter, in the order of named_parameters; read on rank 0 only.
+
+    Raises:
+        UserError: that which rank 0 met at the first of them.
+    """
+    model.to_empty(device=world.device)
+    begun: list[Iterator[tuple[str, Tensor]]] = []
+    on_main(world, lambda: begun.append(chain([next(values)], values)), patient=True)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        if world.main:
+            path, value = next(begun[0])
+            assert path == name, f"values come in another order: {path} for {name}"
+            whole.copy_(value)
+        dist.broadcast(whole, 0)
+        parameter.copy_(sharded_like(whole, parameter))
 
 
 def _mesh(world: World, shard_ranks: int) -> DeviceMesh:

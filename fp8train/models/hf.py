@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +21,7 @@ from fp8train.errors import CheckpointError, ConfigError
 from fp8train.models.config import ModelConfig
 from fp8train.models.decoder import Decoder, build_model
 from fp8train.models.hf_config import check_same_architecture, config_from_hf, config_to_hf, read_config_json
+from fp8train.models.initialization import fill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 READABLE = ("BF16", "F16", "F32")  # names in a safetensors header; each is exact in FP32
@@ -73,15 +75,19 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-@torch.no_grad()
 def load_hf(model: Decoder, directory: str | Path, packing: Packing | None = None) -> None:
-    """Copy the weights of a Hugging Face folder into the model's FP32 parameters; exact where they are not packed.
+    """Copy hf_values into the model's FP32 parameters; exact where they are not packed.
 
-    Everything is checked before the first tensor is copied. A converted model needs fp8train.weights_changed(model)
-    afterwards.
+    A converted model needs fp8train.weights_changed(model) afterwards.
+    """
+    fill(model, hf_values(model, directory, packing))
+
+
+def hf_values(model: Decoder, directory: str | Path, packing: Packing | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(path, values on the CPU) of each parameter, from a Hugging Face folder; all is checked before the first.
 
     Args:
-        model: on any device but meta; rows that pad its vocabulary become 0.
+        model: on any device; only shapes are read. Rows that pad its vocabulary come as 0.
         directory: config.json with model.safetensors, or its shards and their index.
         packing: how weights are stored that have scales beside them; None: there are none.
 
@@ -109,11 +115,9 @@ def load_hf(model: Decoder, directory: str | Path, packing: Packing | None = Non
             tensor = files[theirs].get_tensor(theirs)
             if packing is not None and theirs in scales:
                 tensor = packing.unpack(tensor, files[scales[theirs]].get_tensor(scales[theirs]))
-            if name in VOCABULARY:
-                parameter[model.config.vocab_size :].zero_()
-                parameter[: model.config.vocab_size].copy_(tensor)
-            else:
-                parameter.copy_(tensor)
+            if name in VOCABULARY and len(tensor) < len(parameter):
+                tensor = F.pad(tensor, (0, 0, 0, len(parameter) - len(tensor)))
+            yield name, tensor
 
 
 def save_hf(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,15 @@ from fp8train.config import RunConfig
 from fp8train.conversion_report import ConversionReport
 from fp8train.convert import convert_model
 from fp8train.distributed import World, wrap_ddp
-from fp8train.distributed.sharding import shard
+from fp8train.distributed.sharding import lay_out, shard
 from fp8train.hf_fp8 import packing_of
-from fp8train.models import Decoder, ModelConfig, build_model, initialize, load_hf, read_config_json
+from fp8train.models import Decoder, ModelConfig, build_model, fill, hf_values, initial_values, read_config_json
 from fp8train.nn.gathered import GatheredWeight, gather_weights
 from fp8train.nn.gathered_operands import gather_operands
 from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
-from fp8train.shards import local_bytes, whole
+from fp8train.shards import is_sharded, local_bytes, whole
 
 SPARE_GRAPHS = 8  # that a run may compile of its layers beside one for each: dynamo's own limit
 
@@ -54,11 +54,12 @@ def assemble(
     """Build, fill and convert the model of a run.
 
     Args:
-        config: model, recipe, backend, fused, weight_copies, seed, activation_checkpointing and compile are read.
+        config: model, recipe, backend, fused, weight_copies, seed, activation_checkpointing, compile and parallel are
+            read.
         device: where the model is to be; it is laid out there, never anywhere else first.
         recipe: None loads config.recipe.
-        world_size: ranks that it will be spread over.
-        first_weights: fill it from model.init_from, or else from the seed; False leaves that to a checkpoint.
+        world_size: ranks that it will be spread over; where they shard it, it stays on the meta device, for `spread`.
+        first_weights: fill it with first_values; False leaves that to a checkpoint.
 
     Raises:
         RecipeError: no such recipe, or it does not fit the model.
@@ -66,18 +67,25 @@ def assemble(
         CheckpointError: model.init_from cannot be read.
     """
     recipe = load_recipe(config.recipe) if recipe is None else recipe
-    model = build_model(resolve_activations(config.model, recipe), device="meta").to_empty(device=device)
-    if first_weights and config.model.init_from is not None:
-        folder = config.model.init_from
-        load_hf(model, folder, packing_of(read_config_json(folder), folder))
-    elif first_weights:
-        initialize(model, config.seed)
+    model = build_model(resolve_activations(config.model, recipe), device="meta")
+    if not shards(config, world_size):
+        model.to_empty(device=device)
+        if first_weights:
+            fill(model, first_values(model, config))
     choices = {"backend": config.backend, "fused": config.fused, "weight_copies": config.weight_copies}
     report = convert_model(model, recipe, device_type=device.type, **choices)
     model.checkpointing = config.activation_checkpointing
     if config.compile:
         _compile(model, by_layer=shards(config, world_size))
     return Assembly(model=model, recipe=recipe, report=report)
+
+
+def first_values(model: Decoder, config: RunConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Path and values of each parameter before the first step: those of model.init_from, else drawn from the seed."""
+    folder = config.model.init_from
+    if folder is None:
+        return initial_values(model, config.seed)
+    return hf_values(model, folder, packing_of(read_config_json(folder), folder))
 
 
 def _compile(model: Decoder, by_layer: bool) -> None:
@@ -107,14 +115,20 @@ def shard_ranks(config: RunConfig, world_size: int) -> int:
 def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     """The model as its ranks train it, by config.parallel.strategy: replicated in a wrapper, or sharded in place.
 
+    One on the meta device gets memory and first weights, of which no rank but the first ever has all.
+
     Raises:
         ConfigError: the recipe does something to the weights that a sharded model cannot do.
+        CheckpointError: model.init_from cannot be read.
     """
     if not shards(config, world.world_size):
         return wrap_ddp(model, world)
     gather_weights(model, model.layers)
     how = config.parallel
+    in_memory = not next(model.parameters()).is_meta
     sharded = shard(model, model.layers, world, how.shard_ranks, how.reshard_after_forward)
+    if not in_memory:
+        lay_out(model, first_values(model, config), world)
     if how.gather == "operands":
         gather_operands(model)
     return sharded
@@ -138,6 +152,12 @@ def parameter_hash(model: nn.Module) -> str:
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
         digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def agreed_hash(model: nn.Module, world: World) -> str:
+    """parameter_hash on every rank, of rank 0's weights."""
+    own = parameter_hash(model) if world.main or is_sharded(model.parameters()) else ""
+    return world.broadcast_object(own, patient=True)
 
 
 def model_hash(model: ModelConfig) -> str:

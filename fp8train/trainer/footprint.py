@@ -64,8 +64,7 @@ def footprint(model: nn.Module, moments: str, ranks: int = 1, copies: int = 0) -
 def check_memory(config: RunConfig, world: World) -> None:
     """Refuse a model whose weights, gradients and moments alone do not fit; every rank must call it.
 
-    Copies and activations are left out, so that nothing is refused that would fit. A rank lays out the whole model
-    before it is sharded.
+    Copies and activations are left out, so that nothing is refused that would fit.
 
     Raises:
         ConfigError: on every rank, where one has less memory than that.
@@ -74,15 +73,12 @@ def check_memory(config: RunConfig, world: World) -> None:
     moments = load_recipe(config.recipe).moments if config.optim.moments == "auto" else config.optim.moments
     model = build_model(config.model, "meta")
     held = footprint(model, moments, ranks)
-    whole = footprint(model, moments).weights
-    needed = max(held.total, whole)
     free = min(
         (rank_free for rank_free in world.all_gather_object(free_bytes(world.device)) if rank_free is not None),
         default=None,
     )
-    if free is None or needed <= free:
+    if free is None or held.total <= free:
         return
-    sum_text = held.text() if needed == held.total else f"{bytes_text(whole)} FP32 weights before they are sharded"
     count = sum(parameter.numel() for parameter in model.parameters())
     remedies = ["take a smaller model"]
     remedies += [] if ranks > 1 else ["spread it over several ranks with parallel=fsdp"]
@@ -91,7 +87,7 @@ def check_memory(config: RunConfig, world: World) -> None:
     raise ConfigError(
         f"model: {config.model.name} of {short_count_text(count)} parameters does not fit: the "
         f"{world.device.type} of a rank has {bytes_text(free)} of memory free; "
-        f"needs {bytes_text(needed)} besides activations: {sum_text}. To go on, {', or '.join(remedies)}; "
+        f"needs {bytes_text(held.total)} besides activations: {held.text()}. To go on, {', or '.join(remedies)}; "
         "fp8train explain adds it up."
     )
 

@@ -22,7 +22,7 @@ from fp8train.metrics import Metrics
 from fp8train.models import count_parameters
 from fp8train.optim import build_optimizer, checkpoint_bytes, learning_rate, set_learning_rate
 from fp8train.trainer.agreement import agreed_assembly, agreed_dataset, check_same_command
-from fp8train.trainer.assembly import Assembly, CoverageLog, memory_by_kind, model_hash, parameter_hash, spread
+from fp8train.trainer.assembly import Assembly, CoverageLog, agreed_hash, memory_by_kind, model_hash, spread
 from fp8train.trainer.console import Console, ending, introduction
 from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.divergence import check_diverged, count_step
@@ -132,8 +132,8 @@ class Trainer:
         check_memory(config, world)
         self.assembly: Assembly = agreed_assembly(config, world, self.eval_set)
         self.model = self.assembly.model
-        self.progress.init_hash = on_main(world, lambda: parameter_hash(self.model), patient=True)
         self.replica: nn.Module = spread(self.model, config, world)
+        self.progress.init_hash = agreed_hash(self.model, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(introduction(config, world, self.assembly.report, self.batcher))

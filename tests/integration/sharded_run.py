@@ -16,6 +16,8 @@ from fp8train.checkup.subject import KeepGradients
 from fp8train.config import RunConfig
 from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World, init
+from fp8train.errors import CheckpointError
+from fp8train.models import save_hf
 from fp8train.nn.weights import OPERANDS, converted_linears
 from fp8train.shards import local
 from fp8train.trainer import Trainer
@@ -92,13 +94,38 @@ def telemetry(config: RunConfig, world: World) -> list[str]:
     return seen
 
 
-def seeds(config: RunConfig, world: World) -> list[str]:
-    """Hash of rank 0's weights, and of what ranks that began with other weights have after they were sharded."""
-    config.seed = world.rank
+def first_weights(config: RunConfig, world: World) -> dict[str, list[str]]:
+    """Hashes of the weights that rank 0 would have alone, and of those of ranks of which it is one; how drawn or read.
+
+    Each rank has another seed. Models in memory are sharded, and such as get memory when they are.
+    """
+    config.seed = 1 + world.rank
+    alone = world.broadcast_object(parameter_hash(assemble(config, world.device).model))
+    hashes = {"seed": [alone]}
+    for ranks in (1, world.world_size):
+        model = assemble(config, world.device, world_size=ranks).model
+        assert all(parameter.is_meta == (ranks > 1) for parameter in model.parameters())
+        spread(model, config, world)
+        hashes["seed"].append(parameter_hash(model))
+    folder = Path(str(config.run_dir)).with_name("weights")
     model = assemble(config, world.device).model
-    before = world.broadcast_object(parameter_hash(model))
+    if world.main:
+        save_hf(model.state_dict(), config.model, folder, "float32")
+    world.any(False)
+    config.model.init_from = str(folder)
+    alone = parameter_hash(assemble(config, world.device).model)  # whose rows that pad the vocabulary are 0
+    model = assemble(config, world.device, world_size=world.world_size).model
     spread(model, config, world)
-    return [before, parameter_hash(model)]
+    hashes["folder"] = [alone, parameter_hash(model)]
+    if world.main:
+        (folder / "model.safetensors").write_bytes(b"")
+    world.any(False)
+    model = assemble(config, world.device, world_size=world.world_size).model
+    try:
+        spread(model, config, world)
+    except CheckpointError as error:
+        hashes["damaged"] = world.all_gather_object(str(error))
+    return hashes
 
 
 def main(argv: Sequence[str]) -> None:
@@ -116,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
                 "losses": [want_loss, loss], "different": different, "apart": apart, "gradients": len(got), **facts
             }  # fmt: skip
         outcome["telemetry"] = telemetry(tiny_config(folder, *SHAPE, "parallel=fsdp", "compile=true"), world)
-        outcome["seeds"] = seeds(tiny_config(folder, *SHAPE, "parallel=fsdp"), world)
+        outcome["first_weights"] = first_weights(tiny_config(folder, *SHAPE, "parallel=fsdp"), world)
         outcome["compiled"] = compiled(tiny_config(folder, *SHAPE, "recipe=fp32", "parallel=fsdp"), world)
         for run, overrides in MOMENTS.items():
             strategy = f"parallel={run.partition('_')[0]}"

@@ -70,9 +70,11 @@ def test_telemetry_of_compiled_layers_has_every_rank_join(outcomes):
     assert {"fp8/layers.1.mlp.down_proj/w", "fp8/layers.0.self_attn.q_proj/dy"} <= set(seen)
 
 
-def test_rank_0s_weights_count(outcomes):
-    before, after = outcomes["seeds"]
-    assert before == after
+def test_first_weights_are_rank_0s(outcomes):
+    hashes = outcomes["first_weights"]
+    assert len(hashes["seed"]) == 3 and len(set(hashes["seed"])) == 1
+    assert len(hashes["folder"]) == 2 and len(set(hashes["folder"])) == 1
+    assert len(hashes["damaged"]) == 2 and all("model.safetensors" in message for message in hashes["damaged"])
 
 
 def test_a_rank_holds_half_of_the_parameters_and_no_codes(outcomes):
