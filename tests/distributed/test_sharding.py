@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from fp8train.convert import convert_model
 from fp8train.distributed import World
-from fp8train.distributed.sharding import gathered_layers, shard, shard_bytes
-from fp8train.models import ModelConfig, build_model, initialize
+from fp8train.distributed.sharding import gathered_layers, lay_out, shard, shard_bytes
+from fp8train.models import ModelConfig, build_model, initial_values, initialize
 from fp8train.nn.gathered import gather_weights
 from fp8train.nn.gathered_operands import gather_operands
 from fp8train.shards import is_sharded, whole
@@ -35,15 +35,21 @@ def world(request) -> Iterator[World]:
 
 
 def gradients(world: World, gather: str | None, steps: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Losses of some steps, and the gradients of the last; gather: parallel.gather, None where nothing is sharded."""
-    model = build_model(CONFIG, world.device)
-    initialize(model, 1)
+    """Losses of some steps, and the gradients of the last; gather: parallel.gather, None where nothing is sharded.
+
+    What gathers operands is sharded before it has memory.
+    """
+    as_shards = gather == "operands"
+    model = build_model(CONFIG, "meta" if as_shards else world.device)
+    if not as_shards:
+        initialize(model, 1)
     convert_model(model, "blockwise", fused="always", device_type=world.device.type)
     if gather is not None:
         gather_weights(model, model.layers)
         shard(model, model.layers, world)
         assert is_sharded(model.parameters())
-    if gather == "operands":
+    if as_shards:
+        lay_out(model, initial_values(model, 1), world)
         gather_operands(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 129), generator=torch.Generator().manual_seed(2)).to(world.device)
