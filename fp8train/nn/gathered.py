@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -32,11 +32,15 @@ class GatheredWeight:
 
     copies = COPIES[0]  # where any are kept; see LocalWeight
     exchanges = False  # its memory is another each time that it is made whole; see SeenWeight
+    gathered: GatheredOperand | None = None
 
     def __init__(self, keep: bool = False) -> None:
         self._keep = keep
         self._held: tuple[Operand, Operand] | None = None
-        self.gathered: GatheredOperand | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what FSDP2 asks for: a copy's weight is not one that it gathers."""
+        return {**self.__dict__, "gathered": None}
 
     @property
     def keeps(self) -> bool:

@@ -40,144 +40,210 @@ def gathered_form(precision: LinearPrecision) -> str:
     return BF16 if dgrad is None and precision.high is torch.bfloat16 and not precision.noise else MASTER
 
 
+class Form(NamedTuple):
+    """What a weight is gathered as; spec: of its codes."""
+
+    kind: str
+    spec: QuantSpec | None = None
+
+
 class OwnCodes(NamedTuple):
-    """What a rank sends of a weight, uint8, and the master that it was made of."""
+    """What a rank sends of a weight, uint8, with the scales of all of it, and the tensors that it was made of."""
 
     spec: QuantSpec
     data: Tensor
-    master: SeenWeight
+    scale_inv: Tensor
+    seen: tuple[SeenWeight, ...]
 
 
 class GatheredOperand:
     """What a linear's weight [N, K] is gathered as: what this rank sends, and what has come.
 
-    While its layer computes, linear.weight is NaN in the master's shape, there for its gradient, FP32 [N, K]; unless
-    the master itself was gathered.
+    FSDP2 takes it for this rank's rows, and asks it what torch calls all-gather extensions, whatever tensor the rows
+    are in. While its layer computes, linear.weight is NaN in the master's shape, there for its gradient, FP32 [N, K];
+    unless the master itself was gathered.
 
     Args:
         linear: its provider asks for `operands`.
-        parameter: FSDP2's record of the weight.
+        group: FSDP2's record of what is gathered together.
+        parameter: that of the weight, in the group.
         peers: those of all weights of the model: they are rounded together.
     """
 
-    def __init__(self, linear: Float8Linear, parameter: Any, peers: Sequence[GatheredOperand]) -> None:
-        self.linear, self._parameter, self._peers = linear, parameter, peers
+    def __init__(self, linear: Float8Linear, group: Any, parameter: Any, peers: Sequence[GatheredOperand]) -> None:
+        self.linear, self._group, self._parameter, self._peers = linear, group, parameter, peers
+        self.ranks = dist.get_process_group_ranks(parameter.mesh_info.shard_process_group)
         self.shown = False  # send the master, for somebody looks at it
-        self._form = ""  # of what came last
+        self._form: Form | None = None  # of what was sent last
+        self._moved = False  # what comes next, to another place than what came last
         self._own: OwnCodes | None = None
-        self._arrived = self._scale_inv = torch.empty(0)
-        rows = parameter._sharded_local_tensor
-        rows.fsdp_pre_all_gather, rows.fsdp_post_all_gather = self._send, self._take
+        self._arrived = self._scale_inv = self._scale_came = torch.empty(0)
+        name, kind = "_sharded_local_tensor", type(parameter)
+        getattr(kind, name)  # or this FSDP2 would not ask
+        parameter.__class__ = type(kind.__name__, (kind,), {name: self})
         parameter._init_extensions()
 
     @property
+    def master(self) -> nn.Parameter:
+        """This rank's rows, as an optimizer has them."""
+        parameter: nn.Parameter = self._parameter.sharded_param
+        return parameter
+
+    @property
     def held_bytes(self) -> int:
-        """Of what this rank keeps from step to step in this precision: codes of its rows, and all scales."""
+        """Of what this rank keeps from step to step in this precision: codes of its rows, and all scales twice."""
         spec, size = self.linear.plan.precision.fprop.right, self._parameter.padded_sharded_param_size
         if gathered_form(self.linear.plan.precision) != CODES or spec is None:
             return 0
-        return int(size.numel() + 4 * math.prod(spec.scale_shape(*self._parameter._orig_size)))
+        return int(size.numel() + 2 * 4 * math.prod(spec.scale_shape(*self._parameter._orig_size)))
 
     def forget(self) -> None:
         """The master was written: codes are made anew before they are sent again."""
         self._own = None
 
-    def operands(self) -> tuple[Operand, Operand | LaterOperand] | None:
-        """w [N, K] for fprop, and w.T [K, N] for dgrad or what makes it; None where the master has come.
+    def operands(self) -> tuple[Operand, LaterOperand] | None:
+        """w [N, K] for fprop, and what makes w.T [K, N] for dgrad; None where the master has come.
 
         Raises:
             RuntimeError: the precision was changed while the layer is whole.
         """
-        plan = self.linear.plan
-        if self._form != self._wanted():
+        form, plan = self._form, self.linear.plan
+        if form is None or form.kind == MASTER:
+            return None
+        if form != self._wanted():
             raise RuntimeError(
-                f"Float8Linear: precision {plan.precision.name!r} was set while its layer is gathered as {self._form}; "
+                f"Float8Linear: precision {plan.precision.name!r} was set while its layer is gathered as {form.kind}; "
                 "needs a layer that is sharded. Set it between two steps, after reshard()."
             )
-        if self._form == MASTER:
-            return None
-        if self._form == BF16:
-            return Operand(self._arrived), Operand(self._arrived.t())
-        spec = plan.precision.fprop.right
-        assert spec is not None
-        w = Operand(self._arrived, self._scale_inv, spec)
-        return w, LaterOperand(partial(transposed, spec=spec, backend=plan.backend), w.tensors())
+        w = Operand(self._arrived, self._scale_inv if form.spec else None, form.spec)
+        return w, LaterOperand(partial(_turned, spec=form.spec, backend=plan.backend), w.tensors())
 
-    def _wanted(self) -> str:
-        return MASTER if self.shown else gathered_form(self.linear.plan.precision)
+    def _wanted(self) -> Form:
+        precision = self.linear.plan.precision
+        kind = MASTER if self.shown else gathered_form(precision)
+        return Form(kind, precision.fprop.right if kind == CODES else None)
 
-    def _send(self, mesh: DeviceMesh, size: torch.Size, stride: Any, module: nn.Module, policy: Any) -> Any:
-        """This rank's rows, with zeros to the length of the first rank's."""
-        form, parameter = self._wanted(), self._parameter
-        if form != self._form:  # FSDP2 has room for what came first, and reuses it
-            parameter.all_gather_outputs = []
-            vars(parameter).pop("_unsharded_param", None)
-            self._form = form
-        if form == CODES:
-            if self._stale():
-                _round([peer for peer in self._peers if peer._stale()], mesh.get_group())
-            assert self._own is not None
-            return (self._own.data,), None
-        rows = parameter._sharded_local_tensor.detach()
-        return (self._padded(rows.to(torch.bfloat16) if form == BF16 else rows),), None
+    def size(self) -> torch.Size:
+        """Of what every rank sends."""
+        size: torch.Size = self._parameter.padded_sharded_param_size
+        return size
 
-    def _take(self, came: Sequence[Tensor], metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
-        """Keep what came; the first time also give what FSDP2 makes linear.weight of."""
-        if out is not None:  # it is in the memory that came before
-            return None
-        (whole,) = came
-        if self._form == MASTER:
-            return whole, ()
-        whole = whole[: self.linear.out_features]
-        self._arrived = whole if self._own is None or self._form == BF16 else whole.view(self._own.spec.format.dtype)
-        return whole.new_empty(0, dtype=dtype).as_subclass(_Unread), ()
+    def fsdp_pre_all_gather(
+        self, mesh: DeviceMesh, size: torch.Size, stride: Any, module: nn.Module, policy: Any
+    ) -> Any:
+        """((this rank's rows, with zeros to the length of the first rank's,), scales of all rows or None).
+
+        Raises:
+            RuntimeError: the precision was changed between forward and backward.
+        """
+        form = self._wanted()
+        if form != self._form:
+            self._make_room(form)
+        if form.kind != CODES:
+            rows = self._parameter._sharded_param_data.view(self.size())
+            return (rows.to(torch.bfloat16) if form.kind == BF16 else rows,), None
+        if self._stale():
+            _round([peer for peer in self._peers if peer.ranks == self.ranks and peer._stale()], mesh.get_group())
+        assert self._own is not None
+        return (self._own.data,), self._own.scale_inv
+
+    @torch.inference_mode(False)  # training will write to what an evaluation has made
+    @torch.no_grad()
+    def fsdp_post_all_gather(
+        self, came: Any, scale_inv: Tensor | None, dtype: torch.dtype, *, out: nn.Parameter
+    ) -> None:
+        """Note what has come. Scales are kept where they were, as FSDP2 keeps codes: autograd sees neither written."""
+        form, parameter, n = self._form, self._parameter, self.linear.out_features
+        assert form is not None
+        if self._moved:
+            (room,) = parameter.all_gather_outputs
+            whole = room.view(-1, self.linear.in_features)[:n]
+            self._arrived = whole.view(form.spec.format.dtype) if form.spec else whole
+            out.data = whole if form.kind == MASTER else _unread(parameter)
+            self._moved = False
+        if scale_inv is None or scale_inv is self._scale_came:
+            return
+        if self._scale_inv.shape == scale_inv.shape:
+            with torch.autograd._unsafe_preserve_version_counter(self._scale_inv):
+                self._scale_inv.copy_(scale_inv)
+        else:
+            self._scale_inv = scale_inv.clone()
+        self._scale_came = scale_inv  # not freed before it is read, on another stream than it was made on
+
+    @torch.inference_mode(False)
+    def _make_room(self, form: Form) -> None:
+        """FSDP2 has room for what came before, and would reuse it. linear.weight stays, with its gradients."""
+        parameter = self._parameter
+        if self._group._training_state.name == "PRE_BACKWARD":
+            raise RuntimeError(
+                f"Float8Linear: precision {self.linear.plan.precision.name!r} was set between forward and backward; "
+                "needs one for both. Set it between two steps."
+            )
+        dtype = {CODES: torch.uint8, BF16: torch.bfloat16, MASTER: torch.float32}[form.kind]
+        room = torch.empty(self.size().numel() * len(self.ranks), dtype=dtype, device=parameter.device)
+        room.untyped_storage().resize_(0)  # as FSDP2 leaves it, which allocates it on the stream that reads it
+        parameter.all_gather_outputs = [room]
+        if not hasattr(parameter, "_unsharded_param"):
+            parameter._unsharded_param = nn.Parameter(_unread(parameter), requires_grad=self.master.requires_grad)
+        self._form, self._moved = form, True
 
     def _stale(self) -> bool:
         """Whether codes are wanted, and there are none in this precision and of the master as it is."""
-        if self._wanted() != CODES:
-            return False
-        own, spec = self._own, self.linear.plan.precision.fprop.right
-        return own is None or own.spec != spec or not own.master.is_that(self._parameter.sharded_param)
+        form, own = self._wanted(), self._own
+        if form.kind != CODES or own is None or own.spec != form.spec:
+            return form.kind == CODES
+        return not all(map(SeenWeight.is_that, own.seen, self._watched()))
 
-    def rows(self, rank: int) -> SpreadRows:
+    def _watched(self) -> tuple[Tensor, ...]:
+        """Tensors whose version counters tell of writes: the master and, each counts its own, this rank's rows of it.
+
+        Not these where a rank has none, for it might see no write where the others do, and they would wait for it.
+        """
+        all_have_some = self.size()[0] * (len(self.ranks) - 1) < self.linear.out_features
+        master = self._parameter.sharded_param
+        return (master, master._local_tensor) if all_have_some else (master,)
+
+    def rows(self) -> SpreadRows:
         """This rank's rows of the master."""
         parameter, plan = self._parameter, self.linear.plan
-        each, (n, k) = parameter.padded_sharded_param_size[0], parameter._orig_size
+        each, (n, k) = self.size()[0], parameter._orig_size
+        start = min(parameter.mesh_info.shard_mesh_rank * each, n)
         assert plan.precision.fprop.right is not None
         return SpreadRows(
-            rows=parameter._sharded_local_tensor.detach(), start=min(rank * each, n), each=each, shape=(n, k),
+            rows=parameter._sharded_param_data.view(self.size())[: n - start], start=start, each=each, shape=(n, k),
             spec=plan.precision.fprop.right, backend=plan.backend,
         )  # fmt: skip
 
     def keep(self, rows: SpreadRows, codes: Tensor, scale_inv: Tensor) -> None:
         """Keep codes of this rank's rows, and the scales of the whole weight."""
-        master = SeenWeight(self._parameter.sharded_param, exchanges=False)
-        self._own = OwnCodes(rows.spec, self._padded(codes.view(torch.uint8)), master)
-        if self._scale_inv.shape == scale_inv.shape:
-            self._scale_inv.copy_(scale_inv)  # a compiled graph keeps its address
-        else:
-            self._scale_inv = scale_inv.clone()
+        data, missing = codes.view(torch.uint8), rows.each - len(codes)
+        padded = F.pad(data, (0, 0, 0, missing)) if missing else data.contiguous()
+        seen = tuple(SeenWeight(tensor, exchanges=False) for tensor in self._watched())
+        self._own = OwnCodes(rows.spec, padded, scale_inv, seen)
 
-    def _padded(self, rows: Tensor) -> Tensor:
-        return F.pad(rows, (0, 0, 0, self._parameter.padded_sharded_param_size[0] - rows.shape[0]))
+
+def _turned(
+    data: Tensor, scale_inv: Tensor | None, after: Tensor | None, *, spec: QuantSpec | None, backend: str
+) -> Operand:
+    """w.T of what came for forward, and has come again."""
+    if not torch.compiler.is_compiling() and data.untyped_storage().nbytes() == 0 < data.numel():
+        raise RuntimeError(
+            "Float8Linear: backward reads a weight that is not gathered as it was for forward; needs the precision of "
+            "forward, in a layer that FSDP2 gathers for backward. Set precisions between two steps."
+        )
+    return Operand(data.t()) if spec is None else transposed(data, scale_inv, after, spec=spec, backend=backend)
+
+
+def _unread(parameter: Any) -> Tensor:
+    """One NaN in the shape of a whole weight."""
+    return torch.full((), float("nan"), device=parameter.device).expand(parameter._orig_size)
 
 
 def _round(weights: Sequence[GatheredOperand], group: dist.ProcessGroup) -> None:
     """Make the codes of these weights; every rank must call it, for the same ones."""
-    rank = dist.get_rank(group)
-    matrices = [weight.rows(rank) for weight in weights]
+    matrices = [weight.rows() for weight in weights]
     for weight, rows, made in zip(weights, matrices, quantize_spread(matrices, group), strict=True):
         weight.keep(rows, *made)
-
-
-class _Unread(Tensor):
-    """What FSDP2 makes linear.weight of by as_strided, which gives one NaN in the shape that is asked for."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.as_strided:
-            return torch.full((), float("nan"), dtype=args[0].dtype, device=args[0].device).expand(args[1])
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def gather_operands(model: nn.Module) -> None:
@@ -190,30 +256,28 @@ def gather_operands(model: nn.Module) -> None:
         model: after convert_model and torch's fully_shard, in this order.
 
     Raises:
-        ValueError: there is no sharded Float8Linear, or FSDP2 casts or offloads its weights.
+        ValueError: there is no sharded Float8Linear, or FSDP2 casts or offloads its weights, or does not split them by
+            rows among the same ranks at all times.
         ConfigError: this torch's FSDP2 has other parts, or the recipe treats inputs of sharded linears (`swiglu`).
     """
-    alone, peers = own_weights(model), list[GatheredOperand]()
-    linears = {id(linear) for linear in converted_linears(model)}
+    linears, peers = converted_linears(model), list[GatheredOperand]()
     try:
-        for parameter in _fsdp_parameters(model):
+        parameters = list(_sharded_parameters(model))
+        alone, known = own_weights(model), {id(linear) for linear in linears if linear.provider.gathered is None}
+        for group, parameter in parameters:
             owner, linear = parameter._module_info, parameter._module_info.module
-            if owner.param_name != "weight" or id(linear) not in linears or id(linear.weight) not in alone:
+            if owner.param_name != "weight" or id(linear) not in known or id(linear.weight) not in alone:
                 continue
-            if parameter.offload_to_cpu or parameter.mp_policy.param_dtype is not None:
-                raise ValueError(
-                    "gather_operands: fully_shard offloads or casts weights; needs FP32 masters on the device. Leave "
-                    "out its offload_policy, and MixedPrecisionPolicy's param_dtype."
-                )
+            _check(parameter)
             follow_sharding(linear)
-            peers.append(GatheredOperand(linear, parameter, peers))
+            peers.append(GatheredOperand(linear, group, parameter, peers))
             linear.provider.gathered = peers[-1]
     except AttributeError as error:
         raise ConfigError(
             f"parallel.gather: got operands with torch {torch.__version__}, whose FSDP2 has other parts ({error}); "
             "needs torch 2.11 to 2.13. Set parallel.gather=fp32."
         ) from error
-    if linears and not peers:
+    if all(linear.provider.gathered is None for linear in linears) and linears:
         raise ValueError(
             f"gather_operands: {type(model).__name__} has no sharded Float8Linear; needs one. Call convert_model, then "
             "fully_shard, then this."
@@ -230,16 +294,39 @@ def element_bytes(model: nn.Module) -> dict[int, int]:
     }
 
 
-def _fsdp_parameters(model: nn.Module) -> Iterator[Any]:
-    """FSDP2's records of the parameters that it shards."""
+def _sharded_parameters(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """FSDP2's records of the parameters that it shards, each with that of its group; all are sharded after this."""
     from torch.distributed.fsdp import FSDPModule  # takes seconds
 
+    states = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            module.reshard()
             state = module._get_fsdp_state()
-            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-            for group in groups:
-                yield from group.fsdp_params if group is not None else ()
+            states[id(state)] = state  # several modules may be sharded together
+    for state in states.values():
+        for group in state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]:
+            if group is not None and hasattr(group.mesh_info, "shard_process_group"):  # or it is replicated
+                yield from ((group, parameter) for parameter in group.fsdp_params)
+
+
+def _check(parameter: Any) -> None:
+    """Raise ValueError where this weight cannot be gathered so."""
+    if parameter.offload_to_cpu or parameter.mp_policy.param_dtype not in (None, torch.float32):
+        raise ValueError(
+            "gather_operands: fully_shard offloads or casts weights; needs FP32 masters on the device. Leave out its "
+            "offload_policy, and MixedPrecisionPolicy's param_dtype."
+        )
+    if parameter.fsdp_placement.dim != 0:
+        raise ValueError(
+            f"gather_operands: shard_placement_fn splits dimension {parameter.fsdp_placement.dim} of a Float8Linear's "
+            "weight; needs dimension 0. Take Shard(0) for it."
+        )
+    if parameter.post_forward_mesh_info not in (None, parameter.mesh_info):
+        raise ValueError(
+            "gather_operands: fully_shard's reshard_after_forward is a number of ranks; needs True or False, since "
+            "FSDP2 sends between these ranks what has come, and not what is asked of it. Change it."
+        )
 
 
 def show_weights(linears: Iterable[Float8Linear], shown: bool) -> None:

@@ -54,7 +54,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     own, others = [], []
     for linear in list(_LIVE.values()):
         linear.inputs.clear()  # an input may itself be a parameter that was stepped
-        weight = linear._parameters.get("weight")
+        gathered = linear.provider.gathered  # its layer may be whole, and then has another weight than the optimizer
+        weight = linear._parameters.get("weight") if gathered is None else gathered.master
         if weight is None:
             continue
         sources = (weight,) if linear.remedy is None else linear._sources()

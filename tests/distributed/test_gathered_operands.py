@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -115,6 +118,113 @@ def _bytes(model: nn.Module) -> int:
     return count["bytes"]
 
 
+def _other() -> LinearPrecision:
+    """BLOCKWISE with weights in E5M2, which are codes too."""
+    fprop, dgrad = (
+        dataclasses.replace(gemm, right=QuantSpec.parse("e5m2 128x128 pow2"))
+        for gemm in (BLOCKWISE.fprop, BLOCKWISE.dgrad)
+    )
+    return dataclasses.replace(BLOCKWISE, name="e5m2", fprop=fprop, dgrad=dgrad)
+
+
+def _moved(model: nn.Sequential) -> nn.Sequential:
+    model.double().float()
+    return model
+
+
+def _assigned(model: nn.Sequential) -> nn.Sequential:
+    model.load_state_dict({name: weight * 0.75 for name, weight in model.state_dict().items()}, assign=True)
+    return model
+
+
+def _written_locally(model: nn.Sequential) -> nn.Sequential:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.to_local().mul_(0.75)
+    return model
+
+
+def _after(change: Callable[[nn.Sequential], nn.Sequential], gather: bool) -> list[torch.Tensor]:
+    """Results of a forward, and of two steps after a change; ranks have rows 0 to 149 and 150 to 299 of a weight."""
+    model = _sharded(BLOCKWISE, gather, reshard_after_forward=False)
+    with torch.no_grad():
+        seen = [model(_x())]
+    for module in (*model, model):
+        module.reshard()
+    optimizer = torch.optim.AdamW(change(model).parameters(), lr=0.01)
+    for _ in range(2):
+        y = model(_x())
+        y.square().mean().backward()
+        seen += [y.detach().clone(), model[0][0].weight.grad.full_tensor()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def _accumulated(gather: bool) -> list[torch.Tensor]:
+    """Gradients of micro-batches that are summed over ranks together, in precisions of their own."""
+    model = _sharded(BLOCKWISE, gather)
+    for number, precision in enumerate((BLOCKWISE, BF16, _other(), FP32)):
+        for linear in converted_linears(model):
+            linear.set_precision(precision)
+        model.set_requires_gradient_sync(number == 3)
+        model(_x() + number).square().mean().backward()
+    return [weight.grad.full_tensor() for weight in model.parameters()]
+
+
+def _evaluated_between(gather: bool) -> list[torch.Tensor]:
+    """What an evaluation between forward and backward leaves alone."""
+    model = _sharded(BLOCKWISE, gather)
+    y = model(_x())
+    with torch.no_grad():
+        evaluated = model.eval()(_x() * 2)
+    model.train()
+    y.square().mean().backward()
+    return [y.detach(), evaluated, *(weight.grad.full_tensor() for weight in model.parameters())]
+
+
+def _whole_at_the_step(gather: bool) -> list[torch.Tensor]:
+    """The root's linear stays whole after an evaluation, and FSDP2 goes on with its old weight, whatever is written."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU()), nn.Linear(INNER, WIDTH))
+    convert_model(model, load_recipe("blockwise").document | {"rules": [{"match": "*", "use": "fp8"}]}, backend="cpu")
+    fully_shard(model[0])
+    fully_shard(model, reshard_after_forward=False)
+    if gather:
+        fp8train.gather_operands(model)
+    optimizer, seen = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), []
+    for _ in range(3):
+        y = model(_x())
+        y.square().mean().backward()
+        seen.append(y.detach())
+        if len(seen) > 1:
+            with torch.no_grad():
+                seen.append(model(_x()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+HABITS = {
+    "moved": partial(_after, _moved), "assigned": partial(_after, _assigned),
+    "written locally": partial(_after, _written_locally),
+    "accumulated": _accumulated, "evaluated between": _evaluated_between, "whole at the step": _whole_at_the_step,
+}  # fmt: skip
+
+
+def _copied() -> bool:
+    """Whether a copy of a gathered linear computes with its own weight."""
+    model = _sharded(BLOCKWISE, True)
+    model(_x())
+    linear, bias = copy.deepcopy(model[0][0]), model[0][0].bias.full_tensor()
+    weight = copy.deepcopy(model[0][0].weight).full_tensor()
+    linear.weight, linear.bias = nn.Parameter(weight * 2.0), nn.Parameter(bias * 2.0)
+    model[0].unshard()
+    return torch.equal(linear(_x()), 2.0 * model[0][0](_x()))
+
+
 def _compiled(precision: LinearPrecision, gather: bool) -> tuple[list[torch.Tensor], int]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -153,19 +263,40 @@ def _refused(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+def _while_whole(model: nn.Sequential) -> None:
+    model(_x())
+    model[0].unshard()
+    model[0][0].set_precision(_other())
+    model[0](_x())
+
+
+def _before_backward(model: nn.Sequential) -> None:
+    y = model(_x())
+    model[0][0].set_precision(BF16)
+    y.sum().backward()
+
+
+def _between_forwards(model: nn.Sequential) -> None:
+    y = model(_x())
+    for linear in converted_linears(model):
+        linear.set_precision(BF16)
+    (y + model(_x())).sum().backward()
+
+
 def _refusals() -> dict[str, str]:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+    from torch.distributed.tensor import Shard
 
-    whole = _sharded(BLOCKWISE, True)
-    whole(_x())
-    whole[0].unshard()
-    whole[0][0].set_precision(BF16)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    columns = {"shard_placement_fn": lambda weight: Shard(weight.dim() - 1)}
     return {
-        "precision": _refused(lambda: whole[0](_x())),
+        "whole": _refused(lambda: _while_whole(_sharded(BLOCKWISE, True))),
+        "backward": _refused(lambda: _before_backward(_sharded(BLOCKWISE, True))),
+        "forwards": _refused(lambda: _between_forwards(_sharded(BLOCKWISE, True))),
         "plain": _refused(lambda: fp8train.gather_operands(_layers(BLOCKWISE))),
         "offload": _refused(lambda: _sharded(BLOCKWISE, True, offload_policy=CPUOffloadPolicy(pin_memory=False))),
         "cast": _refused(lambda: _sharded(BLOCKWISE, True, mp_policy=policy)),
+        "columns": _refused(lambda: _sharded(BLOCKWISE, True, **columns)),
     }
 
 
@@ -185,6 +316,9 @@ def _on_ranks(world):
             "bytes if whole": _bytes(_sharded(precision, True, reshard_after_forward=False)),
             "moves": not torch.equal(got[0], got[3]),
         }
+    for name, results in HABITS.items():
+        found[name] = [torch.equal(a, b) for a, b in zip(results(True), results(False), strict=True)]
+    found["copied"] = _copied()
     for name, precision in (("compiled", BLOCKWISE), ("compiled bf16", BF16)):
         (got, breaks), (want, _) = (_compiled(precision, gather) for gather in (True, False))
         found[name] = {"same": [torch.equal(a, b) for a, b in zip(got, want, strict=True)], "breaks": breaks}
@@ -215,6 +349,15 @@ def test_bytes_are_those_of_the_operands(ranks, recipe):
         assert sent == 2 * 2 * (each * weights + biases) / 2 == 2 * result[recipe]["bytes if whole"]
 
 
+@pytest.mark.parametrize("name", HABITS)
+def test_what_users_do_with_a_model_changes_no_number(ranks, name):
+    assert all(len(result[name]) > 2 and all(result[name]) for result in ranks)
+
+
+def test_a_copy_has_its_own_weight(ranks):
+    assert all(result["copied"] for result in ranks)
+
+
 def test_forms_cover_codes_bf16_and_masters():
     forms = {recipe: gathered_form(_precision(recipe)) for recipe in RECIPES}
     assert forms == {
@@ -238,12 +381,15 @@ def test_a_hook_sees_the_weight_where_it_is_shown(ranks):
         assert shown["hidden"].isnan().all() and shown["hidden again"].isnan().all()
         assert torch.equal(shown["shown"], shown["master"])
         assert shown["same"]
-        assert shown["held"] == [WIDTH * INNER / 2 + 4 * 3] * 4  # 3 blocks of 128 rows or columns
+        assert shown["held"] == [WIDTH * INNER / 2 + 2 * 4 * 3] * 4  # 3 blocks of 128 rows or columns
 
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("precision", "after reshard"), ("plain", "fully_shard"), ("offload", "Leave out"), ("cast", "Leave out")],
-)
+    [
+        ("whole", "after reshard"), ("backward", "between two steps"), ("forwards", "precision of forward"),
+        ("plain", "fully_shard"), ("offload", "Leave out"), ("cast", "Leave out"), ("columns", "Shard(0)"),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_gathered_so_is_refused(ranks, name, remedy):
     assert all(remedy in result["refusals"][name] for result in ranks)
