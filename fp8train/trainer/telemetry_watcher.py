@@ -62,6 +62,7 @@ class TelemetryWatcher(Watcher):
             begin = time.perf_counter()
             pass_apart(self._model, batches[0], self._world.device, self._linears.values())
             self._apart_seconds = time.perf_counter() - begin
+            show_weights(self._linears.values(), False)  # or the step would compile every layer anew
 
     def after_step(self, step: int, result: StepResult) -> dict[str, Any]:
         """What was seen, see to_row; at the end of the run the worst go to the console."""

@@ -88,6 +88,8 @@ def telemetry(config: RunConfig, world: World) -> list[str]:
     batcher = Batcher(dataset, config.global_batch_samples, 4, world.rank, world.world_size)
     watcher = TelemetryWatcher(config, assembly, world, print)
     watcher.before_step(1, batcher.micro_batches(0))
+    gathered = [linear.provider.gathered for linear in converted_linears(assembly.model)]
+    assert all(each is not None and not each.shown for each in gathered), "the step is compiled for other operands"
     result = StepResult(loss=1.0, grad_norm=1.0, valid_tokens=1, updated=True, stop=False)
     seen = sorted(watcher.after_step(1, result))
     assert all(parameter.grad is None for parameter in assembly.model.parameters())
