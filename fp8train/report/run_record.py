@@ -137,7 +137,7 @@ class RunRecord:
         """
         way = flattened(self.config) | flattened(self.environment)
         ranks = int(way.get("world_size") or self.result.get("world_size") or 1)
-        if way.get("parallel.strategy") == "fsdp":
+        if way.get("parallel.strategy") == "fsdp" and ranks > 1:
             way = SHARDING | way
             way["parallel.shard_ranks"] = way.get("parallel.shard_ranks") or ranks
         else:

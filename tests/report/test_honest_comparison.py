@@ -154,11 +154,15 @@ def test_null_shards_over_the_number_of_ranks(tmp_path: Path, shard_ranks: int, 
     assert (words in words_of(verdict_of(arms))) == doubted
 
 
-@pytest.mark.parametrize(("strategy", "doubted"), [("fsdp", True), ("ddp", False)])
-def test_what_sharded_runs_gather_bears_on_their_speed(tmp_path: Path, strategy: str, doubted: bool) -> None:
-    """A run that does not say gathered FP32."""
+@pytest.mark.parametrize(("strategy", "ranks", "doubted"), [("fsdp", 2, True), ("fsdp", 1, False), ("ddp", 2, False)])
+def test_what_sharded_runs_gather_bears_on_their_speed(
+    tmp_path: Path, strategy: str, ranks: int, doubted: bool
+) -> None:
+    """A run that does not say gathered FP32; one rank gathers nothing."""
     for name, more in (("bf16", {}), ("blockwise", {"gather": "operands"})):
-        edited(write_run(tmp_path / name, recipe=name), "config.yaml", parallel={"strategy": strategy, **more})
+        folder = write_run(tmp_path / name, recipe=name)
+        edited(folder, "config.yaml", parallel={"strategy": strategy, **more})
+        edited(folder, "environment.json", world_size=ranks)
     arms = {name: {1: read_run(tmp_path / name)} for name in ("bf16", "blockwise")}
     assert ("parallel.gather BF16 fp32, FP8 blockwise operands" in words_of(verdict_of(arms))) == doubted
 
