@@ -56,7 +56,10 @@ def shard(
     for parameter in model.parameters():
         if not parameter.is_meta:
             dist.broadcast(parameter.detach(), 0)
-    mesh = _mesh(world, shard_ranks or world.world_size)
+    over = shard_ranks or world.world_size
+    if over not in world.meshes:
+        world.meshes[over] = _mesh(world, over)
+    mesh = world.meshes[over]
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

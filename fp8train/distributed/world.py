@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -37,6 +37,7 @@ class World:
     rank, world_size: this process among all. local_rank: among those of its machine. device: where it trains.
     timeout_seconds: how long a rank waits for the others in a collective.
     patient: group in which ranks wait for what one does with files, which may take longer than that.
+    meshes: of models that were sharded, by the ranks that share one out: a comparison shards several alike.
     """
 
     rank: int = 0
@@ -45,6 +46,7 @@ class World:
     device: torch.device = torch.device("cpu")
     timeout_seconds: float = TIMEOUT_SECONDS
     patient: Any = None
+    meshes: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
@@ -93,6 +95,7 @@ class World:
 
     def close(self) -> None:
         """Leave the group; the world must not be used afterwards."""
+        self.meshes.clear()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
             if self.device.type == "cpu":

@@ -80,6 +80,7 @@ def first_step(folder: Path, world: World, mesh: str, micro_batch: int) -> dict[
     waits = [group._get_backend(world.device).options._timeout.total_seconds() for group in groups]
     return {
         "loss": result.loss, "norm": result.grad_norm / float(norm), "tokens": result.valid_tokens, "waits": waits,
+        "groups": len(dist.distributed_c10d._world.pg_map),
         "different": [name for name in wanted if not torch.equal(wanted[name], optimizer.gradients[name])],
         "apart": max(apart.values()), "gradients": len(apart),
         "rows": local(model.layers[0].mlp.up_proj.weight).shape[0],
@@ -150,6 +151,12 @@ def test_groups_wait_as_long_as_the_run_was_told(ranks):
     """Torch's own are half an hour for gloo, ten minutes for NCCL."""
     assert ranks[0]["steps"]["all", 2]["waits"] == [TIMEOUT_SECONDS]
     assert ranks[0]["steps"]["hybrid", 2]["waits"] == [TIMEOUT_SECONDS] * 2
+
+
+def test_models_that_are_sharded_alike_share_their_groups(ranks):
+    """Each group of NCCL's keeps memory of the GPU."""
+    steps = ranks[0]["steps"]
+    assert steps["all", 1]["groups"] + 2 == steps["hybrid", 2]["groups"] == steps["hybrid", 1]["groups"]
 
 
 def test_groups_hold_the_same_weights_after_steps_that_were_clipped(ranks):
