@@ -28,23 +28,27 @@ if TYPE_CHECKING:
 
     from fp8train.nn.linear import Float8Linear
 
-CODES, BF16, MASTER = "codes", "bf16", "master"
-ELEMENT_BYTES = {CODES: 1, BF16: 2, MASTER: 4}
-
-
-def gathered_form(precision: LinearPrecision) -> str:
-    """CODES where w.T has the codes of w, BF16 where both are the master in BF16, else MASTER."""
-    fprop, dgrad = precision.fprop.right, precision.dgrad.right
-    if fprop is not None:
-        return CODES if fprop == dgrad and fprop.transposable else MASTER
-    return BF16 if dgrad is None and precision.high is torch.bfloat16 and not precision.noise else MASTER
+CODES = torch.uint8
 
 
 class Form(NamedTuple):
-    """What a weight is gathered as; spec: of its codes."""
+    """What a weight is gathered as: codes of `spec`, else BF16, else the FP32 master itself."""
 
-    kind: str
+    dtype: torch.dtype
     spec: QuantSpec | None = None
+
+
+MASTER = Form(torch.float32)
+
+
+def gathered_form(precision: LinearPrecision) -> Form:
+    """Codes where w.T has the codes of w, BF16 where both are the master in BF16, else MASTER."""
+    fprop, dgrad = precision.fprop.right, precision.dgrad.right
+    if fprop is not None:
+        return Form(CODES, fprop) if fprop == dgrad and fprop.transposable else MASTER
+    if dgrad is None and precision.high is torch.bfloat16 and not precision.noise:
+        return Form(torch.bfloat16)
+    return MASTER
 
 
 class OwnCodes(NamedTuple):
@@ -75,9 +79,8 @@ class GatheredOperand:
         self.ranks = dist.get_process_group_ranks(parameter.mesh_info.shard_process_group)
         self.shown = False  # send the master, for somebody looks at it
         self._form: Form | None = None  # of what was sent last
-        self._moved = False  # what comes next, to another place than what came last
         self._own: OwnCodes | None = None
-        self._arrived = self._scale_inv = self._scale_came = torch.empty(0)
+        self._arrived = self._scale_inv = self._scale_sent = torch.empty(0)
         name, kind = "_sharded_local_tensor", type(parameter)
         getattr(kind, name)  # or this FSDP2 would not ask
         parameter.__class__ = type(kind.__name__, (kind,), {name: self})
@@ -92,10 +95,8 @@ class GatheredOperand:
     @property
     def held_bytes(self) -> int:
         """Of what this rank keeps from step to step in this precision: codes of its rows, and all scales twice."""
-        spec, size = self.linear.plan.precision.fprop.right, self._parameter.padded_sharded_param_size
-        if gathered_form(self.linear.plan.precision) != CODES or spec is None:
-            return 0
-        return int(size.numel() + 2 * 4 * math.prod(spec.scale_shape(*self._parameter._orig_size)))
+        spec = gathered_form(self.linear.plan.precision).spec
+        return 0 if spec is None else self.size().numel() + 2 * 4 * math.prod(spec.scale_shape(*self._shape))
 
     def forget(self) -> None:
         """The master was written: codes are made anew before they are sent again."""
@@ -108,25 +109,27 @@ class GatheredOperand:
             RuntimeError: the precision was changed while the layer is whole.
         """
         form, plan = self._form, self.linear.plan
-        if form is None or form.kind == MASTER:
+        if form is None or form == MASTER:
             return None
         if form != self._wanted():
             raise RuntimeError(
-                f"Float8Linear: precision {plan.precision.name!r} was set while its layer is gathered as {form.kind}; "
-                "needs a layer that is sharded. Set it between two steps, after reshard()."
+                f"Float8Linear: precision {plan.precision.name!r} was set while its layer is whole, in "
+                f"{form.spec or form.dtype}; needs a layer that is sharded. Set it between two steps, after reshard()."
             )
         w = Operand(self._arrived, self._scale_inv if form.spec else None, form.spec)
         return w, LaterOperand(partial(_turned, spec=form.spec, backend=plan.backend), w.tensors())
 
     def _wanted(self) -> Form:
-        precision = self.linear.plan.precision
-        kind = MASTER if self.shown else gathered_form(precision)
-        return Form(kind, precision.fprop.right if kind == CODES else None)
+        return MASTER if self.shown else gathered_form(self.linear.plan.precision)
 
     def size(self) -> torch.Size:
-        """Of what every rank sends."""
+        """Of what every rank sends; FSDP2 asks for it too."""
         size: torch.Size = self._parameter.padded_sharded_param_size
         return size
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.linear.out_features, self.linear.in_features
 
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, size: torch.Size, stride: Any, module: nn.Module, policy: Any
@@ -139,59 +142,52 @@ class GatheredOperand:
         form = self._wanted()
         if form != self._form:
             self._make_room(form)
-        if form.kind != CODES:
-            rows = self._parameter._sharded_param_data.view(self.size())
-            return (rows.to(torch.bfloat16) if form.kind == BF16 else rows,), None
+        if form.spec is None:
+            return (self._parameter._sharded_param_data.view(self.size()).to(form.dtype),), None
         if self._stale():
             _round([peer for peer in self._peers if peer.ranks == self.ranks and peer._stale()], mesh.get_group())
         assert self._own is not None
         return (self._own.data,), self._own.scale_inv
 
-    @torch.inference_mode(False)  # training will write to what an evaluation has made
-    @torch.no_grad()
     def fsdp_post_all_gather(
         self, came: Any, scale_inv: Tensor | None, dtype: torch.dtype, *, out: nn.Parameter
     ) -> None:
-        """Note what has come. Scales are kept where they were, as FSDP2 keeps codes: autograd sees neither written."""
-        form, parameter, n = self._form, self._parameter, self.linear.out_features
-        assert form is not None
-        if self._moved:
-            (room,) = parameter.all_gather_outputs
-            whole = room.view(-1, self.linear.in_features)[:n]
-            self._arrived = whole.view(form.spec.format.dtype) if form.spec else whole
-            out.data = whole if form.kind == MASTER else _unread(parameter)
-            self._moved = False
-        if scale_inv is None or scale_inv is self._scale_came:
+        """Note the scales of what has come to its room, where they were: autograd sees neither written."""
+        if scale_inv is None or scale_inv is self._scale_sent:
             return
-        if self._scale_inv.shape == scale_inv.shape:
-            with torch.autograd._unsafe_preserve_version_counter(self._scale_inv):
-                self._scale_inv.copy_(scale_inv)
-        else:
-            self._scale_inv = scale_inv.clone()
-        self._scale_came = scale_inv  # not freed before it is read, on another stream than it was made on
+        with torch.inference_mode(False), torch.no_grad():  # training will write to what an evaluation has made
+            if self._scale_inv.shape == scale_inv.shape:
+                with torch.autograd._unsafe_preserve_version_counter(self._scale_inv):
+                    self._scale_inv.copy_(scale_inv)
+            else:
+                self._scale_inv = scale_inv.clone()
+        self._scale_sent = scale_inv  # not freed before it is read, on another stream than it was made on
 
     @torch.inference_mode(False)
     def _make_room(self, form: Form) -> None:
         """FSDP2 has room for what came before, and would reuse it. linear.weight stays, with its gradients."""
-        parameter = self._parameter
+        parameter, (n, k) = self._parameter, self._shape
         if self._group._training_state.name == "PRE_BACKWARD":
             raise RuntimeError(
                 f"Float8Linear: precision {self.linear.plan.precision.name!r} was set between forward and backward; "
                 "needs one for both. Set it between two steps."
             )
-        dtype = {CODES: torch.uint8, BF16: torch.bfloat16, MASTER: torch.float32}[form.kind]
-        room = torch.empty(self.size().numel() * len(self.ranks), dtype=dtype, device=parameter.device)
-        room.untyped_storage().resize_(0)  # as FSDP2 leaves it, which allocates it on the stream that reads it
+        room = torch.empty(self.size().numel() * len(self.ranks), dtype=form.dtype, device=parameter.device)
         parameter.all_gather_outputs = [room]
-        if not hasattr(parameter, "_unsharded_param"):
-            parameter._unsharded_param = nn.Parameter(_unread(parameter), requires_grad=self.master.requires_grad)
-        self._form, self._moved = form, True
+        whole = room.view(-1, k)[:n]
+        self._form, self._arrived = form, whole.view(form.spec.format.dtype) if form.spec else whole
+        weight = whole if form == MASTER else torch.full((), float("nan"), device=parameter.device).expand(n, k)
+        if hasattr(parameter, "_unsharded_param"):
+            parameter._unsharded_param.data = weight
+        else:
+            parameter._unsharded_param = nn.Parameter(weight, requires_grad=self.master.requires_grad)
+        room.untyped_storage().resize_(0)  # as FSDP2 leaves it, which allocates it on the stream that reads it
 
     def _stale(self) -> bool:
         """Whether codes are wanted, and there are none in this precision and of the master as it is."""
-        form, own = self._wanted(), self._own
-        if form.kind != CODES or own is None or own.spec != form.spec:
-            return form.kind == CODES
+        spec, own = self._wanted().spec, self._own
+        if spec is None or own is None or own.spec != spec:
+            return spec is not None
         return not all(map(SeenWeight.is_that, own.seen, self._watched()))
 
     def _watched(self) -> tuple[Tensor, ...]:
@@ -206,7 +202,7 @@ class GatheredOperand:
     def rows(self) -> SpreadRows:
         """This rank's rows of the master."""
         parameter, plan = self._parameter, self.linear.plan
-        each, (n, k) = self.size()[0], parameter._orig_size
+        each, (n, k) = self.size()[0], self._shape
         start = min(parameter.mesh_info.shard_mesh_rank * each, n)
         assert plan.precision.fprop.right is not None
         return SpreadRows(
@@ -232,11 +228,6 @@ def _turned(
             "forward, in a layer that FSDP2 gathers for backward. Set precisions between two steps."
         )
     return Operand(data.t()) if spec is None else transposed(data, scale_inv, after, spec=spec, backend=backend)
-
-
-def _unread(parameter: Any) -> Tensor:
-    """One NaN in the shape of a whole weight."""
-    return torch.full((), float("nan"), device=parameter.device).expand(parameter._orig_size)
 
 
 def _round(weights: Sequence[GatheredOperand], group: dist.ProcessGroup) -> None:
@@ -288,7 +279,7 @@ def element_bytes(model: nn.Module) -> dict[int, int]:
     """By id of a weight, bytes in which gather_operands would have its elements gathered."""
     alone = own_weights(model)
     return {
-        id(linear.weight): ELEMENT_BYTES[gathered_form(linear.precision)]
+        id(linear.weight): gathered_form(linear.precision).dtype.itemsize
         for linear in converted_linears(model)
         if id(linear.weight) in alone
     }

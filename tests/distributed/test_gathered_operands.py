@@ -17,7 +17,7 @@ from torch import nn
 import fp8train
 from fp8train.convert import convert_model
 from fp8train.errors import ConfigError
-from fp8train.nn.gathered_operands import gathered_form, show_weights
+from fp8train.nn.gathered_operands import MASTER, gathered_form, show_weights
 from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import converted_linears
 from fp8train.quant.formats import BF16, BLOCKWISE, FP32, GemmPrecision, LinearPrecision, QuantSpec
@@ -26,7 +26,6 @@ from tests.distributed.ranks import run_ranks
 
 WIDTH, INNER = 128, 300  # of 300 rows the ranks have 150 each, and share a block
 RECIPES = ("blockwise", "deepseek_v3", "tensorwise", "rowwise", "bf16", "fp32", "placebo")
-ROWS = {"codes": 1, "bf16": 2, "master": 4}
 
 
 def _layers(precision: LinearPrecision) -> nn.Sequential:
@@ -342,7 +341,7 @@ def test_numbers_are_those_of_gathered_masters(ranks, recipe):
 def test_bytes_are_those_of_the_operands(ranks, recipe):
     """A layer is gathered in forward and, unless it stays whole, in backward; the root has nothing of its own."""
     weights, biases = 2 * WIDTH * INNER, 4 * INNER
-    each = ROWS[gathered_form(_precision(recipe))]
+    each = gathered_form(_precision(recipe)).dtype.itemsize
     for result in ranks:
         sent, masters = result[recipe]["bytes"]
         assert masters == 2 * 2 * (4 * weights + biases) / 2
@@ -360,12 +359,12 @@ def test_a_copy_has_its_own_weight(ranks):
 
 def test_forms_cover_codes_bf16_and_masters():
     forms = {recipe: gathered_form(_precision(recipe)) for recipe in RECIPES}
-    assert forms == {
-        "blockwise": "codes", "deepseek_v3": "codes", "tensorwise": "codes", "rowwise": "master", "bf16": "bf16",
-        "fp32": "master", "placebo": "master",
+    assert {recipe: form.dtype.itemsize for recipe, form in forms.items()} == {
+        "blockwise": 1, "deepseek_v3": 1, "tensorwise": 1, "rowwise": 4, "bf16": 2, "fp32": 4, "placebo": 4,
     }  # fmt: skip
+    assert all(forms[recipe].spec == _precision(recipe).fprop.right for recipe in ("blockwise", "tensorwise", "bf16"))
     weight = QuantSpec.parse("e4m3 128x128")
-    assert gathered_form(LinearPrecision("forward", fprop=GemmPrecision(None, weight))) == "master"
+    assert gathered_form(LinearPrecision("forward", fprop=GemmPrecision(None, weight))) == MASTER
 
 
 @pytest.mark.parametrize("name", ["compiled", "compiled bf16"])
