@@ -28,9 +28,9 @@ WIDTH, INNER = 128, 300  # of 300 rows the ranks have 150 each, and share a bloc
 RECIPES = ("blockwise", "deepseek_v3", "tensorwise", "rowwise", "bf16", "fp32", "placebo")
 
 
-def _layers(precision: LinearPrecision) -> nn.Sequential:
+def _layers(precision: LinearPrecision, inner: int = INNER) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH, bias=False)) for _ in range(2)]
+    layers = [nn.Sequential(nn.Linear(WIDTH, inner), nn.GELU(), nn.Linear(inner, WIDTH, bias=False)) for _ in range(2)]
     model = nn.Sequential(*layers)
     everything = load_recipe("blockwise").document | {"rules": [{"match": "*", "use": "fp8"}]}
     convert_model(model, everything, backend="cpu")
@@ -39,11 +39,11 @@ def _layers(precision: LinearPrecision) -> nn.Sequential:
     return model
 
 
-def _sharded(precision: LinearPrecision, gather: bool, **arguments: object) -> nn.Sequential:
+def _sharded(precision: LinearPrecision, gather: bool, inner: int = INNER, **arguments: object) -> nn.Sequential:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = _layers(precision)
+    model = _layers(precision, inner)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh, **arguments)
@@ -143,9 +143,22 @@ def _written_locally(model: nn.Sequential) -> nn.Sequential:
     return model
 
 
-def _after(change: Callable[[nn.Sequential], nn.Sequential], gather: bool) -> list[torch.Tensor]:
-    """Results of a forward, and of two steps after a change; ranks have rows 0 to 149 and 150 to 299 of a weight."""
-    model = _sharded(BLOCKWISE, gather, reshard_after_forward=False)
+def _written_by_one(model: nn.Sequential) -> nn.Sequential:
+    """Where a rank has no rows, writes to those of others need a word, but no rank waits for another without it."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if (own := weight.to_local()).numel():
+                own.mul_(0.75)
+        model(_x())
+    for module in (*model, model):
+        module.reshard()
+    fp8train.weights_changed(model)
+    return model
+
+
+def _after(change: Callable[[nn.Sequential], nn.Sequential], gather: bool, inner: int = INNER) -> list[torch.Tensor]:
+    """Results of a forward, and of two steps after a change; the first of two ranks has the larger half of the rows."""
+    model = _sharded(BLOCKWISE, gather, inner, reshard_after_forward=False)
     with torch.no_grad():
         seen = [model(_x())]
     for module in (*model, model):
@@ -208,7 +221,8 @@ def _whole_at_the_step(gather: bool) -> list[torch.Tensor]:
 
 HABITS = {
     "moved": partial(_after, _moved), "assigned": partial(_after, _assigned),
-    "written locally": partial(_after, _written_locally),
+    "written locally": partial(_after, _written_locally), "odd": partial(_after, _written_locally, inner=261),
+    "without rows": partial(_after, _written_by_one, inner=1),
     "accumulated": _accumulated, "evaluated between": _evaluated_between, "whole at the step": _whole_at_the_step,
 }  # fmt: skip
 
