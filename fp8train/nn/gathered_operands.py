@@ -6,6 +6,7 @@ Each rank rounds its own rows, to FP8 once per optimizer step. FSDP2 asks the ro
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -148,6 +149,9 @@ class GatheredOperand:
             _round([peer for peer in self._peers if peer.ranks == self.ranks and peer._stale()], mesh.get_group())
         assert self._own is not None
         return (self._own.data,), self._own.scale_inv
+
+    # FSDP2 inspects it at every gather of every weight, which takes several times as long as the call
+    fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
 
     def fsdp_post_all_gather(
         self, came: Any, scale_inv: Tensor | None, dtype: torch.dtype, *, out: nn.Parameter
