@@ -26,7 +26,7 @@ from fp8train.convert import convert_model
 from fp8train.distributed.sharding import gathered_layers, shard_bytes
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import build_model
-from fp8train.nn.gathered_operands import CODES, element_bytes
+from fp8train.nn.gathered_operands import CODES, MASTER, element_bytes
 from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
@@ -260,7 +260,9 @@ def _rank_holds(
     path, weights, gradients = gathered_layers(model, sizes, parallel.reshard_after_forward)
     rounded = [parameter.shape for parameter in model.parameters() if sizes.get(id(parameter)) == CODES.itemsize]
     without = [
-        fqn for fqn, linear in named_linears(model).items() if fqn.startswith(f"{path}.") or id(linear.weight) in sizes
+        fqn
+        for fqn, linear in named_linears(model).items()
+        if fqn.startswith(f"{path}.") or sizes.get(id(linear.weight), 4) < MASTER.dtype.itemsize
     ]
     held = footprint(model, moments, over, copies=report.copy_bytes(without) + shard_bytes(rounded, over, 1))
     groups = f", sharded over {over}," if over < every else ""

@@ -13,3 +13,11 @@ REST = {"match": "*", "use": "bf16"}
 def document(*rules: dict, **more: object) -> dict:
     """A document with these rules and the precision fp8; `more` are further top-level keys."""
     return {"version": 1, "precisions": {"fp8": FP8}, "rules": list(rules), **more}
+
+
+def rows_everywhere() -> dict:
+    """One scale per row, in lm_head too: a sharded model gathers the masters of all linears."""
+    operands = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+    rows = {gemm: dict.fromkeys(names, "e4m3 row") for gemm, names in operands.items()}
+    rules = [{"match": pattern, "use": "rows"} for pattern in ("*lm_head", "*")]
+    return {"version": 1, "precisions": {"rows": rows}, "rules": rules}

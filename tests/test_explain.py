@@ -13,6 +13,7 @@ from fp8train.errors import exit_code
 from fp8train.explain import main
 from fp8train.recipe import load_recipe
 from fp8train.units import bytes_text
+from tests.recipe_documents import rows_everywhere
 
 EIGHT_B = ["model=llama3_8b", "recipe=blockwise"]
 
@@ -85,7 +86,7 @@ def test_bytes_of_a_rank(capsys: pytest.CaptureFixture[str], moments: str, total
     )
 
 
-def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Every size is a multiple of 8: an eighth of weights, gradients and BF16 moments, and of the layers' codes."""
     parameters, layer, norms, embedding = 8_030_261_248, 218_112_000, 2 * 4096, 128256 * 4096
     codes = 32 * (layer - norms)
@@ -105,6 +106,10 @@ def test_bytes_of_a_rank_that_holds_its_rows_only(capsys: pytest.CaptureFixture[
     assert "got 8; needs a divisor of the number of ranks, 12" in refusal(
         capsys, *EIGHT_B, "parallel=fsdp", "ranks=12", "parallel.shard_ranks=8"
     )
+    recipe = tmp_path / "rows.yaml"
+    recipe.write_text(json.dumps(rows_everywhere()), encoding="utf-8")
+    head = run(capsys, "model=llama3_8b", f"recipe={recipe}", "parallel=fsdp", "ranks=8")
+    assert f"{bytes_text(2 * embedding + 4 * (128256 + 4096))} of copies" in head, "lm_head keeps what its master gives"
     assert "each rank holds" in run(capsys, *EIGHT_B, "parallel=fsdp"), "one rank has nothing to shard"
     assert "ranks is 0; needs at least 1" in refusal(capsys, *EIGHT_B, "ranks=0")
 

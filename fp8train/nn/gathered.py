@@ -44,8 +44,8 @@ class GatheredWeight:
 
     @property
     def keeps(self) -> bool:
-        """Whether operands are kept from one optimizer step to the next."""
-        return self._keep and self.gathered is None
+        """Whether operands that are made of the master are kept from one optimizer step to the next."""
+        return self._keep
 
     def refresh(self, linear: Float8Linear) -> None:
         """Drop what is kept; operands are made when they are asked for."""

@@ -20,7 +20,7 @@ from fp8train.distributed.sharding import lay_out, shard
 from fp8train.hf_fp8 import packing_of
 from fp8train.models import Decoder, ModelConfig, build_model, fill, hf_values, initial_values, read_config_json
 from fp8train.nn.gathered import GatheredWeight, gather_weights
-from fp8train.nn.gathered_operands import gather_operands
+from fp8train.nn.gathered_operands import MASTER, gather_operands, gathered_form
 from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
@@ -174,10 +174,13 @@ def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
-    linears = named_linears(assembly.model)
-    spread = {fqn: linear.provider for fqn, linear in linears.items() if isinstance(linear.provider, GatheredWeight)}
-    own_codes = sum(provider.gathered.held_bytes for provider in spread.values() if provider.gathered is not None)
-    without = [fqn for fqn, provider in spread.items() if not provider.keeps]
+    own_codes, without = 0, []
+    for fqn, linear in named_linears(assembly.model).items():
+        if not isinstance(provider := linear.provider, GatheredWeight):
+            continue
+        own_codes += 0 if provider.gathered is None else provider.gathered.held_bytes
+        from_master = provider.gathered is None or gathered_form(linear.precision) == MASTER
+        without += [] if provider.keeps and from_master else [fqn]
     return {
         "weights": local_bytes(weights),
         "gradients": local_bytes(weight for weight in weights if weight.requires_grad),

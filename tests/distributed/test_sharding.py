@@ -14,8 +14,11 @@ from fp8train.distributed.sharding import gathered_layers, lay_out, shard, shard
 from fp8train.models import ModelConfig, build_model, initial_values, initialize
 from fp8train.nn.gathered import gather_weights
 from fp8train.nn.gathered_operands import gather_operands
+from fp8train.recipe import load_recipe
 from fp8train.shards import is_sharded, whole
+from fp8train.trainer.assembly import Assembly, memory_by_kind
 from tests.hardware import devices
+from tests.recipe_documents import rows_everywhere
 
 CONFIG = ModelConfig(
     name="small", vocab_size=200, hidden_size=256, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=384,
@@ -77,6 +80,17 @@ def test_a_sharded_model_computes_what_it_did_bit_for_bit(world: World, gather: 
 def test_bytes_are_those_of_the_fullest_rank():
     shapes = [torch.Size([10, 3]), torch.Size([2]), torch.Size([0, 5])]
     assert shard_bytes(shapes, 4, 4) == 4 * (3 * 3 + 1)  # of 10 rows 3, 3, 3 and 1; of 2 one
+
+
+def test_what_lm_head_keeps_of_its_master_is_counted(world: World):
+    model, recipe = build_model(CONFIG, "meta"), load_recipe(rows_everywhere())
+    report = convert_model(model, recipe, device_type=world.device.type)
+    gather_weights(model, model.layers)
+    shard(model, model.layers, world)
+    gather_operands(model)
+    (head,) = (row for row in report.rows if row.fqn == "lm_head")
+    held = memory_by_kind(Assembly(model=model, recipe=recipe, report=report), torch.optim.AdamW(model.parameters()))
+    assert held["weight_copies"] == head.code_bytes + head.scale_bytes > 0
 
 
 def test_layers_are_the_longest_list():
