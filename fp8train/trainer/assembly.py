@@ -24,7 +24,7 @@ from fp8train.nn.gathered_operands import MASTER, gather_operands, gathered_form
 from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
-from fp8train.shards import is_sharded, local_bytes, whole
+from fp8train.shards import local_bytes, whole
 
 SPARE_GRAPHS = 8  # that a run may compile of its layers beside one for each: dynamo's own limit
 
@@ -142,22 +142,23 @@ def resolve_activations(model: ModelConfig, recipe: Recipe) -> ModelConfig:
     return dataclasses.replace(model, activations="float32" if all_fp32 else "bfloat16")
 
 
-def parameter_hash(model: nn.Module) -> str:
+def parameter_hash(model: nn.Module, wanted: bool = True) -> str:
     """SHA-256 over name, shape and bits of every parameter, in the order of their names.
 
-    Every rank of a sharded model must call it.
+    Every rank of a sharded model must call it; those that do not want it get that of nothing, without the work.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
+        tensor = whole(parameter.detach())
+        if wanted:
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def agreed_hash(model: nn.Module, world: World) -> str:
     """parameter_hash on every rank, of rank 0's weights."""
-    own = parameter_hash(model) if world.main or is_sharded(model.parameters()) else ""
-    return world.broadcast_object(own, patient=True)
+    return world.broadcast_object(parameter_hash(model, wanted=world.main), patient=True)
 
 
 def model_hash(model: ModelConfig) -> str:
