@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -24,6 +24,11 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 of DeepSpeed has it: a plain tensor, of shape [0] except while a module that owns it computes."""
     return hasattr(parameter, "ds_status")
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether FSDP2 shards what is below it and in no other such module, which is whole before the module's hooks."""
+    return hasattr(type(module), "set_reshard_after_forward")  # not isinstance: see _has_rows
 
 
 def sent_as(parameter: Tensor) -> torch.dtype:

@@ -83,17 +83,20 @@ def _gathered(linear: Float8Linear, *_: Tensor | None) -> Operand:
     return weight_operand(linear, True)
 
 
-def follow_sharding(linear: Float8Linear) -> None:
+def follow_sharding(linear: Float8Linear, whole: bool = False) -> None:
     """Give a linear whose weight was sharded after its conversion the provider of such weights.
+
+    Args:
+        whole: something has made the weight whole, so that it looks like any other.
 
     Raises:
         ConfigError: its recipe treats its input (`swiglu`), which needs weights of other linears too.
         ValueError: its weight is of another tensor class that holds no matrix itself.
     """
     wrapped, partitioned = is_traceable_wrapper_subclass(linear.weight), is_partitioned(linear.weight)
-    if not (wrapped or partitioned) or isinstance(linear.provider, GatheredWeight):
+    if not (wrapped or partitioned or whole) or isinstance(linear.provider, GatheredWeight):
         return
-    if not (partitioned or is_sharded((linear.weight,))):
+    if wrapped and not is_sharded((linear.weight,)):
         raise ValueError(
             f"Float8Linear: weight is a {type(linear.weight).__name__}; needs a plain tensor, whose memory the kernels "
             "read. Keep nn.Linear for this layer."

@@ -160,8 +160,11 @@ class Float8Linear(nn.Linear):
         self.forget_weight()
         self.refresh_weight()
 
-    def refresh_weight(self) -> None:
+    def refresh_weight(self, whole: bool = False) -> None:
         """Make the weight's operands from the master now; those of a weight that is sharded, when they are needed.
+
+        Args:
+            whole: see follow_sharding.
 
         Raises:
             ValueError: the weight is not FP32, or not sent as that, or of a class that gives no whole matrix.
@@ -181,7 +184,7 @@ class Float8Linear(nn.Linear):
                 "torch.float32. Convert before deepspeed.initialize; leave Float8Linear out of "
                 "lower_precision_safe_modules."
             )
-        follow_sharding(self)
+        follow_sharding(self, whole)
         if self.weight.dim() != 2 and isinstance(self.provider, LocalWeight):  # FSDP1's, between two forwards
             self.forget_weight()
             return
@@ -191,7 +194,7 @@ class Float8Linear(nn.Linear):
         self._seen = tuple(SeenWeight(weight, self.provider.exchanges) for weight in self._sources())
         self._trained, self._stepped = self.training, False
 
-    def refresh_if_stale(self) -> None:
+    def refresh_if_stale(self, whole: bool = False) -> None:
         """As refresh_weight, where the weight was replaced or written in place since.
 
         Or where train() or eval() was called: with these go writes through `.data` that nobody sees, such as an
@@ -201,11 +204,11 @@ class Float8Linear(nn.Linear):
             return
         if self.remedy is None and len(self._seen) == 1:  # the usual case, without a list
             if self.training is not self._trained or not self._seen[0].is_that(self._parameters.get("weight")):
-                self.refresh_weight()
+                self.refresh_weight(whole)
             return
         weights, switched = self._sources(), len(self._seen) > 0 and self.training is not self._trained
         if switched or len(weights) != len(self._seen) or not all(map(SeenWeight.is_that, self._seen, weights)):
-            self.refresh_weight()
+            self.refresh_weight(whole)
 
     def _sources(self) -> tuple[Tensor, ...]:
         """The weights that the operands depend on."""

@@ -31,6 +31,7 @@ from fp8train.nn.operands import LaterOperand, Operand, quantized, transposed
 from fp8train.nn.remedies import channel_scale
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
+from fp8train.shards import is_fsdp_module
 
 if TYPE_CHECKING:
     from fp8train.nn.linear import Float8Linear
@@ -356,10 +357,11 @@ _look_on.reads_values = False  # type: ignore[attr-defined]
 def _refresh_stale(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    whole = is_fsdp_module(model)
     for linear in converted_linears(model):
         linear.inputs.clear()
         if "weight" in linear._parameters:  # one that is made in each look is looked at by its linear, once
-            linear.refresh_if_stale()
+            linear.refresh_if_stale(whole)
 
 
 @contextlib.contextmanager

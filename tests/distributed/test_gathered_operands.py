@@ -211,9 +211,8 @@ def _whole_at_the_step(gather: bool) -> list[torch.Tensor]:
         y = model(_x())
         y.square().mean().backward()
         seen.append(y.detach())
-        if len(seen) > 1:
-            with torch.no_grad():
-                seen.append(model(_x()))
+        with torch.no_grad():
+            seen.append(model(_x()))
         optimizer.step()
         optimizer.zero_grad()
     return seen
