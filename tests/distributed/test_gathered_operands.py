@@ -7,7 +7,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -39,7 +38,7 @@ def _layers(precision: LinearPrecision, inner: int = INNER) -> nn.Sequential:
     return model
 
 
-def _sharded(precision: LinearPrecision, gather: bool, inner: int = INNER, **arguments: object) -> nn.Sequential:
+def sharded_model(precision: LinearPrecision, gather: bool, inner: int = INNER, **arguments: object) -> nn.Sequential:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -70,7 +69,7 @@ def _sent() -> Iterator[Counter[str]]:
         setattr(dist, name, real)
 
 
-def _x() -> torch.Tensor:
+def inputs() -> torch.Tensor:
     return torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
@@ -100,24 +99,24 @@ def _train(model: nn.Module) -> list[torch.Tensor]:
         lambda: frozen.requires_grad_(False), lambda: model.eval(), lambda: model.train(),
     ):  # fmt: skip
         before()
-        y = model(_x())
+        y = model(inputs())
         y.square().mean().backward()
         seen += [y.detach().clone(), first.weight.grad.full_tensor()]
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            seen.append(model(_x()))
+            seen.append(model(inputs()))
     return seen
 
 
 def _bytes(model: nn.Module) -> int:
-    model(_x()).sum().backward()
+    model(inputs()).sum().backward()
     with _sent() as count:
-        model(_x()).sum().backward()  # codes are there
+        model(inputs()).sum().backward()  # codes are there
     return count["bytes"]
 
 
-def _other() -> LinearPrecision:
+def other_codes() -> LinearPrecision:
     """BLOCKWISE with weights in E5M2, which are codes too."""
     fprop, dgrad = (
         dataclasses.replace(gemm, right=QuantSpec.parse("e5m2 128x128 pow2"))
@@ -126,126 +125,26 @@ def _other() -> LinearPrecision:
     return dataclasses.replace(BLOCKWISE, name="e5m2", fprop=fprop, dgrad=dgrad)
 
 
-def _moved(model: nn.Sequential) -> nn.Sequential:
-    model.double().float()
-    return model
-
-
-def _assigned(model: nn.Sequential) -> nn.Sequential:
-    model.load_state_dict({name: weight * 0.75 for name, weight in model.state_dict().items()}, assign=True)
-    return model
-
-
-def _written_locally(model: nn.Sequential) -> nn.Sequential:
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.to_local().mul_(0.75)
-    return model
-
-
-def _written_by_one(model: nn.Sequential) -> nn.Sequential:
-    """Where a rank has no rows, writes to those of others need a word, but no rank waits for another without it."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            if (own := weight.to_local()).numel():
-                own.mul_(0.75)
-        model(_x())
-    for module in (*model, model):
-        module.reshard()
-    fp8train.weights_changed(model)
-    return model
-
-
-def _after(change: Callable[[nn.Sequential], nn.Sequential], gather: bool, inner: int = INNER) -> list[torch.Tensor]:
-    """Results of a forward, and of two steps after a change; the first of two ranks has the larger half of the rows."""
-    model = _sharded(BLOCKWISE, gather, inner, reshard_after_forward=False)
-    with torch.no_grad():
-        seen = [model(_x())]
-    for module in (*model, model):
-        module.reshard()
-    optimizer = torch.optim.AdamW(change(model).parameters(), lr=0.01)
-    for _ in range(2):
-        y = model(_x())
-        y.square().mean().backward()
-        seen += [y.detach().clone(), model[0][0].weight.grad.full_tensor()]
-        optimizer.step()
-        optimizer.zero_grad()
-    return seen
-
-
-def _accumulated(gather: bool) -> list[torch.Tensor]:
-    """Gradients of micro-batches that are summed over ranks together, in precisions of their own."""
-    model = _sharded(BLOCKWISE, gather)
-    for number, precision in enumerate((BLOCKWISE, BF16, _other(), FP32)):
-        for linear in converted_linears(model):
-            linear.set_precision(precision)
-        model.set_requires_gradient_sync(number == 3)
-        model(_x() + number).square().mean().backward()
-    return [weight.grad.full_tensor() for weight in model.parameters()]
-
-
-def _evaluated_between(gather: bool) -> list[torch.Tensor]:
-    """What an evaluation between forward and backward leaves alone."""
-    model = _sharded(BLOCKWISE, gather)
-    y = model(_x())
-    with torch.no_grad():
-        evaluated = model.eval()(_x() * 2)
-    model.train()
-    y.square().mean().backward()
-    return [y.detach(), evaluated, *(weight.grad.full_tensor() for weight in model.parameters())]
-
-
-def _whole_at_the_step(gather: bool) -> list[torch.Tensor]:
-    """The root's linear stays whole after an evaluation, and FSDP2 goes on with its old weight, whatever is written."""
-    from torch.distributed.fsdp import fully_shard
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU()), nn.Linear(INNER, WIDTH))
-    convert_model(model, load_recipe("blockwise").document | {"rules": [{"match": "*", "use": "fp8"}]}, backend="cpu")
-    fully_shard(model[0])
-    fully_shard(model, reshard_after_forward=False)
-    if gather:
-        fp8train.gather_operands(model)
-    optimizer, seen = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), []
-    for _ in range(3):
-        y = model(_x())
-        y.square().mean().backward()
-        seen.append(y.detach())
-        with torch.no_grad():
-            seen.append(model(_x()))
-        optimizer.step()
-        optimizer.zero_grad()
-    return seen
-
-
-HABITS = {
-    "moved": partial(_after, _moved), "assigned": partial(_after, _assigned),
-    "written locally": partial(_after, _written_locally), "odd": partial(_after, _written_locally, inner=261),
-    "without rows": partial(_after, _written_by_one, inner=1),
-    "accumulated": _accumulated, "evaluated between": _evaluated_between, "whole at the step": _whole_at_the_step,
-}  # fmt: skip
-
-
 def _copied() -> bool:
     """Whether a copy of a gathered linear computes with its own weight."""
-    model = _sharded(BLOCKWISE, True)
-    model(_x())
+    model = sharded_model(BLOCKWISE, True)
+    model(inputs())
     linear, bias = copy.deepcopy(model[0][0]), model[0][0].bias.full_tensor()
     weight = copy.deepcopy(model[0][0].weight).full_tensor()
     linear.weight, linear.bias = nn.Parameter(weight * 2.0), nn.Parameter(bias * 2.0)
     model[0].unshard()
-    return torch.equal(linear(_x()), 2.0 * model[0][0](_x()))
+    return torch.equal(linear(inputs()), 2.0 * model[0][0](inputs()))
 
 
 def _compiled(precision: LinearPrecision, gather: bool) -> tuple[list[torch.Tensor], int]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = _sharded(precision, gather)
+    model = sharded_model(precision, gather)
     for layer in model:
         layer.compile()
     optimizer, seen = torch.optim.AdamW(model.parameters(), lr=0.01), []
     for _ in range(3):
-        y = model(_x())
+        y = model(inputs())
         y.square().mean().backward()
         seen += [y.detach().clone(), model[0][0].weight.grad.full_tensor()]
         optimizer.step()
@@ -255,13 +154,13 @@ def _compiled(precision: LinearPrecision, gather: bool) -> tuple[list[torch.Tens
 
 def _shown() -> dict[str, object]:
     """What a hook sees of the weight, and what is asked of the master."""
-    model, looks = _sharded(BLOCKWISE, True), []
+    model, looks = sharded_model(BLOCKWISE, True), []
     model[0][0].register_forward_hook(lambda linear, args, y: looks.append(linear.weight.detach().clone()))
-    results = [model(_x())]
+    results = [model(inputs())]
     show_weights(converted_linears(model), True)
-    results.append(model(_x()))
+    results.append(model(inputs()))
     show_weights(converted_linears(model), False)
-    results.append(model(_x()))
+    results.append(model(inputs()))
     return {
         "hidden": looks[0], "shown": looks[1], "hidden again": looks[2], "master": model[0][0].weight.full_tensor(),
         "same": all(torch.equal(results[0], other) for other in results[1:]),
@@ -276,23 +175,23 @@ def _refused(call: Callable[[], object]) -> str:
 
 
 def _while_whole(model: nn.Sequential) -> None:
-    model(_x())
+    model(inputs())
     model[0].unshard()
-    model[0][0].set_precision(_other())
-    model[0](_x())
+    model[0][0].set_precision(other_codes())
+    model[0](inputs())
 
 
 def _before_backward(model: nn.Sequential) -> None:
-    y = model(_x())
+    y = model(inputs())
     model[0][0].set_precision(BF16)
     y.sum().backward()
 
 
 def _between_forwards(model: nn.Sequential) -> None:
-    y = model(_x())
+    y = model(inputs())
     for linear in converted_linears(model):
         linear.set_precision(BF16)
-    (y + model(_x())).sum().backward()
+    (y + model(inputs())).sum().backward()
 
 
 def _refusals() -> dict[str, str]:
@@ -302,13 +201,13 @@ def _refusals() -> dict[str, str]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     columns = {"shard_placement_fn": lambda weight: Shard(weight.dim() - 1)}
     return {
-        "whole": _refused(lambda: _while_whole(_sharded(BLOCKWISE, True))),
-        "backward": _refused(lambda: _before_backward(_sharded(BLOCKWISE, True))),
-        "forwards": _refused(lambda: _between_forwards(_sharded(BLOCKWISE, True))),
+        "whole": _refused(lambda: _while_whole(sharded_model(BLOCKWISE, True))),
+        "backward": _refused(lambda: _before_backward(sharded_model(BLOCKWISE, True))),
+        "forwards": _refused(lambda: _between_forwards(sharded_model(BLOCKWISE, True))),
         "plain": _refused(lambda: fp8train.gather_operands(_layers(BLOCKWISE))),
-        "offload": _refused(lambda: _sharded(BLOCKWISE, True, offload_policy=CPUOffloadPolicy(pin_memory=False))),
-        "cast": _refused(lambda: _sharded(BLOCKWISE, True, mp_policy=policy)),
-        "columns": _refused(lambda: _sharded(BLOCKWISE, True, **columns)),
+        "offload": _refused(lambda: sharded_model(BLOCKWISE, True, offload_policy=CPUOffloadPolicy(pin_memory=False))),
+        "cast": _refused(lambda: sharded_model(BLOCKWISE, True, mp_policy=policy)),
+        "columns": _refused(lambda: sharded_model(BLOCKWISE, True, **columns)),
     }
 
 
@@ -321,15 +220,13 @@ def _on_ranks(world):
     found: dict[str, object] = {"shown": _shown(), "refusals": _refusals()}
     for recipe in RECIPES:
         precision = _precision(recipe)
-        got, want = (_train(_sharded(precision, gather)) for gather in (True, False))
+        got, want = (_train(sharded_model(precision, gather)) for gather in (True, False))
         found[recipe] = {
             "same": [torch.equal(a, b) for a, b in zip(got, want, strict=True)],
-            "bytes": [_bytes(_sharded(precision, gather)) for gather in (True, False)],
-            "bytes if whole": _bytes(_sharded(precision, True, reshard_after_forward=False)),
+            "bytes": [_bytes(sharded_model(precision, gather)) for gather in (True, False)],
+            "bytes if whole": _bytes(sharded_model(precision, True, reshard_after_forward=False)),
             "moves": not torch.equal(got[0], got[3]),
         }
-    for name, results in HABITS.items():
-        found[name] = [torch.equal(a, b) for a, b in zip(results(True), results(False), strict=True)]
     found["copied"] = _copied()
     for name, precision in (("compiled", BLOCKWISE), ("compiled bf16", BF16)):
         (got, breaks), (want, _) = (_compiled(precision, gather) for gather in (True, False))
@@ -359,11 +256,6 @@ def test_bytes_are_those_of_the_operands(ranks, recipe):
         sent, masters = result[recipe]["bytes"]
         assert masters == 2 * 2 * (4 * weights + biases) / 2
         assert sent == 2 * 2 * (each * weights + biases) / 2 == 2 * result[recipe]["bytes if whole"]
-
-
-@pytest.mark.parametrize("name", HABITS)
-def test_what_users_do_with_a_model_changes_no_number(ranks, name):
-    assert all(len(result[name]) > 2 and all(result[name]) for result in ranks)
 
 
 def test_a_copy_has_its_own_weight(ranks):
