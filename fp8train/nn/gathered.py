@@ -35,17 +35,12 @@ class GatheredWeight:
     gathered: GatheredOperand | None = None
 
     def __init__(self, keep: bool = False) -> None:
-        self._keep = keep
+        self.keeps = keep  # operands that are made of the master
         self._held: tuple[Operand, Operand] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what FSDP2 asks for: a copy's weight is not one that it gathers."""
         return {**self.__dict__, "gathered": None}
-
-    @property
-    def keeps(self) -> bool:
-        """Whether operands that are made of the master are kept from one optimizer step to the next."""
-        return self._keep
 
     def refresh(self, linear: Float8Linear) -> None:
         """Drop what is kept; operands are made when they are asked for."""
@@ -69,7 +64,7 @@ class GatheredWeight:
                 "in_features], which ZeRO-3 of DeepSpeed makes of it where a module is called. Call the module, not "
                 "its forward, or stay within deepspeed.zero.GatheredParameters."
             )
-        if not self._keep:
+        if not self.keeps:
             return weight_operand(linear, False), LaterOperand(partial(_gathered, linear))
         if self._held is None:
             w = weight_operand(linear, False)
