@@ -69,6 +69,7 @@ class CheckpointConfig:
     minutes: time after the last one, or after the start, at which one is written as well; null: none by the clock
     keep_last: newest checkpoints that are kept
     keep_every: checkpoints at multiples of this step are kept for good; null: none
+    background: write them while training goes on, from a copy in the host's memory; false: training waits
     allow_recipe_change: resume under a recipe whose hash differs from the checkpoint's
     """
 
@@ -76,6 +77,7 @@ class CheckpointConfig:
     minutes: float | None = 30.0
     keep_last: int = 2
     keep_every: int | None = None
+    background: bool = True
     allow_recipe_change: bool = False
 
     def __post_init__(self) -> None:

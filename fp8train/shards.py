@@ -48,12 +48,24 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor that every rank has, sharded as `own` is, which has its shape; nothing is sent."""
+    """A whole tensor that every rank has, sharded as `own` is, which has its shape; nothing is sent.
+
+    A rank takes its rows to the device of `own`, and looks at no others; on the same device they share memory.
+    """
     if not _has_rows(own):
         return tensor
-    from torch.distributed.tensor import distribute_tensor  # takes seconds, and is loaded where something is sharded
+    from torch.distributed.tensor import DTensor, Shard  # takes seconds, and is loaded where something is sharded
 
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+    rows, mesh = tensor, own.device_mesh
+    for axis, placed in enumerate(own.placements):
+        if isinstance(placed, Shard):
+            size = rows.shape[placed.dim]
+            each = -(-size // mesh.size(axis))  # as torch.chunk cuts it
+            begin = min(mesh.get_local_rank(axis) * each, size)
+            rows = rows.narrow(placed.dim, begin, min(each, size - begin))
+    return DTensor.from_local(
+        rows.to(own.device), mesh, own.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def sum_over_shards(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, checked when read, resumed bit for bit."""
 
-from fp8train.checkpoint.content import Content, gathered_content
+from fp8train.checkpoint.content import Content, content_of
 from fp8train.checkpoint.store import (
     Checkpoint,
     TrainingState,
@@ -8,19 +8,18 @@ from fp8train.checkpoint.store import (
     find_resume,
     open_checkpoint,
     saved_steps,
-    superfluous,
-    write_checkpoint,
 )
+from fp8train.checkpoint.writing import Retention, write_checkpoint
 
 __all__ = [
     "Checkpoint",
     "Content",
+    "Retention",
     "TrainingState",
     "checkpoint_path",
+    "content_of",
     "find_resume",
-    "gathered_content",
     "open_checkpoint",
     "saved_steps",
-    "superfluous",
     "write_checkpoint",
 ]

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: weights and moments by name, each once, those of a sharded model made whole."""
+"""The tensors of a checkpoint, by name and each once, and which of them a rank writes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fp8train.distributed import unwrap
 from fp8train.shards import is_sharded, whole
+
+PART_BYTES = 1 << 29  # a rank that writes has at least as much to write
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +28,21 @@ class Content:
     moments: dict[str, Tensor]
     parameters: dict[str, list[int]]
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return tensor_bytes(self.weights) + tensor_bytes(self.moments)
 
-def gathered_content(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> Content:
-    """What a checkpoint of this model and optimizer holds; every rank of a sharded model must call it.
+    def of(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> Content:
+        """With some of the tensors only."""
+        return Content(weights=dict(weights), tied=self.tied, moments=dict(moments), parameters=self.parameters)
+
+
+def content_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Content:
+    """What a checkpoint of this model and optimizer holds: their own tensors, sharded ones of the shape of the whole.
 
     Args:
         model: on whatever device; wrap_ddp's wrapper is taken off.
-        keep: whether this rank will write it. Sharded tensors come whole, one after another, to the CPU of the ranks
-            that keep them; tensors that are not sharded are the model's and the optimizer's own.
     """
     model = unwrap(model)
     weights, tied = _untie(model.state_dict(keep_vars=True))
@@ -41,8 +50,32 @@ def gathered_content(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep
     # sorted: load_state_dict reorders the keys, and a resumed run should write the same bytes
     moments = {f"{key}/{name}": value for name, p in names.items() for key, value in sorted(optimizer.state[p].items())}
     assert all(isinstance(value, Tensor) for value in moments.values()), "optimizer state that is not a tensor"
-    kept = _gathered(weights, keep)
-    return Content(weights=kept, tied=tied, moments=_gathered(moments, keep), parameters=shapes(names))
+    kept = {name: tensor.detach() for name, tensor in weights.items()}
+    return Content(weights=kept, tied=tied, moments=moments, parameters=shapes(names))
+
+
+def parts_of(content: Content, ranks: int) -> int:
+    """Into how many parts, each for a rank of its own, a checkpoint is divided."""
+    return max(1, min(ranks, content.bytes // PART_BYTES, len(content.weights)))
+
+
+def part_of(rank: int, ranks: int, parts: int) -> int | None:
+    """The part that a rank writes, if it writes one: those that do lie as far apart as they can, on every machine."""
+    return next((part for part in range(parts) if part * ranks // parts == rank), None)
+
+
+def own_part(content: Content, part: int | None, parts: int, *, copy: bool) -> Content:
+    """The tensors of a part, whole; every rank of a sharded model must call it.
+
+    Sharded tensors come whole, one after another, to the CPU of the rank that writes them.
+
+    Args:
+        part: None: of a rank that writes nothing.
+        copy: tensors that are not sharded are copied to the CPU too, so that training may go on; otherwise they are
+            the model's and the optimizer's own.
+    """
+    own = [_own(tensors, part, parts, copy) for tensors in (content.weights, content.moments)]
+    return content.of(*own)
 
 
 def optimizer_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -56,14 +89,29 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Of all of them, whole."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _shared_out(tensors: Mapping[str, Tensor], parts: int) -> dict[str, int]:
+    """Name -> part, so that parts are about as large: the largest first, each to the smallest; alike on every rank."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    filled, chosen = [0] * parts, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        chosen[name] = filled.index(min(filled))
+        filled[chosen[name]] += sizes[name]
+    return chosen
+
+
+def _own(tensors: Mapping[str, Tensor], part: int | None, parts: int, copy: bool) -> dict[str, Tensor]:
+    made, chosen = {}, _shared_out(tensors, parts)
     for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        if is_sharded([tensor]):
+        sharded = is_sharded([tensor])
+        if sharded:
             tensor = whole(tensor)
-            tensor = tensor.cpu() if keep else tensor.new_empty(0)
-        made[name] = tensor
+        if chosen[name] == part:
+            made[name] = tensor.to("cpu", copy=copy and not sharded) if copy or sharded else tensor
     return made
 
 

@@ -1,7 +1,8 @@
 """Files of a checkpoint folder: written whole and durable, or not at all; checked when they are read.
 
-A folder is written under a temporary name beside its own: each file is flushed to the disk, then the marker with the
-sizes and CRC-32 of all others, then the folder is renamed. A folder without a good marker is no checkpoint.
+A folder is written under a temporary name beside its own: each rank that has a part flushes its files to the disk, then
+a record of them; rank 0 adds the rest, then the marker with the sizes and CRC-32 of all others, and renames the folder.
+A folder without a good marker is no checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fp8train.errors import CheckpointError
+from fp8train.whole_file import write_whole
 
 MARKER = "COMPLETE"
 FORMAT = "fp8train checkpoint"
@@ -29,6 +32,7 @@ VERSION = 1
 TEMPORARY = ".tmp"  # suffix of a folder that is being written, or removed
 OLD = ".old"  # before it, of one that is removed
 PIECE_BYTES = 1 << 24
+READERS = 8  # files that are compared with their checksums at a time
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -85,38 +89,71 @@ class FolderWriter:
         self.write(name, _safetensors(tensors, metadata))
 
 
-@contextmanager
-def new_folder(target: Path, step: int, sequence: int) -> Iterator[FolderWriter]:
-    """A folder that appears under its name, complete with its marker, when the block ends; after an error it is gone.
-
-    Raises:
-        CheckpointError: the disk is full or the place cannot be written to. What `target` held before is untouched.
-    """
-    temporary = target.with_name(f".{target.name}{TEMPORARY}")
-    replaced = _leaving(target)
-    try:
+def begin_folder(target: Path) -> None:
+    """Make the temporary folder in which `target` is written, empty."""
+    temporary = temporary_of(target)
+    with _told(target):
         _remove(temporary)
         temporary.mkdir(parents=True)
-        writer = FolderWriter(temporary)
+
+
+@contextmanager
+def part_of_folder(target: Path, number: int) -> Iterator[FolderWriter]:
+    """Adds files to the temporary folder; when the block ends, a record of them, by which whole_folder knows of them.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written to.
+    """
+    with _told(target):
+        writer = FolderWriter(temporary_of(target))
+        yield writer
+        records = {name: asdict(record) for name, record in writer.records.items()}
+        write_whole(_record_of(writer.folder, number), json.dumps(records))
+
+
+@contextmanager
+def whole_folder(
+    target: Path, step: int, sequence: int, parts: int, wait: Callable[[], None]
+) -> Iterator[FolderWriter]:
+    """The temporary folder once all parts are in it; it gets its name, complete with its marker, when the block ends.
+
+    What `target` held before is untouched until then.
+
+    Args:
+        wait: called again and again until the records of all parts are there; raises to give up.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written to.
+    """
+    replaced = _leaving(target)
+    with _told(target):
+        writer = FolderWriter(temporary_of(target))
+        for record in (_record_of(writer.folder, number) for number in range(parts)):
+            while not record.exists():
+                wait()
+            own = json.loads(record.read_bytes())
+            writer.records |= {name: FileRecord(**values) for name, values in own.items()}
+            record.unlink()
         yield writer
         marker = Marker(step=step, sequence=sequence, files=dict(writer.records))
         writer.write_json(MARKER, {"format": FORMAT, "version": VERSION, **asdict(marker)})
-        _sync_folder(temporary)
+        _sync_folder(writer.folder)
         if target.exists():
             _remove(replaced)
             target.rename(replaced)
-        temporary.rename(target)
+        writer.folder.rename(target)
         _sync_folder(target.parent)
         _remove(replaced)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint {target}: cannot be written: {error.strerror or error}; needs a writable run_dir with space "
-            "for a whole checkpoint. Earlier ones are untouched: make room or give another run_dir, then resume."
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def discard_folder(target: Path) -> None:
+    """Remove what begin_folder has made, as far as that can be."""
+    shutil.rmtree(temporary_of(target), ignore_errors=True)
+
+
+def temporary_of(target: Path) -> Path:
+    """The folder in which a checkpoint is written."""
+    return target.with_name(f".{target.name}{TEMPORARY}")
 
 
 def remove_folder(folder: Path) -> None:
@@ -179,16 +216,26 @@ def verify(folder: Path, marker: Marker) -> None:
     Raises:
         CheckpointError: names the first file that is missing or differs.
     """
-    for name, record in marker.files.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            same = size == record.bytes and _crc32(path) == record.crc32
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint.") from error
-        if not same:
-            what = f"has {size} bytes of {record.bytes}" if size != record.bytes else "differs from its checksum"
-            raise CheckpointError(f"{path}: {what}; needs the file as it was written. Take another checkpoint.")
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for fault in pool.map(lambda name: _fault(folder / name, marker.files[name]), marker.files):
+            if fault is not None:
+                raise fault
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _fault(path: Path, record: FileRecord) -> CheckpointError | None:
+    """What is wrong with a file."""
+    try:
+        size = path.stat().st_size
+        same = size == record.bytes and _crc32(path) == record.crc32
+    except OSError as error:
+        return CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint.")
+    if same:
+        return None
+    what = f"has {size} bytes of {record.bytes}" if size != record.bytes else "differs from its checksum"
+    return CheckpointError(f"{path}: {what}; needs the file as it was written. Take another checkpoint.")
 
 
 def read_json(path: Path) -> Any:
@@ -231,6 +278,22 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         content = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(content), PIECE_BYTES):
             yield content[begin : begin + PIECE_BYTES]
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """An error of the disk inside is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {target}: cannot be written: {error.strerror or error}; needs a writable run_dir with space "
+            "for a whole checkpoint. Earlier ones are untouched: make room or give another run_dir, then resume."
+        ) from error
+
+
+def _record_of(folder: Path, number: int) -> Path:
+    return folder / f"part_{number:05d}.json"
 
 
 def _crc32(path: Path) -> str:

@@ -1,33 +1,32 @@
 """Checkpoints: everything that a run needs to go on bit for bit, and nothing in FP8.
 
 checkpoints/step_%08d/ holds model.safetensors (FP32 master weights by state-dict name, tied ones once),
-optimizer.safetensors (moments as KEY/PARAMETER), state.json (TrainingState) and COMPLETE (sizes and checksums).
+optimizer.safetensors (moments as KEY/PARAMETER), state.json (TrainingState) and COMPLETE (sizes and checksums). Where
+several ranks have written it, model-00001-of-00008.safetensors and so on: each tensor is in one of them, whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import re
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fp8train.checkpoint.content import Content, optimizer_names, shapes
+from fp8train.checkpoint.content import optimizer_names, shapes
 from fp8train.checkpoint.files import (
     MARKER,
     Marker,
-    clear_temporary,
-    new_folder,
     read_json,
     read_marker,
     read_tensors,
-    remove_folder,
     take_back,
     verify,
 )
@@ -39,10 +38,14 @@ from fp8train.recipe import Recipe, load_recipe
 from fp8train.shards import sharded_like
 
 FOLDER = "checkpoints"
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+MODEL, OPTIMIZER = "model", "optimizer"
 STATE_FILE = "state.json"
 STEP_NAME = re.compile(r"step_\d{8,}")
+
+
+def tensor_file(stem: str, part: int, parts: int) -> str:
+    """Name of the file that holds a part of the tensors of MODEL or OPTIMIZER."""
+    return f"{stem}.safetensors" if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
 def _versions() -> dict[str, str]:
@@ -76,12 +79,14 @@ class Checkpoint:
     """A checkpoint that was found whole.
 
     path: its folder. step: optimizer steps that it has behind it. state: what it holds beside tensors.
+    files: names of what it consists of.
     skipped: one line for each newer checkpoint of the run that is damaged; for the user to see.
     """
 
     path: Path
     step: int
     state: TrainingState
+    files: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
     @property
@@ -123,7 +128,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is damaged.
         """
-        tensors, tied = self._read(MODEL_FILE, "tied")
+        tensors, tied = self._read(MODEL, "tied")
         return tensors | {name: tensors[first] for name, first in tied.items() if first in tensors}
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, rank: int = 0) -> None:
@@ -143,8 +148,8 @@ class Checkpoint:
         for name, tensor in state.items():
             if tensor.dtype != own[name].dtype:  # copying would convert in secret
                 raise CheckpointError(
-                    f"{self.path / MODEL_FILE}: {name} is {tensor.dtype}; needs {own[name].dtype}, as fp8train wrote "
-                    "it. Take another checkpoint."
+                    f"{self.path}: weight {name} is {tensor.dtype}; needs {own[name].dtype}, as fp8train wrote it. "
+                    "Take another checkpoint."
                 )
         model.load_state_dict({name: sharded_like(tensor, own[name]) for name, tensor in state.items()})
         if optimizer is None:
@@ -154,7 +159,7 @@ class Checkpoint:
             restore_random_state(self.state.random_states[rank])
 
     def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        tensors, parameters = self._read(OPTIMIZER_FILE, "parameters")
+        tensors, parameters = self._read(OPTIMIZER, "parameters")
         names = optimizer_names(model, optimizer)
         self._check_fit("optimizer", parameters, shapes(names))
         like = {name: names.get(name.partition("/")[2]) for name in tensors}
@@ -169,16 +174,21 @@ class Checkpoint:
             state.setdefault(indices[parameter], {})[key] = placed.clone()  # the optimizer must not write to a file map
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    def _read(self, name: str, key: str) -> tuple[dict[str, Tensor], Any]:
-        """Tensors of a file, and what its header says under `key`."""
-        tensors, metadata = read_tensors(self.path / name)
-        try:
-            return tensors, dict(json.loads(metadata[key]))
-        except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.path / name}: its header does not say what is {key} ({error!r}); needs the file as fp8train "
-                "wrote it. Take another checkpoint."
-            ) from error
+    def _read(self, stem: str, key: str) -> tuple[dict[str, Tensor], Any]:
+        """Tensors of MODEL or OPTIMIZER, and what the header of each of its files says under `key`."""
+        parts = [name for name in self.files if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors", name)]
+        tensors, said = dict[str, Tensor](), None
+        for name in parts or [tensor_file(stem, 0, 1)]:
+            own, metadata = read_tensors(self.path / name)
+            tensors |= own
+            try:
+                said = dict(json.loads(metadata[key]))
+            except (KeyError, ValueError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self.path / name}: its header does not say what is {key} ({error!r}); needs the file as "
+                    "fp8train wrote it. Take another checkpoint."
+                ) from error
+        return tensors, said
 
     def _check_fit(self, what: str, saved: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> None:
         """Raise unless both have the same names with the same shapes."""
@@ -195,50 +205,6 @@ class Checkpoint:
             )
 
 
-def write_checkpoint(
-    run_dir: str | Path,
-    step: int,
-    content: Content,
-    state: TrainingState,
-    *,
-    keep_last: int | None = None,
-    keep_every: int | None = None,
-    keep_step: int | None = None,
-) -> Path:
-    """Write checkpoints/step_%08d of a run folder, then remove checkpoints that need not be kept. On one rank only.
-
-    Args:
-        content: as gathered_content gave it on this rank.
-        keep_last: number of the newest checkpoints to keep, this one included; None keeps all.
-        keep_every: checkpoints at multiples of this step are kept besides.
-        keep_step: that of this step is kept besides.
-
-    Returns:
-        Path: the folder.
-
-    Raises:
-        CheckpointError: disk full or folder not writable; nothing half-written is left and earlier checkpoints stay.
-    """
-    folder = Path(run_dir) / FOLDER
-    target = checkpoint_path(run_dir, step)
-    sequence = 1 + max((marker.sequence for marker in _survey(folder)[0].values()), default=0)
-    with new_folder(target, step, sequence) as writer:
-        writer.write_tensors(MODEL_FILE, content.weights, {"format": "pt", "tied": json.dumps(content.tied)})
-        parameters = json.dumps(content.parameters)
-        writer.write_tensors(OPTIMIZER_FILE, content.moments, {"format": "pt", "parameters": parameters})
-        writer.write_json(STATE_FILE, asdict(state))
-    try:
-        clear_temporary(folder)
-        for old in superfluous(saved_steps(run_dir), keep_last, keep_every, keep_step):
-            remove_folder(checkpoint_path(run_dir, old))
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {error.filename}: cannot be removed: {error.strerror}; needs a writable run_dir. "
-            f"{target} is whole."
-        ) from error
-    return target
-
-
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     """Folder of the checkpoint of a step."""
     return Path(run_dir) / FOLDER / f"step_{step:08d}"
@@ -250,12 +216,9 @@ def saved_steps(run_dir: str | Path) -> list[int]:
     return [marker.step for marker in sorted(markers, key=lambda marker: marker.sequence)]
 
 
-def superfluous(
-    saved: Sequence[int], keep_last: int | None, keep_every: int | None = None, keep_step: int | None = None
-) -> list[int]:
-    """Those of the saved steps, in the order in which they were written, that write_checkpoint does not keep."""
-    old = [] if keep_last is None else saved[:-keep_last]
-    return [step for step in old if step != keep_step and (not keep_every or step % keep_every)]
+def next_sequence(run_dir: str | Path) -> int:
+    """Marker.sequence of the checkpoint that is written next."""
+    return 1 + max((marker.sequence for marker in _survey(Path(run_dir) / FOLDER)[0].values()), default=0)
 
 
 def open_checkpoint(path: str | Path, *, check_content: bool = True) -> Checkpoint:
@@ -319,7 +282,7 @@ def _newest(run_dir: Path, check_content: bool) -> Checkpoint | None:
             continue
         newer = [path for path in problems if path in markers or path.name > found.path.name]
         skipped = tuple(f"skipped a damaged checkpoint: {_fault(problems[path])}" for path in newer)
-        return Checkpoint(path=found.path, step=found.step, state=found.state, skipped=skipped)
+        return dataclasses.replace(found, skipped=skipped)
     if problems:
         faults = "; ".join(_fault(problem) for problem in problems.values())
         raise CheckpointError(
@@ -345,7 +308,7 @@ def _open(path: Path, marker: Marker, check_content: bool) -> Checkpoint:
         raise CheckpointError(
             f"{path / STATE_FILE}: lacks keys or has others; needs {wanted}. Take another checkpoint."
         )
-    return Checkpoint(path=path, step=marker.step, state=TrainingState(**content))
+    return Checkpoint(path=path, step=marker.step, state=TrainingState(**content), files=tuple(marker.files))
 
 
 def _survey(folder: Path) -> tuple[dict[Path, Marker], dict[Path, str]]:

@@ -7,7 +7,7 @@ import tempfile
 import torch
 
 from fp8train.backends.coverage import COUNTS
-from fp8train.checkpoint import TrainingState, gathered_content, open_checkpoint, write_checkpoint
+from fp8train.checkpoint import TrainingState, content_of, open_checkpoint, write_checkpoint
 from fp8train.checkpoint.random_state import random_state
 from fp8train.checkup.outcome import Outcome, distance
 from fp8train.checkup.subject import BLOCK, PARTS, Subject, precisions
@@ -91,7 +91,7 @@ def resume(subject: Subject) -> Outcome:
             recipe_hash=recipe.hash,
             random_states=[random_state()],
         )
-        write_checkpoint(folder, 2, gathered_content(assembly.model, optimizer), state)
+        write_checkpoint(folder, 2, content_of(assembly.model, optimizer), state)
         straight_loss = subject.train(assembly, optimizer, 2).loss
         straight = parameter_hash(assembly.model)
         del assembly, optimizer

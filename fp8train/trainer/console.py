@@ -181,5 +181,5 @@ def ending(config: RunConfig, progress: Progress, stopped_by: str | None, saved:
         note += f", {progress.skipped_steps} steps skipped, since loss or gradient was not finite"
     share = f", {fp8_share:.1%} of the linears' FLOPs in FP8 (coverage.json says which)" if fp8_share else ""
     return (
-        f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{share}{note}: {saved.parents[1]}"
+        f"finished {progress.step} steps in {progress.train_seconds:.1f} s of training{share}{note}: {config.run_dir}"
     )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8train.checkpoint import Checkpoint, find_resume, gathered_content
+from fp8train.checkpoint import Checkpoint, content_of, find_resume
 from fp8train.checkpoint.random_state import random_state
-from fp8train.config import RunConfig, config_to_dict
+from fp8train.config import RunConfig
 from fp8train.data import Batcher
 from fp8train.distributed import World
 from fp8train.distributed.agreement import on_every_rank, on_main
@@ -37,6 +37,7 @@ from fp8train.trainer.run_folder import (
     check_folder,
     finished_result,
     lost_rows,
+    open_metrics,
     saved_evals,
     set_aside,
     write_result,
@@ -44,7 +45,8 @@ from fp8train.trainer.run_folder import (
 )
 from fp8train.trainer.run_lock import claimed
 from fp8train.trainer.same_run import changes_since, check_same_run, data_facts, resume_mode
-from fp8train.trainer.saving import SaveClock, check_room, return_point, write_progress
+from fp8train.trainer.saver import Saver
+from fp8train.trainer.saving import SaveClock, check_room, retention, return_point, training_state
 from fp8train.trainer.shared_folder import check_same_checkpoint
 from fp8train.trainer.step import StepResult, train_step
 from fp8train.trainer.stopping import StopRequest, told_when_aborted
@@ -76,7 +78,6 @@ class Trainer:
         self.progress = Progress()
         self.metrics: Metrics | None = None
         self.evals: list[dict[str, Any]] = []
-        self.saved = Path()  # the last checkpoint
 
     def run(self, asked: Callable[[], str | None] | None = None) -> RunResult:
         """Train to the last step, or until a signal, the time limit or `asked`; a finished run is only reported.
@@ -103,7 +104,10 @@ class Trainer:
             told_when_aborted(self.run_dir, self.console.info),
             claimed(self.run_dir, world) as self.check_claim,
             deterministic_algorithms(config.deterministic),
-            StopRequest(config.time_limit_seconds, tell=world.main, asked=asked) as stop,
+            Saver(self.run_dir, world, config.checkpoint.background, self.console.warn) as self.saver,
+            StopRequest(
+                config.time_limit_seconds, tell=world.main, asked=lambda: self.saver.failed or (asked and asked())
+            ) as stop,
         ):
             self._build()
             self._open()
@@ -168,6 +172,7 @@ class Trainer:
 
     def _roll_back(self, request: RollBack) -> None:
         """Go on from the checkpoint that an alarm goes back to, as if the steps since had not been."""
+        self.saver.settle()
         found, newest = on_main(self.world, lambda: return_point(self.run_dir, self.progress.return_step), patient=True)
         self.console.warn(f"step {self.progress.step}: {request.reason}; rolled back to step {found.step}")
         spent = self.progress.train_seconds
@@ -182,26 +187,25 @@ class Trainer:
         if not newest:
             self._save()  # or a resume would take a newer one, of the steps that are undone
 
-    def _save(self, *, by_clock: bool = False) -> Path:
-        """Write a checkpoint of this step; by_clock: the hour asked for it, or a stop, and no alarm goes back to it."""
-        progress = self.progress
+    def _save(self, *, by_clock: bool = False) -> None:
+        """Checkpoint of this step; by_clock: the hour asked for it, or a stop, and no alarm goes back to it."""
+        config, recipe, progress = self.config, self.assembly.recipe, self.progress
         progress.return_step = progress.return_step if by_clock else progress.step
         progress.stream_sum = self.stream.total(self.world)
         progress.watchers = {watcher.name: watcher.state() for watcher in self.watchers}
         progress.coverage = self.coverage.counts()
         states = self.world.all_gather_object(random_state())
-        content = gathered_content(self.model, self.optimizer, keep=self.world.main)
-        recipe, data = self.assembly.recipe, data_facts(self.batcher.dataset, self.eval_set)
+        state = training_state(config, recipe, progress, data_facts(self.batcher.dataset, self.eval_set), states)
 
-        def write() -> Path:
+        def keep_rows() -> None:
             self.check_claim()
             if self.metrics is not None:
                 self.metrics.sync()
-            return write_progress(self.run_dir, self.config, recipe, progress, data, content, states)
 
-        saved = on_main(self.world, write, patient=True)
+        on_main(self.world, keep_rows)
+        content = content_of(self.model, self.optimizer)
+        self.saver.save(progress.step, content, state, retention(config, recipe, progress))
         self.clock.restart()
-        return saved
 
     def _open(self) -> None:
         """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
@@ -244,16 +248,7 @@ class Trainer:
         def build() -> None:
             if self.metrics is not None:
                 self.metrics.close()
-            log = self.config.log
-            self.metrics = Metrics(
-                self.run_dir,
-                wandb=log.wandb,
-                wandb_project=log.wandb_project,
-                tensorboard=log.tensorboard,
-                config=config_to_dict(self.config),
-                resumed_step=self.progress.step,
-                warn=self.console.warn,
-            )
+            self.metrics = open_metrics(self.run_dir, self.config, self.progress.step, self.console.warn)
 
         on_main(self.world, build)
 
@@ -286,8 +281,10 @@ class Trainer:
             by_steps = _due(progress.step, config.checkpoint.every)
             # not amid steps that are not finite: its weights may be why, and older checkpoints would go for it
             if result.stop or ((by_steps or result.save) and not progress.nonfinite_in_a_row):
-                self.saved = self._save(by_clock=not by_steps)
-            if _due(progress.step, config.eval.every):  # saved before: whoever asks to stop may not wait for the scores
+                self._save(by_clock=not by_steps)
+            if result.stop:
+                self.saver.settle()  # whoever asks to stop may not wait for the scores
+            if _due(progress.step, config.eval.every):
                 self._evaluate()
             if result.stop:
                 return next(reason for reason in self.world.all_gather_object(stop.reason) if reason is not None)
@@ -354,13 +351,14 @@ class Trainer:
         """Last checkpoint and evaluation, result.json, and the line that says how it ended."""
         self.profile.close()
         if stopped_by is None:
-            self.saved = self._save()
+            self._save()
             if not (self.evals and self.evals[-1]["step"] == self.progress.step):
                 self._evaluate()
+        self.saver.settle()
         self.coverage.pause()
         result = self._result(stopped_by, started)
         on_main(self.world, lambda: write_result(result))
-        self.console.info(ending(self.config, self.progress, stopped_by, self.saved, result.fp8_flops_share))
+        self.console.info(ending(self.config, self.progress, stopped_by, self.saver.saved, result.fp8_flops_share))
         return result
 
     def _result(self, stopped_by: str | None, started: float, diverged: dict[str, Any] | None = None) -> RunResult:
@@ -383,6 +381,7 @@ class Trainer:
             peak_memory_bytes=int(world.all_max(float(self.memory.bytes()))),
             memory_bytes=memory_by_kind(self.assembly, self.optimizer),
             train_seconds=progress.train_seconds,
+            save_seconds=self.saver.seconds,
             seconds=time.monotonic() - started,
             fp8_flops_share=coverage["fp8_flops_share"],
             parameters=count_parameters(config.model),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 from fp8train.checkpoint import Checkpoint
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.metrics import METRICS_FILE, metrics_lines, missing_rows
+from fp8train.metrics import METRICS_FILE, Metrics, metrics_lines, missing_rows
 from fp8train.recipe import Recipe
 from fp8train.trainer.environment import environment
 from fp8train.trainer.same_run import changed_keys, check_finished
@@ -50,6 +50,7 @@ class RunResult:
     tokens_per_second: median over the steps of this process but its first log.skip_steps
     peak_memory_bytes: of the device; on a CPU of the process
     memory_bytes: what is held from step to step, by kind
+    save_seconds: time in which this process waited for checkpoints
     train_seconds: time in steps, resumed parts and steps that an alarm undid included; without what a kill lost
     seconds: wall time of this process, from building the model to the end
     fp8_flops_share: share of the linears' training FLOPs that ran in FP8
@@ -75,6 +76,7 @@ class RunResult:
     peak_memory_bytes: int
     memory_bytes: dict[str, int]
     train_seconds: float
+    save_seconds: float = 0.0
     seconds: float
     fp8_flops_share: float
     parameters: int
@@ -241,6 +243,19 @@ def set_aside(path: Path) -> str | None:
 def _numbered(file: Path, number: int) -> Path:
     """metrics.jsonl -> metrics-1.jsonl"""
     return file.with_stem(f"{file.stem}-{number}")
+
+
+def open_metrics(run_dir: Path, config: RunConfig, step: int, warn: Callable[[str], None]) -> Metrics:
+    """The sinks of a run that has so many steps behind it, as its configuration asks for them; on rank 0 only."""
+    return Metrics(
+        run_dir,
+        wandb=config.log.wandb,
+        wandb_project=config.log.wandb_project,
+        tensorboard=config.log.tensorboard,
+        config=config_to_dict(config),
+        resumed_step=step,
+        warn=warn,
+    )
 
 
 def write_file(path: Path, text: str) -> None:

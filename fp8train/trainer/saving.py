@@ -11,14 +11,12 @@ from typing import Any
 
 from fp8train.checkpoint import (
     Checkpoint,
-    Content,
+    Retention,
     TrainingState,
     checkpoint_path,
     find_resume,
     open_checkpoint,
     saved_steps,
-    superfluous,
-    write_checkpoint,
 )
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError
@@ -50,26 +48,20 @@ class SaveClock:
         self._since = time.monotonic()
 
 
-def write_progress(
-    run_dir: Path,
+def training_state(
     config: RunConfig,
     recipe: Recipe,
     progress: Progress,
     data: Mapping[str, Any],
-    content: Content,
     random_states: Sequence[Mapping[str, str]],
-) -> Path:
-    """Write the checkpoint of a run's current step and remove those that need not be kept. On one rank only.
+) -> TrainingState:
+    """What the checkpoint of a run's current step holds beside tensors; nothing that changes as the run goes on.
 
     Args:
         data: what is to be found again in the data set by a resume.
-        content: as gathered_content gave it on this rank.
         random_states: of every rank, in rank order.
-
-    Raises:
-        CheckpointError: disk full or folder not writable.
     """
-    state = TrainingState(
+    return TrainingState(
         config=config_to_dict(config),
         recipe_document=recipe.document,
         recipe_text=recipe.text,
@@ -78,14 +70,14 @@ def write_progress(
         data_position={**data, "sample": progress.step * config.global_batch_samples},
         random_states=[dict(state) for state in random_states],
     )
-    return write_checkpoint(
-        run_dir,
-        progress.step,
-        content,
-        state,
-        keep_last=None if progress.nonfinite_in_a_row else config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        keep_step=None if recipe.alarm is None else progress.return_step,
+
+
+def retention(config: RunConfig, recipe: Recipe, progress: Progress) -> Retention:
+    """Which checkpoints stay when that of a run's current step is whole."""
+    return Retention(
+        last=None if progress.nonfinite_in_a_row else config.checkpoint.keep_last,
+        every=config.checkpoint.keep_every,
+        step=None if recipe.alarm is None else progress.return_step,
     )
 
 
@@ -107,7 +99,7 @@ def checkpoints_to_come(config: RunConfig, progress: Progress, there: Sequence[i
     coming = [*first, *sorted({*by_steps, *by_clock})]
     written = set(coming)
     saved = [step for step in there if step not in written] + coming
-    removed = superfluous(saved, settings.keep_last, settings.keep_every)
+    removed = Retention(last=settings.keep_last, every=settings.keep_every).superfluous(saved)
     beside = 1 if alarm and by_clock else 0  # what the alarm goes back to, when the clock's are the newest
     return max(1, len(saved) - len(removed) + beside + 1 - len(there))
 

@@ -34,7 +34,7 @@ def check_shared(run_dir: Path, world: World) -> None:
     file = run_dir / f".seen_by_every_rank_{on_main(world, lambda: uuid.uuid4().hex)}"
     try:
         on_main(world, lambda: write_file(file, ""))
-        seen = _everywhere(world, lambda: "" if _appears(file) else "is not there")
+        seen = _everywhere(world, lambda: "" if appears(file) else "is not there")
     finally:
         if world.main:
             file.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def _fault(seen: Sequence[tuple[str, str]]) -> str | None:
     return f"{first} on {ranks_text(ranks)} (of {seen[ranks[0]][1]})"
 
 
-def _appears(path: Path) -> bool:
+def appears(path: Path) -> bool:
     """Whether the file is there, or comes within WAIT_SECONDS."""
     until = time.monotonic() + WAIT_SECONDS
     while not path.exists():
@@ -91,7 +91,7 @@ def _record(folder: Path) -> dict[str, str]:
 
 def _apart(folder: Path, wanted: dict[str, str]) -> str:
     """How the checkpoint that this rank sees differs from rank 0's; nothing where it does not."""
-    if not _appears(folder):
+    if not appears(folder):
         return "is not there"
     try:
         own = _record(folder)

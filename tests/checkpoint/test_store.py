@@ -251,12 +251,12 @@ def test_other_trainable_parameters_are_refused(tmp_path):
 )
 def test_retention(tmp_path, keep_last, keep_every, want):
     for step in (5, 10, 15, 20, 25):
-        save(tmp_path, step, keep_last=keep_last, keep_every=keep_every)
+        save(tmp_path, step, last=keep_last, every=keep_every)
     assert saved_steps(tmp_path) == want
 
 
 def test_retention_neither_counts_nor_removes_a_damaged_folder(tmp_path):
     save(tmp_path, 10)
     DAMAGE["marker_missing"](save(tmp_path, 20))
-    save(tmp_path, 30, keep_last=2)
+    save(tmp_path, 30, last=2)
     assert saved_steps(tmp_path) == [10, 20, 30]

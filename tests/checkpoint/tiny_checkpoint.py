@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fp8train.checkpoint import TrainingState, gathered_content, write_checkpoint
+from fp8train.checkpoint import Retention, TrainingState, content_of, write_checkpoint
 from fp8train.checkpoint.random_state import random_state
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.optim import OptimConfig, build_optimizer
@@ -66,7 +66,7 @@ def training_state(**changes):
 
 def save_checkpoint(run_dir, step, model, optimizer, state, **options):
     """write_checkpoint of what a model and an optimizer hold; returns the folder."""
-    return write_checkpoint(run_dir, step, gathered_content(model, optimizer), state, **options)
+    return write_checkpoint(run_dir, step, content_of(model, optimizer), state, Retention(**options))
 
 
 def save(run_dir, step, moments="fp32", **options):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fp8train.checkpoint import checkpoint_path, open_checkpoint, saved_steps, write_checkpoint
+from fp8train.checkpoint import checkpoint_path, open_checkpoint, saved_steps
+from fp8train.checkpoint.writing import finish
 from fp8train.config import load_config
 from fp8train.distributed import World
 from fp8train.errors import ConfigError
@@ -113,11 +114,11 @@ class TestRoom:
         assert checkpoints_to_come(config, Progress(), [], alarm=False) == number
         held = []
 
-        def looked(run_dir, *args, **kwargs):
+        def looked(run_dir, *args):
             held.append(len(saved_steps(run_dir)) + 1)
-            return write_checkpoint(run_dir, *args, **kwargs)
+            return finish(run_dir, *args)
 
-        monkeypatch.setattr("fp8train.trainer.saving.write_checkpoint", looked)
+        monkeypatch.setattr("fp8train.trainer.saver.finish", looked)
         if config.checkpoint.minutes is not None:
             config.checkpoint.minutes = 1e-9
         Trainer(config, World(), Console(enabled=False)).run()

@@ -22,6 +22,7 @@ from fp8train.trainer import Trainer
 from fp8train.trainer.blackbox import FolderWriter
 from fp8train.trainer.console import Console
 from fp8train.trainer.run_lock import LOCK_FILE, lock_run_folder
+from fp8train.trainer.saver import Saver
 from tests.checkpoint.tiny_checkpoint import save
 from tests.source_tree import ROOT
 from tests.tiny_run import tiny_arguments, tiny_config, tiny_train
@@ -149,7 +150,7 @@ def test_black_box_without_room_is_announced_and_leaves_nothing(tmp_path, monkey
             return result
 
     monkeypatch.setattr(FolderWriter, "write_tensors", full)
-    monkeypatch.setattr("fp8train.trainer.loop.write_progress", lambda *a, **k: tmp_path / "run" / "checkpoints" / "x")
+    monkeypatch.setattr(Saver, "save", lambda *_arguments: None)
     console = Listening(enabled=False)
     config = tiny_config(tmp_path, "steps=9", "data.holdout_fraction=0")
     assert Breaking(config, World(), console).run().finished
