@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,10 +14,10 @@ from fp8train.errors import ConfigError
 from fp8train.models import build_model
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import shard_ranks
+from fp8train.trainer.host_memory import free_host_bytes
 from fp8train.units import bytes_text, short_count_text
 
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
-MEMORY_FILE = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,13 +94,9 @@ def check_memory(config: RunConfig, world: World) -> None:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that this process can still have there; None where that is not known.
 
-    CUDA: what is free, and what the allocator holds idle. CPU: what Linux can make available, swap included.
+    CUDA: what is free, and what the allocator holds idle. CPU: free_host_bytes.
     """
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
-    if not MEMORY_FILE.is_file():
-        return None
-    lines = (line.split() for line in MEMORY_FILE.read_text(encoding="ascii").splitlines())
-    kib = {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
-    return None if "MemAvailable" not in kib else 1024 * (kib["MemAvailable"] + kib.get("SwapFree", 0))
+    return free_host_bytes()

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from fp8train.checkpoint import Content, Retention, TrainingState, checkpoint_path
 from fp8train.checkpoint.content import own_part, part_of, parts_of
 from fp8train.checkpoint.files import begin_folder, discard_folder, temporary_of
@@ -21,8 +19,8 @@ from fp8train.distributed import World
 from fp8train.distributed.agreement import on_every_rank, on_main
 from fp8train.errors import CheckpointError
 from fp8train.shards import is_sharded
-from fp8train.trainer.footprint import free_bytes
-from fp8train.trainer.shared_folder import appears
+from fp8train.trainer.host_memory import free_host_bytes
+from fp8train.trainer.shared_folder import REMEDY, appears
 from fp8train.units import bytes_text
 
 T = TypeVar("T")
@@ -81,8 +79,11 @@ class Saver:
         own = own_part(content, part, parts, copy=background)
 
         def write() -> None:
-            if part is not None and appears(temporary_of(target)):
-                write_tensors(target, own, part, parts)
+            if part is None:
+                return
+            if not appears(temporary_of(target)):
+                raise CheckpointError(f"checkpoint {target}: the folder of rank 0 is not to be seen; {REMEDY}")
+            write_tensors(target, own, part, parts)
 
         self._finish = partial(finish, self._run_dir, step, state, parts, retention, self._wait)
         self._part = _begun(write, background)
@@ -136,7 +137,7 @@ class Saver:
         """
         if is_sharded(content.weights.values()):
             return True
-        own = platform.node(), 0 if parts is None else content.bytes // parts, free_bytes(torch.device("cpu"))
+        own = platform.node(), 0 if parts is None else content.bytes // parts, free_host_bytes()
         every = self._world.all_gather_object(own)
         for host in dict.fromkeys(name for name, _, _ in every):
             needed = sum(bytes_ for name, bytes_, _ in every if name == host)

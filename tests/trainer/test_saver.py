@@ -83,6 +83,15 @@ def test_failure_ends_the_run_soon_and_leaves_the_checkpoint_before(tmp_path: Pa
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_rank_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(saver, "appears", lambda path: False)
+    with pytest.raises(
+        CheckpointError, match="step_00000002: the folder of rank 0 is not to be seen; run_dir"
+    ):
+        tiny_train(tmp_path, *SAVING)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def test_error_that_ends_a_run_leaves_it_the_checkpoint_that_was_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -118,7 +127,7 @@ def test_host_without_room_for_a_copy_has_training_wait(tmp_path: Path, monkeypa
         save(self, step, *arguments)
         saves.append(saved_steps(tmp_path / "run")[-1] == step)
 
-    monkeypatch.setattr(saver, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(saver, "free_host_bytes", lambda: 1000)
     monkeypatch.setattr(saver.Saver, "save", watched)
     result = tiny_train(tmp_path, *SAVING, console=Listening(enabled=False))
     assert saves == [True, True, True] and result.save_seconds > 0
