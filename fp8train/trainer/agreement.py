@@ -96,17 +96,21 @@ def agreed_dataset(config: RunConfig, world: World) -> Dataset:
     return dataset
 
 
-def agreed_assembly(config: RunConfig, world: World, eval_set: EvalSet | None) -> Assembly:
+def agreed_assembly(config: RunConfig, world: World, eval_set: EvalSet | None, *, first_weights: bool) -> Assembly:
     """The model of a run, whose linears are computed the same way on every rank.
 
     Args:
         eval_set: held-out windows that every rank must have the same; None where nothing is held out.
+        first_weights: see `assemble`.
 
     Raises:
         UserError: as `assemble`, of whichever rank.
         ConfigError: the ranks have other backends or precisions for a linear, or other held-out windows.
     """
-    assembly = on_every_rank(world, lambda: assemble(config, world.device, world_size=world.world_size))
+    ranks = world.world_size
+    assembly = on_every_rank(
+        world, lambda: assemble(config, world.device, world_size=ranks, first_weights=first_weights)
+    )
     facts = {"the hash of the held-out windows": None if eval_set is None else eval_set.hash[:12]}
     facts |= {row.fqn: f"{row.precision} by {row.backend}" for row in assembly.report.rows}
     facts |= {row.fqn: "plain" if row.refusal else "fused" for row in assembly.report.producers}

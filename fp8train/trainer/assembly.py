@@ -112,10 +112,11 @@ def shard_ranks(config: RunConfig, world_size: int) -> int:
     return config.parallel.shard_ranks or world_size
 
 
-def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
+def spread(model: Decoder, config: RunConfig, world: World, *, first_weights: bool = True) -> nn.Module:
     """The model as its ranks train it, by config.parallel.strategy: replicated in a wrapper, or sharded in place.
 
-    One on the meta device gets memory and first weights, of which no rank but the first ever has all.
+    One on the meta device gets memory and, unless a checkpoint brings them, first weights, of which no rank but the
+    first ever has all.
 
     Raises:
         ConfigError: the recipe does something to the weights that a sharded model cannot do.
@@ -127,8 +128,10 @@ def spread(model: Decoder, config: RunConfig, world: World) -> nn.Module:
     how = config.parallel
     in_memory = not next(model.parameters()).is_meta
     sharded = shard(model, model.layers, world, how.shard_ranks, how.reshard_after_forward)
-    if not in_memory:
+    if not in_memory and first_weights:
         lay_out(model, first_values(model, config), world)
+    elif not in_memory:
+        model.to_empty(device=world.device)
     if how.gather == "operands":
         gather_operands(model)
     return sharded

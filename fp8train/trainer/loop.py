@@ -109,8 +109,7 @@ class Trainer:
                 config.time_limit_seconds, tell=world.main, asked=lambda: self.saver.failed or (asked and asked())
             ) as stop,
         ):
-            self._build()
-            self._open()
+            self._open(self._build())
             try:
                 stopped_by = self._train(stop)
                 return self._finish(stopped_by, started)
@@ -124,8 +123,8 @@ class Trainer:
                 if self.metrics is not None:
                     self.metrics.close()
 
-    def _build(self) -> None:
-        """Data, model, optimizer; the cheapest first, so that a mistake shows early. Writes nothing."""
+    def _build(self) -> Checkpoint | None:
+        """Data, model, optimizer, what to go on from; the cheapest first: a mistake shows early. Writes nothing."""
         config, world = self.config, self.world
         torch.manual_seed(config.seed)
         dataset = agreed_dataset(config, world)
@@ -134,20 +133,21 @@ class Trainer:
         self.eval_set = EvalSet(self.batcher, world) if config.data.holdout_fraction > 0 else None
         self.memory = PeakMemory(world.device)
         check_memory(config, world)
-        self.assembly: Assembly = agreed_assembly(config, world, self.eval_set)
+        found = on_main(world, lambda: find_resume(self.run_dir, self.resume, recover=True), patient=True)
+        first = found is None  # else its weights come from there: neither drawn nor read from model.init_from
+        self.assembly: Assembly = agreed_assembly(config, world, self.eval_set, first_weights=first)
         self.model = self.assembly.model
-        self.replica: nn.Module = spread(self.model, config, world)
-        self.progress.init_hash = agreed_hash(self.model, world)
+        self.replica: nn.Module = spread(self.model, config, world, first_weights=first)
+        if first:
+            self.progress.init_hash = agreed_hash(self.model, world)
         self.optimizer = build_optimizer(self.model, config.optim, self.assembly.recipe.moments)
         self.watchers: list[Watcher] = build_watchers(config, self.assembly, world, self.run_dir, self.console)
         self.console.info(introduction(config, world, self.assembly.report, self.batcher))
+        return found
 
-    def _restore(self) -> Checkpoint | None:
-        """Put everything back as the checkpoint has it that resume names, if there is one, and give it."""
+    def _restore(self, found: Checkpoint) -> None:
+        """Put everything back as the checkpoint has it."""
         config, world = self.config, self.world
-        found = on_main(world, lambda: find_resume(self.run_dir, self.resume, recover=True), patient=True)
-        if found is None:
-            return None
         for line in found.skipped:
             self.console.warn(line)
         check_same_checkpoint(found, world)
@@ -161,7 +161,6 @@ class Trainer:
             self.console.info(f"this run has gone on from {config.resume}; delete the checkpoints since to do so again")
         for line in changes_since(config, self.assembly.recipe, found, world.world_size, self.eval_set):
             self.console.info(line)
-        return found
 
     def _take_back(self, found: Checkpoint) -> str:
         """Weights, moments, counters and position in the data as saved; says what it cost."""
@@ -207,10 +206,11 @@ class Trainer:
         self.saver.save(progress.step, content, state, retention(config, recipe, progress))
         self.clock.restart()
 
-    def _open(self) -> None:
+    def _open(self, found: Checkpoint | None) -> None:
         """Go on from a checkpoint, if there is one to go on from, and open the run folder for writing."""
         config, world = self.config, self.world
-        found = self._restore()
+        if found is not None:
+            self._restore(found)
         alarm = self.assembly.recipe.alarm is not None
         on_main(world, lambda: check_room(self.run_dir, config, self.progress, checkpoint_bytes(self.optimizer), alarm))
         self.coverage = CoverageLog(self.assembly.report, world.world_size)

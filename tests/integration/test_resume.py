@@ -10,6 +10,7 @@ import yaml
 
 from fp8train.checkpoint import open_checkpoint
 from fp8train.metrics import read_metrics
+from fp8train.trainer import assembly
 from fp8train.trainer.console import Console
 from tests.tiny_run import tiny_train
 
@@ -52,6 +53,16 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe: str, tmp_path:
     assert_same(tmp_path / "whole", tmp_path / "resumed")
     assert resumed.stream_hash == whole.stream_hash
     assert resumed.evals[0]["step"] == 2 and len(resumed.evals) == len(whole.evals) == 3
+
+
+def test_resumed_run_draws_no_weights_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = tiny_train(tmp_path, "steps=2", "optim=adamw_constant")
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "first_values", lambda *_arguments: pytest.fail("drawn to be thrown away"))
+        resumed = tiny_train(tmp_path, "steps=3", "optim=adamw_constant")
+    straight = tiny_train(tmp_path, "steps=3", "optim=adamw_constant", run="straight")
+    assert resumed.init_hash == first.init_hash == straight.init_hash != ""
+    assert resumed.final_train_loss == straight.final_train_loss
 
 
 def died_early(whole: Path, died: Path) -> None:

@@ -85,9 +85,7 @@ def test_failure_ends_the_run_soon_and_leaves_the_checkpoint_before(tmp_path: Pa
 
 def test_rank_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(saver, "appears", lambda path: False)
-    with pytest.raises(
-        CheckpointError, match="step_00000002: the folder of rank 0 is not to be seen; run_dir"
-    ):
+    with pytest.raises(CheckpointError, match="step_00000002: the folder of rank 0 is not to be seen; run_dir"):
         tiny_train(tmp_path, *SAVING)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
