@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,14 +25,16 @@ from fp8train.conversion_report import ConversionReport, ProducerRow, RopeRow, a
 from fp8train.convert import convert_model
 from fp8train.distributed.sharding import gathered_layers, shard_bytes
 from fp8train.errors import ConfigError, exit_code
-from fp8train.models import build_model
+from fp8train.models import Decoder, build_model
+from fp8train.nn.gathered import gather_weights
 from fp8train.nn.gathered_operands import CODES, MASTER, element_bytes
 from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
-from fp8train.trainer.assembly import shard_ranks
+from fp8train.trainer.assembly import resolve_activations, shard_ranks
 from fp8train.trainer.footprint import footprint
-from fp8train.units import bytes_text, percent_text, short_count_text
+from fp8train.trainer.step_memory import StepMemory, step_memory
+from fp8train.units import bytes_text, count_text, percent_text, short_count_text
 
 USAGE = """usage: fp8train explain [--all] [--json] [KEY=VALUE ...]
 
@@ -84,20 +86,26 @@ def main(argv: Sequence[str]) -> int:
     if arguments.hf is not None and clash is not None:
         raise ConfigError(f"explain: {clash!r} and hf={arguments.hf} both name a model; needs one. Drop one of them.")
     config = load_config(rest, "explain")
-    config.parallel.check(arguments.ranks)
+    config.check(arguments.ranks)
     recipe = load_recipe(config.recipe)
-    name, model = (
-        (config.model.name, build_model(config.model, "meta")) if arguments.hf is None else hf_layout(arguments.hf)
-    )
-    report = convert_model(model, recipe, config.backend, arguments.device, config.fused, config.weight_copies)
-    if "--json" in argv:
-        sys.stdout.write(json.dumps({"model": name, **report.to_dict()}, indent=2, allow_nan=False) + "\n")
+    model: nn.Module
+    if arguments.hf is None:
+        name, model = config.model.name, build_model(resolve_activations(config.model, recipe), "meta")
     else:
-        moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
-        ranks = arguments.ranks, shard_ranks(config, arguments.ranks)
-        every = "--all" in argv
-        text = explanation(name, model, recipe, report, moments, every=every, ranks=ranks, parallel=config.parallel)
-        sys.stdout.write(text + "\n")
+        name, model = hf_layout(arguments.hf)
+    report = convert_model(model, recipe, config.backend, arguments.device, config.fused, config.weight_copies)
+    moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
+    ranks = arguments.ranks, shard_ranks(config, arguments.ranks)
+    every = "--all" in argv
+    text = explanation(name, model, recipe, report, moments, every=every, ranks=ranks, parallel=config.parallel)
+    step = _step(model, config, arguments) if isinstance(model, Decoder) else None
+    if "--json" in argv:
+        content = {"model": name, **report.to_dict(), "step_memory": None if step is None else asdict(step)}
+        sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    elif step is not None:
+        sys.stdout.write(f"{text}\n{_step_line(step, model, config, report, moments, arguments.ranks)}\n")
+    else:
+        sys.stdout.write(f"{text}\n")
     return 0
 
 
@@ -148,6 +156,37 @@ def _options(recipe: Recipe) -> str:
         what, most = " or ".join(recipe.alarm.on), recipe.alarm.at_most
         lines.append(f"alarm: on {what} the worst linear goes to BF16, at most {most} times")
     return "\n".join(lines)
+
+
+def _step(model: Decoder, config: RunConfig, arguments: ExplainArguments) -> StepMemory:
+    """What a step of a rank takes besides what it holds from step to step; the linears of a sharded model keep none."""
+    ranks, sharded = arguments.ranks, shard_ranks(config, arguments.ranks) > 1
+    model.checkpointing = config.activation_checkpointing
+    if sharded:
+        gather_weights(model, model.layers)
+    together = config.micro_batch(ranks)
+    return step_memory(
+        model,
+        (together, config.seq_len),
+        config.global_batch_samples // ranks // together,
+        device_type="cpu" if arguments.device == "cpu" else "cuda",
+        document_mask=config.data.document_mask,
+        keep_gradients=not sharded,
+    )
+
+
+def _step_line(
+    step: StepMemory, model: nn.Module, config: RunConfig, report: ConversionReport, moments: str, ranks: int
+) -> str:
+    """What a step takes, with what a rank holds where that is all that there is."""
+    shape = f"{count_text(config.micro_batch(ranks))} x {count_text(config.seq_len)} tokens"
+    line = f"a micro-batch of {shape} keeps {bytes_text(step.kept)} of activations for backward"
+    eager = ", in eager mode: compiled, it is another amount" if config.compile else ""
+    if shard_ranks(config, ranks) > 1:
+        return f"{line}, and takes at most {bytes_text(step.peak)} besides all this{eager}"
+    held = footprint(model, moments, copies=report.copy_bytes())
+    most = held.weights + held.moments + held.copies + step.peak
+    return f"{line}; a step takes at most {bytes_text(most)} in all{eager}"
 
 
 def hf_layout(folder: Path) -> tuple[str, nn.Module]:

@@ -151,7 +151,7 @@ all_tests() {
   tests test_rope 200 "$share" tests/kernels/test_rope.py tests/nn/test_fused_rope.py -k "not compile" &
   tests test_fused 200 "$share" tests/nn/test_fused.py tests/backends/test_fused_ops.py -k "not opcheck" &
   tests test_backends 200 "$share" tests/backends/test_triton.py tests/backends/test_gpu_backends.py tests/nn/test_linear.py &
-  tests test_sharding 200 1 tests/distributed/test_sharding.py &
+  tests test_sharding 200 1 tests/distributed/test_sharding.py tests/trainer/test_step_memory.py &
   for entry in $({ by_hand gemm "" && by_hand gemm_wgrad ""; } | tr , '\n' | sort -u); do
     tests "test_$entry" 120 1 tests/kernels -k "gemm and $entry" &
   done

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from fp8train.backends.selection import PLANNED
+from fp8train.config import load_config
+from fp8train.convert import convert_model
 from fp8train.errors import exit_code
 from fp8train.explain import main
+from fp8train.models import build_model
 from fp8train.recipe import load_recipe
+from fp8train.trainer.footprint import footprint
 from fp8train.units import bytes_text
 from tests.recipe_documents import rows_everywhere
 
@@ -217,3 +223,24 @@ def test_rotary_embeddings_are_named_with_what_rotates(capsys: pytest.CaptureFix
     formula = run(capsys, *EIGHT_B, "device=cpu", "backend=reference", "fused=always")
     why = "backend reference has no kernel for it"
     assert f"rotated by the formula:\n  32, e.g. layers.0.self_attn.rope: {why}" in formula
+
+
+def test_memory_of_a_step_is_what_is_held_and_what_comes_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["model=llama_125m", "device=sm_90", "micro_batch_samples=4"]
+    step = json.loads(run(capsys, *arguments, "--json"))["step_memory"]
+    assert 0 < step["kept"] < step["peak"]
+    line = run(capsys, *arguments).splitlines()[-1]
+    most = re.search(r"keeps (.*) of activations for backward; a step takes at most (.*) in all", line)
+    assert most is not None and most[1] == bytes_text(step["kept"])
+    model = build_model(load_config(["model=llama_125m"]).model, "meta")
+    report = convert_model(model, "blockwise", device_type=PLANNED)
+    held = footprint(model, "fp32", copies=report.copy_bytes())
+    assert most[2] == bytes_text(held.total - held.weights + step["peak"])  # whose gradients are in the peak
+    other = run(capsys, *arguments, "recipe=bf16").splitlines()[-1]
+    assert other != line
+    sharded = run(capsys, *arguments, "parallel=fsdp", "ranks=2").splitlines()[-1]
+    assert " besides all this" in sharded and "in all" not in sharded
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "global_batch_tokens: got" in refusal(capsys, "model=llama_125m", "ranks=7")

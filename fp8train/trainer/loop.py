@@ -30,6 +30,7 @@ from fp8train.trainer.environment import device_name
 from fp8train.trainer.evaluation import EvalSet, evaluate, score_text
 from fp8train.trainer.footprint import check_memory
 from fp8train.trainer.measuring import PeakMemory, Speed, StreamHash, step_row
+from fp8train.trainer.out_of_memory import told_when_out_of_memory
 from fp8train.trainer.profiling import ProfileWindow
 from fp8train.trainer.progress import Progress, saved_progress
 from fp8train.trainer.run_folder import (
@@ -102,6 +103,7 @@ class Trainer:
             return done
         with (
             told_when_aborted(self.run_dir, self.console.info),
+            told_when_out_of_memory(config, world, lambda: self.progress.step),
             claimed(self.run_dir, world) as self.check_claim,
             deterministic_algorithms(config.deterministic),
             Saver(self.run_dir, world, config.checkpoint.background, self.console.warn) as self.saver,
@@ -134,7 +136,7 @@ class Trainer:
         self.memory = PeakMemory(world.device)
         check_memory(config, world)
         found = on_main(world, lambda: find_resume(self.run_dir, self.resume, recover=True), patient=True)
-        first = found is None  # else its weights come from there: neither drawn nor read from model.init_from
+        first = found is None  # else weights come from there: they are not drawn, nor read from model.init_from
         self.assembly: Assembly = agreed_assembly(config, world, self.eval_set, first_weights=first)
         self.model = self.assembly.model
         self.replica: nn.Module = spread(self.model, config, world, first_weights=first)
@@ -337,12 +339,8 @@ class Trainer:
         scores = evaluate(self.model, self.eval_set, bf16=self.config.eval.bf16, all_bf16=self.assembly.all_bf16)
         share = self.coverage.total()["fp8_flops_share"]
         self.coverage.resume()
-        row = {
-            "step": self.progress.step,
-            **scores,
-            "fp8_flops_share": share,
-            "eval_seconds": time.perf_counter() - begin,
-        }
+        seconds = time.perf_counter() - begin
+        row = {"step": self.progress.step, **scores, "fp8_flops_share": share, "eval_seconds": seconds}
         self.evals.append(row)
         self.console.info(f"eval at step {row['step']}: {score_text(row)}")
         self._write(row)
