@@ -185,9 +185,10 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     if index.is_file():
         try:
             shards = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{index}: holds no weight_map ({error!r}); needs the index of a sharded model. Fetch the folder again."
+                f"{index}: no weight_map can be read ({error!r}); needs the index of a sharded model. Fetch the folder "
+                "again."
             ) from error
     else:
         shards = ["model.safetensors"]
@@ -202,8 +203,8 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
             )
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged or cut off ({error}). Fetch the file again.") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: damaged, cut off or unreadable ({error}). Fetch the file again.") from error
         if twice := files.keys() & file.keys():
             raise CheckpointError(
                 f"{path}: has {min(twice)}, as another file has; needs it once. Fetch the folder again."

@@ -62,9 +62,9 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: not JSON ({error}); needs the config.json of a model. Fetch the folder again."
+            f"{path}: cannot be read as JSON ({error}); needs the config.json of a model. Fetch the folder again."
         ) from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds a {type(document).__name__}; needs an object. Fetch the folder again.")

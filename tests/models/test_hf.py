@@ -213,12 +213,9 @@ def test_folder_of_another_kind_is_refused(changes, message, tmp_path):
         config_from_hf(tmp_path)
 
 
-def damage_nothing_there(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def damage_cut_off(folder: Path) -> None:
-    os.truncate(folder / "model.safetensors", 5000)
+def unreadable(name: str):
+    """Another file in its place, whose reading fails for root too."""
+    return lambda folder: ((folder / name).unlink(missing_ok=True), (folder / name).symlink_to("/proc/self/mem"))
 
 
 def edit(folder: Path, change) -> None:
@@ -251,8 +248,10 @@ DAMAGES = {
     ),
     "elsewhere": (indexed("/etc/model.safetensors"), "/etc/model.safetensors: is no file of this folder"),
     "number": (indexed(5), "/5: is no file of this folder"),
-    "no_file": (damage_nothing_there, "is no file of this folder"),
-    "cut_off": (damage_cut_off, "damaged or cut off"),
+    "no_file": (lambda folder: (folder / "model.safetensors").unlink(), "is no file of this folder"),
+    "cut_off": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "damaged, cut off or"),
+    "unreadable": (unreadable("model.safetensors"), "unreadable"),
+    "unreadable_index": (unreadable("model.safetensors.index.json"), r"no weight_map .*Input/output error"),
     "missing": (edited(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "lacks 1 .*layers.1.mlp.up_proj"),
     "unexpected": (edited(lambda t: t.update({"model.extra": torch.ones(1)})), "model.extra"),
     "shape": (edited(lambda t: t.update({NORM: torch.ones(63)})), r"norm.weight has shape \[63\]"),
@@ -287,7 +286,7 @@ def test_tied_folder_whose_head_differs_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("document", "message"),
-    [(None, "no config.json"), ("{", "not JSON"), ("[]", "needs an object"), ("[" * 10**5, "not JSON")],
+    [(None, "no config.json"), ("{", "read as JSON"), ("[]", "needs an object"), ("[" * 10**5, "read as JSON")],
     ids=lambda text: str(text)[:20],
 )
 def test_unreadable_config_is_refused(document, message, tmp_path):
