@@ -168,7 +168,7 @@ def _shown() -> dict[str, object]:
     }  # fmt: skip
 
 
-def _refused(call: Callable[[], object]) -> str:
+def refused(call: Callable[[], object]) -> str:
     with pytest.raises((ConfigError, ValueError, RuntimeError)) as caught:
         call()
     return str(caught.value)
@@ -194,6 +194,15 @@ def _between_forwards(model: nn.Sequential) -> None:
     (y + model(inputs())).sum().backward()
 
 
+def _with_another_fsdp() -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    model = sharded_model(BLOCKWISE, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(FSDPModule, "_get_fsdp_state")
+        fp8train.gather_operands(model)
+
+
 def _refusals() -> dict[str, str]:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
     from torch.distributed.tensor import Shard
@@ -201,13 +210,14 @@ def _refusals() -> dict[str, str]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     columns = {"shard_placement_fn": lambda weight: Shard(weight.dim() - 1)}
     return {
-        "whole": _refused(lambda: _while_whole(sharded_model(BLOCKWISE, True))),
-        "backward": _refused(lambda: _before_backward(sharded_model(BLOCKWISE, True))),
-        "forwards": _refused(lambda: _between_forwards(sharded_model(BLOCKWISE, True))),
-        "plain": _refused(lambda: fp8train.gather_operands(_layers(BLOCKWISE))),
-        "offload": _refused(lambda: sharded_model(BLOCKWISE, True, offload_policy=CPUOffloadPolicy(pin_memory=False))),
-        "cast": _refused(lambda: sharded_model(BLOCKWISE, True, mp_policy=policy)),
-        "columns": _refused(lambda: sharded_model(BLOCKWISE, True, **columns)),
+        "whole": refused(lambda: _while_whole(sharded_model(BLOCKWISE, True))),
+        "backward": refused(lambda: _before_backward(sharded_model(BLOCKWISE, True))),
+        "forwards": refused(lambda: _between_forwards(sharded_model(BLOCKWISE, True))),
+        "plain": refused(lambda: fp8train.gather_operands(_layers(BLOCKWISE))),
+        "offload": refused(lambda: sharded_model(BLOCKWISE, True, offload_policy=CPUOffloadPolicy(pin_memory=False))),
+        "cast": refused(lambda: sharded_model(BLOCKWISE, True, mp_policy=policy)),
+        "columns": refused(lambda: sharded_model(BLOCKWISE, True, **columns)),
+        "other torch": refused(_with_another_fsdp),
     }
 
 
@@ -293,6 +303,7 @@ def test_a_hook_sees_the_weight_where_it_is_shown(ranks):
     [
         ("whole", "after reshard"), ("backward", "between two steps"), ("forwards", "precision of forward"),
         ("plain", "fully_shard"), ("offload", "Leave out"), ("cast", "Leave out"), ("columns", "Shard(0)"),
+        ("other torch", "parallel.gather=fp32"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_gathered_so_is_refused(ranks, name, remedy):

@@ -19,12 +19,14 @@ from fp8train.checkup.subject import KeepGradients
 from fp8train.data import Batch, Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.metrics import read_metrics
+from fp8train.quant.formats import BLOCKWISE
 from fp8train.shards import local
 from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import assemble, spread
 from fp8train.trainer.console import Console
 from fp8train.trainer.step import inputs, train_step
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_gathered_operands import refused, sharded_model
 from tests.tiny_run import tiny_config
 
 MESHES = {"ddp": ("parallel=ddp",), "all": ("parallel=fsdp",), "hybrid": ("parallel=fsdp", "parallel.shard_ranks=2")}
@@ -111,7 +113,8 @@ def _on_ranks(world: World) -> dict[str, Any]:
     for mesh in ("ddp", "all"):
         trained(folder, world, mesh, 2, mesh, f"resume={half}")  # reads it and writes its own
         trained(folder, world, "hybrid", 3, mesh)
-    return {"folder": folder, "steps": steps, "weights": weights}
+    message = refused(lambda: sharded_model(BLOCKWISE, True, reshard_after_forward=2))
+    return {"folder": folder, "steps": steps, "weights": weights, "refusal": message}
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +195,7 @@ def test_a_resume_says_what_is_sharded_otherwise(folder):
     for mesh in ("ddp", "all"):
         assert "parallel.shard_ranks: null -> 2 from step 3" in said[mesh]
         assert ("parallel.strategy: ddp -> fsdp from step 3" in said[mesh]) == (mesh == "ddp")
+
+
+def test_operands_that_forward_would_leave_to_fewer_ranks_are_refused(ranks):
+    assert all("reshard_after_forward is a number of ranks; needs True or False" in rank["refusal"] for rank in ranks)
