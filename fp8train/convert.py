@@ -100,9 +100,10 @@ def convert_model(
     _check(model, linears, assigned, recipe.source)
     swappable = [found for found in linears if found.swappable]
     precisions = [assigned[found.paths[0]].precision for found in swappable]
-    selection = select_backend(backend, device_type or _device_type(model), dict.fromkeys(precisions))
+    needed = dict.fromkeys([*precisions, *(recipe.precisions[part.use] for part in recipe.schedule)])
+    selection = select_backend(backend, device_type or _device_type(model), needed)
     treated = _swiglu_blocks(model, recipe)
-    selection.backend.expect([*precisions, *(recipe.precisions[part.use] for part in recipe.schedule)])
+    selection.backend.expect(needed)
     _swap(swappable, precisions, selection.backend.name, weight_copies)
     _set_remedies(model, recipe.swiglu, treated)
     install_weight_hooks(model)
@@ -111,8 +112,7 @@ def convert_model(
         recipe=recipe.name, recipe_hash=recipe.hash,
         backend=selection.backend.name, backend_reason=selection.reason,
         rows=tuple(_row(found, assigned[found.paths[0]], selection) for found in linears),
-        others=others,
-        producers=tuple(_fuse(model, fused, selection.backend)),
+        others=others, producers=tuple(_fuse(model, fused, selection.backend)),
         ropes=tuple(_fuse_ropes(model, fused, selection.backend)),
     )  # fmt: skip
 

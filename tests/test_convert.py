@@ -13,7 +13,7 @@ from fp8train.errors import BackendError, ConfigError, RecipeError, UserError
 from fp8train.nn.linear import Float8Linear
 from fp8train.quant.formats import BF16
 from tests.convertible_model import EVERYTHING, Block, Model, names_and_identities
-from tests.recipe_documents import document
+from tests.recipe_documents import document, rows_everywhere
 
 
 @pytest.fixture
@@ -236,6 +236,14 @@ def test_linear_that_a_replacement_would_harm_is_refused_and_nothing_is_changed(
             document({"match": "*q", "use": "fp8"}, {"match": "*", "use": "bf16"}), {}, RecipeError, id="rule"
         ),
         pytest.param(EVERYTHING, {"backend": "abacus"}, BackendError, id="unknown backend"),
+        pytest.param(
+            EVERYTHING
+            | {"precisions": EVERYTHING["precisions"] | rows_everywhere()["precisions"]}
+            | {"schedule": [{"at": 0.9, "use": "rows"}]},
+            {"backend": "deepgemm", "device_type": "sm_90"},
+            BackendError,
+            id="backend that the schedule does not fit",
+        ),
     ],
 )
 def test_recipe_or_backend_that_does_not_fit_changes_nothing(
