@@ -199,9 +199,11 @@ class Metrics:
                 self._reopen_wandb = lambda: WandbSink(run_dir, wandb_project, "offline", config or {})
             self._open("wandb", lambda: WandbSink(run_dir, wandb_project, wandb, config or {}))
 
-    def write(self, row: Row) -> None:
-        """Give the row to metrics.jsonl, then to every other sink; `step` is required."""
+    def write(self, row: Row, sync: bool = False) -> None:
+        """Give the row to metrics.jsonl, if `sync` also to the disk, then to every other sink; `step` is required."""
         self._jsonl.write(row)
+        if sync:
+            self._jsonl.sync()
         for sink in list(self._sinks):
             self._hand(sink, row)
 

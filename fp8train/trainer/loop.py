@@ -254,10 +254,10 @@ class Trainer:
 
         on_main(self.world, build)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: dict[str, Any], sync: bool = False) -> None:
         """Give a row to the sinks on rank 0; an error is every rank's, or the others would wait for it."""
         metrics = self.metrics
-        on_main(self.world, lambda: None if metrics is None else metrics.write(row))
+        on_main(self.world, lambda: None if metrics is None else metrics.write(row, sync))
 
     def _train(self, stop: StopRequest) -> str | None:
         """Steps until the last, or until some rank is asked to stop; returns why it stopped early."""
@@ -343,7 +343,7 @@ class Trainer:
         row = {"step": self.progress.step, **scores, "fp8_flops_share": share, "eval_seconds": seconds}
         self.evals.append(row)
         self.console.info(f"eval at step {row['step']}: {score_text(row)}")
-        self._write(row)
+        self._write(row, sync=True)  # result.json may stand for it before another checkpoint does
 
     def _finish(self, stopped_by: str | None, started: float) -> RunResult:
         """Last checkpoint and evaluation, result.json, and the line that says how it ended."""

@@ -195,6 +195,21 @@ def test_rows_that_a_machine_lost_are_missed(tmp_path):
     assert not any("missing" in line for line in whole.said)
 
 
+def test_machine_that_goes_down_after_the_last_evaluation_keeps_its_row(tmp_path, monkeypatch):
+    on_disk, real = [], os.fsync
+
+    def synced(descriptor: int) -> None:
+        real(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == "metrics.jsonl":
+            on_disk.append(path.read_text())
+
+    monkeypatch.setattr(os, "fsync", synced)
+    tiny_train(tmp_path, "steps=2")
+    assert on_disk[-1] == (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "eval_loss" in on_disk[-1].splitlines()[-1]
+
+
 def test_line_that_is_not_utf8_is_named_by_its_number(tmp_path):
     rows = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 4))
     (tmp_path / "m.jsonl").write_bytes(rows.encode() + b"\xff\xfe\n")
