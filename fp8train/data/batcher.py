@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fp8train.data.config import MASKED_TARGET
-from fp8train.data.dataset import Dataset, HeldOut
+from fp8train.data.dataset import Dataset, HeldOut, StreamPosition
 from fp8train.data.packing import Sample
 from fp8train.errors import DataError
 
@@ -72,9 +72,12 @@ class Batcher:
         chunks = [list(range(start, start + size)) for start in self._starts(first)]
         return [self.batch_of([self.dataset.sample(index) for index in chunk], chunk) for chunk in chunks]
 
-    def skip_to(self, step: int) -> str:
-        """Bring the dataset to a step, after a resume; says what it cost."""
-        return self.dataset.skip_to(step * self.global_batch_samples)
+    def skip_to(self, step: int, streams: Sequence[StreamPosition] = ()) -> str:
+        """Bring the dataset to a step, after a resume; says what it cost.
+
+        streams: as `dataset.stream_positions` gave them at that step, on any rank.
+        """
+        return self.dataset.skip_to(step * self.global_batch_samples, streams)
 
     def eval_batches(self, held_out: Sequence[HeldOut]) -> list[tuple[int, Batch]]:
         """This rank's share of the held-out windows, in micro-batches of one source each (its last may be short).

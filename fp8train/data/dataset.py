@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -25,6 +26,17 @@ class HeldOut:
     name: str
     share: float
     samples: list[Sample]
+
+
+class StreamPosition(TypedDict):
+    """How far a stream has been read: what reaches its window `sample` without tokenising those before.
+
+    documents: read until then, held out or not. tokens: of the last of them, those at its end that come next.
+    """
+
+    sample: int
+    documents: int
+    tokens: int
 
 
 class Dataset(Protocol):
@@ -48,7 +60,9 @@ class Dataset(Protocol):
 
     def held_out(self) -> list[HeldOut]: ...
 
-    def skip_to(self, index: int) -> str: ...
+    def skip_to(self, index: int, streams: Sequence[StreamPosition] = ()) -> str: ...
+
+    def stream_positions(self) -> list[StreamPosition]: ...
 
     def describe(self) -> str: ...
 
@@ -126,7 +140,11 @@ class PackedDataset:
         """eval_samples(), as the one source that there is."""
         return [HeldOut(name=self.corpus.name, share=1.0, samples=self.eval_samples())]
 
-    def skip_to(self, index: int) -> str:
+    def stream_positions(self) -> list[StreamPosition]:
+        """Of no stream."""
+        return []
+
+    def skip_to(self, index: int, streams: Sequence[StreamPosition] = ()) -> str:
         """Nothing to skip: the position is computed."""
         return f"data position: sample {index} (computed, no cost)"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-from fp8train.data.dataset import HeldOut, PackedDataset
+from fp8train.data.dataset import HeldOut, PackedDataset, StreamPosition
 from fp8train.data.packing import Sample, permutation
 from fp8train.data.stream import StreamedDataset
 from fp8train.errors import DataError
@@ -82,15 +83,19 @@ class MixedDataset:
             for dataset, name, quota, count in sources
         ]
 
-    def skip_to(self, index: int) -> str:
+    def stream_positions(self) -> list[StreamPosition]:
+        """Of each streamed source, in order."""
+        return [position for dataset in self._datasets for position in dataset.stream_positions()]
+
+    def skip_to(self, index: int, streams: Sequence[StreamPosition] = ()) -> str:
         """Bring every source to its position; says what that cost."""
         block, place = divmod(index, len(self._pattern))
         order = self._order(block)
-        costs = []
+        costs, known = [], iter(streams)
         for source, dataset in enumerate(self._datasets):
             position = block * self._quotas[source] + int(np.count_nonzero(order[:place] == source))
             if dataset.streaming:
-                costs.append(dataset.skip_to(position))
+                costs.append(dataset.skip_to(position, list(itertools.islice(known, 1))))
         return "; ".join(costs) or f"data position: sample {index} (computed, no cost)"
 
     def largest_token(self) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from fp8train.data.corpus import encode
-from fp8train.data.dataset import HeldOut
+from fp8train.data.dataset import HeldOut, StreamPosition
 from fp8train.data.packing import Sample
 from fp8train.data.split import HASH_RANGE, Split
 from fp8train.data.tokenizers import Tokenizer
 from fp8train.errors import DataError
 
 READ_AHEAD_BYTES = 1 << 16  # text for one call of the tokenizer: enough for its threads, little to wait for
+START = StreamPosition(sample=0, documents=0, tokens=0)
 OpenStream = Callable[[int | None, int], Iterator[bytes]]
 
 
@@ -69,18 +71,27 @@ class StreamedDataset:
             self._window()
         return self._window()
 
-    def skip_to(self, index: int) -> str:
-        """Read on until window `index` is next; says what that cost."""
-        if index < self._next:
-            self._restart()
-        documents, tokens, started = self._documents_read, self._next, time.perf_counter()
+    def stream_positions(self) -> list[StreamPosition]:
+        """How far this one has been read."""
+        return [StreamPosition(sample=self._next, documents=self._documents, tokens=len(self._tokens))]
+
+    def skip_to(self, index: int, streams: Sequence[StreamPosition] = ()) -> str:
+        """Read on until window `index` is next; says what that cost.
+
+        streams: a position, up to which documents are read and not tokenised.
+        """
+        started, before = time.perf_counter(), self._documents_read
+        known = next((position for position in streams if position["sample"] <= index), START)
+        if not known["sample"] <= self._next <= index:
+            self._restart(known)
+            before = 0
+        first = self._next
         while self._next < index:
             self._window()
-        seconds = time.perf_counter() - started
         return (
             f"data position: sample {index} of the stream {self._name}; skipping read "
-            f"{self._documents_read - documents:,} documents "
-            f"({(self._next - tokens) * self.seq_len:,} tokens) in {seconds:.1f} s"
+            f"{self._documents_read - before:,} documents and tokenised "
+            f"{(index - first) * self.seq_len:,} tokens in {time.perf_counter() - started:.1f} s"
         )
 
     def eval_samples(self, n: int | None = None) -> list[Sample]:
@@ -111,36 +122,46 @@ class StreamedDataset:
         share = self.splits[0].threshold / HASH_RANGE
         return f"{self._name}: stream ({self.tokenizer.name}), windows of {self.seq_len}; {share:.1%} held out"
 
-    def _restart(self) -> None:
-        self._next = 0
+    def _restart(self, position: StreamPosition = START) -> None:
+        self._next, self._documents = position["sample"], 0
         self._documents_read = 0
-        self._encoded = encode(self._training_documents(), self.tokenizer, READ_AHEAD_BYTES)
-        self._tokens = np.empty(0, dtype=np.int64)
-        self._ids = np.empty(0, dtype=np.int64)
+        self._ahead: deque[int] = deque()
+        self._encoded = encode(self._training_documents(position["documents"]), self.tokenizer, READ_AHEAD_BYTES)
+        last = self._document() if position["documents"] else np.empty(0, dtype=np.int64)
+        self._tokens = last[-position["tokens"] :]
         self._number = 0
+        self._ids = np.zeros(len(self._tokens), dtype=np.int64)
 
-    def _training_documents(self) -> Iterator[bytes]:
+    def _training_documents(self, first: int) -> Iterator[bytes]:
+        """From the first-th that is read on, which is one of them; 0 is all."""
         for epoch in itertools.count():
             found = False
             for document in self._open(self.seed, epoch):
                 self._documents_read += 1
-                if not self.splits[0].holds_out(document):
+                if self._documents_read < first or not self.splits[0].holds_out(document):
                     found = True
-                    yield document
+                    if self._documents_read >= first:
+                        self._ahead.append(self._documents_read)
+                        yield document
             if not found:
                 raise DataError(
                     f"data: the stream {self._name} has no document to train on; needs some. Check split and key."
                 )
 
+    def _document(self) -> np.ndarray:
+        """Tokens of the next training document, int64."""
+        _, document = next(self._encoded)
+        self._documents = self._ahead.popleft()
+        return document.astype(np.int64)
+
     def _window(self) -> Sample:
         """The next window; its last token is the first of the one after it."""
         tokens, ids, missing = [self._tokens], [self._ids], self.seq_len + 1 - len(self._tokens)
         while missing > 0:
-            _, document = next(self._encoded)
-            tokens.append(document.astype(np.int64))
-            ids.append(np.full(len(document), self._number, dtype=np.int64))
+            tokens.append(self._document())
             self._number += 1
-            missing -= len(document)
+            ids.append(np.full(len(tokens[-1]), self._number, dtype=np.int64))
+            missing -= len(tokens[-1])
         joined, numbers = (tokens[0], ids[0]) if len(tokens) == 1 else (np.concatenate(tokens), np.concatenate(ids))
         self._tokens, self._ids = joined[self.seq_len :], numbers[self.seq_len :]
         self._next += 1

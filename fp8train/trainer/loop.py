@@ -168,8 +168,8 @@ class Trainer:
         """Weights, moments, counters and position in the data as saved; says what it cost."""
         found.restore(self.model, self.optimizer, self.world.rank)
         self.progress = saved_progress(found.state)
-        # a stream is read again up to there: hours, and not the same on every rank
-        return on_every_rank(self.world, lambda: self.batcher.skip_to(found.step), patient=True)
+        streams = found.state.data_position.get("streams", ())  # read again up to there: not as long on every rank
+        return on_every_rank(self.world, lambda: self.batcher.skip_to(found.step, streams), patient=True)
 
     def _roll_back(self, request: RollBack) -> None:
         """Go on from the checkpoint that an alarm goes back to, as if the steps since had not been."""

@@ -100,6 +100,7 @@ def data_facts(dataset: Dataset, eval_set: EvalSet | None) -> dict[str, Any]:
         "thresholds": [split.threshold for split in dataset.splits],
         "eval_hash": None if eval_set is None else eval_set.windows_hash,
         "scored_by": None if eval_set is None else eval_set.hash,
+        "streams": dataset.stream_positions(),
         "former": list(getattr(dataset, "former_fingerprints", ())),
     }
 

@@ -13,7 +13,9 @@ import pytest
 from fp8train.data import Batcher, DataConfig, SourceConfig, build_dataset, check_vocabulary
 from fp8train.data.stream import StreamedDataset
 from fp8train.errors import DataError
+from fp8train.trainer.console import Console
 from tests.data.corpora import make_documents
+from tests.tiny_run import tiny_train
 
 datasets = pytest.importorskip("datasets")
 pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
@@ -81,10 +83,46 @@ def test_skip_reaches_the_same_sample_and_says_its_cost(jsonl: Path) -> None:
     expected = [read.sample(index).tokens for index in range(30)][29]
     cost = skipped.skip_to(29)
     assert "sample 29" in cost
-    assert "464 tokens" in cost
+    assert "tokenised 464 tokens" in cost
     assert " documents" in cost and cost.endswith(" s")
     assert np.array_equal(skipped.sample(29).tokens, expected)
     assert np.array_equal(skipped.sample(29).tokens, expected), "going back starts the stream again"
+
+
+@pytest.mark.parametrize("index", [1, 30, 2600], ids=["first", "middle", "second epoch"])
+@pytest.mark.parametrize("behind", [0, 3], ids=["at it", "by a rank that is behind"])
+def test_noted_position_of_a_stream_is_reached_without_its_tokens(index: int, behind: int, jsonl: Path) -> None:
+    read, skipped = (build_dataset(make_config(jsonl, hf_streaming=True), 16, 1) for _ in range(2))
+    for passed in range(max(1, index - behind)):
+        read.sample(passed)
+    noted = json.loads(json.dumps(read.stream_positions()))
+    windows = [read.sample(further) for further in range(index, index + 300)]
+    for dataset in (skipped, read):  # after a resume, and where an alarm goes back
+        cost = dataset.skip_to(index, noted)
+        assert f"tokenised {16 * (index - noted[0]['sample'])} tokens" in cost
+        for window, sample in zip(windows, range(index, index + 300), strict=True):
+            again = dataset.sample(sample)
+            assert np.array_equal(again.tokens, window.tokens)
+            assert np.array_equal(again.document_ids, window.document_ids)
+    before = noted[0]["sample"] - 1
+    assert f"tokenised {16 * before:,} tokens" in skipped.skip_to(before, noted), "it lies beyond"
+
+
+def test_run_on_a_stream_goes_on_where_it_was_without_tokenising_it_again(jsonl: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    console = Console(enabled=False)
+    console.info = said.append  # type: ignore[method-assign]
+    options = (
+        "data=hf",
+        f"data.path={jsonl}",
+        "data.text_key=body",
+        "data.hf_streaming=true",
+        "data.document_bytes=null",
+    )
+    tiny_train(tmp_path, *options, "steps=3")
+    resumed = tiny_train(tmp_path, *options, "steps=5", console=console)
+    assert resumed.stream_hash == tiny_train(tmp_path, *options, "steps=5", run="straight").stream_hash
+    assert any("at step 3; data position: sample 24 of" in line and "tokenised 0 tokens" in line for line in said)
 
 
 def test_stream_goes_on_in_another_order_after_its_end(jsonl: Path) -> None:
@@ -126,6 +164,11 @@ def test_mix_of_stored_and_streamed_sources(jsonl: Path) -> None:
     expected = [read.sample(index).tokens for index in range(21)][20]
     assert "documents" in skipped.skip_to(20)
     assert np.array_equal(skipped.sample(20).tokens, expected)
+    noted = skipped.stream_positions()
+    assert len(noted) == 1
+    fresh = build_dataset(config, 16, 1)
+    assert "tokenised 0 tokens" in fresh.skip_to(21, noted)
+    assert np.array_equal(fresh.sample(21).tokens, skipped.sample(21).tokens)
 
 
 def test_vocabulary_of_a_stream_is_that_of_its_tokenizer(jsonl: Path) -> None:

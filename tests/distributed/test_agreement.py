@@ -48,7 +48,7 @@ def resumed(world: World) -> list[str]:
     """A stream that rank 1 reads to its position more slowly than a collective waits; and one that it cannot read."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
 
-    def skip_to(step: int) -> str:
+    def skip_to(step: int, streams: object) -> str:
         if world.rank == 1:
             time.sleep(3)
         if world.rank == 1 and step == 2:
@@ -56,7 +56,7 @@ def resumed(world: World) -> list[str]:
         return f"step {step}"
 
     trainer = SimpleNamespace(world=world, model=None, optimizer=None, batcher=SimpleNamespace(skip_to=skip_to))
-    state = SimpleNamespace(progress={"coverage_of_all_ranks": True})
+    state = SimpleNamespace(progress={"coverage_of_all_ranks": True}, data_position={})  # of an earlier version
     found = [SimpleNamespace(step=step, state=state, restore=lambda *arguments: None) for step in (1, 2)]
     told = [Trainer._take_back(trainer, found[0])]
     with pytest.raises(DataError) as refused:
