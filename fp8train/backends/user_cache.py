@@ -32,19 +32,23 @@ def _is_own(path: Path, user: int) -> bool:
 
     user: to whom a file belongs that this process writes there.
     """
-    status = path.stat()
-    foreign, open_to_all = user != status.st_uid and os.geteuid() != 0, status.st_mode & stat.S_IWOTH
-    if foreign or open_to_all:
-        what = f"belongs to user {status.st_uid}" if foreign else "can be written to by every user"
+    status, what = path.stat(), ""
+    if user != status.st_uid and os.geteuid() != 0:
+        what = f"belongs to user {status.st_uid}"
+    elif status.st_mode & stat.S_IWOTH:
+        what = "can be written to by every user"
+    elif status.st_uid == user and status.st_mode & stat.S_IWGRP:  # made under umask 002, as were the files in it
+        try:
+            path.chmod(stat.S_IRWXU)
+        except OSError as error:
+            what = f"can be written to by its group, and stays so ({error.strerror or error})"
+    if what:
         LOG.warning(
             "cache: %s %s; needs to be of user %d alone, since code is loaded from it. Delete it, or set HOME to a "
             "folder of your own; until then every process builds and checks its kernels anew",
             path, what, user,
         )  # fmt: skip
-        return False
-    if status.st_uid == user and status.st_mode & stat.S_IWGRP:  # made under umask 002, as were the files in it
-        path.chmod(stat.S_IRWXU)
-    return True
+    return not what
 
 
 @functools.cache

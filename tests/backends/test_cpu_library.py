@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -139,9 +140,16 @@ def test_user_without_a_home_builds_for_this_process(tmp_path: Path, monkeypatch
         (0o777, 0, 0, "can be written to by every user"),
         (0o755, 1, 1, "belongs to user"),
         (0o775, 0, 0, ""),
+        (0o775, 0, 0, "by its group, and stays so (Operation not permitted)"),
         (0o755, 1, 0, ""),
     ],
-    ids=["open to all", "of another user", "open to a group", "NFS maps users to its owner"],
+    ids=[
+        "open to all",
+        "of another user",
+        "open to a group",
+        "open to a group for good",
+        "NFS maps users to its owner",
+    ],
 )
 def test_nothing_is_loaded_that_another_user_could_have_put_there(
     mode: int, uid: int, writes_as: int, said: str, home: Path, tmp_path_factory, monkeypatch, caplog
@@ -152,6 +160,8 @@ def test_nothing_is_loaded_that_another_user_could_have_put_there(
     user, fstat = os.geteuid(), os.fstat
     monkeypatch.setattr("os.geteuid", lambda: user + uid)
     monkeypatch.setattr("os.fstat", lambda file: os.stat_result((*fstat(file)[:4], user + writes_as, *fstat(file)[5:])))
+    if "by its group" in said:
+        monkeypatch.setattr(Path, "chmod", Mock(side_effect=PermissionError(1, "Operation not permitted")))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))
     folder = cache_folder()
     assert not stat.S_IMODE(folder.stat().st_mode) & 0o022, "nor can anybody put something there later"
