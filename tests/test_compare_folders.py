@@ -271,8 +271,9 @@ def test_other_things_among_the_runs_of_a_comparison_are_no_runs(tmp_path: Path)
         {"arms": {"bf16": {"runs": [{"seed": "../../x", "run_dir": "a"}]}}},
         {"margin_percent": "0.25"},
         {"alpha": None},
+        {"looks": [{"seeds": 1, "steps": 40, "margin_percent": 0.25}]},
     ],
-    ids=["arm outside", "seed outside", "text", "null"],
+    ids=["arm outside", "seed outside", "text", "null", "look without its level"],
 )
 def test_a_verdict_that_is_none_is_refused_and_moves_no_file(changes: dict[str, Any], tmp_path: Path) -> None:
     runs = [str(write_run(tmp_path / name, recipe=name)) for name in ("bf16", "blockwise")]

@@ -13,7 +13,7 @@ from fp8train.data import Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.distributed.agreement import on_every_rank, on_main
 from fp8train.recipe import load_recipe
-from fp8train.report.run_record import read_mapping
+from fp8train.report.run_record import NUMBER, odd_part, read_mapping
 from fp8train.trainer.evaluation import EvalSet
 from fp8train.trainer.restored import crossed
 from fp8train.trainer.run_folder import RESULT_FILE, write_file
@@ -104,7 +104,7 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return {} if odd_part(content, {...: {...: NUMBER}}, file.name) else content
 
 
 def _state(path: Path) -> tuple[int, bool]:

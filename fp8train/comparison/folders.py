@@ -13,10 +13,16 @@ from fp8train.comparison.crossing import stored
 from fp8train.config_sections import CompareConfig
 from fp8train.errors import ConfigError, DataError
 from fp8train.metrics import METRICS_FILE
-from fp8train.report.run_record import read_mapping, read_run
+from fp8train.report.run_record import NULL, NUMBER, odd_part, read_mapping, read_run
 from fp8train.report.statistics import ALPHA
 
 CROSSED_FILE, VERDICT_FILE = "crossed.json", "verdict.json"
+# what is read of a verdict.json again; see odd_part
+VERDICT = {
+    "arms": {...: {"runs": [{"seed": int, "run_dir": str}]}},
+    "baseline": str,
+    "looks": ([{"seeds": int, "steps": int, "margin_percent": NUMBER, "alpha": NUMBER}], NULL),
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,25 +99,16 @@ def read_verdict(path: Path) -> dict[str, Any]:
             names of arms become names of files, which must not be wherever a stranger wants them.
     """
     verdict = read_mapping(path)
-    arms, numbers = verdict.get("arms"), [verdict.get(key, 1) for key in ("margin_percent", "alpha", "parallel")]
+    numbers = [verdict.get(key, 1) for key in ("margin_percent", "alpha", "parallel")]
     whole = (
-        isinstance(arms, dict)
-        and verdict.get("baseline") in [*arms]
-        and all(Path(arm).name == arm and _has_runs(entry) for arm, entry in arms.items())
-        and all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
-        and isinstance(verdict.get("looks", []), list)
+        odd_part(verdict, VERDICT, path.name) is None
+        and verdict["baseline"] in verdict["arms"]
+        and all(Path(arm).name == arm for arm in verdict["arms"])
+        and all(type(number) in NUMBER and 0 < number < math.inf for number in numbers)
     )
     if verdict and not whole:
         raise DataError(f"{path}: is not as fp8train writes it; needs the verdict of a comparison. Delete it.")
     return verdict
-
-
-def _has_runs(entry: Any) -> bool:
-    """Whether the entry of an arm holds runs, each with its seed and folder."""
-    runs = entry.get("runs") if isinstance(entry, dict) else None
-    return isinstance(runs, list) and all(
-        isinstance(run, dict) and type(run.get("seed")) is int and isinstance(run.get("run_dir"), str) for run in runs
-    )
 
 
 def _runs_of_comparison(folder: Path) -> dict[str, dict[int, Path]]:

@@ -23,7 +23,8 @@ def looks_made(verdict: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]])
     looks: dict[tuple[Any, ...], dict[str, Any]] = {}
     for other in earlier:
         if all(other.get(key) == verdict[key] for key in ("baseline", "primary")):
-            former = other["looks"] if "looks" in other else looks_made({**other, "alpha": ALPHA}, ())
+            former = other.get("looks")
+            former = looks_made({**other, "alpha": ALPHA}, ()) if former is None else former
             looks |= {tuple(look[key] for key in SAME): dict(look) for look in former}
     test = verdict["comparisons"][verdict["primary"]]["test"]
     if test["sd"] is not None and test["status"] != "undecided":  # else nothing was tested

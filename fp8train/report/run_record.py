@@ -28,19 +28,27 @@ EARLIER, EARLIER_PLACE = "config.until_step_*.yaml", "environment.until_step_*.j
 TELEMETRY = "fp8/"  # what the keys of telemetry begin with
 # what sharded runs have a choice of, and what earlier versions, which had none, did
 SHARDING = {"parallel.gather": "fp32", "parallel.reshard_after_forward": True}
-NUMBERS = frozenset({float, int, type(None)})  # of JSON values; null stands for what is not finite
 EVAL_KEYS = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16")
-NUMBER = (int, float)
-# what a file must say of these where it says anything, for what is made of them
+NUMBER, NULL = (int, float), type(None)
+NUMBER_OR_NULL = (*NUMBER, NULL)  # null stands for what is not finite, or not known
+OF_ROWS = frozenset(NUMBER_OR_NULL)  # types of the values in metrics.jsonl; without bool
+COUNTS = {"fp8_rows": NUMBER, "other_rows": NUMBER, "unplanned_rows": NUMBER_OR_NULL}
+# what a file must say of these where it says anything, for what is made of them; see odd_part
 KINDS: dict[str, dict[str, Any]] = {
     "result.json": {
-        **dict.fromkeys(("steps", "tokens_seen", "skipped_steps", "train_seconds", "peak_memory_bytes"), NUMBER),
-        "parameters": NUMBER, "memory_bytes": dict, "diverged": dict,
+        **dict.fromkeys(("tokens_seen", "skipped_steps", "train_seconds", "peak_memory_bytes"), NUMBER_OR_NULL),
+        "parameters": NUMBER_OR_NULL, "memory_bytes": {...: NUMBER}, "steps": NUMBER,
+        "diverged": ({"step": int, "reason": str}, NULL),
     },
-    "config.yaml": {"seed": int, **dict.fromkeys(("model", "data", "optim", "log"), dict)},
-    "environment.json": {"world_size": int, "runs_on_device": int, "device": dict},
-    "coverage.json": {"fp8_flops_share": NUMBER, "linears": list},
+    "config.yaml": {"seed": int, "model": {}, "data": {}, "optim": {}, "log": {"skip_steps": (int, NULL)}},
+    "environment.json": {"world_size": int, "runs_on_device": int, "device": {}},
+    "coverage.json": {
+        "fp8_flops_share": NUMBER_OR_NULL, "refused_kernels": [str], "decoded": [str],
+        "linears": [{"fqn": str, "shape": [int, int, int], "gemms": {...: COUNTS}}],
+    },
+    "recipe.yaml": {"rules": [{"use": str}], "precisions": {...: {"noise": NUMBER_OR_NULL}}},
 }  # fmt: skip
+WORDS = {int: "a number", float: "a number", str: "text"}
 OF_SOURCE = ("eval_loss/", "eval_loss_bf16/")  # what keys with the loss of one source of a mix begin with
 
 
@@ -119,7 +127,8 @@ class RunRecord:
     @property
     def skip_steps(self) -> int:
         """First steps that no speed is taken from; a run that does not say has the default."""
-        return int((self.config.get("log") or {}).get("skip_steps", LogConfig().skip_steps))
+        given = self.config.get("log", {}).get("skip_steps")
+        return LogConfig().skip_steps if given is None else int(given)
 
     @property
     def optimizers(self) -> dict[float, dict[str, Any]]:
@@ -158,7 +167,7 @@ class RunRecord:
         """Largest noise that a rule of the recipe puts on operands: 0 but for a placebo."""
         document = yaml.safe_load(self.recipe) if self.recipe else {}
         used = {rule.get("use") for rule in document.get("rules", ())}
-        precisions = document.get("precisions") or {}
+        precisions = document.get("precisions", {})
         return max((float(precisions[name].get("noise") or 0) for name in used & set(precisions)), default=0.0)
 
     @property
@@ -279,8 +288,8 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
 def _numbers(row: Mapping[str, Any], keys: Sequence[str], path: Path, number: int) -> list[Any]:
     """The values of those keys; what is absent is None."""
     values = [row.get(key) for key in keys]
-    if not NUMBERS.issuperset(map(type, values)):
-        odd = next(key for key in keys if type(row.get(key)) not in NUMBERS)
+    if not OF_ROWS.issuperset(map(type, values)):
+        odd = next(key for key in keys if type(row.get(key)) not in OF_ROWS)
         raise _damaged(path, number, f"{odd} is {row[odd]!r}")
     return values
 
@@ -343,7 +352,32 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}; needs a mapping. Repeat the run.")
     for key, kind in KINDS.get(path.name, {}).items():
-        if content.get(key) is not None and not isinstance(content[key], kind):
-            wanted = "a number" if kind in (int, NUMBER) else f"a {kind.__name__}"
-            raise DataError(f"{path}: {key} is {str(content[key])[:80]!r}; needs {wanted}. Repeat the run.")
+        if key in content and (odd := odd_part(content[key], kind, key)):
+            raise DataError(f"{path}: {odd}. Repeat the run.")
     return content
+
+
+def odd_part(value: Any, kind: Any, name: str) -> str | None:
+    """The first part of a value that is not of its kind, and what it needs: `linears[0].fqn is '3'; needs text`.
+
+    Args:
+        value: as JSON or YAML gives it. name: what it is called.
+        kind: a type; a tuple of kinds, one of which will do; a list of kinds, the last of any number of entries, those
+            before it of as many that there must be; a mapping, of the kind of each key, and of any other under `...`.
+            None is what is absent.
+    """
+    if isinstance(kind, tuple):
+        found = [odd_part(value, one, name) for one in kind]
+        return None if None in found else found[0]
+    wanted: Any = kind if isinstance(kind, type) else type(kind)
+    least = len(kind) - 1 if isinstance(kind, list) else 0
+    if not isinstance(value, wanted) or (least and len(value) < least):
+        needs = WORDS.get(wanted, f"a {wanted.__name__}") + f" of at least {least}" * bool(least)
+        return f"{name} is {str(value)[:80]!r}; needs {needs}"
+    parts: list[tuple[str, Any, Any]] = []
+    if isinstance(kind, list):
+        parts = [(f"{name}[{n}]", one, kind[min(n, len(kind) - 1)]) for n, one in enumerate(value)]
+    elif isinstance(kind, dict):
+        parts = [(f"{name}.{key}", value.get(key), one) for key, one in kind.items() if key is not ...]
+        parts += [(f"{name}.{key}", one, kind[...]) for key, one in value.items() if ... in kind and key not in kind]
+    return next((odd for part, one, own in parts if (odd := odd_part(one, own, part)) is not None), None)

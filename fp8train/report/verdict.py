@@ -86,7 +86,7 @@ def _moved(run: RunRecord) -> dict[str, list[Any]]:
     """Facts of MACHINE_FACTS that changed during a run -> their values in order; what was not recorded is no change."""
     places = run.places
     found = {key: [place[key] for place in places if place.get(key) is not None] for key in MACHINE_FACTS}
-    return {key: values for key, values in found.items() if len(set(values)) > 1}
+    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
 def pair_measures(

@@ -10,9 +10,10 @@ import pytest
 
 from fp8train.errors import DataError
 from fp8train.report.run_record import read_metrics, read_run
-from tests.run_folders import write_run
+from tests.run_folders import ENVIRONMENT, verdict_of, words_of, write_run
 
 ROW = '{"step": 1, "loss": 2.5}'
+LINEAR = '{"linears": [{"fqn": "q", "shape": %s, "gemms": {"fprop": {"other_rows": 1}}}]}'
 
 
 @pytest.mark.parametrize(
@@ -96,12 +97,19 @@ def test_training_and_evaluation_rows_are_told_apart(tmp_path: Path) -> None:
         (lambda run: (run / "recipe.yaml").write_bytes(b"\xff"), "recipe.yaml: cannot be read"),
         (lambda run: (run / "result.json").write_text('{"steps": "40"}'), "steps is '40'; needs a number"),
         (lambda run: (run / "result.json").write_text('{"diverged": true}'), "diverged is 'True'; needs a dict"),
+        (lambda run: (run / "result.json").write_text('{"diverged": {"step": 3}}'), "diverged.reason is 'None'"),
+        (lambda run: (run / "result.json").write_text('{"memory_bytes": {"codes": []}}'), "memory_bytes.codes is "),
+        (lambda run: (run / "config.yaml").write_text("log: {skip_steps: few}"), "log.skip_steps is 'few'"),
+        (lambda run: (run / "recipe.yaml").write_text("rules: [{match: x}]"), r"recipe.yaml: rules\[0\].use is 'None'"),
+        (lambda run: (run / "coverage.json").write_text('{"linears": null}'), "linears is 'None'; needs a list"),
+        (lambda run: (run / "coverage.json").write_text(LINEAR % "[]"), r"linears\[0\].shape is .* list of at least 2"),
+        (lambda run: (run / "coverage.json").write_text(LINEAR % "[8, 8]"), "gemms.fprop.fp8_rows is 'None'"),
         (lambda run: (run / "environment.json").write_text('{"torch": NaN}'), "NaN is not JSON"),
         (lambda run: (run / "environment.json").write_text("[" * 100_000), "environment.json: cannot be read"),
     ],
     ids=[
         "no metrics", "empty metrics", "damaged coverage", "foreign config", "seed", "recipe", "steps", "diverged",
-        "nan", "deep",
+        "diverged for no reason", "memory", "skip_steps", "rule", "no linears", "shape", "rows", "nan", "deep",
     ],
 )  # fmt: skip
 def test_damaged_folder_is_refused(tmp_path: Path, spoil: object, message: str) -> None:
@@ -109,6 +117,15 @@ def test_damaged_folder_is_refused(tmp_path: Path, spoil: object, message: str) 
     spoil(run)  # type: ignore[operator]
     with pytest.raises(DataError, match=message):
         read_run(run)
+
+
+def test_facts_of_another_kind_are_other_facts(tmp_path: Path) -> None:
+    """What a run only tells is told, of whatever kind it is."""
+    place = ENVIRONMENT | {"torch": ["2.13.0"]}
+    runs = {recipe: read_run(write_run(tmp_path / recipe, recipe=recipe)) for recipe in ("bf16", "blockwise")}
+    runs["blockwise"].environment = place
+    verdict = verdict_of({arm: {1: run} for arm, run in runs.items()})
+    assert "torch BF16 2.13.0, FP8 blockwise ['2.13.0']" in words_of(verdict)
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
