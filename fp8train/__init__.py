@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fp8train.convert import convert_model
     from fp8train.functional import quantize, scaled_mm
     from fp8train.live_report import report_of
-    from fp8train.nn.gathered_operands import gather_operands
+    from fp8train.nn.gathering import gather_operands
     from fp8train.nn.linear import Float8Linear
     from fp8train.nn.weights import check_weights, weights_changed
     from fp8train.quant.qtensor import QTensor
@@ -39,7 +39,7 @@ _HOME = {
     "QTensor": "fp8train.quant.qtensor",
     "check_weights": "fp8train.nn.weights",
     "convert_model": "fp8train.convert",
-    "gather_operands": "fp8train.nn.gathered_operands",
+    "gather_operands": "fp8train.nn.gathering",
     "load_recipe": "fp8train.recipe",
     "quantize": "fp8train.functional",
     "report_of": "fp8train.live_report",

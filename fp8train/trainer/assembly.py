@@ -20,7 +20,8 @@ from fp8train.distributed.sharding import lay_out, shard
 from fp8train.hf_fp8 import packing_of
 from fp8train.models import Decoder, ModelConfig, build_model, fill, hf_values, initial_values, read_config_json
 from fp8train.nn.gathered import GatheredWeight, gather_weights
-from fp8train.nn.gathered_operands import MASTER, gather_operands, gathered_form
+from fp8train.nn.gathered_operands import MASTER, gathered_form
+from fp8train.nn.gathering import gather_operands
 from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe

@@ -13,7 +13,7 @@ from fp8train.distributed import World
 from fp8train.distributed.sharding import gathered_layers, lay_out, shard, shard_bytes
 from fp8train.models import ModelConfig, build_model, initial_values, initialize
 from fp8train.nn.gathered import gather_weights
-from fp8train.nn.gathered_operands import gather_operands
+from fp8train.nn.gathering import gather_operands
 from fp8train.recipe import load_recipe
 from fp8train.shards import is_sharded, whole
 from fp8train.trainer.assembly import Assembly, memory_by_kind
