@@ -210,10 +210,14 @@ class Float8Linear(nn.Linear):
         if switched or len(weights) != len(self._seen) or not all(map(SeenWeight.is_that, self._seen, weights)):
             self.refresh_weight(whole)
 
+    def scaled_by(self) -> tuple[Float8Linear, ...]:
+        """Gate and up projection whose weights scale the channels of the input, if any do in this precision."""
+        smooth = None if self.remedy is None else self.remedy.smooth
+        return () if smooth is None or not self.plan.precision.quantized else smooth
+
     def _sources(self) -> tuple[Tensor, ...]:
         """The weights that the operands depend on."""
-        others = () if self.remedy is None or self.remedy.smooth is None else self.remedy.smooth
-        return self.weight, *(linear.weight for linear in others)
+        return self.weight, *(linear.weight for linear in self.scaled_by())
 
     def set_remedy(self, remedy: InputRemedy | None) -> None:
         """Treat the input so from now on, before it is rounded; the weight's operands are made anew."""

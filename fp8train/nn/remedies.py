@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fp8train.nn.linear import Float8Linear
 
 MAX_EXPONENT = 24  # a channel is scaled by at most 2^24 either way, so that no product leaves the range of FP32
 
@@ -20,7 +24,7 @@ class InputRemedy:
     """
 
     clamp: float | None = None
-    smooth: tuple[nn.Linear, nn.Linear] | None = None
+    smooth: tuple[Float8Linear, Float8Linear] | None = None
 
 
 def channel_scale(gate: Tensor, up: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def _follow(site: int) -> None:
     linear = _LIVE.get(site)
     if linear is None or not isinstance(linear.provider, LocalWeight):
         return
-    if linear.remedy is None or linear.remedy.smooth is None:
+    if not linear.scaled_by():
         linear.refresh_if_stale()
     elif not linear._seen and linear.channel_scale is not None:
         used = linear.channel_scale.clone()
@@ -153,8 +153,8 @@ class LocalWeight:
         """Operands of linear.weight by name; unless `anew` they may be those that the linear holds, rewritten."""
         precision, weight = linear.precision, linear.weight.detach()
         made: dict[str, Tensor | None] = dict.fromkeys(OPERANDS)
-        if precision.quantized and linear.remedy is not None and linear.remedy.smooth is not None:
-            gate, up = linear.remedy.smooth
+        if scaled_by := linear.scaled_by():
+            gate, up = scaled_by
             made["channel_scale"] = scale = channel_scale(gate.weight, up.weight).to(weight.device)
             weight = weight / scale
         fprop, dgrad = _quantized_weight(weight, precision, linear, self.copies == "both", anew)

@@ -190,22 +190,32 @@ def test_last_down_projections_in_bf16_are_a_rule():
     assert high == {"layers.1.mlp.down_proj", "layers.2.mlp.down_proj"}
 
 
-@pytest.mark.parametrize("swiglu", [{"clamp": 4.0}, {"smooth": True}], ids=str)
-def test_a_compiled_model_follows_its_weights_or_stops(x: torch.Tensor, swiglu: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("swiglu", "scaled"),
+    [({"clamp": 4.0}, False), ({"smooth": True}, True), ({"smooth": True}, False)],
+    ids=["clamp", "smooth", "smooth in bf16"],
+)
+def test_a_compiled_model_follows_its_weights_or_stops(
+    x: torch.Tensor, swiglu: dict[str, object], scaled: bool
+) -> None:
     made = model(**swiglu)
+    if not scaled:
+        made.down_proj.set_precision(BF16 if "smooth" in swiglu else BLOCKWISE)
     run = torch.compile(made, backend="aot_eager", fullgraph=True)
     run(x)
     made.up_proj.weight.data[7] *= 64  # as ZeRO of DeepSpeed writes what it has stepped
     made.down_proj.weight.data.mul_(3)
     torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
-    if "smooth" in swiglu:
+    if scaled:
         with pytest.raises(ConfigError, match="scaled by weights that changed.*Call fp8train.weights_changed"):
             run(x)
-    else:
+        weights_changed(made)
         run(x)
+    else:
+        followed = run(x)
         check_weights(made)
-    weights_changed(made)
-    run(x)
+        weights_changed(made)
+        assert torch.equal(run(x), followed)
 
 
 def test_a_frozen_linear_follows_the_weights_that_scale_its_input(x: torch.Tensor) -> None:
