@@ -14,10 +14,9 @@ from fp8train.convert import convert_model
 from fp8train.data import build_dataset
 from fp8train.errors import ConfigError
 from fp8train.models import build_model
-from fp8train.nn.gathered import gather_weights
 from fp8train.recipe import load_recipe
 from fp8train.report.run_record import read_mapping
-from fp8train.trainer.assembly import resolve_activations, shards
+from fp8train.trainer.assembly import resolve_activations
 from fp8train.trainer.console import Console
 from fp8train.trainer.evaluation import held_out_hashes
 from fp8train.trainer.same_run import changed_keys
@@ -92,7 +91,7 @@ def plan_arms(
 
 
 def check_fits(config: RunConfig, device_type: str, ranks: int) -> None:
-    """Refuse settings that the ranks cannot share out, and a recipe or backend that the model cannot have, sharded too.
+    """Refuse settings that the ranks cannot share out, and a recipe or backend that the model cannot have.
 
     The model is laid out without memory for it.
     """
@@ -100,8 +99,6 @@ def check_fits(config: RunConfig, device_type: str, ranks: int) -> None:
     recipe = load_recipe(config.recipe)
     model = build_model(resolve_activations(config.model, recipe), device="meta")
     convert_model(model, recipe, backend=config.backend, device_type=device_type, fused=config.fused)
-    if shards(config, ranks):
-        gather_weights(model, model.layers)
 
 
 def _default_arms(config: RunConfig) -> list[str]:

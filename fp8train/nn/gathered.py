@@ -56,6 +56,12 @@ class GatheredWeight:
                 "makes of it for forward. Call the module that was sharded, and keep nn.Linear where "
                 "parallelize_module splits a layer."
             )
+        if self.gathered is None and linear.scaled_by():
+            raise ConfigError(
+                "Float8Linear: weight is sharded and other weights scale its input (swiglu: smooth); needs the scales "
+                "gathered too. Call fp8train.gather_operands(model) after fully_shard; elsewhere take `smooth` out of "
+                "the recipe."
+            )
         if self.gathered is not None and (operands := self.gathered.operands()) is not None:
             return operands
         if linear.weight.dim() != 2:
@@ -85,7 +91,6 @@ def follow_sharding(linear: Float8Linear, whole: bool = False) -> None:
         whole: something has made the weight whole, so that it looks like any other.
 
     Raises:
-        ConfigError: its recipe treats its input (`swiglu`), which needs weights of other linears too.
         ValueError: its weight is of another tensor class that holds no matrix itself.
     """
     wrapped, partitioned = is_traceable_wrapper_subclass(linear.weight), is_partitioned(linear.weight)
@@ -95,11 +100,6 @@ def follow_sharding(linear: Float8Linear, whole: bool = False) -> None:
         raise ValueError(
             f"Float8Linear: weight is a {type(linear.weight).__name__}; needs a plain tensor, whose memory the kernels "
             "read. Keep nn.Linear for this layer."
-        )
-    if linear.remedy is not None:
-        raise ConfigError(
-            "Float8Linear: weight is sharded and the recipe treats the linear's input (swiglu); needs a recipe that "
-            "does not. Take `swiglu` out of it."
         )
     linear.provider = GatheredWeight()
     linear.forget_weight()
@@ -111,16 +111,8 @@ def gather_weights(model: nn.Module, layers: nn.Module) -> None:
     Args:
         model: converted; sharded after this call.
         layers: linears below it keep no operands; the others of the model do, from one optimizer step to the next.
-
-    Raises:
-        ConfigError: a linear's recipe treats its input, and changes its weight by those of other linears (`swiglu`).
     """
     in_layers = {id(linear) for linear in converted_linears(layers)}
     for linear in converted_linears(model):
-        if linear.remedy is not None:
-            raise ConfigError(
-                "parallel.strategy: got fsdp with a recipe that treats the input of SwiGLU's down projection (swiglu); "
-                "needs one that does not. Use parallel=ddp, or take `swiglu` out of the recipe."
-            )
         linear.provider = GatheredWeight(keep=id(linear) not in in_layers)
         linear.forget_weight()  # or it would keep the whole master alive while that is sharded

@@ -1,7 +1,8 @@
 """A sharded weight is gathered as what its GEMMs multiply: FP8 codes, a byte an element, or BF16; not the FP32 master.
 
 Each rank rounds its own rows, to FP8 once per optimizer step. FSDP2 asks the rows of a parameter what to send
-(fsdp_pre_all_gather), and hands over what has come of all ranks (fsdp_post_all_gather).
+(fsdp_pre_all_gather), and hands over what has come of all ranks (fsdp_post_all_gather). On the way come the scales of a
+linear's input that follow from rows of other weights on all ranks (swiglu: smooth), whatever its weight is gathered as.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8train.nn.operands import LaterOperand, Operand, transposed
-from fp8train.nn.spread_rows import SpreadRows, quantize_spread
+from fp8train.nn.remedies import channel_size, scale_of_size
+from fp8train.nn.spread_rows import SpreadRows, gather_rows, quantize_spread
 from fp8train.nn.weights import SeenWeight, converted_linears, own_weights
 from fp8train.quant.formats import LinearPrecision, QuantSpec
 
@@ -50,13 +52,18 @@ def gathered_form(precision: LinearPrecision) -> Form:
     return MASTER
 
 
-class OwnCodes(NamedTuple):
-    """What a rank sends of a weight, uint8, with the scales of all of it, and the tensors that it was made of."""
+class Made(NamedTuple):
+    """What a rank has made for a weight, and the tensors that it was made of.
 
-    spec: QuantSpec
-    data: Tensor
-    scale_inv: Tensor
+    spec, data, scale_inv: codes of its rows, uint8, and the scales of all of the weight; None where none were wanted.
+    channel_scale: fp32 [K] of the linear's input; None where nothing scales it.
+    """
+
     seen: tuple[SeenWeight, ...]
+    spec: QuantSpec | None
+    data: Tensor | None
+    scale_inv: Tensor | None
+    channel_scale: Tensor | None
 
 
 class GatheredOperand:
@@ -71,15 +78,20 @@ class GatheredOperand:
         group: FSDP2's record of what is gathered together.
         parameter: that of the weight, in the group.
         peers: those of all weights of the model: they are rounded together.
+        masters: gather the master in every precision.
     """
 
-    def __init__(self, linear: Float8Linear, group: Any, parameter: Any, peers: Sequence[GatheredOperand]) -> None:
+    def __init__(
+        self, linear: Float8Linear, group: Any, parameter: Any, peers: Sequence[GatheredOperand], masters: bool
+    ) -> None:
         self.linear, self._group, self._parameter, self._peers = linear, group, parameter, peers
+        self._masters = masters
         self.ranks = dist.get_process_group_ranks(parameter.mesh_info.shard_process_group)
         self.shown = False  # send the master, for somebody looks at it
         self._form: Form | None = None  # of what was sent last
-        self._own: OwnCodes | None = None
-        self._arrived = self._scale_inv = self._scale_sent = torch.empty(0)
+        self._made: Made | None = None
+        self._noted: Made | None = None  # scales of which have come
+        self._arrived = self._scale_inv = torch.empty(0)
         name, kind = "_sharded_local_tensor", type(parameter)
         getattr(kind, name)  # or this FSDP2 would not ask
         parameter.__class__ = type(kind.__name__, (kind,), {name: self})
@@ -92,14 +104,19 @@ class GatheredOperand:
         return parameter
 
     @property
+    def form(self) -> Form:
+        """What the weight is gathered as in this precision, but while it is shown."""
+        return MASTER if self._masters else gathered_form(self.linear.plan.precision)
+
+    @property
     def held_bytes(self) -> int:
         """Of what this rank keeps from step to step in this precision: codes of its rows, and all scales twice."""
-        spec = gathered_form(self.linear.plan.precision).spec
+        spec = self.form.spec
         return 0 if spec is None else self.size().numel() + 2 * 4 * math.prod(spec.scale_shape(*self._shape))
 
     def forget(self) -> None:
-        """The master was written: codes are made anew before they are sent again."""
-        self._own = None
+        """The master was written: what is made of it is made anew before it is sent again."""
+        self._made = None
 
     def operands(self) -> tuple[Operand, LaterOperand] | None:
         """w [N, K] for fprop, and what makes w.T [K, N] for dgrad; None where the master has come.
@@ -107,19 +124,20 @@ class GatheredOperand:
         Raises:
             RuntimeError: the precision was changed while the layer is whole.
         """
-        form, plan = self._form, self.linear.plan
-        if form is None or form == MASTER:
-            return None
-        if form != self._wanted():
+        form, plan, unscaled = self._form, self.linear.plan, self.linear.channel_scale is None
+        if form not in (None, MASTER, self._wanted()) or unscaled == bool(self.linear.scaled_by()):
             raise RuntimeError(
                 f"Float8Linear: precision {plan.precision.name!r} was set while its layer is whole, in "
-                f"{form.spec or form.dtype}; needs a layer that is sharded. Set it between two steps, after reshard()."
+                f"{form and (form.spec or form.dtype)}; needs a layer that is sharded. Set it between two steps, after "
+                "reshard()."
             )
+        if form is None or form == MASTER:
+            return None
         w = Operand(self._arrived, self._scale_inv if form.spec else None, form.spec)
         return w, LaterOperand(partial(_turned, spec=form.spec, backend=plan.backend), w.tensors())
 
     def _wanted(self) -> Form:
-        return MASTER if self.shown else gathered_form(self.linear.plan.precision)
+        return MASTER if self.shown else self.form
 
     def size(self) -> torch.Size:
         """Of what every rank sends; FSDP2 asks for it too."""
@@ -133,7 +151,7 @@ class GatheredOperand:
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, size: torch.Size, stride: Any, module: nn.Module, policy: Any
     ) -> Any:
-        """((this rank's rows, with zeros to the length of the first rank's,), scales of all rows or None).
+        """((this rank's rows, with zeros to the length of the first rank's,), what has been made for it, if anything).
 
         Raises:
             RuntimeError: the precision was changed between forward and backward.
@@ -141,29 +159,30 @@ class GatheredOperand:
         form = self._wanted()
         if form != self._form:
             self._make_room(form)
-        if form.spec is None:
-            return (self._parameter._sharded_param_data.view(self.size()).to(form.dtype),), None
         if self._stale():
-            _round([peer for peer in self._peers if peer.ranks == self.ranks and peer._stale()], mesh.get_group())
-        assert self._own is not None
-        return (self._own.data,), self._own.scale_inv
+            _make([peer for peer in self._peers if peer.ranks == self.ranks and peer._stale()], mesh.get_group())
+        made = self._made if self._wants_any() else None
+        if form.spec is not None:
+            assert made is not None
+            return (made.data,), made
+        rows = self._parameter._sharded_param_data.view(self.size())
+        if form != MASTER and made is not None:
+            rows = rows / made.channel_scale
+        return (rows.to(form.dtype),), made
 
     # FSDP2 inspects it at every gather of every weight, which takes several times as long as the call
     fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
 
-    def fsdp_post_all_gather(
-        self, came: Any, scale_inv: Tensor | None, dtype: torch.dtype, *, out: nn.Parameter
-    ) -> None:
+    def fsdp_post_all_gather(self, came: Any, made: Made | None, dtype: torch.dtype, *, out: nn.Parameter) -> None:
         """Note the scales of what has come to its room, where they were: autograd sees neither written."""
-        if scale_inv is None or scale_inv is self._scale_sent:
+        if made is None or made is self._noted:
             return
         with torch.inference_mode(False), torch.no_grad():  # training will write to what an evaluation has made
-            if self._scale_inv.shape == scale_inv.shape:
-                with torch.autograd._unsafe_preserve_version_counter(self._scale_inv):
-                    self._scale_inv.copy_(scale_inv)
-            else:
-                self._scale_inv = scale_inv.clone()
-        self._scale_sent = scale_inv  # not freed before it is read, on another stream than it was made on
+            if made.scale_inv is not None:
+                self._scale_inv = _noted(self._scale_inv, made.scale_inv)
+            if made.channel_scale is not None:
+                self.linear.channel_scale = _noted(self.linear.channel_scale, made.channel_scale)
+        self._noted = made  # not freed before it is read, on another stream than it was made on
 
     @torch.inference_mode(False)
     def _make_room(self, form: Form) -> None:
@@ -185,39 +204,63 @@ class GatheredOperand:
             parameter._unsharded_param = nn.Parameter(weight, requires_grad=self.master.requires_grad)
         room.untyped_storage().resize_(0)  # as FSDP2 leaves it, which allocates it on the stream that reads it
 
-    def _stale(self) -> bool:
-        """Whether codes are wanted, and there are none in this precision and of the master as it is."""
-        spec, own = self._wanted().spec, self._own
-        if spec is None or own is None or own.spec != spec:
-            return spec is not None
-        return not all(map(SeenWeight.is_that, own.seen, self._watched()))
+    def _wants_any(self) -> bool:
+        """Whether anything has to be made before the weight is sent."""
+        return self._wanted().spec is not None or bool(self.linear.scaled_by())
 
-    def _watched(self) -> tuple[Tensor, ...]:
-        """Tensors whose version counters tell of writes: the master and, each counts its own, this rank's rows of it.
+    def _stale(self) -> bool:
+        """Whether anything is wanted that there is not, in this precision and of the masters as they are."""
+        spec, made = self._wanted().spec, self._made
+        if not self._wants_any():
+            return False
+        if made is None or spec not in (None, made.spec):
+            return True
+        return not all(map(SeenWeight.is_that, made.seen, self._watched()))
+
+    def _scaled_by(self) -> list[GatheredOperand]:
+        """Those of the gate and up projection that scale the input."""
+        return [one for linear in self.linear.scaled_by() if (one := linear.provider.gathered) is not None]
+
+    def _watched(self) -> list[Tensor]:
+        """Tensors whose version counters tell of writes: masters and, each counts its own, this rank's rows of them.
 
         Not these where a rank has none, for it might see no write where the others do, and they would wait for it.
         """
-        all_have_some = self.size()[0] * (len(self.ranks) - 1) < self.linear.out_features
-        master = self._parameter.sharded_param
-        return (master, master._local_tensor) if all_have_some else (master,)
+        watched: list[Tensor] = []
+        for one in (self, *self._scaled_by()):
+            all_have_some = one.size()[0] * (len(one.ranks) - 1) < one.linear.out_features
+            master = one._parameter.sharded_param
+            watched += [master, master._local_tensor] if all_have_some else [master]
+        return watched
 
-    def rows(self) -> SpreadRows:
-        """This rank's rows of the master."""
-        parameter, plan = self._parameter, self.linear.plan
-        each, (n, k) = self.size()[0], self._shape
+    def _rows(self) -> tuple[Tensor, int]:
+        """This rank's rows of the master, and the number of the first."""
+        parameter, each, n = self._parameter, self.size()[0], self.linear.out_features
         start = min(parameter.mesh_info.shard_mesh_rank * each, n)
-        assert plan.precision.fprop.right is not None
-        return SpreadRows(
-            rows=parameter._sharded_param_data.view(self.size())[: n - start], start=start, each=each, shape=(n, k),
-            spec=plan.precision.fprop.right, backend=plan.backend,
-        )  # fmt: skip
+        return parameter._sharded_param_data.view(self.size())[: n - start], start
 
-    def keep(self, rows: SpreadRows, codes: Tensor, scale_inv: Tensor) -> None:
-        """Keep codes of this rank's rows, and the scales of the whole weight."""
-        data, missing = codes.view(torch.uint8), rows.each - len(codes)
-        padded = F.pad(data, (0, 0, 0, missing)) if missing else data.contiguous()
+    def own_sizes(self) -> Tensor:
+        """This rank's channel sizes of gate and up, fp64, with zeros to as many as the first rank has."""
+        gate, up = self._scaled_by()
+        own = channel_size(gate._rows()[0], up._rows()[0])
+        return F.pad(own, (0, gate.size()[0] - len(own)))
+
+    def spread_rows(self, channel_scale: Tensor | None) -> SpreadRows | None:
+        """This rank's rows of the weight that is rounded; None where no codes are wanted."""
+        if (spec := self._wanted().spec) is None:
+            return None
+        (rows, start), each, backend = self._rows(), self.size()[0], self.linear.plan.backend
+        return SpreadRows(
+            rows=rows, start=start, each=each, shape=self._shape, spec=spec, backend=backend, divisor=channel_scale
+        )
+
+    def keep(self, codes: Tensor | None, scale_inv: Tensor | None, channel_scale: Tensor | None) -> None:
+        """Keep what was made, see Made; of codes there may be fewer rows than are sent."""
+        if codes is not None:
+            data, missing = codes.view(CODES), self.size()[0] - len(codes)
+            codes = F.pad(data, (0, 0, 0, missing)) if missing else data.contiguous()
         seen = tuple(SeenWeight(tensor, exchanges=False) for tensor in self._watched())
-        self._own = OwnCodes(rows.spec, padded, scale_inv, seen)
+        self._made = Made(seen, self._wanted().spec, codes, scale_inv, channel_scale)
 
 
 def _turned(
@@ -232,11 +275,26 @@ def _turned(
     return Operand(data.t()) if spec is None else transposed(data, scale_inv, after, spec=spec, backend=backend)
 
 
-def _round(weights: Sequence[GatheredOperand], group: dist.ProcessGroup) -> None:
-    """Make the codes of these weights; every rank must call it, for the same ones."""
-    matrices = [weight.rows() for weight in weights]
-    for weight, rows, made in zip(weights, matrices, quantize_spread(matrices, group), strict=True):
-        weight.keep(rows, *made)
+def _noted(held: Tensor | None, value: Tensor) -> Tensor:
+    """The value where the held one was, if it fits there."""
+    if held is None or held.shape != value.shape:
+        return value.clone()
+    with torch.autograd._unsafe_preserve_version_counter(held):
+        return held.copy_(value)
+
+
+def _make(weights: Sequence[GatheredOperand], group: dist.ProcessGroup) -> None:
+    """Make what these weights want before they are sent; every rank must call it, for the same ones."""
+    scaled = [weight for weight in weights if weight.linear.scaled_by()]
+    sizes = gather_rows([weight.own_sizes() for weight in scaled], group)
+    scales = {
+        id(weight): scale_of_size(size[: weight.linear.in_features]) for weight, size in zip(scaled, sizes, strict=True)
+    }
+    matrices = [weight.spread_rows(scales.get(id(weight))) for weight in weights]
+    made = iter(quantize_spread([rows for rows in matrices if rows is not None], group))
+    for weight, rows in zip(weights, matrices, strict=True):
+        codes, scale_inv = (None, None) if rows is None else next(made)
+        weight.keep(codes, scale_inv, scales.get(id(weight)))
 
 
 def element_bytes(model: nn.Module) -> dict[int, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,7 +11,10 @@ from torch import nn
 from fp8train.errors import ConfigError
 from fp8train.nn.gathered import follow_sharding
 from fp8train.nn.gathered_operands import GatheredOperand
-from fp8train.nn.weights import converted_linears, own_weights
+from fp8train.nn.weights import converted_linears, named_linears, own_weights
+
+if TYPE_CHECKING:
+    from fp8train.nn.linear import Float8Linear
 
 
 def gather_operands(model: nn.Module) -> None:
@@ -26,9 +29,43 @@ def gather_operands(model: nn.Module) -> None:
     Raises:
         ValueError: there is no sharded Float8Linear, or FSDP2 casts or offloads its weights, or does not split them by
             rows among the same ranks at all times.
-        ConfigError: this torch's FSDP2 has other parts, or the recipe treats inputs of sharded linears (`swiglu`).
+        ConfigError: this torch's FSDP2 has other parts, or a recipe with `swiglu: smooth` scales the input of a linear
+            by weights that are not sharded as its own, or that another module holds too.
     """
-    linears, peers = converted_linears(model), list[GatheredOperand]()
+    linears = converted_linears(model)
+    _take_over(model, linears, masters=False)
+    if all(linear.provider.gathered is None for linear in linears) and linears:
+        raise ValueError(
+            f"gather_operands: {type(model).__name__} has no sharded Float8Linear; needs one. Call convert_model, then "
+            "fully_shard, then this."
+        )
+
+
+def gather_masters(model: nn.Module) -> None:
+    """Weights go on to be gathered as FP32 masters, and where the recipe scales channels by them, with the scales.
+
+    Args:
+        model: as for gather_operands.
+
+    Raises:
+        ValueError, ConfigError: as gather_operands, but that nothing need be sharded.
+    """
+    if threes := _scaled(model).values():
+        _take_over(model, [linear for three in threes for linear in three], masters=True)
+
+
+def _scaled(model: nn.Module) -> dict[str, tuple[Float8Linear, ...]]:
+    """By module path: each linear whose input the weights of two others scale, and these."""
+    return {
+        fqn: (linear, *linear.remedy.smooth)
+        for fqn, linear in named_linears(model).items()
+        if linear.remedy is not None and linear.remedy.smooth is not None
+    }
+
+
+def _take_over(model: nn.Module, linears: Sequence[Float8Linear], masters: bool) -> None:
+    """Have FSDP2 ask for what the weights of these linears, or the masters, are gathered as."""
+    peers = list[GatheredOperand]()
     try:
         parameters = list(_sharded_parameters(model))
         alone, known = own_weights(model), {id(linear) for linear in linears if linear.provider.gathered is None}
@@ -38,18 +75,16 @@ def gather_operands(model: nn.Module) -> None:
                 continue
             _check(parameter)
             follow_sharding(linear)
-            peers.append(GatheredOperand(linear, group, parameter, peers))
+            peers.append(GatheredOperand(linear, group, parameter, peers, masters))
             linear.provider.gathered = peers[-1]
     except AttributeError as error:
+        got = "swiglu: got smooth" if masters else "parallel.gather: got operands"
         raise ConfigError(
-            f"parallel.gather: got operands with torch {torch.__version__}, whose FSDP2 has other parts ({error}); "
-            "needs torch 2.11 to 2.13. Set parallel.gather=fp32."
+            f"{got} with torch {torch.__version__}, whose FSDP2 has other parts ({error}); needs torch 2.11 to 2.13. "
+            + ("Take `smooth` out of the recipe." if masters else "Set parallel.gather=fp32.")
         ) from error
-    if all(linear.provider.gathered is None for linear in linears) and linears:
-        raise ValueError(
-            f"gather_operands: {type(model).__name__} has no sharded Float8Linear; needs one. Call convert_model, then "
-            "fully_shard, then this."
-        )
+    for fqn, three in _scaled(model).items():
+        _check_scaled(fqn, [linear.provider.gathered for linear in three])
 
 
 def _sharded_parameters(model: nn.Module) -> Iterator[tuple[Any, Any]]:
@@ -84,4 +119,13 @@ def _check(parameter: Any) -> None:
         raise ValueError(
             "gather_operands: fully_shard's reshard_after_forward is a number of ranks; needs True or False, since "
             "FSDP2 sends between these ranks what has come, and not what is asked of it. Change it."
+        )
+
+
+def _check_scaled(fqn: str, three: Sequence[GatheredOperand | None]) -> None:
+    """Raise ConfigError where a weight and the two that scale its input are not all of them sharded, or not alike."""
+    if len({None if one is None else tuple(one.ranks) for one in three}) > 1:
+        raise ConfigError(
+            f"gather_operands: the input of {fqn!r} is scaled by weights (swiglu: smooth) that are not sharded as its "
+            "own; needs all three sharded alike, each in one module. Take `smooth` out of the recipe."
         )

@@ -168,7 +168,6 @@ class Float8Linear(nn.Linear):
 
         Raises:
             ValueError: the weight is not FP32, or not sent as that, or of a class that gives no whole matrix.
-            ConfigError: the weight is sharded, and the recipe treats the input (`swiglu`).
         """
         if self.weight.is_meta:
             return
@@ -216,8 +215,9 @@ class Float8Linear(nn.Linear):
         return () if smooth is None or not self.plan.precision.quantized else smooth
 
     def _sources(self) -> tuple[Tensor, ...]:
-        """The weights that the operands depend on."""
-        return self.weight, *(linear.weight for linear in self.scaled_by())
+        """The weights that the operands depend on, as an optimizer has them."""
+        gathered = [(linear, linear.provider.gathered) for linear in (self, *self.scaled_by())]
+        return tuple(linear.weight if sharded is None else sharded.master for linear, sharded in gathered)
 
     def set_remedy(self, remedy: InputRemedy | None) -> None:
         """Treat the input so from now on, before it is rounded; the weight's operands are made anew."""

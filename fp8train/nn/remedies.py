@@ -30,9 +30,7 @@ class InputRemedy:
 def channel_scale(gate: Tensor, up: Tensor) -> Tensor:
     """Powers of two that bring the channels of silu(gate x) * (up x) to alike size.
 
-    scale = 2^-round_down(log2(size / median size)); for x of independent normal components the product of two of its
-    projections g, u with correlation r has size^2 = |g|^2 |u|^2 (1 + 2 r^2): channels grow where the two rows grow and
-    align. A function of the weights alone, so that ranks, micro-batches and resumed runs agree.
+    A function of the weights alone, so that ranks, micro-batches and resumed runs agree.
 
     Args:
         gate, up: weights [intermediate, hidden] fp32.
@@ -42,9 +40,25 @@ def channel_scale(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Smooth-SwiGLU (arXiv:2409.12517) 4.4, with the channel's size from the weights in place of its amax.
     """
+    return scale_of_size(channel_size(gate, up))
+
+
+def channel_size(gate: Tensor, up: Tensor) -> Tensor:
+    """Size [rows] fp64 of the channels of silu(gate x) * (up x), each of its own two rows alone.
+
+    For x of independent normal components the product of two of its projections g, u with correlation r has
+    size^2 = |g|^2 |u|^2 (1 + 2 r^2): channels grow where the two rows grow and align.
+
+    Args:
+        gate, up: the same rows of both weights, [rows, hidden] fp32.
+    """
     gate, up = gate.detach().double(), up.detach().double()
     norms = gate.square().sum(1) * up.square().sum(1)
-    size = (norms + 2 * (gate * up).sum(1).square()).sqrt()
+    return (norms + 2 * (gate * up).sum(1).square()).sqrt()
+
+
+def scale_of_size(size: Tensor) -> Tensor:
+    """channel_scale [intermediate] fp32 of all channels' sizes: 2^-round_down(log2(size / median size))."""
     usable = size.isfinite() & (size > 0)
     middle = size.sort().values[size.numel() // 2]
     relative = torch.where(usable & (middle > 0) & middle.isfinite(), size / middle, torch.ones_like(size))

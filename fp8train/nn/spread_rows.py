@@ -21,6 +21,7 @@ class SpreadRows:
     """What one rank has of a matrix [N, K]: `rows` [n, K] fp32 from row `start` on; n may be 0.
 
     each: rows of every rank but the last ones, which may have fewer.
+    divisor: [K] fp32 by which the columns are divided before they are rounded; None: they are not.
     """
 
     rows: Tensor
@@ -29,6 +30,7 @@ class SpreadRows:
     shape: tuple[int, int]
     spec: QuantSpec
     backend: str
+    divisor: Tensor | None = None
 
     @property
     def shares_blocks(self) -> bool:
@@ -46,7 +48,7 @@ class SpreadRows:
         if self.shares_blocks:
             own = amax_bits(self._blocks()[0], dim=(-3, -1))
         else:
-            q, _ = get_backend(self.backend).quantize_square(self.rows, self.spec, None, False)
+            q, _ = get_backend(self.backend).quantize_square(self._divided(), self.spec, None, False)
             codes, own = q.qdata.contiguous(), q.scale_inv.view(torch.int32)
         bits[self._first : self._first + own.shape[0]] = own
         return codes, bits
@@ -61,7 +63,10 @@ class SpreadRows:
 
     def _blocks(self) -> tuple[Tensor, tuple[int, int]]:
         """to_blocks in the grid of the whole matrix; zeros stand for the rows that other ranks have of the first."""
-        return to_blocks(F.pad(self.rows, (0, 0, self._above, 0)), self.spec)
+        return to_blocks(F.pad(self._divided(), (0, 0, self._above, 0)), self.spec)
+
+    def _divided(self) -> Tensor:
+        return self.rows if self.divisor is None else self.rows / self.divisor
 
     @property
     def _height(self) -> int:
@@ -84,6 +89,8 @@ def quantize_spread(matrices: Sequence[SpreadRows], group: dist.ProcessGroup) ->
         list: of each, codes [n, K] of this rank's rows and scale_inv fp32 of the whole matrix, bit for bit those that
         quantize_square gives of it: where ranks share a block, its amax is the largest of theirs, NaN above all.
     """
+    if not matrices:
+        return []
     begun = [matrix.begin() for matrix in matrices]
     bits = torch.cat([own.flatten() for _, own in begun])
     dist.all_reduce(bits, dist.ReduceOp.MAX, group)
@@ -96,3 +103,14 @@ def quantize_spread(matrices: Sequence[SpreadRows], group: dist.ProcessGroup) ->
         else:
             made.append((codes, of_all.view(torch.float32)))
     return made
+
+
+def gather_rows(vectors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """The vectors [ranks * n] of which each rank of a group has [n]; every rank must call this, for the same ones."""
+    if not vectors:
+        return []
+    own = torch.cat(list(vectors))
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    of_ranks = [one.split([len(vector) for vector in vectors]) for one in every]
+    return [torch.cat(parts) for parts in zip(*of_ranks, strict=True)]

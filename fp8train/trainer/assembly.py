@@ -20,8 +20,8 @@ from fp8train.distributed.sharding import lay_out, shard
 from fp8train.hf_fp8 import packing_of
 from fp8train.models import Decoder, ModelConfig, build_model, fill, hf_values, initial_values, read_config_json
 from fp8train.nn.gathered import GatheredWeight, gather_weights
-from fp8train.nn.gathered_operands import MASTER, gathered_form
-from fp8train.nn.gathering import gather_operands
+from fp8train.nn.gathered_operands import MASTER
+from fp8train.nn.gathering import gather_masters, gather_operands
 from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, load_recipe
@@ -120,7 +120,7 @@ def spread(model: Decoder, config: RunConfig, world: World, *, first_weights: bo
     first ever has all.
 
     Raises:
-        ConfigError: the recipe does something to the weights that a sharded model cannot do.
+        ConfigError: this torch's FSDP2 has other parts than those that are asked for what is gathered.
         CheckpointError: model.init_from cannot be read.
     """
     if not shards(config, world.world_size):
@@ -135,6 +135,8 @@ def spread(model: Decoder, config: RunConfig, world: World, *, first_weights: bo
         model.to_empty(device=world.device)
     if how.gather == "operands":
         gather_operands(model)
+    else:
+        gather_masters(model)
     return sharded
 
 
@@ -184,7 +186,7 @@ def memory_by_kind(assembly: Assembly, optimizer: torch.optim.Optimizer) -> dict
         if not isinstance(provider := linear.provider, GatheredWeight):
             continue
         own_codes += 0 if provider.gathered is None else provider.gathered.held_bytes
-        from_master = provider.gathered is None or gathered_form(linear.precision) == MASTER
+        from_master = provider.gathered is None or provider.gathered.form == MASTER
         without += [] if provider.keeps and from_master else [fqn]
     return {
         "weights": local_bytes(weights),

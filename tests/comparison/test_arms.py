@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fp8train.comparison.arms import plan_arms
 from fp8train.config import config_to_dict
 from fp8train.errors import ConfigError, RecipeError, UserError
-from fp8train.recipe import load_recipe
 from tests.run_folders import write_run
 from tests.tiny_comparison import configuration
 
@@ -116,9 +114,3 @@ def test_an_arm_that_cannot_run_is_refused_before_the_first_one_trains(tmp_path:
 def test_an_arm_that_several_ranks_cannot_train_is_refused_before_the_first_one_trains(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"got 256; needs a multiple of seq_len x ranks = 64 x 3"):
         plan_arms(configuration(tmp_path / "out"), ranks=3)
-    smooth = tmp_path / "smooth.yaml"
-    smooth.write_text(yaml.safe_dump(load_recipe("blockwise").document | {"swiglu": {"clamp": 100}}))
-    config = configuration(tmp_path / "out", f"recipe={smooth}", "parallel=fsdp")
-    assert len(plan_arms(config)) == 2, "one rank holds whole weights"
-    with pytest.raises(ConfigError, match=r"parallel.strategy: got fsdp with a recipe that treats the input of SwiGLU"):
-        plan_arms(config, ranks=2)

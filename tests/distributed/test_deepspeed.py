@@ -30,10 +30,11 @@ DECODER = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1, max_seq_len=16
 )
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-SWIGLU = {"match": "*down_proj", "smooth": True}
+CLAMPED = load_recipe("blockwise").document | {"swiglu": {"clamp": 0.1}}
+SMOOTH = CLAMPED | {"swiglu": {"smooth": True}}
 RUNS = (
-    *(f"stage {stage}" for stage in range(4)), "autocast 2", "autocast 3", "decoder 1", "decoder 3", "recomputed 3",
-    "accumulated 1", "accumulated 2", "accumulated 3", "made in parts", "continued 1", "continued 3",
+    *(f"stage {stage}" for stage in range(4)), "autocast 2", "autocast 3", "decoder 1", "decoder 3", "clamped 3",
+    "recomputed 3", "accumulated 1", "accumulated 2", "accumulated 3", "made in parts", "continued 1", "continued 3",
 )  # fmt: skip
 Run = tuple[list[Tensor], dict[str, Tensor]]  # losses, and the weights afterwards
 
@@ -55,6 +56,8 @@ class _Layers(nn.Module):
 class _Decoder(nn.Module):
     """The decoder, which takes its tokens from the signs of x."""
 
+    recipe: Any = "blockwise"
+
     def __init__(self) -> None:
         super().__init__()
         self.decoder = build_model(DECODER)
@@ -63,10 +66,19 @@ class _Decoder(nn.Module):
         return self.decoder((x[:, :16] > 0).long()).float()
 
 
+class _Clamped(_Decoder):
+    recipe = CLAMPED
+
+
+class _Smooth(_Decoder):
+    recipe = SMOOTH
+
+
 def _model(kind: Callable[[], nn.Module] = _Layers, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = kind()
-    convert_model(model, EVERYTHING if isinstance(model, _Layers) else "blockwise", backend="cpu", fused="always")
+    recipe = model.recipe if isinstance(model, _Decoder) else EVERYTHING
+    convert_model(model, recipe, backend="cpu", fused="always")
     return model
 
 
@@ -189,12 +201,6 @@ def _convert_in_engine(stage: int, **more: Any) -> None:
     convert_model(engine.module, EVERYTHING, backend="cpu")
 
 
-def _sharded_with_remedy(rank: int) -> None:
-    model = _Decoder()
-    convert_model(model, load_recipe("blockwise").document | {"swiglu": SWIGLU}, backend="cpu")
-    _trained(_engine(model, _config(3)), rank)
-
-
 def _on_ranks(world: Any) -> dict[str, Any]:
     import deepspeed
     import deepspeed.ops
@@ -206,11 +212,13 @@ def _on_ranks(world: Any) -> dict[str, Any]:
     rank = world.rank
     wanted = {
         "plain": _ddp(rank), "autocast": _ddp(rank, autocast=True), "decoder": _ddp(rank, _Decoder),
+        "clamped": _ddp(rank, _Clamped),
         "summed_once": _ddp(rank, micro_batches=2), "each_summed": _ddp(rank, micro_batches=2, each_is_summed=True),
     }  # fmt: skip
     runs = {f"stage {stage}": ("plain", _zero(rank, stage)) for stage in range(4)}
     runs |= {f"autocast {stage}": ("autocast", _zero(rank, stage, **AUTOCAST)) for stage in (2, 3)}
     runs |= {f"decoder {stage}": ("decoder", _zero(rank, stage, _Decoder)) for stage in (1, 3)}
+    runs["clamped 3"] = "clamped", _zero(rank, 3, _Clamped)
     runs["recomputed 3"] = "plain", _zero(rank, 3, partial(_Layers, recomputed=True))
     runs["accumulated 1"] = "summed_once", _zero(rank, 1, micro_batches=2)
     runs |= {f"accumulated {stage}": ("each_summed", _zero(rank, stage, micro_batches=2)) for stage in (2, 3)}
@@ -249,7 +257,7 @@ def _other_facts(rank: int) -> dict[str, Any]:
             "bf16": _message(lambda: _zero(rank, 2, bf16={"enabled": True})),
             "sent in bf16": _message(lambda: _convert_in_engine(2, **AUTOCAST)),
             "in an engine": _message(lambda: _convert_in_engine(3)),
-            "swiglu": _message(lambda: _sharded_with_remedy(rank)),
+            "smooth": _message(lambda: _zero(rank, 3, _Smooth)),
         },
     }
 
@@ -289,7 +297,7 @@ def test_zero_3_keeps_no_codes_between_steps(ranks: list[dict[str, Any]]) -> Non
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("apart", "Call the module, not"), ("bf16", "torch_autocast in place of bf16"), ("swiglu", "Take `swiglu` out"),
+    [("apart", "Call the module, not"), ("bf16", "torch_autocast in place of bf16"), ("smooth", "take `smooth` out"),
      ("sent in bf16", "Convert before deepspeed.initialize"), ("in an engine", "Convert first")],
 )  # fmt: skip
 def test_what_cannot_be_served_is_refused_with_a_remedy(ranks: list[dict[str, Any]], name: str, remedy: str) -> None:

@@ -20,6 +20,7 @@ from fp8train.data import Batch, Batcher, build_dataset
 from fp8train.distributed import World
 from fp8train.metrics import read_metrics
 from fp8train.quant.formats import BLOCKWISE
+from fp8train.recipe import load_recipe
 from fp8train.shards import local
 from fp8train.trainer import Trainer
 from fp8train.trainer.assembly import assemble, spread
@@ -34,6 +35,7 @@ MESHES = {"ddp": ("parallel=ddp",), "all": ("parallel=fsdp",), "hybrid": ("paral
 SHAPE = ("model.intermediate_size=259", "data.eval_windows=9", "optim=adamw_constant", "optim.lr=3e-3")
 RUN = ("checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=2", "optim.clip_grad_norm=0.1")
 CASES = [("ddp", 2), ("all", 2), ("all", 1), ("hybrid", 2), ("hybrid", 1)]  # mesh and size of a micro-batch, of two
+RECIPE = "smooth.yaml"  # scales channels by rows of all ranks of a group
 FILES = ("model.safetensors", "optimizer.safetensors")
 TIMEOUT_SECONDS = 60  # of init in tests/distributed/ranks.py
 
@@ -65,7 +67,8 @@ def wanted_gradients(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[s
 
 def first_step(folder: Path, world: World, mesh: str, micro_batch: int) -> dict[str, Any]:
     """Gradients of the first step against those that they are to be, and how long its collectives wait."""
-    config = tiny_config(folder, *SHAPE, *MESHES[mesh], f"micro_batch_samples={micro_batch}")
+    recipe = f"recipe={folder / RECIPE}"
+    config = tiny_config(folder, *SHAPE, *MESHES[mesh], recipe, f"micro_batch_samples={micro_batch}")
     dataset = build_dataset(config.data, config.seq_len, config.seed)
     batcher = Batcher(dataset, config.global_batch_samples, micro_batch, world.rank, world.world_size)
     model = assemble(config, world.device).model
@@ -91,7 +94,7 @@ def first_step(folder: Path, world: World, mesh: str, micro_batch: int) -> dict[
 
 def trained(folder: Path, world: World, mesh: str, steps: int, run: str, *overrides: str) -> list[torch.Tensor]:
     """A run, which goes on where the folder has one; this rank's rows of its weights."""
-    options = (*SHAPE, *MESHES[mesh], *RUN, f"steps={steps}", *overrides)
+    options = (*SHAPE, *MESHES[mesh], *RUN, f"recipe={folder / RECIPE}", f"steps={steps}", *overrides)
     console = Console(enabled=False)
     said: list[str] = []
     console.info = said.append  # type: ignore[method-assign]
@@ -106,6 +109,8 @@ def _on_ranks(world: World) -> dict[str, Any]:
     folder = Path(world.broadcast_object(tempfile.mkdtemp() if world.main else ""))
     if world.main:
         tiny_config(folder)  # writes the text
+        treated = load_recipe("blockwise").document | {"swiglu": {"clamp": 0.02, "smooth": True}}
+        (folder / RECIPE).write_text(json.dumps(treated))
     dist.barrier()
     steps = {case: first_step(folder, world, *case) for case in CASES}
     weights = trained(folder, world, "hybrid", 3, "hybrid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -37,6 +38,15 @@ CASES = {
     "whole": ("recipe=blockwise", "fused=always", "parallel.reshard_after_forward=false"),
     "gathered_fp32": ("recipe=blockwise", "fused=always", "parallel.gather=fp32"),
     "tied": ("recipe=blockwise", "model.tie_embeddings=true"),
+    "clamped": ("recipe=clamped.yaml", "fused=always", "activation_checkpointing=selective"),
+    "smooth": ("recipe=smooth.yaml", "fused=always", "activation_checkpointing=full"),
+    "smooth_fp32": ("recipe=smooth.yaml", "parallel.gather=fp32", "activation_checkpointing=full"),
+}
+CLAMP = 2e-2  # which cuts a fifth of the products of the first step
+# what the recipes in these files of the folder have besides blockwise
+TREATED: dict[str, dict[str, Any]] = {
+    "clamped": {"swiglu": {"clamp": CLAMP}},
+    "smooth": {"swiglu": {"clamp": CLAMP, "smooth": True}, "schedule": [{"at": 0.7, "use": "bf16"}]},
 }
 MICRO_BATCHES = {"accumulated": ("recipe=blockwise", "fused=always", "micro_batch_samples=2")}
 # of 259 rows the ranks have 130 and 129, which cuts a block of 128; of 9 held-out windows, in batches of 4, 1 and 2
@@ -45,7 +55,14 @@ RUN = (
     "checkpoint.every=3", "eval.every=2", "steps=6", "optim=adamw_constant", "optim.lr=3e-3",
     "optim.clip_grad_norm=null", "telemetry.every=2",
 )  # fmt: skip
-MOMENTS = {"ddp": (), "fsdp": (), "ddp_bf16": ("optim=adamw_bf16_moments",), "fsdp_bf16": ("optim=adamw_bf16_moments",)}
+DDP, FSDP, BF16, SMOOTH = "parallel=ddp", "parallel=fsdp", "optim=adamw_bf16_moments", "recipe=smooth.yaml"
+WHOLE = "parallel.reshard_after_forward=false"
+RUNS = {
+    "ddp": (DDP,), "ddp_bf16": (DDP, BF16), "ddp_smooth": (DDP, SMOOTH),
+    "fsdp": (FSDP,), "fsdp_bf16": (FSDP, BF16), "fsdp_smooth": (FSDP, SMOOTH),
+    "whole": (FSDP, WHOLE), "whole_smooth": (FSDP, SMOOTH, WHOLE, "parallel.gather=fp32"),
+    "stopped": (FSDP,), "stopped_smooth": (FSDP, SMOOTH),
+}  # fmt: skip
 
 
 def gradients(config: RunConfig, world: World) -> tuple[float, dict[str, torch.Tensor], dict[str, Any]]:
@@ -64,8 +81,11 @@ def gradients(config: RunConfig, world: World) -> tuple[float, dict[str, torch.T
     }
     optimizer = KeepGradients(model)
     result = train_step(replica, optimizer, batcher.micro_batches(0), world, clip=None)
-    held = [getattr(linear, name) for linear in converted_linears(model) for name in OPERANDS]
-    return result.loss, optimizer.gradients, facts | {"holds_codes": any(operand is not None for operand in held)}
+    linears = converted_linears(model)
+    codes = [getattr(linear, name) for linear in linears for name in OPERANDS if name != "channel_scale"]
+    scales = {float(scale) for linear in linears if linear.channel_scale is not None for scale in linear.channel_scale}
+    facts |= {"holds_codes": any(operand is not None for operand in codes), "scales": sorted(scales)}
+    return result.loss, optimizer.gradients, facts
 
 
 def compiled(config: RunConfig, world: World) -> dict[str, Any]:
@@ -133,6 +153,7 @@ def first_weights(config: RunConfig, world: World) -> dict[str, list[str]]:
 def main(argv: Sequence[str]) -> None:
     """Write each case's outcome to argv[0]/cases.json and the runs below argv[0]."""
     folder, outcome = Path(argv[0]), {}
+    os.chdir(folder)
     with init(60) as world:
         for name, overrides in (CASES | MICRO_BATCHES).items():
             config = tiny_config(folder, *SHAPE, *overrides)
@@ -147,13 +168,9 @@ def main(argv: Sequence[str]) -> None:
         outcome["telemetry"] = telemetry(tiny_config(folder, *SHAPE, "parallel=fsdp", "compile=true"), world)
         outcome["first_weights"] = first_weights(tiny_config(folder, *SHAPE, "parallel=fsdp"), world)
         outcome["compiled"] = compiled(tiny_config(folder, *SHAPE, "recipe=fp32", "parallel=fsdp"), world)
-        for run, overrides in MOMENTS.items():
-            strategy = f"parallel={run.partition('_')[0]}"
-            Trainer(tiny_config(folder, *SHAPE, *RUN, strategy, *overrides, run=run), world).run()
-        whole = ("parallel=fsdp", "parallel.reshard_after_forward=false")
-        Trainer(tiny_config(folder, *SHAPE, *RUN, *whole, run="whole"), world).run()
-        for steps in (3, 6):
-            Trainer(tiny_config(folder, *SHAPE, *RUN, "parallel=fsdp", f"steps={steps}", run="stopped"), world).run()
+        for run, overrides in RUNS.items():
+            for steps in (3, 6) if run.startswith("stopped") else (6,):
+                Trainer(tiny_config(folder, *SHAPE, *RUN, *overrides, f"steps={steps}", run=run), world).run()
         for strategy in ("ddp", "fsdp"):
             config = tiny_config(folder, *SHAPE, *RUN, f"parallel={strategy}", "steps=4", run=f"clock_{strategy}")
             config.checkpoint.every, config.checkpoint.minutes = None, 1e-9 if world.rank == 1 else None

@@ -14,14 +14,12 @@ import torch
 from fp8train.checkpoint import open_checkpoint
 from fp8train.distributed import World
 from fp8train.distributed.sharding import shard_bytes
-from fp8train.errors import ConfigError
 from fp8train.metrics import read_metrics
 from fp8train.models import build_model
-from fp8train.nn.gathered import gather_weights
 from fp8train.recipe import load_recipe
 from fp8train.telemetry.table import SECONDS_KEY
 from fp8train.trainer.assembly import assemble
-from tests.integration.sharded_run import CASES, SHAPE
+from tests.integration.sharded_run import CASES, SHAPE, TREATED
 from tests.tiny_run import tiny_config, tiny_text, tiny_train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +30,8 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sharded")
     tiny_text(path)
+    for name, beside in TREATED.items():
+        (path / f"{name}.yaml").write_text(json.dumps(load_recipe("blockwise").document | beside), encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*start, "-m", "tests.integration.sharded_run", str(path)],
@@ -56,6 +56,13 @@ def test_gradients_are_those_of_replicated_ranks_bit_for_bit(outcomes, case):
     outcome = outcomes[case]
     assert outcome["gradients"] >= 20 and outcome["different"] == []
     assert outcome["losses"][0] == outcome["losses"][1]
+
+
+def test_remedies_for_outliers_do_something_in_those_steps(outcomes):
+    assert outcomes["clamped"]["losses"] != outcomes["selective"]["losses"]
+    for case, outcome in outcomes.items():
+        if case in CASES:
+            assert outcome["scales"] == ([1.0, 2.0] if case.startswith("smooth") else []), case
 
 
 def test_gradients_of_micro_batches_are_summed_over_ranks_one_by_one(outcomes):
@@ -84,14 +91,13 @@ def test_a_rank_holds_half_of_the_parameters_and_no_codes(outcomes):
         assert not outcome["master_is_alive"] and not outcome["holds_codes"]
 
 
-@pytest.mark.parametrize("moments", ["", "_bf16"], ids=["fp32", "bf16"])
-def test_training_writes_the_checkpoint_of_replicated_ranks(folder, moments):
+@pytest.mark.parametrize("kind", ["", "_bf16", "_smooth"], ids=["fp32", "bf16", "smooth"])
+def test_training_writes_the_checkpoint_of_replicated_ranks(folder, kind):
     """Without clipping every operation on weights and moments is by element, so the bytes are the same."""
     for step in (3, 6):
         for name in FILES:
             replicated, sharded = (
-                folder / f"{strategy}{moments}" / "checkpoints" / f"step_{step:08d}" / name
-                for strategy in ("ddp", "fsdp")
+                folder / f"{strategy}{kind}" / "checkpoints" / f"step_{step:08d}" / name for strategy in ("ddp", "fsdp")
             )
             assert replicated.read_bytes() == sharded.read_bytes(), (step, name)
 
@@ -106,15 +112,16 @@ def test_clock_of_one_rank_saves_on_all_of_them(folder, strategy):
         assert (saved / "step_00000003" / name).read_bytes() == expected.read_bytes()
 
 
-def test_losses_evaluations_and_telemetry_are_the_same(folder):
-    replicated, sharded = (read_metrics(folder / strategy / "metrics.jsonl") for strategy in ("ddp", "fsdp"))
+@pytest.mark.parametrize("kind", ["", "_smooth"], ids=["plain", "smooth"])
+def test_losses_evaluations_and_telemetry_are_the_same(folder, kind):
+    replicated, sharded = (read_metrics(folder / f"{strategy}{kind}/metrics.jsonl") for strategy in ("ddp", "fsdp"))
     assert len(replicated) == len(sharded) == 6 + 3
     for one, other in zip(replicated, sharded, strict=True):
         assert one.keys() == other.keys()
         seen = [key for key in one if key.startswith("fp8/") and key != SECONDS_KEY]
         for key in ("loss", "eval_loss", "eval_loss_bf16", "eval_tokens", "fp8_flops_share", *seen):
             assert one.get(key) == other.get(key), (one["step"], key)
-    assert "fp8/layers.0.mlp.up_proj/x" in replicated[1]
+    assert {"fp8/layers.0.mlp.up_proj/x", "fp8/layers.0.mlp.down_proj/w"} <= replicated[1].keys()
 
 
 def test_clipping_takes_the_norm_over_all_ranks(folder):
@@ -127,10 +134,11 @@ def test_clipping_takes_the_norm_over_all_ranks(folder):
         assert (weight - other[name]).abs().max() <= 3e-3 * 2**-9, name
 
 
+@pytest.mark.parametrize("kind", ["", "_smooth"], ids=["plain", "smooth"])
 @pytest.mark.parametrize("run", ["stopped", "whole"])
-def test_a_run_that_was_stopped_or_keeps_layers_whole_is_the_same_bit_for_bit(folder, run):
+def test_a_run_that_was_stopped_or_keeps_layers_whole_is_the_same_bit_for_bit(folder, run, kind):
     for name in FILES:
-        straight, other = (folder / each / "checkpoints/step_00000006" / name for each in ("fsdp", run))
+        straight, other = (folder / f"{each}{kind}/checkpoints/step_00000006" / name for each in ("fsdp", run))
         assert straight.read_bytes() == other.read_bytes()
 
 
@@ -140,17 +148,19 @@ def test_one_process_goes_on_from_the_checkpoint_of_sharded_ranks(folder):
 
 
 def test_result_says_what_a_rank_holds(folder):
-    replicated, sharded = (
-        json.loads((folder / strategy / "result.json").read_text())["memory_bytes"] for strategy in ("ddp", "fsdp")
+    replicated, sharded, masters = (
+        json.loads((folder / run / "result.json").read_text())["memory_bytes"]
+        for run in ("ddp", "fsdp", "whole_smooth")
     )
     model = build_model(tiny_config(folder, *SHAPE).model, "meta")
     expected = shard_bytes((parameter.shape for parameter in model.parameters()), 2, 4)
     assert sharded["weights"] == sharded["gradients"] == expected < 0.51 * replicated["weights"]
-    rows = assemble(tiny_config(folder, *SHAPE), World().device).report.rows
-    layers = [row for row in rows if row.fqn != "lm_head"]  # which is in BF16 and gathered so
+    report = assemble(tiny_config(folder, *SHAPE), World().device).report
+    layers = [row for row in report.rows if row.fqn != "lm_head"]  # which is in BF16 and gathered so
     codes = shard_bytes((torch.Size(row.shape) for row in layers), 2, 1)
     scales = sum(row.scale_bytes for row in layers)  # of what was sent, and of what came
     assert sharded["weight_copies"] == codes + scales < replicated["weight_copies"]
+    assert masters["weight_copies"] == report.copy_bytes([row.fqn for row in layers]) > 0  # lm_head's, which is kept
     assert sharded["moments"] < 0.51 * replicated["moments"]
 
 
@@ -167,11 +177,3 @@ def test_dynamo_may_compile_every_layer(folder):
     with torch._dynamo.config.patch(recompile_limit=8):  # not monkeypatch: it deletes the name when it is done
         assemble(config, World().device, world_size=2)
         assert torch._dynamo.config.recompile_limit >= 10 + 8
-
-
-def test_a_recipe_that_treats_inputs_is_refused(folder, tmp_path):
-    document = load_recipe("blockwise").document | {"swiglu": {"smooth": True}}
-    config = tiny_config(folder, "parallel=fsdp")
-    model = assemble(config, World().device, recipe=load_recipe(document, name="smooth")).model
-    with pytest.raises(ConfigError, match="treats the input of SwiGLU"):
-        gather_weights(model, model.layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -30,10 +32,11 @@ def _on_ranks(world):
     import torch.distributed as dist
 
     found = {}
-    for spec in map(QuantSpec.parse, SPECS):
+    for spec, divided in product(map(QuantSpec.parse, SPECS), (False, True)):
         wholes = [_matrix(*shape) for shape in SHAPES]
+        divisors = [2.0 ** (torch.arange(shape[1]) % 5) if divided else None for shape in SHAPES]
         pieces = []
-        for whole in wholes:
+        for whole, divisor in zip(wholes, divisors, strict=True):
             n, each = len(whole), len(torch.chunk(whole, world.world_size)[0])
             start = min(world.rank * each, n)
             pieces.append(
@@ -44,15 +47,16 @@ def _on_ranks(world):
                     shape=tuple(whole.shape),
                     spec=spec,
                     backend="cpu",
+                    divisor=divisor,
                 )  # fmt: skip
             )
         made = quantize_spread(pieces, dist.group.WORLD)
         for piece, whole, (codes, scale_inv) in zip(pieces, wholes, made, strict=True):
-            want = quantize(whole, spec)
+            want = quantize(whole if piece.divisor is None else whole / piece.divisor, spec)
             rows = want.qdata[piece.start : piece.start + piece.each]
             same_codes = codes.dtype is rows.dtype and torch.equal(codes.view(torch.uint8), rows.view(torch.uint8))
             same_scales = torch.equal(scale_inv.view(torch.int32), want.scale_inv.view(torch.int32))
-            found[str(spec), piece.shape] = same_codes, same_scales, piece.shares_blocks, len(codes)
+            found[str(spec), divided, piece.shape] = same_codes, same_scales, piece.shares_blocks, len(codes)
     return found
 
 
@@ -63,8 +67,9 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
-def test_codes_and_scales_are_those_of_the_whole_matrix(ranks, spec, shape):
-    of_ranks = [result[str(QuantSpec.parse(spec)), shape] for result in ranks]
+@pytest.mark.parametrize("divided", [False, True], ids=["", "divided"])
+def test_codes_and_scales_are_those_of_the_whole_matrix(ranks, divided, spec, shape):
+    of_ranks = [result[str(QuantSpec.parse(spec)), divided, shape] for result in ranks]
     assert all(same_codes and same_scales for same_codes, same_scales, _, _ in of_ranks)
     assert sum(rows for *_, rows in of_ranks) == shape[0]
 
