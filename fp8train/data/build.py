@@ -39,8 +39,8 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     if seq_len < 1:
         raise DataError(f"seq_len: is {seq_len}; needs at least 1.")
     entries = config.sources
-    weights = [entry.weight for entry in entries] if config.kind == "mix" else [1.0]
-    windows = eval_shares(quotas(weights), config.eval_windows)
+    block = quotas([entry.weight for entry in entries])
+    windows = eval_shares(block, config.eval_windows)
     tokenizer = configured_tokenizer(config)
     texts = [source_files(entry) for entry in entries if entry.kind == "text"]
     text_files = sum(map(len, texts))
@@ -58,14 +58,7 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     ]  # fmt: skip
     if config.kind != "mix":
         return datasets[0]
-    return MixedDataset(
-        datasets,
-        weights,
-        source_names(entries),
-        seed=seed,
-        eval_windows=config.eval_windows,
-        document_mask=config.document_mask,
-    )
+    return MixedDataset(datasets, block, source_names(entries), seed=seed)
 
 
 def source_names(entries: Sequence[SourceConfig]) -> list[str]:

@@ -80,6 +80,7 @@ class PackedDataset:
         seed: of the order; the split does not depend on it.
         split: which documents are held out.
         eval_windows: what eval_samples() gives at most.
+        document_mask: see Dataset.
 
     Raises:
         DataError: less than one window to train on, or to hold out when some is to be held out.
@@ -94,8 +95,8 @@ class PackedDataset:
         seq_len: int,
         seed: int,
         split: Split,
-        eval_windows: int = 64,
-        document_mask: bool = False,
+        eval_windows: int,
+        document_mask: bool,
     ) -> None:
         self.corpus = corpus
         self.seq_len = seq_len
@@ -121,8 +122,8 @@ class PackedDataset:
         stream, windows = self._plan(epoch)
         return stream.read(int(windows[place]) * self.seq_len, self.seq_len + 1)
 
-    def eval_samples(self, n: int | None = None) -> list[Sample]:
-        """At most n (None: data.eval_windows) windows of the held-out documents, evenly spread; the same for any seed.
+    def eval_samples(self) -> list[Sample]:
+        """At most eval_windows windows of the held-out documents, evenly spread; the same for any seed.
 
         Raises:
             DataError: nothing is held out.
@@ -133,7 +134,7 @@ class PackedDataset:
                 f"data.holdout_fraction: nothing of {self.corpus.name} is held out; evaluation needs some. Set it "
                 "above 0."
             )
-        wanted = min(n or self._eval_windows, count)
+        wanted = min(self._eval_windows, count)
         return [self._eval.read(i * count // wanted * self.seq_len, self.seq_len + 1) for i in range(wanted)]
 
     def held_out(self) -> list[HeldOut]:

@@ -22,36 +22,23 @@ MIX_ORDER = 3
 class MixedDataset:
     """Samples of several datasets in fixed proportions.
 
-    In each block of `len(pattern)` samples, source k has exactly quotas[k] of them, in an order that (seed, block)
+    In each block of sum(quotas) samples, source k has exactly quotas[k] of them, in an order that (seed, block)
     gives; its samples are taken one after the other. Each source has its own epochs: a small one starts again while a
     large one goes on.
 
     Args:
-        datasets: with one seq_len and one tokenizer.
-        weights: shares, relative to their sum; exact where a block of at most 10,000 samples can hold them, else the
-            nearest.
+        datasets: with one seq_len, tokenizer and document mask.
+        quotas: samples of each in a block.
         names: what reports call the sources.
-
-    Raises:
-        DataError: no sources, or a weight too small for a block.
+        seed: of the order.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Source],
-        weights: Sequence[float],
-        names: Sequence[str],
-        *,
-        seed: int,
-        eval_windows: int = 64,
-        document_mask: bool = False,
-    ) -> None:
+    def __init__(self, datasets: Sequence[Source], quotas: Sequence[int], names: Sequence[str], *, seed: int) -> None:
         self._datasets = list(datasets)
         self._names = list(names)
-        self._eval_windows = eval_windows
-        self._quotas = quotas(weights)
+        self._quotas = list(quotas)
         self.seed = seed
-        self.document_mask = document_mask
+        self.document_mask = datasets[0].document_mask
         self.seq_len = datasets[0].seq_len
         self.tokenizer = datasets[0].tokenizer
         self.streaming = any(dataset.streaming for dataset in datasets)
@@ -75,12 +62,11 @@ class MixedDataset:
         return source, block * self._quotas[source] + before
 
     def held_out(self) -> list[HeldOut]:
-        """About data.eval_windows windows: of each source its share, at least one, and at most what it holds out."""
-        windows, total = eval_shares(self._quotas, self._eval_windows), len(self._pattern)
-        sources = zip(self._datasets, self._names, self._quotas, windows, strict=True)
+        """The held-out windows of each source."""
+        sources = zip(self._datasets, self._names, self._quotas, strict=True)
         return [
-            HeldOut(name=name, share=quota / total, samples=dataset.eval_samples(count))
-            for dataset, name, quota, count in sources
+            HeldOut(name=name, share=quota / len(self._pattern), samples=dataset.eval_samples())
+            for dataset, name, quota in sources
         ]
 
     def stream_positions(self) -> list[StreamPosition]:
@@ -131,6 +117,9 @@ def eval_shares(quotas: Sequence[int], wanted: int) -> list[int]:
 
 def quotas(weights: Sequence[float]) -> list[int]:
     """Samples of each source in a block: the smallest with whole shares, else LARGEST_BLOCK by largest remainders.
+
+    Args:
+        weights: shares, relative to their sum.
 
     Raises:
         DataError: no weights, or one that gets no sample in the largest block.

@@ -31,6 +31,8 @@ class StreamedDataset:
         identity: what the stream is made of (dataset, revision, split), for the fingerprint.
         former: as earlier versions had it.
         split: which documents are held out.
+        eval_windows: what eval_samples() gives at most.
+        document_mask: see Dataset.
     """
 
     streaming = True
@@ -41,13 +43,13 @@ class StreamedDataset:
         *,
         name: str,
         identity: str,
-        former: str = "",
+        former: str,
         tokenizer: Tokenizer,
         seq_len: int,
         seed: int,
         split: Split,
-        eval_windows: int = 64,
-        document_mask: bool = False,
+        eval_windows: int,
+        document_mask: bool,
     ) -> None:
         self._open = open_stream
         self._name = name
@@ -57,7 +59,7 @@ class StreamedDataset:
         self.document_mask = document_mask
         self.splits = [split]
         self._eval_windows = eval_windows
-        self._eval: dict[int, list[Sample]] = {}
+        self._eval: list[Sample] | None = None
         rest = f"tokenizer {tokenizer.hash} {split} seq_len {seq_len}"
         self.fingerprint = hashlib.sha256(f"{identity} {rest}".encode()).hexdigest()
         self.former_fingerprints = [hashlib.sha256(f"{former} {rest}".encode()).hexdigest()]
@@ -94,16 +96,15 @@ class StreamedDataset:
             f"{(index - first) * self.seq_len:,} tokens in {time.perf_counter() - started:.1f} s"
         )
 
-    def eval_samples(self, n: int | None = None) -> list[Sample]:
-        """The first n (None: data.eval_windows) windows of the held-out documents in the unshuffled order.
+    def eval_samples(self) -> list[Sample]:
+        """The first eval_windows windows of the held-out documents in the unshuffled order.
 
         Raises:
             DataError: the stream ends before there is one window.
         """
-        wanted = n or self._eval_windows
-        if wanted not in self._eval:
-            self._eval[wanted] = self._read_held_out(wanted)
-        return self._eval[wanted]
+        if self._eval is None:
+            self._eval = self._read_held_out(self._eval_windows)
+        return self._eval
 
     def held_out(self) -> list[HeldOut]:
         """eval_samples(), as the one source that there is."""

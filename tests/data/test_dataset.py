@@ -20,10 +20,14 @@ from tests.data.corpora import make_corpus, make_documents
 SEQ_LEN = 16
 
 
-def make_dataset(documents: list[bytes], seed: int = 1, fraction: float = 0.2, **options: object) -> PackedDataset:
+def make_dataset(
+    documents: list[bytes], seed: int = 1, fraction: float = 0.2, eval_windows: int = 64, document_mask: bool = False
+) -> PackedDataset:
     corpus = make_corpus(documents)
     split = Split(threshold_for(corpus, fraction, SEQ_LEN))
-    return PackedDataset(corpus, seq_len=SEQ_LEN, seed=seed, split=split, **options)  # type: ignore[arg-type]
+    return PackedDataset(
+        corpus, seq_len=SEQ_LEN, seed=seed, split=split, eval_windows=eval_windows, document_mask=document_mask
+    )
 
 
 def test_sample_does_not_depend_on_what_was_read_before() -> None:
@@ -74,11 +78,11 @@ def test_no_held_out_text_is_ever_trained_on(fraction: float) -> None:
 
 
 def test_held_out_windows_are_spread_and_at_most_what_there_is() -> None:
-    dataset = make_dataset(make_documents(200), eval_windows=4)
-    assert len(dataset.eval_samples()) == 4
-    everything = [sample.tokens.tobytes() for sample in dataset.eval_samples(10**6)]
-    some = [everything.index(sample.tokens.tobytes()) for sample in dataset.eval_samples(4)]
-    assert some == [n * len(everything) // 4 for n in range(4)]
+    everything, some = (
+        [sample.tokens.tobytes() for sample in make_dataset(make_documents(200), eval_windows=wanted).eval_samples()]
+        for wanted in (10**6, 4)
+    )
+    assert [everything.index(window) for window in some] == [n * len(everything) // 4 for n in range(4)]
 
 
 def test_stdlib_sample_costs_far_less_than_a_training_step() -> None:

@@ -10,14 +10,15 @@ import pytest
 
 from fp8train.data import DataConfig, SourceConfig, build_dataset
 from fp8train.data.build import source_names
+from fp8train.data.dataset import PackedDataset
 from fp8train.data.mix import MixedDataset, quotas
 from fp8train.errors import DataError
 from tests.data.test_dataset import make_dataset, make_documents
 
 
-def make_mix(weights: list[float], seed: int = 1, **options: int) -> MixedDataset:
-    datasets = [make_dataset(make_documents(40 + 20 * n, seed=n), seed=seed + n) for n in range(len(weights))]
-    return MixedDataset(datasets, weights, [f"source {n}" for n in range(len(weights))], seed=seed, **options)
+def make_mix(weights: list[float]) -> MixedDataset:
+    datasets = [make_dataset(make_documents(40 + 20 * n, seed=n), seed=1 + n) for n in range(len(weights))]
+    return MixedDataset(datasets, quotas(weights), [f"source {n}" for n in range(len(weights))], seed=1)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +67,6 @@ def test_small_source_starts_again_while_the_large_one_goes_on() -> None:
     mix = make_mix([0.5, 0.5])
     samples = [mix.sample(index) for index in range(4 * 200)]
     assert len(samples) == 800
-
-
-def test_held_out_windows_follow_the_shares() -> None:
-    large, small = make_mix([0.75, 0.25], eval_windows=8).held_out()
-    assert [(part.name, part.share, len(part.samples)) for part in (large, small)] == [
-        ("source 0", 0.75, 6),
-        ("source 1", 0.25, 2),
-    ]
-    own = make_dataset(make_documents(60, seed=1), seed=2)
-    assert np.array_equal(small.samples[0].tokens, own.eval_samples(2)[0].tokens)
 
 
 def test_names_of_sources_are_short_and_each_its_own() -> None:
@@ -139,11 +130,17 @@ def test_bad_mix_is_one_line(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
-def test_description_says_how_many_windows_evaluation_reads_of_each_source(tmp_path: Path) -> None:
+def test_held_out_windows_follow_the_shares_as_the_description_says(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {n} " + "x" * 60 for n in range(400)))
     entries = [SourceConfig(kind="text", path=str(tmp_path / f"{name}.txt"), document_bytes=100) for name in "ab"]
     entries[0].weight = 3.0
     mix = build_dataset(DataConfig(kind="mix", mix=entries, eval_windows=16), seq_len=32, seed=1)
     assert [part.partition("evaluation reads ")[2].split()[0] for part in mix.describe().split(" | ")] == ["12", "4"]
-    assert sum(len(part.samples) for part in mix.held_out()) == 16
+    assert [(part.name, part.share, len(part.samples)) for part in mix.held_out()] == [
+        ("a.txt", 0.75, 12),
+        ("b.txt", 0.25, 4),
+    ]
+    small = build_dataset(DataConfig(kind="text", path=str(tmp_path / "b.txt"), document_bytes=100), 32, seed=2)
+    assert isinstance(small, PackedDataset)
+    assert np.array_equal(mix.held_out()[1].samples[0].tokens, small.eval_samples()[0].tokens)
