@@ -67,9 +67,9 @@ class Batcher:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, in order."""
-        size = self.micro_batch_samples
-        first = step * self.global_batch_samples + self.rank * size
-        chunks = [list(range(start, start + size)) for start in self._starts(first)]
+        size, begin = self.micro_batch_samples, step * self.global_batch_samples
+        starts = range(begin + self.rank * size, begin + self.global_batch_samples, size * self.world_size)
+        chunks = [list(range(start, start + size)) for start in starts]
         return [self.batch_of([self.dataset.sample(index) for index in chunk], chunk) for chunk in chunks]
 
     def skip_to(self, step: int, streams: Sequence[StreamPosition] = ()) -> str:
@@ -107,7 +107,3 @@ class Batcher:
         ids = torch.from_numpy(np.stack([sample.document_ids for sample in samples])).long()
         targets[ids[:, 1:] != ids[:, :-1]] = MASKED_TARGET
         return Batch(tokens=inputs, targets=targets, document_ids=ids[:, :-1].contiguous(), sample_ids=sample_ids)
-
-    def _starts(self, first: int) -> range:
-        stride = self.micro_batch_samples * self.world_size
-        return range(first, first + self.num_micro_batches * stride, stride)

@@ -56,10 +56,8 @@ class MixedDataset:
     def locate(self, index: int) -> tuple[int, int]:
         """(number of the source, index in it) of sample `index`."""
         block, place = divmod(index, len(self._pattern))
-        order = self._order(block)
-        source = int(order[place])
-        before = int(np.count_nonzero(order[:place] == source))
-        return source, block * self._quotas[source] + before
+        source = int(self._order(block)[place])
+        return source, self._position(source, index)
 
     def held_out(self) -> list[HeldOut]:
         """The held-out windows of each source."""
@@ -75,13 +73,12 @@ class MixedDataset:
 
     def skip_to(self, index: int, streams: Sequence[StreamPosition] = ()) -> str:
         """Bring every source to its position; says what that cost."""
-        block, place = divmod(index, len(self._pattern))
-        order = self._order(block)
-        costs, known = [], iter(streams)
-        for source, dataset in enumerate(self._datasets):
-            position = block * self._quotas[source] + int(np.count_nonzero(order[:place] == source))
-            if dataset.streaming:
-                costs.append(dataset.skip_to(position, list(itertools.islice(known, 1))))
+        known = iter(streams)
+        costs = [
+            dataset.skip_to(self._position(source, index), list(itertools.islice(known, 1)))
+            for source, dataset in enumerate(self._datasets)
+            if dataset.streaming
+        ]
         return "; ".join(costs) or f"data position: sample {index} (computed, no cost)"
 
     def largest_token(self) -> int:
@@ -103,6 +100,11 @@ class MixedDataset:
             f"{quota / total:.4g} {dataset.describe()}"
             for dataset, quota in zip(self._datasets, self._quotas, strict=True)
         )
+
+    def _position(self, source: int, index: int) -> int:
+        """How many samples of a source come before sample `index` of the mix."""
+        block, place = divmod(index, len(self._pattern))
+        return block * self._quotas[source] + int(np.count_nonzero(self._order(block)[:place] == source))
 
     def _order(self, block: int) -> np.ndarray:
         if self._block[0] != block:
