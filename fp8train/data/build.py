@@ -42,10 +42,8 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     block = quotas([entry.weight for entry in entries])
     windows = eval_shares(block, config.eval_windows)
     tokenizer = configured_tokenizer(config)
-    texts = [source_files(entry) for entry in entries if entry.kind == "text"]
-    text_files = sum(map(len, texts))
-    text_bytes = sum(file.stat().st_size for files in texts for file in files)
-    corpora = [None if entry.streamed else read_corpus(entry, tokenizer, text_bytes, text_files) for entry in entries]
+    texts = [file for entry in entries if entry.kind == "text" for file in source_files(entry)]
+    corpora = [None if entry.streamed else read_corpus(entry, tokenizer, texts) for entry in entries]
     fixed, fraction = fixed_threshold(config.holdout_fraction), config.holdout_fraction
     thresholds = [fixed if corpus is None else threshold_for(corpus, fraction, seq_len) for corpus in corpora]
     parts = splits([None if corpus is None else corpus.hashes for corpus in corpora], thresholds, fixed)
@@ -71,10 +69,11 @@ def source_names(entries: Sequence[SourceConfig]) -> list[str]:
     return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def read_corpus(
-    source: SourceConfig, tokenizer: Tokenizer, text_bytes: int | None = None, text_files: int = 0
-) -> Corpus:
+def read_corpus(source: SourceConfig, tokenizer: Tokenizer, texts: Sequence[Path]) -> Corpus:
     """Tokenise a stored source into memory, or map its shards.
+
+    Args:
+        texts: as plan_pieces takes them.
 
     Raises:
         DataError: nothing in it but empty documents, or as build_dataset.
@@ -84,7 +83,7 @@ def read_corpus(
     )
     if source.kind == "tokens":
         return open_shards(shard_folders(source), tokenizer, verify=source.verify)
-    pieces = plan_pieces(source, PIECE_BYTES, text_bytes=text_bytes, text_files=text_files)
+    pieces = plan_pieces(source, PIECE_BYTES, texts)
     corpus = build_corpus((document for piece in pieces for document in read_piece(source, piece)), tokenizer, name)
     if len(corpus.lengths) == 0:
         raise DataError(f"data: {name} got 0 tokens, its documents are all empty; needs text. Give other files.")

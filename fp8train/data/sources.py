@@ -40,17 +40,14 @@ class Piece:
     document_bytes: int | None = None
 
 
-def plan_pieces(
-    source: SourceConfig, piece_bytes: int, *, text_bytes: int | None = None, text_files: int = 0
-) -> list[Piece]:
+def plan_pieces(source: SourceConfig, piece_bytes: int, texts: Sequence[Path] = ()) -> list[Piece]:
     """Cut a source into pieces of about piece_bytes of input.
 
     Args:
         source: any kind but tokens and mix.
         piece_bytes: size of a piece; a text file is never divided between pieces.
-        text_bytes, text_files: size of all text sources of a mix, which are to be cut alike (else a text in two of
-            them could end up
-            on both sides of the held-out split); None takes those of this source.
+        texts: files of all text sources of a mix, which are to be cut alike (else a text in two of them could end up
+            on both sides of the held-out split); none: those of this source.
 
     Raises:
         DataError: a path that leads to nothing, an empty file.
@@ -67,7 +64,7 @@ def plan_pieces(
         ]
     cut = None
     if source.kind == "text":
-        cut = source.document_bytes or cut_size(text_bytes or sum(sizes), text_files or len(files))
+        cut = source.document_bytes or cut_size(texts or files)
     return [Piece(files=group, document_bytes=cut) for group in _group(files, sizes, piece_bytes)]
 
 
@@ -156,11 +153,11 @@ def stdlib_files() -> list[Path]:
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
-def cut_size(total_bytes: int, files: int) -> int | None:
+def cut_size(files: Sequence[Path]) -> int | None:
     """Size at which text files are cut: None for many files, else a power of two that gives at least FEWEST_PIECES."""
-    if files >= FEW_FILES:
+    if len(files) >= FEW_FILES:
         return None
-    even = max(SMALLEST_CUT_BYTES, total_bytes // FEWEST_PIECES)
+    even = max(SMALLEST_CUT_BYTES, sum(file.stat().st_size for file in files) // FEWEST_PIECES)
     return min(LARGEST_CUT_BYTES, 1 << (even.bit_length() - 1))
 
 

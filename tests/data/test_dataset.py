@@ -148,7 +148,7 @@ def test_small_file_still_gets_held_out_text(text_file: Path) -> None:
 def test_nothing_but_empty_documents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="got 0 tokens"):
-        read_corpus(SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl")), build_tokenizer("bytes"))
+        read_corpus(SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl")), build_tokenizer("bytes"), [])
 
 
 def test_evaluation_without_held_out_text_is_refused(text_file: Path) -> None:

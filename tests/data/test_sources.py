@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Callable
@@ -54,10 +55,14 @@ def test_cut_files_lose_no_byte_and_split_no_character(document_bytes: int, tmp_
     assert max(map(len, documents)) <= document_bytes + 3  # the rest of a character
 
 
-def test_few_files_are_cut_and_many_are_not() -> None:
-    assert cut_size(20_000, files=1) == 256
-    assert cut_size(10**9, files=31) == 65536
-    assert cut_size(10**9, files=32) is None
+def test_few_files_are_cut_and_many_are_not(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    for file, size in ((small, 20_000), (large, 10**8)):
+        file.touch()
+        os.truncate(file, size)  # without a block on the disk
+    assert cut_size([small]) == 256
+    assert cut_size([large] * 31) == 65536
+    assert cut_size([large] * 32) is None
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 17, 100, 10_000])
