@@ -240,18 +240,12 @@ def _map_shard(
             )
     content = side.read_bytes()
     if zlib.crc32(content) != meta["idx_crc32"]:
-        raise DataError(
-            f"data.path: {side} differs from its checksum (damaged or foreign). Delete it and index.json and prepare "
-            "again."
-        )
+        raise _damaged(side, "differs from its checksum")
     documents = meta["documents"]
     sizes = np.frombuffer(content, dtype="<u4", count=documents).astype(np.int64)
     hashes = np.frombuffer(content, dtype="<u8", count=documents, offset=4 * documents).astype(np.uint64)
     if sizes.sum() != meta["tokens"]:
-        raise DataError(
-            f"data.path: {side} divides {sizes.sum()} tokens; {data.name} has {meta['tokens']} (damaged or foreign). "
-            "Delete it and index.json and prepare again."
-        )
+        raise _damaged(side, f"divides {sizes.sum()} tokens; {data.name} has {meta['tokens']}")
     if meta["tokens"] == 0:
         return np.empty(0, dtype=dtype), sizes, hashes
     tokens = np.memmap(data, dtype=dtype, mode="r")
@@ -264,7 +258,8 @@ def _compare_blocks(file: Path, tokens: np.ndarray, checksums: list[int], block_
     blocks = range(len(checksums)) if verify else sorted({0, len(checksums) - 1})
     for block in blocks:
         if zlib.crc32(tokens[block * step : (block + 1) * step].data) != checksums[block]:
-            raise DataError(
-                f"data.path: {file} differs from its checksum in block {block} (damaged or foreign). Delete it and "
-                "index.json and prepare again."
-            )
+            raise _damaged(file, f"differs from its checksum in block {block}")
+
+
+def _damaged(file: Path, what: str) -> DataError:
+    return DataError(f"data.path: {file} {what} (damaged or foreign). Delete it and index.json and prepare again.")
