@@ -220,17 +220,6 @@ def test_null_rows_are_passed_over_as_empty_ones_are(streaming: bool, tmp_path: 
     assert sizes["plain"] == sizes["holes"]
 
 
-def test_null_text_of_a_json_line_is_passed_over(tmp_path: Path) -> None:
-    lines = [json.dumps({"body": text}) for text in TEXTS]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    (tmp_path / "b.jsonl").write_text("\n".join([*lines, '{"body": null}']))
-    one, two = (
-        build_dataset(DataConfig(kind="jsonl", path=str(tmp_path / name), text_key="body"), 16, 1)
-        for name in ("a.jsonl", "b.jsonl")
-    )
-    assert one.fingerprint == two.fingerprint
-
-
 def test_split_that_a_saved_dataset_does_not_have_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="no split 'validation'; there are train"):

@@ -57,23 +57,8 @@ def test_several_folders_are_one_corpus(folder: Path, tmp_path: Path) -> None:
     assert both.corpus.tokens == 2 * one.corpus.tokens  # type: ignore[attr-defined]
 
 
-def test_checksums_cover_every_block(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path, tmp_path: Path
-) -> None:
-    """verify reads the blocks in the middle, which the quick check leaves out."""
-    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 4096)
-    prepare(PrepareConfig(out=tmp_path / "out", workers=1, data=DataConfig(kind="text", path=str(text_file))))
-    data = tmp_path / "out" / "shard_00000.bin"
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
-    build_dataset(DataConfig(kind="tokens", path=str(tmp_path / "out")), 32, 1)
-    with pytest.raises(DataError, match="differs from its checksum in block"):
-        build_dataset(DataConfig(kind="tokens", path=str(tmp_path / "out"), verify=True), 32, 1)
-
-
-def test_id_in_a_damaged_middle_block_does_not_reach_the_model(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path, tmp_path: Path
+def test_damage_in_a_middle_block_is_found_by_verify_and_does_not_reach_the_model(
+    monkeypatch: pytest.MonkeyPatch, text_file: Path, tmp_path: Path
 ) -> None:
     """The quick check leaves the middle out; reading an id that was never written is refused with a remedy."""
     monkeypatch.setattr(shards_module, "BLOCK_BYTES", 4096)
@@ -86,6 +71,8 @@ def test_id_in_a_damaged_middle_block_does_not_reach_the_model(
     with pytest.raises(DataError, match="token id 65535, index.json says at most 256.*data.verify=true"):
         for index in range(dataset.samples_per_epoch):  # type: ignore[attr-defined]
             dataset.sample(index)
+    with pytest.raises(DataError, match="differs from its checksum in block 1 "):
+        build_dataset(DataConfig(kind="tokens", path=str(tmp_path / "out"), verify=True), 32, 1)
 
 
 def truncate(name: str) -> Callable[[Path], None]:

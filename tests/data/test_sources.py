@@ -66,10 +66,10 @@ def test_few_files_are_cut_and_many_are_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 17, 100, 10_000])
-def test_jsonl_documents_do_not_depend_on_the_pieces(piece_bytes: int, tmp_path: Path) -> None:
+def test_jsonl_documents_are_the_texts_that_there_are_whatever_the_pieces(piece_bytes: int, tmp_path: Path) -> None:
     texts = [f"text {n} " + "x" * (n * 7 % 50) for n in range(40)]
     lines = [json.dumps({"id": n, "text": text}) for n, text in enumerate(texts)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines[:20]) + "\n\n" + "\n".join(lines[20:]))
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], "", '{"text": null}', '{"text": ""}', *lines[20:]]))
     source = SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"))
     assert [document.decode() for document in read_all(source, piece_bytes)] == texts
 
