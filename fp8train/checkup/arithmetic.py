@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,18 +26,17 @@ SHIFTS = (-90, -40, -20, 20, 60)  # powers of two that no scale may notice
 
 def definition(subject: Subject) -> Outcome:
     """Output and both gradients of single linears equal the definition, row by row, on tokens of uneven magnitude."""
-    worst, where = 0.0, "no linear in FP8"
-    assembly = subject.fresh()
-    for name, linear in representatives(assembly):
+
+    def errors(name: str, linear: Float8Linear) -> Iterator[tuple[float, str]]:
         x = numbers(ROWS, linear.in_features, 2, spread=6).to(subject.device, torch.bfloat16)
         dy = numbers(ROWS, linear.out_features, 3, spread=6).to(subject.device, torch.bfloat16)
         got, want = ran(linear, x, dy), defined(linear, x, dy)
         for what, value, expected in zip(("y", "dx", "dw", "db"), got, want, strict=True):
             if expected is not None:
                 apart = float("inf") if value is None else worst_row(_rows(value), _rows(expected))
-                apart *= BF16_LIMIT / WGRAD_LIMIT if what == "dw" else 1.0
-                if apart > worst or where == "no linear in FP8":
-                    worst, where = apart, f"{what} of {name}"
+                yield apart * (BF16_LIMIT / WGRAD_LIMIT if what == "dw" else 1.0), f"{what} of {name}"
+
+    worst, where = _worst(subject, errors)
     return Outcome(
         passed=worst <= BF16_LIMIT,
         first=f"{where}: error of its worst row {worst:.1e}",
@@ -154,37 +153,41 @@ def scale_equivariance(subject: Subject) -> Outcome:
 
 def ragged(subject: Subject) -> Outcome:
     """A number of tokens that fills no block gives what zero rows after it give: padding has no part in any scale."""
-    return _over_linears(
-        subject,
-        _padding_difference,
-        BF16_LIMIT,
-        "ragged against padded with zeros",
-        "padding that enters amax, memory that nobody wrote, or a kernel that reads past the end.",
+
+    def differences(name: str, linear: Float8Linear) -> Iterator[tuple[float, str]]:
+        # so small that a stray 1 in a block flushes them all
+        x = (numbers(ROWS - 71, linear.in_features, 8) * 2.0**-24).to(subject.device, torch.bfloat16)
+        dy = (numbers(ROWS - 71, linear.out_features, 9) * 2.0**-24).to(subject.device, torch.bfloat16)
+        pad = (0, 0, 0, 2 * ROWS - len(x))
+        own = ran(linear, x, dy)
+        padded = ran(linear, torch.nn.functional.pad(x, pad), torch.nn.functional.pad(dy, pad))
+        for a, b in zip(own, padded, strict=True):
+            if a is not None and b is not None:
+                yield relative(b[: len(a)], a), name
+
+    worst, where = _worst(subject, differences)
+    return Outcome(
+        passed=worst <= BF16_LIMIT,
+        first=f"{where}: {worst:.1e}",
+        second=f"limit {BF16_LIMIT:.1e}",
+        detail="ragged against padded with zeros",
+        meaning="padding that enters amax, memory that nobody wrote, or a kernel that reads past the end.",
     )
-
-
-def _padding_difference(subject: Subject, linear: Float8Linear) -> float:
-    # so small that a stray 1 in a block flushes them all
-    x = (numbers(ROWS - 71, linear.in_features, 8) * 2.0**-24).to(subject.device, torch.bfloat16)
-    dy = (numbers(ROWS - 71, linear.out_features, 9) * 2.0**-24).to(subject.device, torch.bfloat16)
-    pad = (0, 0, 0, 2 * ROWS - len(x))
-    own = ran(linear, x, dy)
-    padded = ran(linear, torch.nn.functional.pad(x, pad), torch.nn.functional.pad(dy, pad))
-    return max(relative(b[: len(a)], a) for a, b in zip(own, padded, strict=True) if a is not None and b is not None)
 
 
 def nonfinite(subject: Subject) -> Outcome:
     """A NaN in one token comes out as NaN in that token's row, and in the weight gradient: it is not laundered."""
 
-    def finite_share(subject: Subject, linear: Float8Linear) -> float:
+    def finite_shares(name: str, linear: Float8Linear) -> Iterator[tuple[float, str]]:
         x = numbers(ROWS, linear.in_features, 10).to(subject.device, torch.bfloat16)
         dy = numbers(ROWS, linear.out_features, 11).to(subject.device, torch.bfloat16)
         x[5, 3] = float("nan")
         y, _, dw, _ = ran(linear, x, dy)
         assert y is not None and dw is not None
-        return float(max(y[5].isfinite().float().mean(), dw[:, 3].isfinite().float().mean()))
+        for part in (y[5], dw[:, 3]):
+            yield float(part.isfinite().float().mean()), name
 
-    share, where = _worst(subject, finite_share)
+    share, where = _worst(subject, finite_shares)
     return Outcome(
         passed=share == 0,
         first=f"{where}: NaN in one number of x",
@@ -220,25 +223,7 @@ def fp32_accumulation(subject: Subject) -> Outcome:
     )
 
 
-def _over_linears(
-    subject: Subject, measure: Callable[[Subject, Float8Linear], float], limit: float, detail: str, meaning: str
-) -> Outcome:
-    """Worst measurement over the representative linears, against its limit."""
-    worst, where = _worst(subject, measure)
-    return Outcome(
-        passed=worst <= limit,
-        first=f"{where}: {worst:.1e}",
-        second=f"limit {limit:.1e}",
-        detail=detail,
-        meaning=meaning,
-    )
-
-
-def _worst(subject: Subject, measure: Callable[[Subject, Float8Linear], float]) -> tuple[float, str]:
-    """Largest measurement over the representative linears, and which it is of."""
-    worst, where = 0.0, "no linear in FP8"
-    for label, linear in representatives(subject.fresh()):
-        value = measure(subject, linear)
-        if value > worst or where == "no linear in FP8":
-            worst, where = value, label
-    return worst, where
+def _worst(subject: Subject, measure: Callable[[str, Float8Linear], Iterable[tuple[float, str]]]) -> tuple[float, str]:
+    """Largest of what is measured of the representative linears, and what it is of."""
+    found = (pair for name, linear in representatives(subject.fresh()) for pair in measure(name, linear))
+    return max(found, key=lambda pair: pair[0], default=(0.0, "no linear in FP8"))
