@@ -39,7 +39,6 @@ CHECKS: dict[str, Callable[[Subject], Outcome]] = {
     "compiled": training.compiled,
 }
 NAMES = (*machine.CHECKS, *CHECKS)
-ON_REQUEST = {"compiled"}  # compiling takes minutes
 
 USAGE = """Examine a model, recipe and data before a long run: what must not change is changed, and compared.
 
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         )
     failed = sum(not outcome.passed for outcome in outcomes)
     if as_json:
-        found = [outcome.to_dict() for outcome in outcomes]
+        found = [dataclasses.asdict(outcome) for outcome in outcomes]
         sys.stdout.write(json.dumps({"passed": not failed, "checks": found}, indent=1) + "\n")
     show(f"{len(outcomes) - failed} of {len(outcomes)} passed\n")
     return 1 if failed else 0
@@ -122,20 +121,20 @@ def attempt(name: str, subject: Subject) -> Outcome | None:
 def _split(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
     """(checks to run, whether as JSON, arguments of the run)."""
     rest, overrides = list(argv), []
-    only, skip, as_json, wanted = list(NAMES), set(ON_REQUEST), False, set()
+    only, skip, as_json = list(NAMES), {"compiled"}, False  # compiling takes minutes
     while rest:
         argument = rest.pop(0)
         flag, equals, value = argument.partition("=")
         if flag == "--json":
             as_json = True
         elif flag == "--compile":
-            wanted.add("compiled")
+            skip.discard("compiled")
         elif flag in ("--only", "--skip"):
             names = _names(flag, value if equals else (rest.pop(0) if rest else ""))
             only, skip = (names, skip - set(names)) if flag == "--only" else (only, skip | set(names))
         else:
             overrides.append(argument)
-    return [name for name in only if name not in skip - wanted], as_json, overrides
+    return [name for name in only if name not in skip], as_json, overrides
 
 
 def _names(flag: str, text: str) -> list[str]:

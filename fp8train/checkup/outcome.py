@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +33,6 @@ class Outcome:
         head = f"{'pass' if self.passed else 'FAIL'}  {self.name:14s} {self.first} | {self.second}"
         head += f" | {self.detail}" if self.detail else ""
         return head if self.passed else f"{head}\n      usually means: {self.meaning}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[float, str]:

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         model = subject.fresh().model
         replica = spread(model, config, world)
         keep = KeepGradients(model)
-        batches = subject.batcher(subject.size, world.rank, world.world_size).micro_batches(0)
+        batches = subject.batcher(world.rank, world.world_size).micro_batches(0)
         assert len(batches) * world.world_size == PARTS
         result = train_step(replica, keep, batches, world, clip=None)
         if world.main:

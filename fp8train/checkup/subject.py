@@ -74,13 +74,13 @@ class Subject:
         torch.manual_seed(self.config.seed)
         return assemble(dataclasses.replace(self.config, **changes), self.device)
 
-    def batcher(self, size: int | None = None, rank: int = 0, world_size: int = 1) -> Batcher:
-        """Batches of the examined step for one rank, in micro-batches of `size` sequences."""
+    def batcher(self, rank: int = 0, world_size: int = 1, size: int | None = None) -> Batcher:
+        """Batches of the examined step for one rank, in micro-batches of `size` sequences; None: self.size."""
         return Batcher(self.dataset, self.size * PARTS, size or self.size, rank, world_size)
 
     def batches(self, size: int | None = None, step: int = 0) -> list[Batch]:
         """Micro-batches of a step."""
-        return self.batcher(size).micro_batches(step)
+        return self.batcher(size=size).micro_batches(step)
 
     def gradients(self, assembly: Assembly, batches: Sequence[Batch]) -> tuple[StepResult, dict[str, Tensor]]:
         """One step as training takes it, with its gradients and without the update."""

@@ -34,7 +34,7 @@ def split(subject: Subject) -> Outcome:
     """One micro-batch or several: the gradient of a step is the same."""
     assembly = subject.fresh()
     whole, one = subject.gradients(assembly, subject.batches(subject.size * PARTS))
-    parts, other = subject.gradients(assembly, subject.batches(subject.size))
+    parts, other = subject.gradients(assembly, subject.batches())
     apart, where = distance(one, other)
     aligned = tokens_share_blocks(subject, assembly)
     limit = ORDER_LIMIT if aligned else NOISE_LIMIT
@@ -60,10 +60,9 @@ def data_order(subject: Subject) -> Outcome:
 
     def seen(ranks: int) -> str:
         stream = StreamHash()
-        size = subject.size if ranks <= PARTS else 1
         for step in range(2):
             for rank in range(ranks):
-                stream.add(subject.batcher(size, rank, ranks).micro_batches(step))
+                stream.add(subject.batcher(rank, ranks).micro_batches(step))
         return f"{stream.total(World()):016x}"
 
     one, *others = (seen(ranks) for ranks in (1, 2, 4))
@@ -139,11 +138,8 @@ def _rows_of_backward(assembly: Assembly) -> int:
 
 def compiled(subject: Subject) -> Outcome:
     """torch.compile changes no more than the order of sums."""
-    one, two = subject.fresh(), None
-    eager, gradients = subject.gradients(one, subject.batches())
-    del one
-    two = subject.fresh(compile=True)
-    other, compiled_gradients = subject.gradients(two, subject.batches())
+    eager, gradients = subject.gradients(subject.fresh(), subject.batches())
+    other, compiled_gradients = subject.gradients(subject.fresh(compile=True), subject.batches())
     apart, where = distance(gradients, {k.removeprefix("_orig_mod."): v for k, v in compiled_gradients.items()})
     # Inductor keeps BF16 intermediates in FP32 between fused operations: the codes of some activations move
     limit = 0.05

@@ -49,7 +49,6 @@ def _changes(subject: Subject, assembly: Assembly, linears: list[Float8Linear]) 
         with torch.no_grad():
             for linear in linears:
                 linear.weight.mul_(1.7)
-        with torch.no_grad():
             for linear in linears:
                 linear(torch.zeros(1, linear.in_features, device=subject.device))
 
