@@ -17,10 +17,9 @@ from fp8train.checkpoint import Checkpoint, checkpoint_path, open_checkpoint, sa
 from fp8train.checkpoint.files import read_tensors
 from fp8train.checkpoint.random_state import restore_random_state
 from fp8train.config import RunConfig, config_from_dict
-from fp8train.data import Batch, Batcher, Dataset, build_dataset
+from fp8train.data import MASKED_TARGET, Batch, Batcher, Dataset, build_dataset
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, ConfigError
-from fp8train.nn.linear import Float8Linear
 from fp8train.nn.weights import named_linears, weights_changed
 from fp8train.optim import build_optimizer, learning_rate, set_learning_rate
 from fp8train.quant.formats import BF16, FP32, LinearPrecision
@@ -85,12 +84,12 @@ class Rerun:
         restore_random_state(self.ranks[0].random_state)
         found: list[str] = []
         hooks = [
-            linear.register_forward_hook(_NoteNonfinite(fqn, found))
+            linear.register_forward_hook(functools.partial(_note_nonfinite, fqn, found))
             for fqn, linear in named_linears(assembly.model).items()
         ]
-        still = _Still(assembly.model)
+        optimizer = torch.optim.SGD(assembly.model.parameters(), lr=0.0)  # loss and norm are those before its step
         result = train_step(
-            assembly.model, still, list(self.batches if batches is None else batches), self.world, clip=None
+            assembly.model, optimizer, self.batches if batches is None else batches, self.world, clip=None
         )
         for hook in hooks:
             hook.remove()
@@ -102,27 +101,25 @@ class Rerun:
         losses: dict[int, float] = {}
         with torch.no_grad():
             for batch in self.batches:
+                tokens, targets, ids = inputs(batch, self.world.device)
                 for row, identity in enumerate(batch.sample_ids):
                     one = slice(row, row + 1)
-                    ids = None if batch.document_ids is None else batch.document_ids[one]
-                    single = dataclasses.replace(
-                        batch, tokens=batch.tokens[one], targets=batch.targets[one], document_ids=ids, sample_ids=[0]
-                    )
-                    valid = max(int((single.targets >= 0).sum()), 1)
-                    losses[identity] = float(assembly.model(*inputs(single, self.world.device))) / valid
+                    valid = max(int((targets[one] != MASKED_TARGET).sum()), 1)
+                    loss = assembly.model(tokens[one], targets[one], None if ids is None else ids[one])
+                    losses[identity] = float(loss) / valid
         return losses
 
     def losses_without(self) -> dict[str, float]:
         """Loss of the step with one FP8 linear at a time in BF16."""
         assembly = self.model(OWN)
+        valid = sum(int((batch.targets != MASKED_TARGET).sum()) for batch in self.batches)
         found = {}
-        for name, linear in assembly.model.named_modules():
-            if isinstance(linear, Float8Linear) and linear.precision.any_fp8:
-                own = linear.precision
+        for name, linear in named_linears(assembly.model).items():
+            own = linear.precision
+            if own.any_fp8:
                 linear.set_precision(BF16)
                 with torch.no_grad():
                     total = sum(float(assembly.model(*inputs(b, self.world.device))) for b in self.batches)
-                valid = sum(int((batch.targets >= 0).sum()) for batch in self.batches)
                 found[name] = total / max(valid, 1)
                 linear.set_precision(own)
         return found
@@ -214,25 +211,10 @@ class Rerun:
                 )
 
 
-class _Still(torch.optim.Optimizer):
-    """Moves nothing."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.parameters(), {})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Nothing."""
-
-
-class _NoteNonfinite:
+def _note_nonfinite(name: str, found: list[str], linear: nn.Module, args: Any, output: Tensor) -> None:
     """Forward hook: the name of a linear whose output is not finite."""
-
-    def __init__(self, name: str, found: list[str]) -> None:
-        self._name, self._found = name, found
-
-    def __call__(self, linear: nn.Module, args: Any, output: Tensor) -> None:
-        if not bool(output.isfinite().all()):
-            self._found.append(self._name)
+    if not bool(output.isfinite().all()):
+        found.append(name)
 
 
 def nearest_checkpoint(run_dir: Path, step: int) -> Checkpoint | None:
