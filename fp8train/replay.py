@@ -8,16 +8,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fp8train.arguments import parse_arguments, with_key
 from fp8train.calibration_setup import check_out
 from fp8train.checkup.rerun import OWN, Measured, Rerun, find_dump
-from fp8train.distributed import init
-from fp8train.errors import ConfigError, UserError, exit_code
+from fp8train.distributed import check_single, init
+from fp8train.errors import UserError, exit_code
 from fp8train.trainer.run_folder import write_file
+from fp8train.units import finite
 
 SAME = 1e-3  # relative: ranks in another order and a GPU's sums move a loss by less, another cause by more
 SHOWN = 3
@@ -53,18 +53,20 @@ class Verdict:
 
 def main(argv: Sequence[str]) -> int:
     """Replay and print what was found; 0."""
+    check_single("replay")  # which takes all ranks' micro-batches
     arguments = parse_arguments(with_key(argv, "path"), ReplayArguments)
     if arguments.out is not None:
         check_out(arguments.out, "replay")
     with init() as world:
-        if world.world_size > 1:
-            raise ConfigError("replay: got several ranks; needs one process, which takes all ranks' micro-batches.")
         rerun = Rerun(find_dump(arguments.path), world, arguments.backend)
         runs, verdict, notes = diagnose(rerun)
     sys.stdout.write(text(rerun, runs, verdict, notes))
     if arguments.out is not None:
         content = {"dump": str(rerun.path), "step": rerun.dump.step, **asdict(verdict), "notes": notes}
-        content["runs"] = {name: _plain(run) for name, run in runs.items()}
+        content["runs"] = {
+            name: asdict(run) | {"loss": finite(run.loss), "grad_norm": finite(run.grad_norm)}
+            for name, run in runs.items()
+        }
         write_file(arguments.out, json.dumps(content, indent=1, allow_nan=False))
     return 0
 
@@ -177,10 +179,6 @@ def text(rerun: Rerun, runs: dict[str, Measured], verdict: Verdict, notes: Seque
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.6g}"
-
-
-def _plain(run: Measured) -> dict[str, Any]:
-    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(run).items()}
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def test_batch_script_with_a_misspelt_key_is_one_line(tmp_path):
     assert done.stderr.startswith("fp8train: error: train: unknown key 'stepz'")
 
 
-@pytest.mark.parametrize("command", ["export", "prepare", "search", "sensitivity", "generate", "doctor"])
+@pytest.mark.parametrize("command", ["export", "prepare", "search", "sensitivity", "generate", "doctor", "replay"])
 def test_commands_of_one_process_refuse_several_ranks(command: str, monkeypatch: pytest.MonkeyPatch):
     for name, value in rendezvous(1, 2, 1).items():
         monkeypatch.setenv(name, value)
