@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fp8train.arguments import take_arguments
+from fp8train.arguments import describe, take_arguments, with_key
 from fp8train.calibration import METRICS, Calibration
 from fp8train.checkpoint import open_checkpoint
 from fp8train.config import RunConfig, load_config
 from fp8train.data import Batcher, build_dataset, check_model_tokenizer, check_vocabulary
 from fp8train.data.dataset import PackedDataset
-from fp8train.distributed import World
+from fp8train.distributed import World, check_single
 from fp8train.errors import ConfigError, DataError, nearest
 from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import Assembly, assemble
-from fp8train.trainer.changed_run import evaluation_config
+from fp8train.trainer.changed_run import evaluation_config, help_on_run
 from fp8train.trainer.restored import restored
 
 T = TypeVar("T", bound="CalibrationArguments")
@@ -66,12 +66,22 @@ def check_out(path: Path, command: str) -> None:
         ) from error
 
 
-def prepare(argv: Sequence[str], kind: type[T], command: str) -> tuple[T, RunConfig, Assembly, Calibration]:
+def set_up(
+    argv: Sequence[str], kind: type[T], command: str, about: str = ""
+) -> tuple[T, RunConfig, Assembly, Calibration]:
     """Arguments, run configuration, converted model with its weights, and the calibration windows.
 
+    Args:
+        argv: keys of `kind` and of a run, the checkpoint also bare; -h or --help prints them, after `about`, and exits.
+
     Raises:
-        UserError: an argument, recipe, checkpoint or text does not serve.
+        UserError: an argument, recipe, checkpoint or text does not serve, or there are several ranks.
     """
+    argv = with_key(argv, "checkpoint")
+    if any(argument in ("-h", "--help") for argument in argv):
+        sys.stdout.write(f"{about}{describe(kind)}\n{help_on_run(argv)}")
+        raise SystemExit(0)
+    check_single(command)
     arguments, rest = take_arguments(argv, kind, RunConfig)
     checkpoint = None if arguments.checkpoint is None else open_checkpoint(arguments.checkpoint)
     config = load_config(rest, command) if checkpoint is None else evaluation_config(checkpoint, rest, command)

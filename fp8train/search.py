@@ -18,17 +18,14 @@ from typing import Any
 
 import torch
 
-from fp8train.arguments import describe, with_key
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
-from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
+from fp8train.calibration_setup import CalibrationArguments, check_out, headline, set_up, show_progress
 from fp8train.conversion_report import ConversionReport, align
-from fp8train.distributed import check_single
 from fp8train.errors import ConfigError, exit_code
 from fp8train.nn.shared_inputs import input_groups
 from fp8train.quant.formats import BF16
 from fp8train.recipe import Recipe, layer_positions, load_recipe, nearest_paths
-from fp8train.trainer.changed_run import help_on_run
 from fp8train.trainer.run_folder import write_file
 from fp8train.units import bytes_text
 
@@ -108,12 +105,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: an argument does not fit, no linear is quantised, the budget needs more than max_fraction, or the
             file exists.
     """
-    argv = with_key(argv, "checkpoint")
-    if any(argument in ("-h", "--help") for argument in argv):
-        sys.stdout.write(f"{__doc__}\n{describe(SearchArguments)}\n{help_on_run(argv)}")
-        return 0
-    check_single("search")
-    arguments, config, assembly, calibration = prepare(argv, SearchArguments, "search")
+    arguments, config, assembly, calibration = set_up(argv, SearchArguments, "search", f"{__doc__}\n")
     out = arguments.out or DEFAULT_OUT
     check_out(out, "search")
     manual = matching(arguments.manual, calibration.candidates)

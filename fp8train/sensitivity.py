@@ -7,14 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from fp8train.arguments import describe, with_key
 from fp8train.backends.coverage import GEMMS
 from fp8train.calibration import LinearSensitivity, ranked
-from fp8train.calibration_setup import CalibrationArguments, check_out, headline, prepare, show_progress
+from fp8train.calibration_setup import CalibrationArguments, check_out, headline, set_up, show_progress
 from fp8train.conversion_report import align
-from fp8train.distributed import check_single
 from fp8train.errors import exit_code
-from fp8train.trainer.changed_run import help_on_run
 from fp8train.trainer.run_folder import write_file
 from fp8train.units import finite
 
@@ -34,12 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
     Keys of a run are taken too: recipe, model, data, seq_len, seed and the like.
     """
-    argv = with_key(argv, "checkpoint")
-    if any(argument in ("-h", "--help") for argument in argv):
-        sys.stdout.write(f"{describe(SensitivityArguments)}\n{help_on_run(argv)}")
-        return 0
-    check_single("sensitivity")
-    arguments, config, assembly, calibration = prepare(argv, SensitivityArguments, "sensitivity")
+    arguments, config, assembly, calibration = set_up(argv, SensitivityArguments, "sensitivity")
     if arguments.out is not None:
         check_out(arguments.out, "sensitivity")
     rows = calibration.measure(progress=show_progress)
@@ -84,7 +76,7 @@ def table(order: Sequence[tuple[LinearSensitivity, float]], metric: str) -> str:
     return f"{align(lines, right=head[1:])}\nby {metric}; {LEGEND}"
 
 
-def _text(value: float | None, form: str = ".3g") -> str:
+def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 

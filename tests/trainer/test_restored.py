@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from fp8train.calibration_setup import prepare
+from fp8train.calibration_setup import set_up
 from fp8train.checkpoint import open_checkpoint
 from fp8train.comparison.crossing import crossed_losses
 from fp8train.distributed import World
@@ -84,8 +84,8 @@ def test_sensitivity_judges_what_is_in_fp8_at_the_checkpoint(tmp_path: Path, mon
     run = train(tmp_path, monkeypatch, CHANGING["demotion"])
     demoted = open_checkpoint(run.run_dir).state.progress["watchers"]["alarm"]["demoted"]
     given = [f"checkpoint={run.run_dir}", "windows=2"]
-    *_, followed = prepare(given, SensitivityArguments, "sensitivity")
-    *_, asked = prepare([*given, "recipe=blockwise"], SensitivityArguments, "sensitivity")
+    *_, followed = set_up(given, SensitivityArguments, "sensitivity")
+    *_, asked = set_up([*given, "recipe=blockwise"], SensitivityArguments, "sensitivity")
     assert demoted and set(asked.candidates) - set(followed.candidates) == set(demoted)
 
 
