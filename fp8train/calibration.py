@@ -109,13 +109,13 @@ class Calibration:
         if not self.tokens:
             raise ConfigError("calibration: the windows hold no target; needs some. Give other text.")
 
-    @torch.no_grad()
     def loss(self, precisions: Mapping[str, LinearPrecision]) -> float:
         """Mean loss in nats with the linears that are named in that precision, all others as they are."""
         changed = {fqn: self.linears[fqn].precision for fqn in precisions}
         try:
             self._set(precisions)
-            return float(self._token_losses().mean())
+            losses, _ = self._pass(False, {})
+            return float(losses.mean())
         finally:
             self._set(changed)
 
@@ -128,7 +128,10 @@ class Calibration:
             gradients: also measure what needs a backward pass: dgrad, wgrad and all cosines.
             progress: told (linears done, linears in all).
         """
-        rows = {fqn: LinearSensitivity(fqn=fqn, shape=_shape(self.linears[fqn])) for fqn in self.candidates}
+        rows = {
+            fqn: LinearSensitivity(fqn=fqn, shape=(self.linears[fqn].out_features, self.linears[fqn].in_features))
+            for fqn in self.candidates
+        }
         with evaluation_precision(self.model, BF16):
             probes = {fqn: _Probe(self.linears[fqn], self.rules[fqn], gradients) for fqn in self.candidates}
             losses, gradient = self._pass(gradients, probes)
@@ -179,9 +182,6 @@ class Calibration:
             for hook in hooks:
                 hook.remove()
         return torch.cat(losses), total
-
-    def _token_losses(self) -> Tensor:
-        return torch.cat([part.double() for part in self._parts()])
 
     def _parts(self) -> Iterator[Tensor]:
         """Loss of every target of each batch."""
@@ -279,10 +279,6 @@ def _range(x: Tensor) -> tuple[float, float]:
 
 def _norm(gradient: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(part.double().square().sum()) for part in gradient.values()))
-
-
-def _shape(linear: nn.Linear) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
 
 
 def _largest(values: Iterator[float]) -> float | None:

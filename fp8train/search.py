@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fp8train.backends.coverage import GEMMS
-from fp8train.calibration import NEEDS_GRADIENTS, Calibration, LinearSensitivity, ranked
+from fp8train.calibration import NEEDS_GRADIENTS, LinearSensitivity, ranked
 from fp8train.calibration_setup import CalibrationArguments, check_out, headline, set_up, show_progress
 from fp8train.conversion_report import ConversionReport, align
 from fp8train.errors import ConfigError, exit_code
@@ -112,19 +112,24 @@ def main(argv: Sequence[str]) -> int:
     ends = end_layers(calibration.candidates, list(calibration.linears), arguments.first, arguments.last)
     needs_gradients = arguments.metric in NEEDS_GRADIENTS
     order = ranked(calibration.measure(gradients=needs_gradients, progress=show_progress), arguments.metric)
-    choice = choose(arguments, order, calibration.candidates, manual, ends, lambda kept: _loss_gap(calibration, kept))
+    high = calibration.loss(dict.fromkeys(calibration.candidates, BF16))
+
+    def loss_gap(kept: frozenset[str]) -> float:
+        return calibration.loss(dict.fromkeys(kept, BF16)) - high
+
+    choice = choose(arguments, order, calibration.candidates, manual, ends, loss_gap)
     scores = {linear.fqn: score for linear, score in order}
     description = (
         f"search {_how(arguments)} by {arguments.metric} on {assembly.recipe.name}: {len(choice.every)} to BF16"
     )
     recipe = searched_recipe(assembly.recipe, choice, list(calibration.linears), arguments, description)
     write_file(out, recipe.text)
-    gap = _loss_gap(calibration, choice.every), _loss_gap(calibration, frozenset())
+    gaps = loss_gap(choice.every), loss_gap(frozenset())
     sys.stdout.write(
         headline(arguments, config, assembly, calibration)
         + "".join(f"{line}\n" for line in choice.notes)
         + cost_table(assembly.report, choice, scores, arguments.metric)
-        + f"calibration loss: {gap_words(*gap, assembly.recipe.name, calibration.tokens)}\n"
+        + f"calibration loss: {gap_words(*gaps, assembly.recipe.name, calibration.tokens)}\n"
         + f"{out}: recipe of {len(choice.every)} of {len(calibration.candidates)} linears in BF16; use recipe={out}\n"
     )
     return 0
@@ -339,12 +344,6 @@ def gap_words(searched: float, base: float, name: str, tokens: int) -> str:
 
 def _bytes(size: float) -> str:
     return f"{'-' if size < 0 else '+'}{bytes_text(abs(size))}"
-
-
-def _loss_gap(calibration: Calibration, kept: frozenset[str]) -> float:
-    """Calibration loss with these linears in BF16 and the others as their rules say, less that of BF16 throughout."""
-    high = calibration.loss(dict.fromkeys(calibration.candidates, BF16))
-    return calibration.loss(dict.fromkeys(kept, BF16)) - high
 
 
 def _how(arguments: SearchArguments) -> str:
