@@ -64,19 +64,17 @@ def main(argv: Sequence[str]) -> int:
     for line in checkpoint.skipped:
         sys.stderr.write(f"{line}\n")
     model = checkpoint.config.model
-    tokenizer, separator = None, None
-    if arguments.tokenizer != "none":
-        chosen = _tokenizer(checkpoint, arguments.tokenizer)
-        tokenizer, separator = chosen.path, chosen.separator  # bytes have no files
+    chosen = None if arguments.tokenizer == "none" else _tokenizer(checkpoint, arguments.tokenizer)
+    files, separator = (None, None) if chosen is None else (chosen.path, chosen.separator)  # bytes have no files
     packing = _packing(checkpoint, arguments.recipe) if arguments.dtype == PACKED else None
     state, notes = fold_remedies(checkpoint.load_model_state(), checkpoint.recipe)
     for line in [*notes, *_joined_notes(packing)]:
         sys.stderr.write(f"{line}\n")
     dtype = arguments.dtype if packing is None else "bfloat16"
-    origin = None if arguments.tokenizer == "none" else _origin(model, chosen)
-    save_hf(state, model, arguments.out, dtype, tokenizer, eos_token_id=separator, packing=packing, origin=origin)
+    origin = None if chosen is None else _origin(model, chosen)
+    save_hf(state, model, arguments.out, dtype, files, eos_token_id=separator, packing=packing, origin=origin)
     parameters = count_parameters(dataclasses.replace(model, vocab_multiple=1))
-    copied = "with its tokenizer" if tokenizer else "without tokenizer files"
+    copied = "with its tokenizer" if files else "without tokenizer files"
     what = f"{model.name} of step {checkpoint.step}, {parameters:,} parameters in {arguments.dtype}, {copied}"
     sys.stdout.write(f"{arguments.out}: {what}\n{_padding_line(model, parameters)}{_packing_line(packing)}")
     return 0
