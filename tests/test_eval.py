@@ -28,27 +28,32 @@ def score(folder: Path, out: Path, *arguments: str) -> dict:
     return json.loads(out.read_text())
 
 
-def test_scores_are_those_that_the_run_logged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    row = score(folder, tmp_path / "out.json")
+@pytest.fixture(scope="module")
+def own(folder: Path) -> dict:
+    """Scores of the run as it is."""
+    return score(folder, folder / "own.json")
+
+
+def test_scores_are_those_that_the_run_logged(folder: Path, own: dict):
     logged = read_metrics(folder / "run" / "metrics.jsonl")[-1]
     keys = ("eval_loss", "eval_loss_bf16", "bits_per_byte", "bits_per_byte_bf16", "eval_tokens", "eval_bytes", "step")
-    assert {key: row[key] for key in keys} == {key: logged[key] for key in keys}
-    assert row["eval_loss"] != row["eval_loss_bf16"]
-    text = capsys.readouterr().out
-    assert f"{row['eval_loss']:.4f}" in text and f"{row['eval_loss_bf16']:.4f}" in text and "512 tokens" in text
+    assert {key: own[key] for key in keys} == {key: logged[key] for key in keys}
+    assert own["eval_loss"] != own["eval_loss_bf16"]
 
 
-def test_a_bare_path_is_the_checkpoint(folder: Path, tmp_path: Path):
-    row = score(folder, tmp_path / "out.json")
+def test_a_bare_path_is_the_checkpoint_and_its_scores_are_shown(
+    folder: Path, own: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert command.main([str(folder / "run"), f"out={tmp_path / 'again.json'}"]) == 0
-    assert json.loads((tmp_path / "again.json").read_text()) == row
+    assert json.loads((tmp_path / "again.json").read_text()) == own
+    text = capsys.readouterr().out
+    assert f"{own['eval_loss']:.4f}" in text and f"{own['eval_loss_bf16']:.4f}" in text and "512 tokens" in text
 
 
-def test_perplexity_and_bits_follow_from_loss_and_counts(folder: Path, tmp_path: Path):
-    row = score(folder, tmp_path / "out.json")
-    assert row["perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
-    assert row["bits_per_byte"] == pytest.approx(
-        row["eval_loss"] * row["eval_tokens"] / math.log(2) / row["eval_bytes"]
+def test_perplexity_and_bits_follow_from_loss_and_counts(own: dict):
+    assert own["perplexity"] == pytest.approx(math.exp(own["eval_loss"]))
+    assert own["bits_per_byte"] == pytest.approx(
+        own["eval_loss"] * own["eval_tokens"] / math.log(2) / own["eval_bytes"]
     )
 
 
@@ -73,8 +78,8 @@ def test_number_of_windows_can_be_changed(folder: Path, tmp_path: Path):
     assert row["eval_tokens"] == 3 * 64
 
 
-def test_another_recipe_scores_the_same_weights_in_its_arithmetic(folder: Path, tmp_path: Path):
-    own, other = score(folder, tmp_path / "out.json"), score(folder, tmp_path / "out.json", "recipe=bf16")
+def test_another_recipe_scores_the_same_weights_in_its_arithmetic(folder: Path, own: dict, tmp_path: Path):
+    other = score(folder, tmp_path / "out.json", "recipe=bf16")
     assert (own["recipe"], other["recipe"]) == ("blockwise", "bf16")
     assert other["eval_loss"] == other["eval_loss_bf16"] == own["eval_loss_bf16"] != own["eval_loss"]
 
