@@ -119,10 +119,7 @@ def main(argv: Sequence[str]) -> int:
 
     choice = choose(arguments, order, calibration.candidates, manual, ends, loss_gap)
     scores = {linear.fqn: score for linear, score in order}
-    description = (
-        f"search {_how(arguments)} by {arguments.metric} on {assembly.recipe.name}: {len(choice.every)} to BF16"
-    )
-    recipe = searched_recipe(assembly.recipe, choice, list(calibration.linears), arguments, description)
+    recipe = searched_recipe(assembly.recipe, choice, list(calibration.linears), arguments)
     write_file(out, recipe.text)
     gaps = loss_gap(choice.every), loss_gap(frozenset())
     sys.stdout.write(
@@ -255,9 +252,7 @@ def end_layers(candidates: Sequence[str], linears: Sequence[str], first: int, la
     return [fqn for fqn, (index, count) in places.items() if index < first or index >= count - last]
 
 
-def searched_recipe(
-    base: Recipe, choice: Choice, linears: Sequence[str], arguments: SearchArguments, description: str
-) -> Recipe:
+def searched_recipe(base: Recipe, choice: Choice, linears: Sequence[str], arguments: SearchArguments) -> Recipe:
     """The base recipe with rules before its own that put the chosen linears in BF16."""
     rules: list[dict[str, Any]] = [
         {"match": _pattern(fqn, linears), "use": "bf16"} for fqn in (*choice.manual, *choice.searched)
@@ -273,6 +268,7 @@ def searched_recipe(
         for rule, written in zip(base.rules, base.document["rules"], strict=True)
         if written not in rules
     ]
+    description = f"search {_how(arguments)} by {arguments.metric} on {base.name}: {len(choice.every)} to BF16"
     document = base.document | {"description": description, "rules": [*rules, *kept]}
     keys = ("version", "description", *(key for key in base.document if key not in ("version", "description")))
     return load_recipe({key: document[key] for key in keys})
@@ -293,7 +289,7 @@ def cost_table(report: ConversionReport, choice: Choice, scores: Mapping[str, fl
     total = sum(len(GEMMS) * row.out_features * row.in_features for row in report.rows)
     head = ["to BF16", "why", metric, "FLOPs %", "time % <=", "weight copies", "saved input a token"]
     lines, sums = [head], [0.0, 0.0, 0.0]
-    inputs = saved_inputs(report, {*choice.manual, *choice.searched, *choice.ends})
+    inputs = saved_inputs(report, choice.every)
     named = {*choice.manual, *choice.searched}
     ends = [fqn for fqn in choice.ends if fqn not in named]
     for why, paths in (("manual", choice.manual), ("rank", choice.searched), ("first/last", ends)):

@@ -149,7 +149,7 @@ def test_written_recipe_converts_the_chosen_linears_and_no_others(tmp_path: Path
     arguments = SearchArguments(level="L1", last=1)
     choice = Choice(searched=("layers.1.mlp.down_proj",), manual=("layers.0.self_attn.o_proj",))
     model = planted_model("bf16")
-    made = searched_recipe(load_recipe("blockwise"), choice, list(named_linears(model)), arguments, "a test")
+    made = searched_recipe(load_recipe("blockwise"), choice, list(named_linears(model)), arguments)
     path = tmp_path / "made.yaml"
     path.write_text(made.text)
     assert load_recipe(path).hash == made.hash
@@ -170,7 +170,7 @@ def test_written_recipe_is_accepted_where_a_rule_has_nothing_left_to_decide(leve
     base = load_recipe(base | {"rules": [*rules, *base["rules"]]})
     chosen = [fqn for fqn in linears if level == "all" or fqn.endswith("o_proj")]
     made = searched_recipe(
-        base, Choice(searched=(), manual=tuple(chosen)), linears, SearchArguments(level="L0", first=1), "a test"
+        base, Choice(searched=(), manual=tuple(chosen)), linears, SearchArguments(level="L0", first=1)
     )
     convert_model(model, made)
     high = {fqn for fqn, linear in named_linears(model).items() if linear.precision == BF16}
