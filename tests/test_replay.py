@@ -27,20 +27,15 @@ NONFINITE, SPIKE = 3, 14  # steps that go wrong
 QUICK = ("data.holdout_fraction=0", "micro_batch_samples=4")
 
 
-class Interrupted(Trainer):
-    """Calls `before(trainer, step)` before each step (counted from 1)."""
-
-    before: Callable[[Trainer, int], None] = staticmethod(lambda trainer, step: None)
-
-    def _step(self, stop: bool):
-        type(self).before(self, self.progress.step + 1)
-        return super()._step(stop)
-
-
 def run(folder: Path, before: Callable[[Trainer, int], None], *overrides: str) -> Path:
-    """Run folder of a tiny run that something was done to."""
-    kind = type("Planted", (Interrupted,), {"before": staticmethod(before)})
-    kind(tiny_config(folder, *QUICK, *overrides), World(), Console(enabled=False)).run()
+    """Run folder of a tiny run that something was done to: `before(trainer, step)`, steps counted from 1."""
+
+    class Interrupted(Trainer):
+        def _step(self, stop: bool):
+            before(self, self.progress.step + 1)
+            return super()._step(stop)
+
+    Interrupted(tiny_config(folder, *QUICK, *overrides), World(), Console(enabled=False)).run()
     return folder / "run"
 
 
