@@ -7,15 +7,16 @@ import glob
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from fp8train.data import huggingface
 from fp8train.data.config import DataConfig, SourceConfig
 from fp8train.data.corpus import Corpus, build_corpus
 from fp8train.data.dataset import Dataset, PackedDataset, threshold_for
-from fp8train.data.mix import MixedDataset, eval_shares, quotas
+from fp8train.data.mix import MixedDataset, Source, eval_shares, quotas
 from fp8train.data.shards import open_shards, shard_tokenizer
 from fp8train.data.sources import plan_pieces, read_piece, source_files
-from fp8train.data.split import Split, fixed_threshold, splits
+from fp8train.data.split import fixed_threshold, splits
 from fp8train.data.stream import StreamedDataset
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import DataError
@@ -47,13 +48,16 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     fixed, fraction = fixed_threshold(config.holdout_fraction), config.holdout_fraction
     thresholds = [fixed if corpus is None else threshold_for(corpus, fraction, seq_len) for corpus in corpora]
     parts = splits([None if corpus is None else corpus.hashes for corpus in corpora], thresholds, fixed)
-    datasets = [
-        _dataset(
-            config, entry, corpus, tokenizer,
-            seq_len=seq_len, seed=seed + (number << 32), split=split, eval_windows=share,
-        )
-        for number, (entry, corpus, split, share) in enumerate(zip(entries, corpora, parts, windows, strict=True))
-    ]  # fmt: skip
+    datasets: list[Source] = []
+    for number, (entry, corpus, split, share) in enumerate(zip(entries, corpora, parts, windows, strict=True)):
+        options: dict[str, Any] = {
+            "seq_len": seq_len,
+            "seed": seed + (number << 32),
+            "split": split,
+            "eval_windows": share,
+            "document_mask": config.document_mask,
+        }
+        datasets.append(_stream(entry, tokenizer, options) if corpus is None else PackedDataset(corpus, **options))
     if config.kind != "mix":
         return datasets[0]
     return MixedDataset(datasets, block, source_names(entries), seed=seed)
@@ -78,11 +82,9 @@ def read_corpus(source: SourceConfig, tokenizer: Tokenizer, texts: Sequence[Path
     Raises:
         DataError: nothing in it but empty documents, or as build_dataset.
     """
-    name = (
-        source.kind if not source.paths and source.hf_name is None else f"{source.kind} {huggingface.name_of(source)}"
-    )
     if source.kind == "tokens":
         return open_shards(shard_folders(source), tokenizer, verify=source.verify)
+    name = source.kind if source.kind == "stdlib" else f"{source.kind} {huggingface.name_of(source)}"
     pieces = plan_pieces(source, PIECE_BYTES, texts)
     corpus = build_corpus((document for piece in pieces for document in read_piece(source, piece)), tokenizer, name)
     if len(corpus.lengths) == 0:
@@ -124,35 +126,12 @@ def configured_tokenizer(config: DataConfig) -> Tokenizer:
     return build_tokenizer(config.tokenizer, config.separator)
 
 
-def _dataset(
-    config: DataConfig,
-    source: SourceConfig,
-    corpus: Corpus | None,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    seed: int,
-    split: Split,
-    eval_windows: int,
-) -> PackedDataset | StreamedDataset:
-    if corpus is not None:
-        return PackedDataset(
-            corpus,
-            seq_len=seq_len,
-            seed=seed,
-            split=split,
-            eval_windows=eval_windows,
-            document_mask=config.document_mask,
-        )
+def _stream(source: SourceConfig, tokenizer: Tokenizer, options: dict[str, Any]) -> StreamedDataset:
     return StreamedDataset(
         functools.partial(huggingface.stream, source, huggingface.load(source)),
         name=huggingface.name_of(source),
         identity=hashlib.sha256(huggingface.identity(source).encode()).hexdigest(),
         former=hashlib.sha256(huggingface.identity(source, by_path=True).encode()).hexdigest(),
         tokenizer=tokenizer,
-        seq_len=seq_len,
-        seed=seed,
-        split=split,
-        eval_windows=eval_windows,
-        document_mask=config.document_mask,
+        **options,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Corpus:
     hashes: np.ndarray
     name: str
     tokenizer: Tokenizer
-    max_token_id: int | None = field(default=None)
+    max_token_id: int | None = None
 
     @property
     def tokens(self) -> int:
