@@ -276,9 +276,8 @@ def _work(connection: Connection, folder: Path, source: DataConfig) -> None:
         except EOFError:
             return
         try:
-            documents = encode(
-                read_piece(source, piece), tokenizer, batch_bytes=1
-            )  # one thread: workers share the CPUs
+            # document by document, in one thread: workers share the CPUs
+            documents = encode(read_piece(source, piece), tokenizer, batch_bytes=1)
             answer: object = (number, write_shard(folder, number, documents, tokenizer))
         except Exception as error:  # whatever it is, the parent says it
             answer = error

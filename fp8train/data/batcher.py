@@ -53,10 +53,8 @@ class Batcher:
             near = f"{lower} or {lower + together}" if lower else f"{together}"
             raise DataError(
                 f"batch: global batch of {global_batch_samples} samples is not divisible by {micro_batch_samples} "
-                "samples a micro-batch x "
-                f"{world_size} ranks = {together}; nearest: {near} samples ({dataset.seq_len} tokens each). Change "
-                "global_batch_tokens "
-                "or micro_batch_samples."
+                f"samples a micro-batch x {world_size} ranks = {together}; nearest: {near} samples ({dataset.seq_len} "
+                "tokens each). Change global_batch_tokens or micro_batch_samples."
             )
         self.dataset = dataset
         self.global_batch_samples = global_batch_samples

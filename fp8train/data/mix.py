@@ -134,9 +134,8 @@ def quotas(weights: Sequence[float]) -> list[int]:
     for size in range(1, LARGEST_BLOCK + 1):
         exact = shares * size
         whole = np.rint(exact)
-        if (
-            np.abs(exact - whole).max() < 1e-6 and whole.min() >= 1
-        ):  # weights are typed with few digits; 1e-6 of a sample is noise
+        # weights are typed with few digits; 1e-6 of a sample is noise
+        if np.abs(exact - whole).max() < 1e-6 and whole.min() >= 1:
             return [int(count) for count in whole]
     exact = shares * LARGEST_BLOCK
     counts = np.floor(exact).astype(np.int64)

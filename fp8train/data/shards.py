@@ -201,9 +201,8 @@ def open_shards(folders: list[Path], tokenizer: Tokenizer, *, verify: bool = Fal
         if index["tokenizer_hash"] != tokenizer.hash:
             raise DataError(
                 f"data.path: {folder} was prepared with another tokenizer ({index['tokenizer']}, "
-                f"{index['vocab_size']} ids) than "
-                f"{tokenizer.name} ({tokenizer.vocab_size} ids). Prepare it again with that "
-                "one, or train in its own: data.tokenizer=auto."
+                f"{index['vocab_size']} ids) than {tokenizer.name} ({tokenizer.vocab_size} ids). Prepare it again with "
+                "that one, or train in its own: data.tokenizer=auto."
             )
         largest = max(largest, index["max_token_id"])
         for meta in index["shards"]:
