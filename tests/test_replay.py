@@ -14,7 +14,8 @@ from fp8train import replay
 from fp8train.backends.cpu import CpuBackend
 from fp8train.checkup import rerun
 from fp8train.checkup.rerun import OWN, Rerun
-from fp8train.data import Batch, Batcher, Sample
+from fp8train.data import Batch, Batcher
+from fp8train.data.packing import Sample
 from fp8train.distributed import World
 from fp8train.errors import exit_code
 from fp8train.optim import OptimConfig

@@ -11,8 +11,7 @@ from fp8train.data.build import build_dataset
 from fp8train.data.config import MASKED_TARGET, DataConfig, SourceConfig
 from fp8train.data.dataset import Dataset, HeldOut, check_vocabulary
 from fp8train.data.model_tokenizer import check_model_tokenizer, covers, with_model_tokenizer
-from fp8train.data.packing import Sample
-from fp8train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, build_tokenizer
+from fp8train.data.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from fp8train.data.batcher import Batch, Batcher
@@ -21,16 +20,12 @@ __all__ = [
     "MASKED_TARGET",
     "Batch",
     "Batcher",
-    "ByteTokenizer",
     "DataConfig",
     "Dataset",
-    "FileTokenizer",
     "HeldOut",
-    "Sample",
     "SourceConfig",
     "Tokenizer",
     "build_dataset",
-    "build_tokenizer",
     "check_model_tokenizer",
     "check_vocabulary",
     "covers",

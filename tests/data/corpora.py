@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fp8train.data import ByteTokenizer
 from fp8train.data.corpus import Corpus, build_corpus
+from fp8train.data.tokenizers import ByteTokenizer
 
 UNICODE_TEXT = "na\u00efve caf\u00e9 \u6f22\u5b57 \U0001f642 <|endoftext|> x\n"
 

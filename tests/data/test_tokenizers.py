@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fp8train.data import ByteTokenizer, FileTokenizer, build_tokenizer
+from fp8train.data.tokenizers import ByteTokenizer, FileTokenizer, build_tokenizer
 from fp8train.errors import DataError
 from tests.data.corpora import UNICODE_TEXT
 
