@@ -119,9 +119,9 @@ class Calibration:
         finally:
             self._set(changed)
 
-    def measure(self, *, gradients: bool = True, progress: Callable[[int, int], None] | None = None) -> list[
-        LinearSensitivity
-    ]:  # fmt: skip
+    def measure(
+        self, *, gradients: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> list[LinearSensitivity]:
         """Every candidate, in the order of the model.
 
         Args:
@@ -253,8 +253,11 @@ class _Probe:
 
     def _compare(self, name: str, left: Operand, right: Operand, exact: Tensor) -> Tensor:
         """Add the power of output and error of one GEMM; gives the error."""
-        common = {"high": self._rule.high, "backend": self._linear.backend_name, "site": NOT_COUNTED, "name": name}
-        error = gemm(left, right, bias=None, out_dtype=torch.float32, **common) - exact  # type: ignore[arg-type]
+        y = gemm(
+            left, right, bias=None, out_dtype=torch.float32,
+            high=self._rule.high, backend=self._linear.backend_name, site=NOT_COUNTED, name=name,
+        )  # fmt: skip
+        error = y - exact
         self._power[name][0] += float(exact.double().square().sum())
         self._power[name][1] += float(error.double().square().sum())
         return error
