@@ -152,9 +152,10 @@ def choose(
         ConfigError: a budget needs more than max_fraction of the linears.
     """
     groups = {fqn: group for group in input_groups(candidates) for fqn in group}
-    named = {mate for fqn in manual for mate in groups[fqn]}
+    named = _closed(manual, groups)
     fixed = named | set(ends)
     rest = [linear.fqn for linear, _ in order if linear.fqn not in fixed]
+    firsts = [fqn for number, fqn in enumerate(rest) if not set(groups[fqn]) & set(rest[:number])]  # of each group
     notes: list[str] = []
     if arguments.level is not None:
         count = int(arguments.level[1:])
@@ -162,14 +163,13 @@ def choose(
             notes.append(
                 f"level {arguments.level} exceeds the {len(rest)} linears that are left to choose: all of them"
             )
-        chosen, leaders = _closed(rest[:count], groups), rest[:count]
+        leaders = rest[:count]
     elif arguments.fraction is not None:
-        chosen = _within(rest, groups, fixed, int(arguments.fraction * len(candidates) + 1e-9))
+        leaders = _within(firsts, groups, fixed, int(arguments.fraction * len(candidates) + 1e-9))
     else:
-        chosen = _within_budget(arguments, rest, groups, fixed, len(candidates), loss_gap, notes)
-    if arguments.level is None:  # whole groups, by the highest rank in each
-        leaders = list({tuple(groups[fqn]): fqn for fqn in reversed(rest) if fqn in chosen}.values())
-    searched = tuple(fqn for fqn in candidates if fqn in chosen - fixed)
+        leaders = _within_budget(arguments, firsts, groups, fixed, len(candidates), loss_gap, notes)
+    chosen = _closed(leaders, groups) - fixed
+    searched = tuple(fqn for fqn in candidates if fqn in chosen)
     in_order = tuple(fqn for fqn in candidates if fqn in named)
     led = _led(searched, leaders, groups) | _led(in_order, manual, groups)
     return Choice(searched=searched, manual=in_order, ends=tuple(ends), led=led, notes=tuple(notes))
@@ -186,42 +186,39 @@ def _closed(paths: Sequence[str], groups: Mapping[str, Sequence[str]]) -> set[st
     return {mate for fqn in paths for mate in groups[fqn]}
 
 
-def _within(rest: Sequence[str], groups: Mapping[str, Sequence[str]], fixed: set[str], limit: int) -> set[str]:
-    """Whole groups in the order of rank, as long as at most `limit` linears are in BF16; larger ones are passed."""
-    chosen: set[str] = set()
-    for fqn in rest:
-        wider = chosen | set(groups[fqn])
-        if len(wider | fixed) <= limit:
-            chosen = wider
-    return chosen
+def _within(firsts: Sequence[str], groups: Mapping[str, Sequence[str]], fixed: set[str], limit: int) -> list[str]:
+    """Of the groups, by rank, those with which at most `limit` linears are in BF16; larger ones are passed."""
+    leaders: list[str] = []
+    for fqn in firsts:
+        if len(_closed([*leaders, fqn], groups) | fixed) <= limit:
+            leaders.append(fqn)
+    return leaders
 
 
 def _within_budget(
     arguments: SearchArguments,
-    rest: Sequence[str],
+    firsts: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     fixed: set[str],
     total: int,
     loss_gap: Callable[[frozenset[str]], float],
     notes: list[str],
-) -> set[str]:
-    """The fewest groups, in the order of rank, whose loss is within the budget: binary search on their number."""
+) -> list[str]:
+    """Of the groups, by rank, the fewest whose loss is within the budget: binary search on their number."""
     assert arguments.loss_budget is not None, "one of the three is given"
-    leaders = [fqn for number, fqn in enumerate(rest) if not set(groups[fqn]) & set(rest[:number])]
-    low, high = 0, len(leaders)  # all in BF16 is within any budget
+    low, high = 0, len(firsts)  # all in BF16 is within any budget
     while low < high:
         middle = (low + high) // 2
-        gap = loss_gap(frozenset(_closed(leaders[:middle], groups) | fixed))
-        notes.append(f"with {middle} of {len(leaders)} groups in BF16 the loss is {gap:+.2e} nats above BF16")
+        gap = loss_gap(frozenset(_closed(firsts[:middle], groups) | fixed))
+        notes.append(f"with {middle} of {len(firsts)} groups in BF16 the loss is {gap:+.2e} nats above BF16")
         low, high = (low, middle) if gap <= arguments.loss_budget else (middle + 1, high)
-    chosen = _closed(leaders[:low], groups)
-    share = len(chosen | fixed) / total
+    share = len(_closed(firsts[:low], groups) | fixed) / total
     if share > arguments.max_fraction:
         raise ConfigError(
             f"loss_budget: got {arguments.loss_budget}; needs {share:.0%} of the linears in BF16, more than "
             f"max_fraction={arguments.max_fraction:g}. Raise max_fraction or loss_budget."
         )
-    return chosen
+    return list(firsts[:low])
 
 
 def matching(patterns: Sequence[str], candidates: Sequence[str]) -> list[str]:
