@@ -28,8 +28,7 @@ def definition(subject: Subject) -> Outcome:
     """Output and both gradients of single linears equal the definition, row by row, on tokens of uneven magnitude."""
 
     def errors(name: str, linear: Float8Linear) -> Iterator[tuple[float, str]]:
-        x = numbers(ROWS, linear.in_features, 2, spread=6).to(subject.device, torch.bfloat16)
-        dy = numbers(ROWS, linear.out_features, 3, spread=6).to(subject.device, torch.bfloat16)
+        x, dy = _x_and_dy(subject, linear, ROWS, 2, spread=6)
         got, want = ran(linear, x, dy), defined(linear, x, dy)
         for what, value, expected in zip(("y", "dx", "dw", "db"), got, want, strict=True):
             if expected is not None:
@@ -156,8 +155,7 @@ def ragged(subject: Subject) -> Outcome:
 
     def differences(name: str, linear: Float8Linear) -> Iterator[tuple[float, str]]:
         # so small that a stray 1 in a block flushes them all
-        x = (numbers(ROWS - 71, linear.in_features, 8) * 2.0**-24).to(subject.device, torch.bfloat16)
-        dy = (numbers(ROWS - 71, linear.out_features, 9) * 2.0**-24).to(subject.device, torch.bfloat16)
+        x, dy = (part * 2.0**-24 for part in _x_and_dy(subject, linear, ROWS - 71, 8))
         pad = (0, 0, 0, 2 * ROWS - len(x))
         own = ran(linear, x, dy)
         padded = ran(linear, torch.nn.functional.pad(x, pad), torch.nn.functional.pad(dy, pad))
@@ -179,8 +177,7 @@ def nonfinite(subject: Subject) -> Outcome:
     """A NaN in one token comes out as NaN in that token's row, and in the weight gradient: it is not laundered."""
 
     def finite_shares(name: str, linear: Float8Linear) -> Iterator[tuple[float, str]]:
-        x = numbers(ROWS, linear.in_features, 10).to(subject.device, torch.bfloat16)
-        dy = numbers(ROWS, linear.out_features, 11).to(subject.device, torch.bfloat16)
+        x, dy = _x_and_dy(subject, linear, ROWS, 10)
         x[5, 3] = float("nan")
         y, _, dw, _ = ran(linear, x, dy)
         assert y is not None and dw is not None
@@ -221,6 +218,12 @@ def fp32_accumulation(subject: Subject) -> Outcome:
         meaning="weight gradients that are rounded to BF16, or accumulated in it: small contributions of late "
         "micro-batches are lost and training drifts.",
     )
+
+
+def _x_and_dy(subject: Subject, linear: Float8Linear, rows: int, seed: int, spread: int = 0) -> tuple[Tensor, Tensor]:
+    """An input of a linear and a gradient of its output, BF16; see `numbers`."""
+    x = numbers(rows, linear.in_features, seed, spread).to(subject.device, torch.bfloat16)
+    return x, numbers(rows, linear.out_features, seed + 1, spread).to(subject.device, torch.bfloat16)
 
 
 def _worst(subject: Subject, measure: Callable[[str, Float8Linear], Iterable[tuple[float, str]]]) -> tuple[float, str]:

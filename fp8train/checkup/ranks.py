@@ -13,7 +13,7 @@ import torch
 
 from fp8train.checkup.outcome import Outcome, distance
 from fp8train.checkup.subject import PARTS, KeepGradients, Subject
-from fp8train.checkup.training import NOISE_LIMIT, ORDER_LIMIT, tokens_share_blocks
+from fp8train.checkup.training import split_limit
 from fp8train.config import RunConfig, config_from_dict, config_to_dict
 from fp8train.distributed import init, rank_exit_code
 from fp8train.errors import TrainingError
@@ -34,7 +34,7 @@ def ranks(subject: Subject) -> Outcome:
         else:
             one = _gradients(subject.config, Path(folder), 1)
     apart, where = distance(one[1], two[1])
-    limit = ORDER_LIMIT if tokens_share_blocks(subject, subject.fresh()) else NOISE_LIMIT
+    limit = split_limit(subject, subject.fresh())
     return Outcome(
         passed=apart <= limit and abs(one[0] - two[0]) <= limit * abs(one[0]),
         first=f"1 rank: loss {one[0]:.6f}",

@@ -36,23 +36,24 @@ def split(subject: Subject) -> Outcome:
     whole, one = subject.gradients(assembly, subject.batches(subject.size * PARTS))
     parts, other = subject.gradients(assembly, subject.batches())
     apart, where = distance(one, other)
-    aligned = tokens_share_blocks(subject, assembly)
-    limit = ORDER_LIMIT if aligned else NOISE_LIMIT
+    limit = split_limit(subject, assembly)
     return Outcome(
         passed=apart <= limit and abs(whole.loss - parts.loss) <= limit * abs(whole.loss),
         first=f"1 micro-batch: loss {whole.loss:.6f}",
         second=f"{PARTS}: {parts.loss:.6f}",
-        detail=f"gradients apart {apart:.1e} ({where}), limit {limit:g}{'' if aligned else ' (scales span tokens)'}",
+        detail=f"gradients apart {apart:.1e} ({where}), limit {limit:g}"
+        f"{'' if limit == ORDER_LIMIT else ' (scales span tokens)'}",
         meaning="gradients of some micro-batches are lost, averaged or rounded to BF16, the loss is not divided by "
         "the tokens of the whole step, or state (amax history) leaks between micro-batches.",
     )
 
 
-def tokens_share_blocks(subject: Subject, assembly: Assembly) -> bool:
-    """Whether blocks of 128 tokens are the same however the step is split."""
+def split_limit(subject: Subject, assembly: Assembly) -> float:
+    """How far gradients and losses may part where a step is split otherwise: whether that changes blocks of tokens."""
     blocks = [s.block for p in precisions(assembly) for g in p.gemms.values() for s in (g.left,) if s is not None]
     blocks += [p.wgrad.right.block for p in precisions(assembly) if p.wgrad.right is not None]
-    return subject.size * subject.config.seq_len % BLOCK == 0 and all(block == (1, BLOCK) for block in blocks)
+    same = subject.size * subject.config.seq_len % BLOCK == 0 and all(block == (1, BLOCK) for block in blocks)
+    return ORDER_LIMIT if same else NOISE_LIMIT
 
 
 def data_order(subject: Subject) -> Outcome:
