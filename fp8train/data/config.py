@@ -72,20 +72,15 @@ class SourceConfig:
                 f"data.hf_shuffle_buffer: is {self.hf_shuffle_buffer}; needs 0 or more. Use 0 for no shuffling."
             )
 
-    def unread(self) -> list[str]:
-        """Keys that are given and that a source of this kind does not read."""
-        defaults = SourceConfig.__dataclass_fields__
-        return [k for k, kinds in READ_BY.items() if self.kind not in kinds and getattr(self, k) != defaults[k].default]
-
     def check_read(self, typed: Collection[str] | None = None) -> None:
-        """Refuse keys that would be ignored.
+        """Refuse keys that are given and that a source of this kind does not read.
 
         Args:
             typed: those to look at; None: all. What a stored run has is no longer anybody's to change.
         """
-        for key in self.unread():
-            if typed is None or key in typed:
-                kinds = READ_BY[key]
+        for key, kinds in READ_BY.items():
+            given = getattr(self, key) != SourceConfig.__dataclass_fields__[key].default
+            if given and self.kind not in kinds and (typed is None or key in typed):
                 raise DataError(
                     f"data.{key}: is {getattr(self, key)} but data.kind is {self.kind}, which does not read it; needs "
                     f"kind {' or '.join(kinds)}. Add data={'KIND' if kinds[1:] else kinds[0]}, or leave data.{key} out."
