@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from fp8train.data.corpus import Corpus, build_corpus
+from fp8train.data.dataset import PackedDataset, threshold_for
+from fp8train.data.split import Split
 from fp8train.data.tokenizers import ByteTokenizer
 
+SEQ_LEN = 16  # of make_dataset
 UNICODE_TEXT = "na\u00efve caf\u00e9 \u6f22\u5b57 \U0001f642 <|endoftext|> x\n"
 
 
@@ -19,3 +22,14 @@ def make_documents(count: int, seed: int = 0, shortest: int = 5, longest: int = 
 def make_corpus(documents: list[bytes], name: str = "corpus") -> Corpus:
     """Documents as a byte corpus in memory."""
     return build_corpus(documents, ByteTokenizer(), name)
+
+
+def make_dataset(
+    documents: list[bytes], seed: int = 1, fraction: float = 0.2, eval_windows: int = 64, document_mask: bool = False
+) -> PackedDataset:
+    """Documents as a dataset of bytes, cut into windows of SEQ_LEN."""
+    corpus = make_corpus(documents)
+    split = Split(threshold_for(corpus, fraction, SEQ_LEN))
+    return PackedDataset(
+        corpus, seq_len=SEQ_LEN, seed=seed, split=split, eval_windows=eval_windows, document_mask=document_mask
+    )

@@ -7,7 +7,7 @@ import torch
 
 from fp8train.data import MASKED_TARGET, Batcher, HeldOut
 from fp8train.errors import DataError
-from tests.data.test_dataset import make_dataset, make_documents
+from tests.data.corpora import make_dataset, make_documents
 
 G = 12
 

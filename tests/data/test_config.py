@@ -38,7 +38,7 @@ def test_mix_entries_become_sources() -> None:
         ({"kind": "txt"}, "data.kind: is 'txt'; needs one of stdlib, text, jsonl, tokens, hf, mix"),
         ({"path": 7}, "data.path: is 7"),
         ({"path": []}, "data.path: is \\[\\]"),
-        ({"weight": -1.0}, "data.weight: is -1.0"),
+        ({"weight": 0.0}, "data.weight: is 0.0"),
         ({"document_bytes": 0}, "data.document_bytes: is 0"),
         ({"hf_shuffle_buffer": -1}, "data.hf_shuffle_buffer: is -1"),
         ({"holdout_fraction": 1.0}, "data.holdout_fraction: is 1.0; needs 0 <= fraction < 1"),

@@ -11,23 +11,9 @@ import pytest
 from fp8train.data import Batcher, DataConfig, build_dataset, check_vocabulary
 from fp8train.data.build import read_corpus
 from fp8train.data.config import SourceConfig
-from fp8train.data.dataset import PackedDataset, threshold_for
-from fp8train.data.split import Split
 from fp8train.data.tokenizers import build_tokenizer
 from fp8train.errors import DataError
-from tests.data.corpora import make_corpus, make_documents
-
-SEQ_LEN = 16
-
-
-def make_dataset(
-    documents: list[bytes], seed: int = 1, fraction: float = 0.2, eval_windows: int = 64, document_mask: bool = False
-) -> PackedDataset:
-    corpus = make_corpus(documents)
-    split = Split(threshold_for(corpus, fraction, SEQ_LEN))
-    return PackedDataset(
-        corpus, seq_len=SEQ_LEN, seed=seed, split=split, eval_windows=eval_windows, document_mask=document_mask
-    )
+from tests.data.corpora import SEQ_LEN, make_dataset, make_documents
 
 
 def test_sample_does_not_depend_on_what_was_read_before() -> None:
