@@ -8,20 +8,17 @@ from fp8train.data.split import Split
 from fp8train.data.tokenizers import ByteTokenizer
 
 SEQ_LEN = 16  # of make_dataset
-UNICODE_TEXT = "na\u00efve caf\u00e9 \u6f22\u5b57 \U0001f642 <|endoftext|> x\n"
 
 
-def make_documents(count: int, seed: int = 0, shortest: int = 5, longest: int = 60) -> list[bytes]:
+def make_documents(count: int, seed: int = 0, longest: int = 60) -> list[bytes]:
     """Distinct texts of different lengths; `seed` shifts them."""
-    return [
-        (f"document {seed}/{n} " + "abcdefghij" * 9)[: shortest + 12 + (n * 37) % (longest - shortest)].encode()
-        for n in range(count)
-    ]
+    lengths = (17 + (n * 37) % (longest - 5) for n in range(count))
+    return [(f"document {seed}/{n} " + "abcdefghij" * 9)[:length].encode() for n, length in enumerate(lengths)]
 
 
-def make_corpus(documents: list[bytes], name: str = "corpus") -> Corpus:
+def make_corpus(documents: list[bytes]) -> Corpus:
     """Documents as a byte corpus in memory."""
-    return build_corpus(documents, ByteTokenizer(), name)
+    return build_corpus(documents, ByteTokenizer(), "corpus")
 
 
 def make_dataset(

@@ -11,7 +11,8 @@ import pytest
 
 from fp8train.data.tokenizers import ByteTokenizer, FileTokenizer, build_tokenizer
 from fp8train.errors import DataError
-from tests.data.corpora import UNICODE_TEXT
+
+UNICODE_TEXT = "na\u00efve caf\u00e9 \u6f22\u5b57 \U0001f642 <|endoftext|> x\n"
 
 
 def test_bytes_round_trip_and_separator_is_outside_text() -> None:
