@@ -87,16 +87,15 @@ class Calibration:
         model: converted; returns logits for (tokens, None, document_ids). Linears whose rule quantises them are
             candidates; none is left changed.
         batches: calibration windows.
-        device: of the model.
 
     Raises:
         ConfigError: no linear of the model is quantised, or the windows hold no target.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.model = model.eval()
         self.batches = batches
-        self.device = device
+        self.device = next(model.parameters()).device
         self.linears = named_linears(model)
         self.rules = {fqn: linear.precision for fqn, linear in self.linears.items()}
         self.candidates = [fqn for fqn, precision in self.rules.items() if precision.quantized]

@@ -101,7 +101,7 @@ def set_up(
         assembly = assemble(config, world.device, recipe=recipe)
     else:
         assembly = restored(checkpoint, world.device, config=config, recipe=recipe)
-    return arguments, config, assembly, Calibration(assembly.model, batches, world.device)
+    return arguments, config, assembly, Calibration(assembly.model, batches)
 
 
 def headline(arguments: CalibrationArguments, config: RunConfig, assembly: Assembly, calibration: Calibration) -> str:

@@ -11,13 +11,11 @@ from fp8train.nn.weights import evaluation_precision
 from fp8train.quant.formats import BF16, BLOCKWISE, LinearPrecision
 from tests.planted import PLANTED, own_text, planted_model
 
-CPU = torch.device("cpu")
-
 
 @fixture(scope="module")
 def calibration() -> Calibration:
     model = planted_model("blockwise")
-    return Calibration(model, own_text(model, windows=1, seed=1), CPU)
+    return Calibration(model, own_text(model, windows=1, seed=1))
 
 
 @fixture(scope="module")
@@ -99,4 +97,4 @@ def test_ties_are_broken_by_name():
 def test_model_without_quantised_linears_is_refused():
     model = planted_model("bf16")
     with raises(ConfigError, match="none of the 29 linears is quantised"):
-        Calibration(model, own_text(model, 1, 0), CPU)
+        Calibration(model, own_text(model, 1, 0))

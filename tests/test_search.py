@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from fp8train.calibration import Calibration, LinearSensitivity, ranked
@@ -33,7 +32,6 @@ from fp8train.sensitivity import main as sensitivity
 from tests.planted import LAYERS, PLANTED, own_text, planted_model
 from tests.tiny_run import tiny_arguments, tiny_train
 
-CPU = torch.device("cpu")
 NAMES = [f"layers.{i}.{part}" for i in range(4) for part in (
     *(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down")))]  # fmt: skip
 
@@ -182,8 +180,8 @@ def test_written_recipe_is_accepted_where_a_rule_has_nothing_left_to_decide(leve
 
 def test_searched_recipe_beats_random_and_first_and_last_layers_on_held_out_text():
     model = planted_model("blockwise")
-    calibration = Calibration(model, own_text(model, windows=1, seed=1), CPU)
-    held_out = Calibration(model, own_text(model, windows=2, seed=2), CPU)
+    calibration = Calibration(model, own_text(model, windows=1, seed=1))
+    held_out = Calibration(model, own_text(model, windows=2, seed=2))
     order = ranked(calibration.measure(gradients=False), "loss")
     count = len(PLANTED)
     choice = choose(SearchArguments(fraction=0.18), order, calibration.candidates)  # 5 of 28
