@@ -141,7 +141,7 @@ class TestMachine:
         ("text", "numbers"), [("2.13.0+cpu", (2, 13)), ("12.8", (12, 8)), (None, (0, 0)), ("nightly", (0, 0))]
     )
     def test_version_reads_major_and_minor(self, text: str | None, numbers: tuple[int, int]) -> None:
-        assert machine.version(text) == numbers
+        assert machine.major_minor(text) == numbers
 
     def test_old_torch_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "__version__", "2.4.1")

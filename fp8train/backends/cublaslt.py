@@ -5,15 +5,13 @@ Tensorwise and rowwise on sm_89 and newer; blockwise on Hopper with CUDA 12.9 or
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fp8train.backends import device_gemm
 from fp8train.backends.device_gemm import MULTIPLE, dense_codes, round_up
-from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
+from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, major_minor, no_gpu, not_served
 from fp8train.backends.vendor import VendorBackend, blocks_first, rows_first
 from fp8train.quant import reference
 from fp8train.quant.formats import LinearPrecision
@@ -76,8 +74,7 @@ def blockwise_mm(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> Tensor:
 
 def _blockwise_refusal() -> str | None:
     """Why cuBLASLt cannot multiply blockwise operands here, or None."""
-    version = tuple(int(number) for number in re.findall(r"\d+", torch.version.cuda or "0.0")[:2])
-    if version < CUDA_WITH_BLOCKS:
+    if major_minor(torch.version.cuda) < CUDA_WITH_BLOCKS:
         return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; needs 12.9 or newer"
     if not hasattr(F, "ScalingType"):
         return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm; needs 2.10 or newer"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from fp8train.quant.formats import E5M2, GemmPrecision, LinearPrecision
@@ -11,6 +13,12 @@ Pair = tuple[object, object]  # blocks of left and right operand
 
 BLOCKWISE_PAIRS: frozenset[Pair] = frozenset({((1, 128), (128, 128)), ((1, 128), (1, 128))})
 WHOLE_PAIRS: frozenset[Pair] = frozenset({("tensor", "tensor"), ("row", "row")})
+
+
+def major_minor(version: str | None) -> tuple[int, int]:
+    """(2, 13) of "2.13.0+cpu"; (0, 0) of nothing."""
+    found = [int(number) for number in re.findall(r"\d+", version or "")[:2]]
+    return (found[0], found[1]) if len(found) == 2 else (0, 0)
 
 
 def no_gpu(device_type: str, capability: tuple[int, int] = FP8_CAPABILITY) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import re
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -34,7 +33,7 @@ from fp8train.backends.kernel_codes import (
     padded,
     tensors_of,
 )
-from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, no_gpu, not_served
+from fp8train.backends.machine import BLOCKWISE_PAIRS, WHOLE_PAIRS, major_minor, no_gpu, not_served
 from fp8train.backends.producers import rows_dense
 from fp8train.backends.product_checks import entry_for
 from fp8train.errors import BackendError
@@ -52,7 +51,7 @@ def triton_refusal() -> str | None:
         return "Triton is not installed; pip install fp8train[triton]"
     text = importlib.metadata.version("triton")
     needs = f"needs {OLDEST[0]}.{OLDEST[1]} to {BELOW[0]}.{BELOW[1] - 1}"
-    version = tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+    version = major_minor(text)
     if version < OLDEST:
         return f"Triton {text} is too old; {needs}"
     if version >= BELOW:

@@ -11,18 +11,12 @@ import numpy as np
 import torch
 
 from fp8train.backends import cpu_library
-from fp8train.backends.machine import FP8_CAPABILITY
+from fp8train.backends.machine import FP8_CAPABILITY, major_minor
 from fp8train.backends.triton import BELOW, OLDEST
 from fp8train.checkup.outcome import Outcome
 from fp8train.trainer.environment import installed
 
 OLDEST_TORCH = (2, 11)
-
-
-def version(text: str | None) -> tuple[int, int]:
-    """Major and minor of "2.13.0+cpu"; (0, 0) of nothing."""
-    found = [int(number) for number in re.findall(r"\d+", text or "")[:2]]
-    return (found[0], found[1]) if len(found) == 2 else (0, 0)
 
 
 def driver_cuda_version() -> str | None:
@@ -39,7 +33,7 @@ def driver_cuda_version() -> str | None:
 
 def _torch() -> Outcome:
     return Outcome(
-        passed=version(torch.__version__) >= OLDEST_TORCH,
+        passed=major_minor(torch.__version__) >= OLDEST_TORCH,
         first=f"torch {torch.__version__}",
         second=f"needs {'.'.join(map(str, OLDEST_TORCH))} or newer",
         meaning="an older torch casts to FP8 without saturating. pip install --upgrade torch.",
@@ -76,7 +70,7 @@ def _driver() -> Outcome | None:
         return None
     driver = driver_cuda_version()
     return Outcome(
-        passed=driver is not None and version(driver)[0] >= version(torch.version.cuda)[0],
+        passed=driver is not None and major_minor(driver)[0] >= major_minor(torch.version.cuda)[0],
         first=f"driver serves CUDA {driver or 'unknown'}",
         second=f"torch was built for CUDA {torch.version.cuda}",
         meaning="kernels of a newer CUDA than the driver's do not load. Update the driver, or take a torch built for "
@@ -89,7 +83,7 @@ def _triton() -> Outcome | None:
         return None
     found = installed("triton")
     return Outcome(
-        passed=found is not None and OLDEST <= version(found) < BELOW,
+        passed=found is not None and OLDEST <= major_minor(found) < BELOW,
         first=f"triton {found or 'is not installed'}",
         second=f"needs {OLDEST[0]}.{OLDEST[1]} to {BELOW[0]}.{BELOW[1] - 1}",
         meaning="the FP8 kernels are compiled with other versions; backend=auto falls back to cublaslt or BF16 units. "
