@@ -12,12 +12,11 @@ from torch import Tensor
 
 from fp8train.arguments import parse_arguments, with_key
 from fp8train.checkpoint import Checkpoint, open_checkpoint
-from fp8train.data import covers
-from fp8train.data.build import configured_tokenizer
+from fp8train.data.build import training_tokenizer
 from fp8train.data.model_tokenizer import has_tokenizer
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.distributed import check_single
-from fp8train.errors import ConfigError, DataError, exit_code, nearest
+from fp8train.errors import ConfigError, exit_code, nearest
 from fp8train.hf_fp8 import BlockPacking, packed_specs
 from fp8train.models import ModelConfig, build_model, count_parameters, hf_name, save_hf
 from fp8train.nn.remedies import fold_channel_scale
@@ -64,7 +63,9 @@ def main(argv: Sequence[str]) -> int:
     for line in checkpoint.skipped:
         sys.stderr.write(f"{line}\n")
     model = checkpoint.config.model
-    chosen = None if arguments.tokenizer == "none" else _tokenizer(checkpoint, arguments.tokenizer)
+    chosen = None
+    if arguments.tokenizer != "none":
+        chosen = training_tokenizer(checkpoint.config.data, arguments.tokenizer, model.vocab_size)
     files, separator = (None, None) if chosen is None else (chosen.path, chosen.separator)  # bytes have no files
     packing = _packing(checkpoint, arguments.recipe) if arguments.dtype == PACKED else None
     state, notes = fold_remedies(checkpoint.load_model_state(), checkpoint.recipe)
@@ -134,32 +135,6 @@ def _joined_notes(packing: BlockPacking | None) -> list[str]:
         f"{', '.join(sorted(group))}: some are in FP8 and some are not; servers that join them may refuse the folder"
         for group in groups
     ]
-
-
-def _tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
-    """That of the training, or the named one, which must have the same ids.
-
-    Raises:
-        DataError: it is not there, or is another.
-    """
-    if named is None:
-        return configured_tokenizer(checkpoint.config.data)
-    chosen, size = build_tokenizer(named), checkpoint.config.model.vocab_size
-    if chosen.vocab_size > size:
-        raise DataError(
-            f"tokenizer: {chosen.name} has {chosen.vocab_size} ids, the model {size}; needs the tokenizer of the "
-            "training. Leave `tokenizer` out."
-        )
-    try:
-        trained = configured_tokenizer(checkpoint.config.data)
-    except DataError:  # it has gone since
-        return chosen
-    if not covers(chosen, trained):
-        raise DataError(
-            f"tokenizer: {chosen.name} ({chosen.vocab_size} ids) has other ids than {trained.name} "
-            f"({trained.vocab_size}), in which the model was trained; needs that one. Leave `tokenizer` out."
-        )
-    return chosen
 
 
 def _padding_line(model: ModelConfig, parameters: int) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fp8train.arguments import parse_arguments, with_key
 from fp8train.checkpoint import open_checkpoint
-from fp8train.data.build import configured_tokenizer
-from fp8train.data.tokenizers import Tokenizer, build_tokenizer
+from fp8train.data.build import training_tokenizer
+from fp8train.data.tokenizers import Tokenizer
 from fp8train.distributed import check_single, init
 from fp8train.errors import ConfigError, exit_code
 from fp8train.models import Decoder
@@ -80,15 +80,9 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = open_checkpoint(arguments.checkpoint)
     for line in checkpoint.skipped:
         sys.stderr.write(f"{line}\n")
-    own = arguments.tokenizer
-    tokenizer = configured_tokenizer(checkpoint.config.data) if own is None else build_tokenizer(own)
-    vocab_size = checkpoint.config.model.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"tokenizer: {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}; needs the tokenizer "
-            "of the training. Correct tokenizer=."
-        )
-    config = dataclasses.replace(checkpoint.config, compile=False, backend=arguments.backend)
+    trained = checkpoint.config
+    tokenizer = training_tokenizer(trained.data, arguments.tokenizer, trained.model.vocab_size)
+    config = dataclasses.replace(trained, compile=False, backend=arguments.backend)
     model = restored(checkpoint, init(device_type=arguments.device).device, config=config).model.eval()
     prompt = tokenizer.encode_prompt(arguments.prompt) or [tokenizer.separator]
     ids = generate(

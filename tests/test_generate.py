@@ -15,7 +15,7 @@ from fp8train.checkpoint import TrainingState
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.data.config import DataConfig
 from fp8train.data.tokenizers import FileTokenizer, build_tokenizer
-from fp8train.errors import ConfigError
+from fp8train.errors import ConfigError, DataError
 from fp8train.models import Decoder, ModelConfig, build_model, initialize
 from fp8train.recipe import load_recipe
 from tests.checkpoint.tiny_checkpoint import save_checkpoint
@@ -74,9 +74,15 @@ def test_text_may_outgrow_the_context_and_start_from_nothing(run):
 
 
 def test_tokenizer_that_the_model_does_not_know_is_refused(tmp_path):
-    save_run(tmp_path, model=dataclasses.replace(MODEL, vocab_size=200))
-    with pytest.raises(ConfigError, match="bytes has 257 ids, the model 200"):
-        command.main([f"checkpoint={tmp_path}"])
+    tokenizers = pytest.importorskip("tokenizers")
+    save_run(tmp_path / "fewer", model=dataclasses.replace(MODEL, vocab_size=200))
+    with pytest.raises(DataError, match="bytes has 257 ids, the model 200; .* Give that as tokenizer=PATH"):
+        command.main([f"checkpoint={tmp_path / 'fewer'}"])
+    save_run(tmp_path / "run")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(DataError, match=r"\(2 ids\) has other ids than bytes \(257\)"):
+        command.main([f"checkpoint={tmp_path / 'run'}", f"tokenizer={tmp_path / 'words.json'}"])
 
 
 class Fixed(torch.nn.Module):

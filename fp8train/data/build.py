@@ -14,6 +14,7 @@ from fp8train.data.config import DataConfig, SourceConfig
 from fp8train.data.corpus import Corpus, build_corpus
 from fp8train.data.dataset import Dataset, PackedDataset, threshold_for
 from fp8train.data.mix import MixedDataset, Source, eval_shares, quotas
+from fp8train.data.model_tokenizer import covers
 from fp8train.data.shards import open_shards, shard_tokenizer
 from fp8train.data.sources import plan_pieces, read_piece, source_files
 from fp8train.data.split import fixed_threshold, splits
@@ -124,6 +125,37 @@ def configured_tokenizer(config: DataConfig) -> Tokenizer:
             if entry.kind == "tokens":
                 return shard_tokenizer(shard_folders(entry)[0])
     return build_tokenizer(config.tokenizer, config.separator)
+
+
+def training_tokenizer(config: DataConfig, named: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a model was trained in, or one in its place that has the same ids.
+
+    Args:
+        config: of the training.
+        named: as build_tokenizer takes it; None: that of the training.
+        vocab_size: of the model.
+
+    Raises:
+        DataError: it is not there, is another, or has more ids than the model.
+    """
+    chosen = configured_tokenizer(config) if named is None else build_tokenizer(named)
+    if chosen.vocab_size > vocab_size:
+        raise DataError(
+            f"tokenizer: {chosen.name} has {chosen.vocab_size} ids, the model {vocab_size}; needs the tokenizer of the "
+            f"training. {'Give that as tokenizer=PATH' if named is None else 'Leave `tokenizer` out'}."
+        )
+    if named is None:
+        return chosen
+    try:
+        trained = configured_tokenizer(config)
+    except DataError:  # it has gone since
+        return chosen
+    if not covers(chosen, trained):
+        raise DataError(
+            f"tokenizer: {chosen.name} ({chosen.vocab_size} ids) has other ids than {trained.name} "
+            f"({trained.vocab_size}), in which the model was trained; needs that one. Leave `tokenizer` out."
+        )
+    return chosen
 
 
 def _stream(source: SourceConfig, tokenizer: Tokenizer, options: dict[str, Any]) -> StreamedDataset:
