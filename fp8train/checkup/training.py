@@ -14,7 +14,8 @@ from fp8train.checkup.subject import BLOCK, PARTS, Subject, precisions
 from fp8train.config import config_to_dict
 from fp8train.data import MASKED_TARGET
 from fp8train.distributed import World
-from fp8train.nn.weights import weights_changed
+from fp8train.nn.linear import Float8Linear
+from fp8train.nn.weights import converted_linears, weights_changed
 from fp8train.trainer.assembly import Assembly, parameter_hash
 from fp8train.trainer.determinism import deterministic_algorithms
 from fp8train.trainer.evaluation import EvalSet, evaluate
@@ -284,16 +285,12 @@ def _readers(subject: Subject, assembly: Assembly) -> list[list[int]]:
     """Sites of the linears that read one and the same tensor."""
     groups: dict[int, list[int]] = {}
     alive = []
-    hooks = []
-    for module in assembly.model.modules():
-        site = getattr(module, "site", None)
-        if site is not None:
 
-            def note(module: torch.nn.Module, args: tuple, site: int = site) -> None:
-                alive.append(args[0])  # or its id would be given to another tensor
-                groups.setdefault(id(args[0]), []).append(site)
+    def note(linear: Float8Linear, args: tuple) -> None:
+        alive.append(args[0])  # or its id would be given to another tensor
+        groups.setdefault(id(args[0]), []).append(linear.site)
 
-            hooks.append(module.register_forward_pre_hook(note))
+    hooks = [linear.register_forward_pre_hook(note) for linear in converted_linears(assembly.model)]
     _loss(subject, assembly)
     for hook in hooks:
         hook.remove()
