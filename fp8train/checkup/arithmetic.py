@@ -12,7 +12,7 @@ from fp8train.checkup.outcome import Outcome, relative, worst_row
 from fp8train.checkup.subject import Subject, numbers, representatives, specs
 from fp8train.nn.linear import Float8Linear
 from fp8train.quant import reference
-from fp8train.quant.formats import GemmPrecision, LinearPrecision, QuantSpec
+from fp8train.quant.formats import LinearPrecision, QuantSpec
 from fp8train.quant.qtensor import QTensor
 
 ROWS = 200  # one whole block of tokens and a short one
@@ -64,14 +64,14 @@ def defined(linear: Float8Linear, x: Tensor, dy: Tensor) -> tuple[Tensor | None,
     """(y, dx, dw, db) by the definition, from the precision of a linear and nothing else of it."""
     p, w = linear.precision, linear.weight.detach()
     bias = None if linear.bias is None else linear.bias.detach()
-    y = _product(_operand(x, p.fprop.left, p), _operand(w, p.fprop.right, p), p.fprop, p)
-    dx = _product(_operand(dy, p.dgrad.left, p), _operand(w, p.dgrad.right, p, transpose=True), p.dgrad, p)
+    y = _product(_operand(x, p.fprop.left, p), _operand(w, p.fprop.right, p), p)
+    dx = _product(_operand(dy, p.dgrad.left, p), _operand(w, p.dgrad.right, p, transpose=True), p)
     source = x
     if p.wgrad_source == "requant":
         assert p.fprop.left is not None
         source = reference.dequantize(reference.quantize(x, p.fprop.left))
     left, right = (_operand(t, s, p, transpose=True) for t, s in ((dy, p.wgrad.left), (source, p.wgrad.right)))
-    dw = _product(left, right, p.wgrad, p)
+    dw = _product(left, right, p)
     return y if bias is None else y + bias, dx, dw, None if bias is None else dy.float().sum(0)
 
 
@@ -81,7 +81,7 @@ def _operand(x: Tensor, spec: QuantSpec | None, p: LinearPrecision, transpose: b
     return (x.T if transpose else x).to(p.high)
 
 
-def _product(a: QTensor | Tensor, b: QTensor | Tensor, gemm: GemmPrecision, p: LinearPrecision) -> Tensor:
+def _product(a: QTensor | Tensor, b: QTensor | Tensor, p: LinearPrecision) -> Tensor:
     """a @ b.T in FP32, by the definition if both are FP8."""
     if isinstance(a, QTensor) and isinstance(b, QTensor):
         return reference.scaled_mm(a, b, out_dtype=torch.float32)

@@ -66,7 +66,6 @@ class Rerun:
         self.config: RunConfig = dataclasses.replace(config, compile=False, backend=backend or config.backend)
         self.recipe: Recipe = load_recipe(self.dump.recipe_document)
         self.batches = [batch for rank in self.ranks for batch in rank.batches]
-        self._kept: Assembly | None = None
         self.weights_from, self._weights = self._find_weights()
 
     @property
