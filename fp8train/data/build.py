@@ -12,12 +12,12 @@ from typing import Any
 from fp8train.data import huggingface
 from fp8train.data.config import DataConfig, SourceConfig
 from fp8train.data.corpus import Corpus, build_corpus
-from fp8train.data.dataset import Dataset, PackedDataset, threshold_for
+from fp8train.data.dataset import Dataset, PackedDataset
 from fp8train.data.mix import MixedDataset, Source, eval_shares, quotas
 from fp8train.data.model_tokenizer import covers
 from fp8train.data.shards import open_shards, shard_tokenizer
 from fp8train.data.sources import plan_pieces, read_piece, source_files
-from fp8train.data.split import fixed_threshold, splits
+from fp8train.data.split import splits
 from fp8train.data.stream import StreamedDataset
 from fp8train.data.tokenizers import Tokenizer, build_tokenizer
 from fp8train.errors import DataError
@@ -46,9 +46,8 @@ def build_dataset(config: DataConfig, seq_len: int, seed: int) -> Dataset:
     tokenizer = configured_tokenizer(config)
     texts = [file for entry in entries if entry.kind == "text" for file in source_files(entry)]
     corpora = [None if entry.streamed else read_corpus(entry, tokenizer, texts) for entry in entries]
-    fixed, fraction = fixed_threshold(config.holdout_fraction), config.holdout_fraction
-    thresholds = [fixed if corpus is None else threshold_for(corpus, fraction, seq_len) for corpus in corpora]
-    parts = splits([None if corpus is None else corpus.hashes for corpus in corpora], thresholds, fixed)
+    known = [None if corpus is None else (corpus.hashes, corpus.lengths) for corpus in corpora]
+    parts = splits(known, config.holdout_fraction, seq_len)
     datasets: list[Source] = []
     for number, (entry, corpus, split, share) in enumerate(zip(entries, corpora, parts, windows, strict=True)):
         options: dict[str, Any] = {

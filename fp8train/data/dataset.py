@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8train.data.corpus import Corpus
 from fp8train.data.packing import PackedDocuments, Sample, permutation
-from fp8train.data.split import Split, sufficient_threshold
+from fp8train.data.split import Split
 from fp8train.data.tokenizers import Tokenizer
 from fp8train.errors import DataError
 
@@ -192,12 +192,6 @@ class PackedDataset:
             f"{distinct} of them distinct; needs at least {window * (1 + holdout)}: {parts} "
             f"(seq_len {self.seq_len} + 1 tokens each). Give more text, lower seq_len{remedy}."
         )
-
-
-def threshold_for(corpus: Corpus, fraction: float, seq_len: int) -> int:
-    """Hash threshold that holds out `fraction` of the documents; in tokens at least half of that, and one window."""
-    needed = max(seq_len + 1, int(corpus.tokens * fraction / 2))
-    return sufficient_threshold(corpus.hashes, corpus.lengths, fraction, needed)
 
 
 def check_vocabulary(dataset: Dataset, vocab_size: int, init_from: str | None = None) -> None:

@@ -49,36 +49,39 @@ class Split:
         return f"threshold {self.threshold}" + (f" and {others}" if others else "")
 
 
-def splits(hashes: Sequence[np.ndarray | None], thresholds: Sequence[int], fixed: int) -> list[Split]:
+def splits(sources: Sequence[tuple[np.ndarray, np.ndarray] | None], fraction: float, seq_len: int) -> list[Split]:
     """The split of each source: a small one's higher threshold is its own, a text that two share is on one side.
 
     Args:
-        hashes: [D] uint64 of each source's documents; None where they are not known in advance.
-        thresholds: of each source.
-        fixed: that of the fraction, which no threshold is below.
+        sources: hashes [D] uint64 and lengths [D] in tokens of each one's documents; None: not known in advance.
+        fraction, seq_len: see sufficient_threshold.
     """
+    fixed = fixed_threshold(fraction)
+    thresholds = [fixed if known is None else sufficient_threshold(*known, fraction, seq_len) for known in sources]
     raised = [
-        known[(known >= np.uint64(fixed)) & (known < np.uint64(threshold))]
-        for known, threshold in zip(hashes, thresholds, strict=True)
+        known[0][(known[0] >= np.uint64(fixed)) & (known[0] < np.uint64(threshold))]
+        for known, threshold in zip(sources, thresholds, strict=True)
         if known is not None
     ]
     also = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *raised]))
     return [Split(threshold, also[also >= np.uint64(threshold)]) for threshold in thresholds]
 
 
-def sufficient_threshold(hashes: np.ndarray, lengths: np.ndarray, fraction: float, needed_tokens: int) -> int:
-    """The fixed threshold, raised where a small corpus would otherwise hold out fewer than needed_tokens.
+def sufficient_threshold(hashes: np.ndarray, lengths: np.ndarray, fraction: float, seq_len: int) -> int:
+    """The fixed threshold, raised where a small corpus would otherwise hold out fewer tokens than half the fraction or
+    than a window.
 
     Args:
         hashes: [D] uint64.
         lengths: [D] tokens of each document.
         fraction: share of documents to hold out; 0 holds nothing out, however small the corpus.
-        needed_tokens: such as one evaluation window.
+        seq_len: T; a window has T + 1 tokens.
     """
     threshold = fixed_threshold(fraction)
-    if fraction == 0 or int(lengths[Split(threshold).outside(hashes)].sum()) >= needed_tokens:
+    needed = max(seq_len + 1, int(int(lengths.sum()) * fraction / 2))
+    if fraction == 0 or int(lengths[Split(threshold).outside(hashes)].sum()) >= needed:
         return threshold
     order = np.argsort(hashes, kind="stable")
-    enough = int(np.searchsorted(np.cumsum(lengths[order]), needed_tokens))
+    enough = int(np.searchsorted(np.cumsum(lengths[order]), needed))
     last = min(enough, len(order) - 1)
     return min(HASH_RANGE - 1, int(hashes[order[last]]) + 1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fp8train.data.corpus import Corpus, build_corpus
-from fp8train.data.dataset import PackedDataset, threshold_for
-from fp8train.data.split import Split
+from fp8train.data.dataset import PackedDataset
+from fp8train.data.split import Split, sufficient_threshold
 from fp8train.data.tokenizers import ByteTokenizer
 
 SEQ_LEN = 16  # of make_dataset
@@ -26,7 +26,7 @@ def make_dataset(
 ) -> PackedDataset:
     """Documents as a dataset of bytes, cut into windows of SEQ_LEN."""
     corpus = make_corpus(documents)
-    split = Split(threshold_for(corpus, fraction, SEQ_LEN))
+    split = Split(sufficient_threshold(corpus.hashes, corpus.lengths, fraction, SEQ_LEN))
     return PackedDataset(
         corpus, seq_len=SEQ_LEN, seed=seed, split=split, eval_windows=eval_windows, document_mask=document_mask
     )

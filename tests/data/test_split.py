@@ -21,33 +21,34 @@ def test_content_hash_is_pinned() -> None:
 
 def test_small_corpus_holds_out_whole_documents_up_to_the_need() -> None:
     corpus = make_corpus(make_documents(4))
-    threshold = sufficient_threshold(corpus.hashes, corpus.lengths, 1e-9, needed_tokens=1)
+    threshold = sufficient_threshold(corpus.hashes, corpus.lengths, 1e-9, seq_len=0)
     assert np.count_nonzero(Split(threshold).outside(corpus.hashes)) == 1
-    threshold = sufficient_threshold(corpus.hashes, corpus.lengths, 1e-9, needed_tokens=int(corpus.lengths.max()) + 1)
+    threshold = sufficient_threshold(corpus.hashes, corpus.lengths, 1e-9, seq_len=int(corpus.lengths.max()))
     assert np.count_nonzero(Split(threshold).outside(corpus.hashes)) >= 2
 
 
 def test_large_corpus_keeps_the_fixed_threshold() -> None:
     corpus = make_corpus(make_documents(2000))
-    assert sufficient_threshold(corpus.hashes, corpus.lengths, 0.1, needed_tokens=100) == fixed_threshold(0.1)
+    assert sufficient_threshold(corpus.hashes, corpus.lengths, 0.1, seq_len=99) == fixed_threshold(0.1)
 
 
 def test_fraction_zero_holds_nothing_out() -> None:
     corpus = make_corpus(make_documents(3))
-    assert sufficient_threshold(corpus.hashes, corpus.lengths, 0.0, needed_tokens=100) == 0
+    assert sufficient_threshold(corpus.hashes, corpus.lengths, 0.0, seq_len=99) == 0
 
 
 def test_small_source_raises_the_threshold_of_no_other() -> None:
-    large, small = (make_corpus(make_documents(count, seed=seed)).hashes for count, seed in ((2000, 1), (4, 2)))
-    shared = np.concatenate([large, small[:2]])
+    own = make_documents(4, seed=2)
+    corpora = [make_corpus(documents) for documents in (make_documents(2000, seed=1) + own[:2], own)]
+    large, small = corpora[0].hashes[:2000], corpora[1].hashes
     fixed = fixed_threshold(0.05)
-    raised = int(np.sort(small)[-1]) + 1  # all of the small source
-    one, two, stream = splits([shared, small, None], [fixed, raised, fixed], fixed)
-    assert one.threshold == stream.threshold == fixed and two.threshold == raised
+    known = [(corpus.hashes, corpus.lengths) for corpus in corpora]
+    one, two, stream = splits([*known, None], 0.05, seq_len=corpora[1].tokens)  # all of the small source
+    assert one.threshold == stream.threshold == fixed and two.threshold == int(np.sort(small)[-1]) + 1
     assert two.outside(small).all()
     assert one.outside(small).all() and stream.outside(small).all(), "wherever else it may be"
     assert np.count_nonzero(one.outside(large)) == np.count_nonzero(large < np.uint64(fixed))
-    alone = splits([large], [fixed], fixed)[0]
+    alone = splits(known[:1], 0.05, seq_len=8)[0]
     assert str(alone) == f"threshold {fixed}" != str(one) != str(Split(fixed, small[:1]))
 
 
