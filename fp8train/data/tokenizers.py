@@ -152,7 +152,7 @@ def build_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
         separator: special token that ends a document; None takes the file's end-of-text token.
 
     Raises:
-        DataError: nothing there, not a tokenizer, no end-of-text token, the package tokenizers is missing.
+        DataError: nothing there, unreadable, not a tokenizer, no end-of-text token, the package tokenizers is missing.
     """
     if name in ("bytes", "auto"):
         if separator is not None:
@@ -160,7 +160,16 @@ def build_tokenizer(name: str, separator: str | None = None) -> Tokenizer:
                 f"data.separator: is {separator!r} but the tokenizer is bytes, whose separator is id 256. Delete it."
             )
         return ByteTokenizer()
-    path = Path(os.path.expanduser(name))
+    try:
+        return _read_files(Path(os.path.expanduser(name)), name, separator)
+    except OSError as error:
+        raise DataError(
+            f"data.tokenizer: {name} cannot be read ({error.strerror or error}); needs files that can. Correct the "
+            "path, or who may read it."
+        ) from error
+
+
+def _read_files(path: Path, name: str, separator: str | None) -> FileTokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         content = file.read_bytes()

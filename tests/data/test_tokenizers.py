@@ -122,6 +122,7 @@ def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(
     ("make", "message"),
     [
         pytest.param(lambda folder, bpe: "nowhere.json", "is not there", id="missing"),
+        pytest.param(lambda folder, bpe: "/proc/self/mem", "mem cannot be read .Input/output", id="unreadable"),
         pytest.param(
             lambda folder, bpe: _write(folder / "t.json", b"{}"), "is not a tokenizer.json", id="not-a-tokenizer"
         ),
