@@ -37,7 +37,7 @@ class GenerateArguments:
     seed: of the sampling
     backend: what executes FP8: auto or a name
     device: cpu or cuda; null: the GPU where there is one
-    tokenizer: bytes, a tokenizer.json or a tokenizer folder; null: that of the training
+    tokenizer: bytes, a tokenizer.json or a tokenizer folder, of the ids of the training; null: its own
     """
 
     checkpoint: Path

@@ -85,6 +85,28 @@ def test_tokenizer_that_the_model_does_not_know_is_refused(tmp_path):
         command.main([f"checkpoint={tmp_path / 'run'}", f"tokenizer={tmp_path / 'words.json'}"])
 
 
+def test_tokenizer_of_the_training_may_have_moved_and_gained_tokens(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    ends = []
+    monkeypatch.setattr(command, "generate", lambda *arguments, end, **options: ends.append(end) or iter([]))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 1, "<sep>": 2}, unk_token="[UNK]"))
+    trained, moved, unreadable = tmp_path / "words.json", tmp_path / "moved.json", tmp_path / "shards"
+    words.save(str(trained))
+    unreadable.mkdir()
+    (unreadable / "index.json").symlink_to("/proc/self/mem")
+    save_run(tmp_path / "run", tokenizer=str(trained), separator="<sep>")
+    save_run(tmp_path / "shards_run", kind="tokens", path=str(unreadable), separator="<sep>")
+    words.add_special_tokens(["<user>"])
+    words.save(str(moved))
+    for folder in ("run", "shards_run", "run"):
+        command.main([f"checkpoint={tmp_path / folder}", f"tokenizer={moved}"])
+        assert ends.pop() == 2, "what ended a document in training"
+        trained.unlink(missing_ok=True)
+    trained.write_bytes(moved.read_bytes().replace(b'"<sep>": 2', b'"<sep>": 3').replace(b'"</s>": 1', b'"</s>": 2'))
+    with pytest.raises(DataError, match="words.json is another by now, move it away"):
+        command.main([f"checkpoint={tmp_path / 'run'}", f"tokenizer={moved}"])
+
+
 class Fixed(torch.nn.Module):
     """Logits that prefer id `after[last token]`."""
 

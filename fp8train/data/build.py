@@ -19,7 +19,7 @@ from fp8train.data.shards import open_shards, shard_tokenizer
 from fp8train.data.sources import plan_pieces, read_piece, source_files
 from fp8train.data.split import splits
 from fp8train.data.stream import StreamedDataset
-from fp8train.data.tokenizers import Tokenizer, build_tokenizer
+from fp8train.data.tokenizers import FileTokenizer, Tokenizer, build_tokenizer
 from fp8train.errors import DataError
 
 PIECE_BYTES = 1 << 26
@@ -131,30 +131,38 @@ def training_tokenizer(config: DataConfig, named: str | None, vocab_size: int) -
 
     Args:
         config: of the training.
-        named: as build_tokenizer takes it; None: that of the training.
+        named: as build_tokenizer takes it; None: that of the training. What ends a document is that of the training.
         vocab_size: of the model.
 
     Raises:
         DataError: it is not there, is another, or has more ids than the model.
     """
-    chosen = configured_tokenizer(config) if named is None else build_tokenizer(named)
+    trained: Tokenizer | None
+    if named is None:
+        chosen = trained = configured_tokenizer(config)
+    else:
+        trained = _still_there(config)
+        separator = trained.separator_token if isinstance(trained, FileTokenizer) else config.separator
+        chosen = build_tokenizer(named, None if named in ("bytes", "auto") else separator)
     if chosen.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer: {chosen.name} has {chosen.vocab_size} ids, the model {vocab_size}; needs the tokenizer of the "
             f"training. {'Give that as tokenizer=PATH' if named is None else 'Leave `tokenizer` out'}."
         )
-    if named is None:
-        return chosen
-    try:
-        trained = configured_tokenizer(config)
-    except DataError:  # it has gone since
-        return chosen
-    if not covers(chosen, trained):
+    if trained is not None and not covers(chosen, trained):
+        replaced = "" if trained.path is None else f" If {trained.path} is another by now, move it away."
         raise DataError(
             f"tokenizer: {chosen.name} ({chosen.vocab_size} ids) has other ids than {trained.name} "
-            f"({trained.vocab_size}), in which the model was trained; needs that one. Leave `tokenizer` out."
+            f"({trained.vocab_size}), in which the model was trained; needs that one. Leave `tokenizer` out.{replaced}"
         )
     return chosen
+
+
+def _still_there(config: DataConfig) -> Tokenizer | None:
+    try:
+        return configured_tokenizer(config)
+    except (DataError, OSError):  # gone, or of a user who lets no other in
+        return None
 
 
 def _stream(source: SourceConfig, tokenizer: Tokenizer, options: dict[str, Any]) -> StreamedDataset:
