@@ -155,6 +155,8 @@ def test_what_a_recipe_does_beside_its_rules_is_named(capsys: pytest.CaptureFixt
     assert "if each sees every token, until the schedule changes it" in text
     assert "swiglu: the input of *down_proj is clamped to 50 and its channels scaled to alike size" in text
     assert "alarm: on nonfinite or spike the worst linear goes to BF16, at most 3 times" in text
+    sharded = run(capsys, f"recipe={tmp_path / 'recipe.yaml'}", "parallel=fsdp", "ranks=2")
+    assert "swiglu: the input of" in sharded and "besides all this" in sharded
 
 
 def test_hugging_face_folder(capsys: pytest.CaptureFixture[str], hf_folder: Path) -> None:

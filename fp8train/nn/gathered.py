@@ -56,7 +56,7 @@ class GatheredWeight:
                 "makes of it for forward. Call the module that was sharded, and keep nn.Linear where "
                 "parallelize_module splits a layer."
             )
-        if self.gathered is None and linear.scaled_by():
+        if self.gathered is None and linear.scaled_by() and not linear.weight.is_meta:  # there are no numbers to scale
             raise ConfigError(
                 "Float8Linear: weight is sharded and other weights scale its input (swiglu: smooth); needs the scales "
                 "gathered too. Call fp8train.gather_operands(model) after fully_shard; elsewhere take `smooth` out of "

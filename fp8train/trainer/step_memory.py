@@ -183,6 +183,8 @@ def _lay_out_copies(linear: Float8Linear) -> None:
     """What a linear holds of its weight, without numbers; a linear on the meta device makes none by itself."""
     precision, weight = linear.precision, linear.weight.detach()
     fprop, dgrad = precision.fprop.right, precision.dgrad.right
+    if linear.scaled_by():
+        linear.channel_scale = weight.new_empty(linear.in_features)
     if not isinstance(linear.provider, LocalWeight):
         return
     if fprop is not None:
@@ -191,8 +193,6 @@ def _lay_out_copies(linear: Float8Linear) -> None:
         linear.wt_qdata, linear.wt_scale_inv = fake_quantize(weight, str(dgrad), True, linear.backend_name)
     if None in (fprop, dgrad):
         linear.w_high = weight.to(precision.high)
-    if linear.remedy is not None and linear.remedy.smooth is not None and precision.quantized:
-        linear.channel_scale = weight.new_empty(linear.in_features)
 
 
 def held_copies(model: nn.Module) -> list[Tensor]:
