@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.hf is not None and clash is not None:
         raise ConfigError(f"explain: {clash!r} and hf={arguments.hf} both name a model; needs one. Drop one of them.")
     config = load_config(rest, "explain")
-    config.check(arguments.ranks)
+    (config if arguments.hf is None else config.parallel).check(arguments.ranks)  # hf=DIR has no step to divide
     recipe = load_recipe(config.recipe)
     model: nn.Module
     if arguments.hf is None:
