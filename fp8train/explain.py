@@ -32,7 +32,7 @@ from fp8train.nn.weights import named_linears
 from fp8train.quant.formats import LinearPrecision
 from fp8train.recipe import OPERANDS, Recipe, load_recipe
 from fp8train.trainer.assembly import resolve_activations, shard_ranks
-from fp8train.trainer.footprint import footprint
+from fp8train.trainer.footprint import footprint, moments_of
 from fp8train.trainer.step_memory import StepMemory, step_memory
 from fp8train.units import bytes_text, count_text, percent_text, short_count_text
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         name, model = hf_layout(arguments.hf)
     report = convert_model(model, recipe, config.backend, arguments.device, config.fused, config.weight_copies)
-    moments = recipe.moments if config.optim.moments == "auto" else config.optim.moments
+    moments = moments_of(config, recipe)
     ranks = arguments.ranks, shard_ranks(config, arguments.ranks)
     every = "--all" in argv
     text = explanation(name, model, recipe, report, moments, every=every, ranks=ranks, parallel=config.parallel)

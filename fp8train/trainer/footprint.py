@@ -12,7 +12,7 @@ from fp8train.distributed import World
 from fp8train.distributed.sharding import shard_bytes
 from fp8train.errors import ConfigError
 from fp8train.models import build_model
-from fp8train.recipe import load_recipe
+from fp8train.recipe import Recipe, load_recipe
 from fp8train.trainer.assembly import shard_ranks
 from fp8train.trainer.host_memory import free_host_bytes
 from fp8train.units import bytes_text, short_count_text
@@ -60,6 +60,11 @@ def footprint(model: nn.Module, moments: str, ranks: int = 1, copies: int = 0) -
     )
 
 
+def moments_of(config: RunConfig, recipe: Recipe) -> str:
+    """Of AdamW in a run, "fp32" or "bf16"."""
+    return recipe.moments if config.optim.moments == "auto" else config.optim.moments
+
+
 def check_memory(config: RunConfig, world: World) -> None:
     """Refuse a model whose weights, gradients and moments alone do not fit; every rank must call it.
 
@@ -69,7 +74,7 @@ def check_memory(config: RunConfig, world: World) -> None:
         ConfigError: on every rank, where one has less memory than that.
     """
     ranks = shard_ranks(config, world.world_size)
-    moments = load_recipe(config.recipe).moments if config.optim.moments == "auto" else config.optim.moments
+    moments = moments_of(config, load_recipe(config.recipe))
     model = build_model(config.model, "meta")
     held = footprint(model, moments, ranks)
     free = min(

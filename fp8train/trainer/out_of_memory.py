@@ -11,7 +11,9 @@ import torch
 from fp8train.config import RunConfig
 from fp8train.distributed import World
 from fp8train.errors import TrainingError
+from fp8train.recipe import load_recipe
 from fp8train.trainer.assembly import shards
+from fp8train.trainer.footprint import moments_of
 
 
 @contextmanager
@@ -24,6 +26,7 @@ def told_when_out_of_memory(config: RunConfig, world: World, step: Callable[[], 
     Raises:
         TrainingError: on the rank that met it; torchrun ends the others.
     """
+    remedies = _remedies(config, world)  # before: the recipe's file may be another by then
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -32,7 +35,7 @@ def told_when_out_of_memory(config: RunConfig, world: World, step: Callable[[], 
         whose = f" of rank {world.rank}" if world.world_size > 1 else ""
         raise TrainingError(
             f"after step {step()}: the {world.device.type} memory{whose} does not suffice: {what}; needs less to be "
-            f"held at a time. Take {', or '.join(_remedies(config, world))}. fp8train explain says what each takes."
+            f"held at a time. Take {', or '.join(remedies)}. fp8train explain says what each takes."
         ) from error
 
 
@@ -45,6 +48,6 @@ def _remedies(config: RunConfig, world: World) -> list[str]:
         remedies.append(f"activation_checkpointing={choice}")
     if config.weight_copies != "one" and not sharded:
         remedies.append("weight_copies=one")
-    if config.optim.moments != "bf16":
+    if moments_of(config, load_recipe(config.recipe)) != "bf16":
         remedies.append("optim=adamw_bf16_moments")
     return [*remedies, "more ranks that share the weights (parallel=fsdp)"]

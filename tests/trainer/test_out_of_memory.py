@@ -37,10 +37,10 @@ def test_step_and_remedies_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_in_use_is_no_remedy(tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path, "micro_batch_samples=1", "activation_checkpointing=full", "parallel=fsdp", "optim=adamw_bf16_moments"
-    )
+@pytest.mark.parametrize("moments", ["optim=adamw_bf16_moments", "recipe=deepseek_v3"])
+def test_what_is_in_use_is_no_remedy(tmp_path: Path, moments: str) -> None:
+    used = ("micro_batch_samples=1", "activation_checkpointing=full", "parallel=fsdp", moments)
+    config = tiny_config(tmp_path, *used)
     with pytest.raises(TrainingError) as told, told_when_out_of_memory(config, World(rank=1, world_size=2), lambda: 0):
         raise torch.OutOfMemoryError("no memory. None at all")
     words = str(told.value)
