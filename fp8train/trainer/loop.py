@@ -187,6 +187,7 @@ class Trainer:
         self._open_metrics()
         if not newest:
             self._save()  # or a resume would take a newer one, of the steps that are undone
+            self.saver.settle()  # before there are rows of other steps in their place
 
     def _save(self, *, by_clock: bool = False) -> None:
         """Checkpoint of this step; by_clock: the hour asked for it, or a stop, and no alarm goes back to it."""

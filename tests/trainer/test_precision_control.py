@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from fp8train.checkpoint import open_checkpoint
+from fp8train.checkpoint import open_checkpoint, saved_steps
+from fp8train.checkpoint.files import FolderWriter
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError, RecipeError
 from fp8train.metrics import read_metrics
@@ -217,12 +219,26 @@ class TestAlarm:
         tiny_train(tmp_path, *options)
         assert len((tmp_path / "run" / "events.jsonl").read_text().splitlines()) == 1
 
-    def test_end_after_going_back_resumes_from_there_not_from_the_undone_steps(self, tmp_path: Path, blow_up: Any):
+    def test_end_after_going_back_resumes_from_there_not_from_the_undone_steps(
+        self, tmp_path: Path, blow_up: Any, monkeypatch: pytest.MonkeyPatch
+    ):
         blow_up(5)
+        write, newest = FolderWriter.write_tensors, list[list[int]]()
+
+        def slow(self: FolderWriter, *arguments: Any) -> None:
+            time.sleep(0.3 if self.folder.name == ".step_00000000.tmp" else 0)
+            write(self, *arguments)
+
+        class Looking(DyingAfterRollBack):
+            def step(self, row: Any, eta_seconds: float | None) -> None:
+                newest.append(saved_steps(tmp_path / "run")[-1:])  # what a kill would leave
+                super().step(row, eta_seconds)
+
+        monkeypatch.setattr(FolderWriter, "write_tensors", slow)
         recipe = recipe_with(tmp_path, alarm={"on": ["nonfinite"]})
         with pytest.raises(SystemExit):
-            tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.minutes=1e-9", console=DyingAfterRollBack())
-        assert open_checkpoint(tmp_path / "run").step == 0
+            tiny_train(tmp_path, f"recipe={recipe}", "checkpoint.minutes=1e-9", console=Looking())
+        assert newest[-1] == [open_checkpoint(tmp_path / "run").step] == [0]
         tiny_train(tmp_path, f"recipe={recipe}")
         assert len(losses(tmp_path / "run")) == 6
 
