@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -165,14 +165,17 @@ def _step(model: Decoder, config: RunConfig, arguments: ExplainArguments) -> Ste
     if sharded:
         gather_weights(model, model.layers)
     together = config.micro_batch(ranks)
-    return step_memory(
+    step = step_memory(
         model,
         (together, config.seq_len),
         config.global_batch_samples // ranks // together,
         device_type="cpu" if arguments.device == "cpu" else "cuda",
         document_mask=config.data.document_mask,
-        keep_gradients=not sharded,
+        keep_gradients=ranks == 1,
     )
+    if sharded or ranks == 1:
+        return step
+    return replace(step, peak=step.peak + footprint(model, moments="fp32").weights)  # DDP keeps room for all gradients
 
 
 def _step_line(

@@ -244,5 +244,17 @@ def test_memory_of_a_step_is_what_is_held_and_what_comes_and_goes(capsys: pytest
     assert " besides all this" in sharded and "in all" not in sharded
 
 
+def test_replicated_ranks_have_room_for_all_gradients_at_all_times(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(["model=llama_125m"])
+    found = []
+    for ranks in (1, 2):  # each with one micro-batch, whose peak comes before the first gradient
+        batch = f"global_batch_tokens={ranks * config.micro_batch(1) * config.seq_len}"
+        text = run(capsys, "model=llama_125m", "device=sm_90", batch, f"ranks={ranks}", "--json")
+        found.append(json.loads(text)["step_memory"])
+    alone, together = found
+    gradients = 4 * sum(parameter.numel() for parameter in build_model(config.model, "meta").parameters())
+    assert together == {"kept": alone["kept"], "peak": alone["peak"] + gradients}
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert "global_batch_tokens: got" in refusal(capsys, "model=llama_125m", "ranks=7")

@@ -56,7 +56,7 @@ def step_memory(
         micro_batches: of a step; from the second on there are the gradients of those before.
         device_type: "cpu", or "cuda": where attention and norms are kernels of their own.
         document_mask: attention stops at the ends of documents.
-        keep_gradients: False: each goes when it is complete, as those of a sharded model do.
+        keep_gradients: False: each goes when it is complete, as those of a sharded model do, or into DDP's own room.
     """
     for linear in converted_linears(model):
         _lay_out_copies(linear)
