@@ -204,7 +204,7 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.sync()
 
-        on_main(self.world, keep_rows)
+        on_main(self.world, keep_rows, patient=True)
         content = content_of(self.model, self.optimizer)
         self.saver.save(progress.step, content, state, retention(config, recipe, progress))
         self.clock.restart()
