@@ -101,13 +101,14 @@ class Saver:
         if self._part is None:
             return
         begun, part, whole = time.monotonic(), self._part, self._whole
-        self._part = self._whole = None
         try:
             on_every_rank(self._world, part.result, patient=True)
             self.saved = on_main(self._world, self._finish if whole is None else whole.result, patient=True)
-        except BaseException:
+        except Exception:  # not Ctrl-C, after which __exit__ still gives it time
+            self._part = None
             self._give_up(whole)
             raise
+        self._part = self._whole = None
         self.seconds += time.monotonic() - begun
 
     def __enter__(self) -> Saver:

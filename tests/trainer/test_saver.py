@@ -90,16 +90,22 @@ def test_rank_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "place"), [(ZeroDivisionError, "step"), (KeyboardInterrupt, "step"), (KeyboardInterrupt, "settle")]
+)
 def test_error_that_ends_a_run_leaves_it_the_checkpoint_that_was_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[BaseException], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     write, failed = FolderWriter.write_tensors, threading.Event()
 
+    def fail(*_arguments: object, **_options: object) -> None:
+        failed.set()
+        raise error
+
     class Failing(Console):
         def step(self, row, eta_seconds) -> None:
-            if row["step"] == 3:
-                failed.set()
-                raise ZeroDivisionError
+            if row["step"] == 3 and place == "step":
+                fail()
 
     def later(self, name, tensors, metadata):
         assert failed.wait(SECONDS)
@@ -107,7 +113,9 @@ def test_error_that_ends_a_run_leaves_it_the_checkpoint_that_was_being_written(
         write(self, name, tensors, metadata)
 
     monkeypatch.setattr(FolderWriter, "write_tensors", later)
-    with pytest.raises(ZeroDivisionError):
+    if place == "settle":  # where step 4 waits for the checkpoint of step 2
+        monkeypatch.setattr(saver, "on_every_rank", fail)
+    with pytest.raises(error):
         tiny_train(tmp_path, *SAVING, console=Failing(enabled=False))
     assert open_checkpoint(tmp_path / "run").step == 2
 
