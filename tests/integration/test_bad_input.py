@@ -105,7 +105,7 @@ def cut_off_model(folder: Path) -> list[str]:
         pytest.param(
             foreign_checkpoint, "neither a run folder.*nor a checkpoint.*Correct the path", id="foreign checkpoint"
         ),
-        pytest.param(cut_off_model, "model.safetensors: damaged or cut off.*Fetch", id="init_from cut off"),
+        pytest.param(cut_off_model, "model.safetensors: damaged, cut off or unreadable.*Fetch", id="init_from cut off"),
         pytest.param(given("model=hf"), "model: no size is given.*model.init_from=DIR", id="hf without a folder"),
         pytest.param(given("run_dir="), "run_dir: got an empty text; needs a folder", id="empty run_dir"),
     ],
