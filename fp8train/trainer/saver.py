@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fp8train.checkpoint import Content, Retention, TrainingState, checkpoint_path
 from fp8train.checkpoint.content import own_part, part_of, parts_of
@@ -26,7 +26,7 @@ from fp8train.units import bytes_text
 T = TypeVar("T")
 
 POLL_SECONDS = 0.05
-ABORT_SECONDS = 30.0  # that an aborted run gives a checkpoint which is being written
+ABORT_SECONDS = 30.0  # that a run which is aborted gives a checkpoint, and one that fails parts that do not grow
 
 
 class Saver:
@@ -115,10 +115,19 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        if self._part is not None:
-            wait([self._part], ABORT_SECONDS if kind is KeyboardInterrupt else None)
-            wait([] if self._whole is None else [self._whole], ABORT_SECONDS)
-            self._give_up(self._whole)
+        if self._part is None:
+            return
+        begun: list[Future[Any]] = [future for future in (self._part, self._whole) if future is not None]
+        if kind is KeyboardInterrupt:
+            if wait(begun, 0).not_done:
+                self._tell(f"a checkpoint is being written: it has {ABORT_SECONDS:g} s to become whole")
+            wait(begun, ABORT_SECONDS)
+        else:
+            wait([self._part])
+            before = -1  # parts of other ranks may take longer, but not those of a rank that is gone
+            while (written := self._written()) > before and wait(begun, ABORT_SECONDS).not_done:
+                before = written
+        self._give_up(self._whole)
 
     def _give_up(self, whole: Future[Path] | None) -> None:
         """Leave nothing of a checkpoint that is not whole."""
@@ -126,6 +135,13 @@ class Saver:
         if self._world.main:
             wait([] if whole is None else [whole])
             discard_folder(self._target)
+
+    def _written(self) -> int:
+        """Bytes of tensors in the folder of the checkpoint that is being written; 0 when it has got its name."""
+        try:
+            return sum(path.stat().st_size for path in temporary_of(self._target).glob("*.safetensors"))
+        except FileNotFoundError:
+            return 0
 
     def _wait(self) -> None:
         if self._given_up.wait(POLL_SECONDS):

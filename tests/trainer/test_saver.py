@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,42 @@ def test_error_that_ends_a_run_leaves_it_the_checkpoint_that_was_being_written(
     assert open_checkpoint(tmp_path / "run").step == 2
 
 
+def test_ctrl_c_twice_says_how_long_the_checkpoint_is_waited_for_and_waits_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    aborted, seconds, said, wait = threading.Event(), [], [], saver.wait
+
+    class Aborted(Console):
+        def info(self, text: str) -> None:
+            said.append(text)
+
+        def step(self, row, eta_seconds) -> None:
+            if row["step"] == 3:
+                raise KeyboardInterrupt
+
+    def briefly(futures, timeout=None):
+        if timeout is None:
+            aborted.set()
+        elif timeout:
+            seconds.append(timeout)
+        return wait(futures, None if timeout is None else 0)
+
+    def never(self, name, tensors, metadata):
+        assert aborted.wait(SECONDS)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(FolderWriter, "write_tensors", never)
+    monkeypatch.setattr(saver, "wait", briefly)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, *SAVING, console=Aborted(enabled=False))
+    assert seconds == [saver.ABORT_SECONDS]
+    assert said[-2:] == [
+        "warning: a checkpoint is being written: it has 30 s to become whole",
+        f"aborted: nothing saved in {tmp_path / 'run'}",
+    ]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def test_host_without_room_for_a_copy_has_training_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Listening(Console):
         said: list[str] = []
@@ -194,6 +231,15 @@ def on_two_ranks(world: World) -> dict[str, Any]:
         found["refused"] = str(refused.value)
         dist.barrier()
         found["left"] = sorted(path.name for path in (folder / "on" / "checkpoints").iterdir())
+        saver.ABORT_SECONDS = 1.0
+        if world.rank == 1:
+            FolderWriter.write = _slowly  # type: ignore[method-assign]
+        config = tiny_config(folder, *SAVING, run="failing")
+        with pytest.raises(ZeroDivisionError):
+            Trainer(config, world, Failing(enabled=False)).run()
+        FolderWriter.write = write_pieces  # type: ignore[method-assign]
+        dist.barrier()
+        found["failing"] = sorted(path.name for path in (folder / "failing" / "checkpoints").iterdir())
         if world.main:
             result = tiny_train(folder, *SAVING, f"resume={folder / 'fsdp'}", "steps=7", run="alone")
             found["alone"] = result.finished, sorted(files_of(folder / "alone", 7))
@@ -204,6 +250,22 @@ def _full(*_arguments: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+write_pieces = FolderWriter.write
+
+
+def _slowly(self: FolderWriter, name: str, pieces: Iterator[bytes | memoryview]) -> None:
+    """Takes some seconds for a part."""
+    write_pieces(self, name, (piece for piece in pieces if time.sleep(0.1) is None))
+
+
+class Failing(Console):
+    """An error of every rank while the first checkpoint is being written."""
+
+    def step(self, row, eta_seconds) -> None:
+        if row["step"] == 3:
+            raise ZeroDivisionError
+
+
 def test_ranks_write_parts_and_one_that_cannot_is_everyones_error(tmp_path: Path):
     one, two = run_ranks(on_two_ranks, 2, tmp_path)
     names = [f"{stem}-{part:05d}-of-00002.safetensors" for stem in ("model", "optimizer") for part in (1, 2)]
@@ -212,4 +274,5 @@ def test_ranks_write_parts_and_one_that_cannot_is_everyones_error(tmp_path: Path
     assert one["refused"] == two["refused"]
     assert one["refused"].startswith("on rank 1, not on rank 0: checkpoint ") and "No space left" in one["refused"]
     assert one["left"] == []
+    assert one["failing"] == ["step_00000002"], "rank 1 was still writing its part"
     assert one["alone"] == (True, ["model.safetensors", "optimizer.safetensors"])
