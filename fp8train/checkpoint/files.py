@@ -165,7 +165,13 @@ def remove_folder(folder: Path) -> None:
 
 
 def take_back(parent: Path) -> None:
-    """Give checkpoints their name again that a save of the same step was about to replace when it was killed."""
+    """Clear away what a killed process left, and give those checkpoints their name that are whole and lack it.
+
+    That is one which a save of the same step was about to replace, or that was about to get its name.
+
+    Raises:
+        CheckpointError: the place cannot be written to.
+    """
     for leftover in sorted(parent.glob(f".*{TEMPORARY}"), reverse=True):  # .step_N.tmp, the new one, before .step_N.old
         target = parent / leftover.name.removeprefix(".").removesuffix(TEMPORARY).removesuffix(OLD)
         try:
@@ -174,6 +180,8 @@ def take_back(parent: Path) -> None:
                 leftover.rename(target)
         except (CheckpointError, OSError):  # cut off while it was written or removed
             continue
+    with _told(parent):  # it may be as large as a checkpoint, for which the run needs the room
+        clear_temporary(parent)
 
 
 def clear_temporary(parent: Path) -> None:

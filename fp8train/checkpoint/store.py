@@ -255,18 +255,18 @@ def find_resume(run_dir: str | Path, mode: str, *, recover: bool = False) -> Che
     Args:
         mode: "auto" takes the newest whole one of run_dir, if it has any checkpoint; "never" takes none; anything else
             is the path of a checkpoint or run folder.
-        recover: give what a killed save left whole in run_dir under a temporary name its own again; for the run that
-            holds the folder.
+        recover: give what a killed save left whole in run_dir under a temporary name its own again, and remove what it
+            left half-written; for the run that holds the folder.
 
     Raises:
         CheckpointError: the named one is no good, or run_dir has checkpoints and all of them are damaged.
     """
+    if recover:
+        take_back(Path(run_dir) / FOLDER)
     if mode == "never":
         return None
     if mode != "auto":
         return open_checkpoint(mode)
-    if recover:
-        take_back(Path(run_dir) / FOLDER)
     return _newest(Path(run_dir), check_content=True)
 
 

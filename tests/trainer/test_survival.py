@@ -170,6 +170,7 @@ def test_save_of_the_same_step_that_was_killed_between_its_renames_is_taken_back
     assert find_resume(tmp_path, "auto") is None, "whoever does not hold the folder changes nothing"
     assert find_resume(tmp_path, "auto", recover=True).step == 20
     assert open_checkpoint(tmp_path).path == path
+    assert list(path.parent.iterdir()) == [path], "what is half-written takes no room from those to come"
 
 
 def test_rows_that_a_machine_lost_are_missed(tmp_path):
