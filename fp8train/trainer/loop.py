@@ -231,18 +231,18 @@ class Trainer:
             "data_hash": self.batcher.dataset.fingerprint,
             "recipe_hash": self.assembly.recipe.hash,
         }
-        self._keep_record(found)
+        self._keep_record(own)
         on_main(world, lambda: write_run_files(self.run_dir, config, self.assembly.recipe, world.device, facts, found))
         self._open_metrics()
         for line in on_main(world, lambda: lost_rows(self.run_dir, found if own else None)):
             self.console.warn(line)
         self.evals = on_main(world, lambda: saved_evals(self.run_dir))
 
-    def _keep_record(self, found: Checkpoint | None) -> None:
-        """Keep what an earlier attempt wrote where training begins with the first step again."""
-        kept = on_main(self.world, lambda: set_aside(self.run_dir)) if self.progress.step == 0 else None
+    def _keep_record(self, own: bool) -> None:
+        """Keep what an earlier attempt wrote where no step of it is gone on from; own: not from another run's."""
+        kept = None if own and self.progress.step else on_main(self.world, lambda: set_aside(self.run_dir))
         if kept is not None:
-            begun = f"no checkpoint in {self.run_dir}: starts at step 0; " if found is None else ""
+            begun = "" if own else f"no checkpoint in {self.run_dir}: starts at step {self.progress.step}; "
             self.console.warn(f"{begun}the earlier metrics.jsonl is kept as {kept}")
 
     def _open_metrics(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from fp8train.checkpoint import Checkpoint
+from fp8train.checkpoint import Checkpoint, saved_steps
 from fp8train.config import RunConfig, config_to_dict
 from fp8train.errors import CheckpointError, ConfigError
 from fp8train.metrics import METRICS_FILE, Metrics, metrics_lines, missing_rows
@@ -93,7 +93,8 @@ def check_folder(path: Path, resume: str) -> None:
     """Refuse a folder that a run must not write to. Writes nothing.
 
     Raises:
-        ConfigError: it is not empty and resume=never, or it has metrics and resume names a checkpoint of another run.
+        ConfigError: it is not empty and resume=never, or it has metrics and resume names a checkpoint of another run,
+            unless they are those of a run that resumed the same and has saved nothing.
         CheckpointError: it is a file.
     """
     if path.exists() and not path.is_dir():
@@ -104,11 +105,21 @@ def check_folder(path: Path, resume: str) -> None:
         raise ConfigError(
             f"run_dir: {path} is not empty and resume=never; needs an empty one. Give another run_dir or resume=auto."
         )
-    if resume != "auto" and (path / METRICS_FILE).exists() and path.resolve() not in Path(resume).resolve().parents:
+    own = resume == "auto" or path.resolve() in Path(resume).resolve().parents or _begun_so(path, resume)
+    if not own and (path / METRICS_FILE).exists():
         raise ConfigError(
             f"resume: {resume} belongs to another run than run_dir={path}, which holds metrics; needs a new run_dir or "
             "a checkpoint below it. Leave out `resume` to go on with what is there, or give another run_dir."
         )
+
+
+def _begun_so(path: Path, resume: str) -> bool:
+    """Whether a run that had to resume the same ended in this folder before its first checkpoint was whole."""
+    try:
+        begun = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return False
+    return begun.get("resume") == resume and not saved_steps(path)
 
 
 def finished_result(path: Path, config: RunConfig) -> RunResult | None:

@@ -175,6 +175,22 @@ class TestResumeByPath:
             assert tiny_train(copied, *command, run=run, console=Console(12, stream=again)) == resumed
             assert "is finished: 12 steps" in again.getvalue()
 
+    def test_same_command_begins_again_there_where_the_run_was_killed_before_its_first_checkpoint(self, copied: Path):
+        class Killed(Console):
+            def step(self, row, eta_seconds) -> None:
+                if row["step"] == 5:
+                    raise ZeroDivisionError
+
+        source, lines = copied / "run" / "checkpoints" / "step_00000003", io.StringIO()
+        with pytest.raises(ZeroDivisionError):
+            tiny_train(copied, f"resume={source}", run="other", console=Killed(enabled=False))
+        with pytest.raises(ConfigError, match="belongs to another run"):
+            tiny_train(copied, f"resume={copied / 'run'}", run="other")
+        assert tiny_train(copied, f"resume={source}", run="other", console=Console(6, stream=lines)).finished
+        assert f"resumed from {source} at step 3;" in lines.getvalue()
+        kept = f"no checkpoint in {copied / 'other'}: starts at step 3; the earlier metrics.jsonl is kept as metrics-1"
+        assert kept in lines.getvalue()
+
     def test_checkpoint_of_the_folder_is_gone_back_to_when_it_is_first_named_or_settings_differ(self, copied: Path):
         source = copied / "run" / "checkpoints" / "step_00000003"
         for rate in ("1e-3", "2e-3"):
