@@ -98,12 +98,13 @@ def main(argv: Sequence[str]) -> int:
     ranks = arguments.ranks, shard_ranks(config, arguments.ranks)
     every = "--all" in argv
     text = explanation(name, model, recipe, report, moments, every=every, ranks=ranks, parallel=config.parallel)
+    _, there = _rank_holds(report, model, moments, ranks, config.parallel)
     step = _step(model, config, arguments) if isinstance(model, Decoder) else None
     if "--json" in argv:
         content = {"model": name, **report.to_dict(), "step_memory": None if step is None else asdict(step)}
         sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
     elif step is not None:
-        sys.stdout.write(f"{text}\n{_step_line(step, model, config, report, moments, arguments.ranks)}\n")
+        sys.stdout.write(f"{text}\n{_step_line(step, config, arguments.ranks, there)}\n")
     else:
         sys.stdout.write(f"{text}\n")
     return 0
@@ -137,7 +138,7 @@ def explanation(
         _options(recipe),
         *_remarks(report),
         _totals(report, bool(recipe.schedule)),
-        _rank_holds(report, model, moments, ranks, parallel or ParallelConfig()),
+        _rank_holds(report, model, moments, ranks, parallel or ParallelConfig())[0],
     ]
     return "\n\n".join(part for part in parts[:-2] if part) + "\n\n" + "\n".join(parts[-2:])
 
@@ -178,18 +179,11 @@ def _step(model: Decoder, config: RunConfig, arguments: ExplainArguments) -> Ste
     return replace(step, peak=step.peak + footprint(model, moments="fp32").weights)  # DDP keeps room for all gradients
 
 
-def _step_line(
-    step: StepMemory, model: nn.Module, config: RunConfig, report: ConversionReport, moments: str, ranks: int
-) -> str:
-    """What a step takes, with what a rank holds where that is all that there is."""
+def _step_line(step: StepMemory, config: RunConfig, ranks: int, there: int) -> str:
+    """What a micro-batch keeps, and what a step takes with what is there besides, in bytes."""
     shape = f"{count_text(config.micro_batch(ranks))} x {count_text(config.seq_len)} tokens"
-    line = f"a micro-batch of {shape} keeps {bytes_text(step.kept)} of activations for backward"
-    eager = ", in eager mode: compiled, it is another amount" if config.compile else ""
-    if shard_ranks(config, ranks) > 1:
-        return f"{line}, and takes at most {bytes_text(step.peak)} besides all this{eager}"
-    held = footprint(model, moments, copies=report.copy_bytes())
-    most = held.weights + held.moments + held.copies + step.peak
-    return f"{line}; a step takes at most {bytes_text(most)} in all{eager}"
+    most = f"{bytes_text(there + step.peak)} in all{' if it is not compiled' if config.compile else ''}"
+    return f"a micro-batch of {shape} keeps {bytes_text(step.kept)} for backward, and a step takes at most {most}"
 
 
 def hf_layout(folder: Path) -> tuple[str, nn.Module]:
@@ -292,12 +286,16 @@ def _totals(report: ConversionReport, scheduled: bool) -> str:
 
 def _rank_holds(
     report: ConversionReport, model: nn.Module, moments: str, ranks: tuple[int, int], parallel: ParallelConfig
-) -> str:
-    """What a rank holds between two steps, and what a sharded one gathers besides while it computes."""
+) -> tuple[str, int]:
+    """What a rank holds between two steps, and what a sharded one gathers besides while it computes.
+
+    Also in bytes, those of gradients only where a rank has its rows of them: a step of others counts them itself.
+    """
     every, over = ranks
     if over == 1:
         held = footprint(model, moments, copies=report.copy_bytes())
-        return f"each rank holds {bytes_text(held.total)} besides activations: {held.text()}, and these copies"
+        text = f"each rank holds {bytes_text(held.total)} besides activations: {held.text()}, and these copies"
+        return text, held.total - held.weights
     sizes = element_bytes(model) if parallel.gather == "operands" else {}
     path, weights, gradients = gathered_layers(model, sizes, parallel.reshard_after_forward)
     rounded = [parameter.shape for parameter in model.parameters() if sizes.get(id(parameter)) == CODES.itemsize]
@@ -308,12 +306,13 @@ def _rank_holds(
     ]
     held = footprint(model, moments, over, copies=report.copy_bytes(without) + shard_bytes(rounded, over, 1))
     groups = f", sharded over {over}," if over < every else ""
-    return (
+    text = (
         f"each of {every} ranks{groups} holds {bytes_text(held.total)} besides activations: {held.text()},\n"
         f"{bytes_text(held.copies)} of copies and codes; while it computes also {bytes_text(weights)} of gathered "
         f"weights, {'two layers and what is in none' if parallel.reshard_after_forward else 'all of them'},\n"
         f"and in backward {bytes_text(gradients)} of FP32 gradients"
     )
+    return text, held.total + weights + gradients
 
 
 if __name__ == "__main__":

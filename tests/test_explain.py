@@ -156,7 +156,7 @@ def test_what_a_recipe_does_beside_its_rules_is_named(capsys: pytest.CaptureFixt
     assert "swiglu: the input of *down_proj is clamped to 50 and its channels scaled to alike size" in text
     assert "alarm: on nonfinite or spike the worst linear goes to BF16, at most 3 times" in text
     sharded = run(capsys, f"recipe={tmp_path / 'recipe.yaml'}", "parallel=fsdp", "ranks=2")
-    assert "swiglu: the input of" in sharded and "besides all this" in sharded
+    assert "swiglu: the input of" in sharded and "a step takes at most" in sharded
 
 
 def test_hugging_face_folder(capsys: pytest.CaptureFixture[str], hf_folder: Path) -> None:
@@ -232,16 +232,13 @@ def test_memory_of_a_step_is_what_is_held_and_what_comes_and_goes(capsys: pytest
     step = json.loads(run(capsys, *arguments, "--json"))["step_memory"]
     assert 0 < step["kept"] < step["peak"]
     line = run(capsys, *arguments).splitlines()[-1]
-    most = re.search(r"keeps (.*) of activations for backward; a step takes at most (.*) in all", line)
+    most = re.search(r"keeps (.*) for backward, and a step takes at most (.*) in all if it is not compiled$", line)
     assert most is not None and most[1] == bytes_text(step["kept"])
     model = build_model(load_config(["model=llama_125m"]).model, "meta")
     report = convert_model(model, "blockwise", device_type=PLANNED)
     held = footprint(model, "fp32", copies=report.copy_bytes())
     assert most[2] == bytes_text(held.total - held.weights + step["peak"])  # whose gradients are in the peak
-    other = run(capsys, *arguments, "recipe=bf16").splitlines()[-1]
-    assert other != line
-    sharded = run(capsys, *arguments, "parallel=fsdp", "ranks=2").splitlines()[-1]
-    assert " besides all this" in sharded and "in all" not in sharded
+    assert run(capsys, *arguments, "recipe=bf16").splitlines()[-1] != line
 
 
 def test_replicated_ranks_have_room_for_all_gradients_at_all_times(capsys: pytest.CaptureFixture[str]) -> None:

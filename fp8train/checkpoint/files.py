@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -89,35 +90,44 @@ class FolderWriter:
         self.write(name, _safetensors(tensors, metadata))
 
 
-def begin_folder(target: Path) -> None:
-    """Make the temporary folder in which `target` is written, empty."""
-    temporary = temporary_of(target)
+def begin_folder(target: Path) -> Path:
+    """Make a temporary folder in which `target` is written.
+
+    Each has another name: for a minute another machine may see, under the name that an earlier one had, the checkpoint
+    that it has become (NFS).
+    """
+    folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     with _told(target):
-        _remove(temporary)
-        temporary.mkdir(parents=True)
+        folder.mkdir(parents=True)
+    return folder
+
+
+def target_of(folder: Path) -> Path:
+    """The checkpoint that is written, or was replaced, in a temporary folder."""
+    return folder.with_name(folder.name.split(".")[1])
 
 
 @contextmanager
-def part_of_folder(target: Path, number: int) -> Iterator[FolderWriter]:
-    """Adds files to the temporary folder; when the block ends, a record of them, by which whole_folder knows of them.
+def part_of_folder(folder: Path, number: int) -> Iterator[FolderWriter]:
+    """Adds files to a temporary folder; when the block ends, a record of them, by which whole_folder knows of them.
 
     Raises:
         CheckpointError: the disk is full or the place cannot be written to.
     """
-    with _told(target):
-        writer = FolderWriter(temporary_of(target))
+    with _told(target_of(folder)):
+        writer = FolderWriter(folder)
         yield writer
         records = {name: asdict(record) for name, record in writer.records.items()}
-        write_whole(_record_of(writer.folder, number), json.dumps(records))
+        write_whole(_record_of(folder, number), json.dumps(records))
 
 
 @contextmanager
 def whole_folder(
-    target: Path, step: int, sequence: int, parts: int, wait: Callable[[], None]
+    folder: Path, step: int, sequence: int, parts: int, wait: Callable[[], None]
 ) -> Iterator[FolderWriter]:
-    """The temporary folder once all parts are in it; it gets its name, complete with its marker, when the block ends.
+    """A temporary folder once all parts are in it; it gets its name, complete with its marker, when the block ends.
 
-    What `target` held before is untouched until then.
+    What had that name before is untouched until then.
 
     Args:
         wait: called again and again until the records of all parts are there; raises to give up.
@@ -125,10 +135,11 @@ def whole_folder(
     Raises:
         CheckpointError: the disk is full or the place cannot be written to.
     """
+    target = target_of(folder)
     replaced = _leaving(target)
     with _told(target):
-        writer = FolderWriter(temporary_of(target))
-        for record in (_record_of(writer.folder, number) for number in range(parts)):
+        writer = FolderWriter(folder)
+        for record in (_record_of(folder, number) for number in range(parts)):
             while not record.exists():
                 wait()
             own = json.loads(record.read_bytes())
@@ -137,23 +148,18 @@ def whole_folder(
         yield writer
         marker = Marker(step=step, sequence=sequence, files=dict(writer.records))
         writer.write_json(MARKER, {"format": FORMAT, "version": VERSION, **asdict(marker)})
-        _sync_folder(writer.folder)
+        _sync_folder(folder)
         if target.exists():
             _remove(replaced)
             target.rename(replaced)
-        writer.folder.rename(target)
+        folder.rename(target)
         _sync_folder(target.parent)
         _remove(replaced)
 
 
-def discard_folder(target: Path) -> None:
+def discard_folder(folder: Path) -> None:
     """Remove what begin_folder has made, as far as that can be."""
-    shutil.rmtree(temporary_of(target), ignore_errors=True)
-
-
-def temporary_of(target: Path) -> Path:
-    """The folder in which a checkpoint is written."""
-    return target.with_name(f".{target.name}{TEMPORARY}")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
@@ -172,8 +178,9 @@ def take_back(parent: Path) -> None:
     Raises:
         CheckpointError: the place cannot be written to.
     """
-    for leftover in sorted(parent.glob(f".*{TEMPORARY}"), reverse=True):  # .step_N.tmp, the new one, before .step_N.old
-        target = parent / leftover.name.removeprefix(".").removesuffix(TEMPORARY).removesuffix(OLD)
+    leftovers = sorted(parent.glob(f".*{TEMPORARY}"), key=lambda path: path.name.endswith(f"{OLD}{TEMPORARY}"))
+    for leftover in leftovers:  # new ones before those that they were to replace
+        target = target_of(leftover)
         try:
             if not target.exists():
                 verify(leftover, read_marker(leftover))

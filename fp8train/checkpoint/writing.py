@@ -48,8 +48,8 @@ class Retention:
         return [step for step in old if step != self.step and (not self.every or step % self.every)]
 
 
-def write_tensors(target: Path, content: Content, part: int, parts: int) -> None:
-    """Write a part of the tensors into the folder that begin_folder has made for `target`.
+def write_tensors(folder: Path, content: Content, part: int, parts: int) -> None:
+    """Write a part of the tensors into a folder that begin_folder has made.
 
     Args:
         content: of the part, as own_part gave it.
@@ -58,18 +58,25 @@ def write_tensors(target: Path, content: Content, part: int, parts: int) -> None
         CheckpointError: disk full or folder not writable.
     """
     tied, parameters = json.dumps(content.tied), json.dumps(content.parameters)
-    with part_of_folder(target, part) as writer:
+    with part_of_folder(folder, part) as writer:
         writer.write_tensors(tensor_file(MODEL, part, parts), content.weights, {"format": "pt", "tied": tied})
         moments = {"format": "pt", "parameters": parameters}
         writer.write_tensors(tensor_file(OPTIMIZER, part, parts), content.moments, moments)
 
 
 def finish(
-    run_dir: Path, step: int, state: TrainingState, parts: int, retention: Retention, wait: Callable[[], None]
+    folder: Path,
+    run_dir: Path,
+    step: int,
+    state: TrainingState,
+    parts: int,
+    retention: Retention,
+    wait: Callable[[], None],
 ) -> Path:
     """Make a checkpoint whole, then remove those that need not stay. On one rank only.
 
     Args:
+        folder: that begin_folder has made for it.
         parts: number of them, which are written, or are being written meanwhile.
         wait: called while they are not all there; raises to give up.
 
@@ -80,7 +87,7 @@ def finish(
         CheckpointError: disk full or folder not writable; earlier checkpoints stay.
     """
     target = checkpoint_path(run_dir, step)
-    with whole_folder(target, step, next_sequence(run_dir), parts, wait) as writer:
+    with whole_folder(folder, step, next_sequence(run_dir), parts, wait) as writer:
         writer.write_json(STATE_FILE, asdict(state))
     try:
         clear_temporary(run_dir / FOLDER)
@@ -106,11 +113,10 @@ def write_checkpoint(
         CheckpointError: disk full or folder not writable; nothing half-written is left and earlier checkpoints stay.
     """
     run_dir = Path(run_dir)
-    target = checkpoint_path(run_dir, step)
-    begin_folder(target)
+    folder = begin_folder(checkpoint_path(run_dir, step))
     try:
-        write_tensors(target, content, 0, 1)
-        return finish(run_dir, step, state, 1, retention, wait=lambda: None)
+        write_tensors(folder, content, 0, 1)
+        return finish(folder, run_dir, step, state, 1, retention, wait=lambda: None)
     except BaseException:
-        discard_folder(target)
+        discard_folder(folder)
         raise

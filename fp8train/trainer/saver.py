@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from fp8train.checkpoint import Content, Retention, TrainingState, checkpoint_path
 from fp8train.checkpoint.content import own_part, part_of, parts_of
-from fp8train.checkpoint.files import begin_folder, discard_folder, temporary_of
+from fp8train.checkpoint.files import begin_folder, discard_folder, target_of
 from fp8train.checkpoint.writing import finish, write_tensors
 from fp8train.distributed import World
 from fp8train.distributed.agreement import on_every_rank, on_main
@@ -46,8 +46,9 @@ class Saver:
 
     def __init__(self, run_dir: Path, world: World, background: bool, tell: Callable[[str], None]) -> None:
         self._run_dir, self._world, self._background, self._tell = run_dir, world, background, tell
+        self._told = False  # that it waits
         self._given_up = threading.Event()
-        self._target = Path()
+        self._folder = Path()  # in which it is being written
         self._part: Future[None] | None = None  # of this rank, as long as the checkpoint is being written
         self._whole: Future[Path] | None = None  # on rank 0, in the background
         self.saved = Path()
@@ -64,7 +65,7 @@ class Saver:
 
         Args:
             content: as content_of gave it on this rank.
-            state: the same on every rank.
+            state: of this rank; that of rank 0 is written.
 
         Raises:
             CheckpointError: on every rank; this one or the one before cannot be written.
@@ -73,19 +74,19 @@ class Saver:
         begun, world = time.monotonic(), self._world
         parts = parts_of(content, world.world_size)
         part = part_of(world.rank, world.world_size, parts)
-        target = self._target = checkpoint_path(self._run_dir, step)
-        on_main(world, lambda: begin_folder(target), patient=True)
+        target = checkpoint_path(self._run_dir, step)
+        folder = self._folder = on_main(world, lambda: begin_folder(target), patient=True)
         background = self._background and self._has_room(content, None if part is None else parts)
         own = own_part(content, part, parts, copy=background)
 
         def write() -> None:
             if part is None:
                 return
-            if not appears(temporary_of(target)):
+            if not appears(folder):
                 raise CheckpointError(f"checkpoint {target}: the folder of rank 0 is not to be seen; {REMEDY}")
-            write_tensors(target, own, part, parts)
+            write_tensors(folder, own, part, parts)
 
-        self._finish = partial(finish, self._run_dir, step, state, parts, retention, self._wait)
+        self._finish = partial(finish, folder, self._run_dir, step, state, parts, retention, self._wait)
         self._part = _begun(write, background)
         self._whole = _begun(self._finish, True) if world.main and background else None
         self.seconds += time.monotonic() - begun
@@ -134,18 +135,19 @@ class Saver:
         self._given_up.set()
         if self._world.main:
             wait([] if whole is None else [whole])
-            discard_folder(self._target)
+            discard_folder(self._folder)
 
     def _written(self) -> int:
         """Bytes of tensors in the folder of the checkpoint that is being written; 0 when it has got its name."""
         try:
-            return sum(path.stat().st_size for path in temporary_of(self._target).glob("*.safetensors"))
+            return sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
         except FileNotFoundError:
             return 0
 
     def _wait(self) -> None:
         if self._given_up.wait(POLL_SECONDS):
-            raise CheckpointError(f"checkpoint {self._target}: a part of it is missing; needs every rank to write.")
+            target = target_of(self._folder)
+            raise CheckpointError(f"checkpoint {target}: a part of it is missing; needs every rank to write.")
 
     def _has_room(self, content: Content, parts: int | None) -> bool:
         """Whether every host has memory for copies of the parts that its ranks write; parts: None: this rank has none.
@@ -160,11 +162,12 @@ class Saver:
             needed = sum(bytes_ for name, bytes_, _ in every if name == host)
             free = min((free for name, _, free in every if name == host and free is not None), default=needed)
             if needed > free:
-                self._tell(
-                    f"training waits for checkpoints: {host} has {bytes_text(free)} of memory free, and a copy to "
-                    f"write from takes {bytes_text(needed)}"
-                )
-                self._tell = lambda line: None  # once is enough
+                if not self._told:
+                    self._tell(
+                        f"training waits for checkpoints: {host} has {bytes_text(free)} of memory free, and a copy to "
+                        f"write from takes {bytes_text(needed)}"
+                    )
+                self._told = True
                 return False
         return True
 

@@ -97,9 +97,8 @@ def test_killed_save_costs_only_the_checkpoint_that_was_being_written(tmp_path):
 import os, signal
 from fp8train.checkpoint.files import begin_folder, part_of_folder
 from pathlib import Path
-target = Path({str(tmp_path)!r}) / "checkpoints" / "step_00000002"
-begin_folder(target)
-with part_of_folder(target, 0) as writer:
+folder = begin_folder(Path({str(tmp_path)!r}) / "checkpoints" / "step_00000002")
+with part_of_folder(folder, 0) as writer:
     writer.write("model.safetensors", iter([b"half"]))
     os.kill(os.getpid(), signal.SIGKILL)
 """

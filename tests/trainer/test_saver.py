@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fp8train.checkpoint import checkpoint_path, content, open_checkpoint, saved_steps
 from fp8train.checkpoint.content import Content, own_part, part_of, parts_of
-from fp8train.checkpoint.files import FolderWriter
+from fp8train.checkpoint.files import FolderWriter, begin_folder, target_of
 from fp8train.distributed import World
 from fp8train.errors import CheckpointError
 from fp8train.trainer import Trainer, saver
@@ -53,7 +53,7 @@ def test_training_goes_on_meanwhile_and_the_checkpoint_is_of_its_step(tmp_path: 
     console, write = Telling(), FolderWriter.write_tensors
 
     def later(self, name, tensors, metadata):
-        step = int(self.folder.name.removeprefix(".step_").removesuffix(".tmp"))
+        step = int(target_of(self.folder).name.removeprefix("step_"))
         assert step == 6 or console.trained[step + 1].wait(SECONDS), "training waits for the checkpoint"
         write(self, name, tensors, metadata)
 
@@ -68,7 +68,7 @@ def test_failure_ends_the_run_soon_and_leaves_the_checkpoint_before(tmp_path: Pa
     write, steps = FolderWriter.write_tensors, []
 
     def full(self, name, tensors, metadata):
-        if self.folder.name == ".step_00000004.tmp":
+        if target_of(self.folder).name == "step_00000004":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, name, tensors, metadata)
 
@@ -176,6 +176,12 @@ def test_host_without_room_for_a_copy_has_training_wait(tmp_path: Path, monkeypa
     assert saves == [True, True, True] and result.save_seconds > 0
     (told,) = [line for line in Listening.said if "training waits for checkpoints" in line]
     assert "has 1000 B of memory free, and a copy to write from takes 2.82 MiB" in told
+
+
+def test_no_two_attempts_at_a_checkpoint_share_a_folder(tmp_path: Path):
+    """Another machine may still see under the first one's name what is a whole checkpoint by now."""
+    folders = {begin_folder(checkpoint_path(tmp_path, 7)) for _ in range(3)}
+    assert len(folders) == 3 and {target_of(folder) for folder in folders} == {checkpoint_path(tmp_path, 7)}
 
 
 def test_parts_are_about_as_large_and_each_tensor_is_in_one(monkeypatch: pytest.MonkeyPatch):

@@ -114,9 +114,9 @@ class TestRoom:
         assert checkpoints_to_come(config, Progress(), [], alarm=False) == number
         held = []
 
-        def looked(run_dir, *args):
+        def looked(folder, run_dir, *args):
             held.append(len(saved_steps(run_dir)) + 1)
-            return finish(run_dir, *args)
+            return finish(folder, run_dir, *args)
 
         monkeypatch.setattr("fp8train.trainer.saver.finish", looked)
         if config.checkpoint.minutes is not None:

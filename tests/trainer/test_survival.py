@@ -162,9 +162,9 @@ def test_black_box_without_room_is_announced_and_leaves_nothing(tmp_path, monkey
 def test_save_of_the_same_step_that_was_killed_between_its_renames_is_taken_back(left, tmp_path):
     path = save(tmp_path, 20)
     if left == "both":
-        shutil.copytree(path, path.with_name(f".{path.name}.tmp"))
+        shutil.copytree(path, path.with_name(f".{path.name}.ffffffff.tmp"))
     path.rename(path.with_name(f".{path.name}.old.tmp"))
-    half = path.with_name(".step_00000030.tmp")
+    half = path.with_name(".step_00000030.00000000.tmp")
     half.mkdir()
     (half / "model.safetensors").write_text("cut off")
     assert find_resume(tmp_path, "auto") is None, "whoever does not hold the folder changes nothing"
